@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Writes to pages of the test memory, in the order of a table that the host made, as long as the host lets it run.
+#
+# A write stores the number of writes made so far, itself included, into the page, and then publishes the same number in
+# the vCPU's block. So each value in memory names the write that put it there, and the host knows at any time which
+# writes are done: all up to the published number, and possibly the one after it.
+
+	.include "guest.inc"
+
+# The vCPU's block (%rdi); the host fills it and reads it through these symbols. What the guest writes while it runs and
+# what the host writes meanwhile have cache lines of their own.
+	.globl BLOCK_FILL_START, BLOCK_FILL_END, BLOCK_TABLE, BLOCK_TABLE_END, BLOCK_TABLE_LOOP, BLOCK_SPARSE
+	.globl BLOCK_WRITES, BLOCK_STOP, BLOCK_SIZE, WRITES_PER_BATCH
+	.set BLOCK_FILL_START, 0	# first address to touch before logging is switched on
+	.set BLOCK_FILL_END, 8		# end of that range
+	.set BLOCK_TABLE, 16		# the table: an address per write
+	.set BLOCK_TABLE_END, 24	# its end, WRITES_PER_BATCH-aligned
+	.set BLOCK_TABLE_LOOP, 32	# where to go on after its end
+	.set BLOCK_SPARSE, 40		# not 0: at least 20 instructions per write
+	.set BLOCK_WRITES, 64		# published: writes done
+	.set BLOCK_STOP, 128		# not 0: sync after this batch
+	.set BLOCK_SIZE, 192
+
+	.set WRITES_PER_BATCH, 64	# writes between two looks at BLOCK_STOP
+	.set PAGE_SIZE, 4096
+	.set FILL_UNROLL, 8
+	.set PADDING, 20
+
+	.macro one_write
+	lodsq				# the next address
+	inc %rdx
+	mov %rdx, (%rax)
+	mov %rdx, BLOCK_WRITES(%rdi)
+	.endm
+
+	.macro batches name, padding
+\name:
+	.rept WRITES_PER_BATCH
+	one_write
+	.rept \padding
+	nop
+	.endr
+	.endr
+	cmp BLOCK_TABLE_END(%rdi), %rsi
+	jne 1f
+	mov BLOCK_TABLE_LOOP(%rdi), %rsi
+1:	cmpl $0, BLOCK_STOP(%rdi)
+	je \name
+	ucall UCALL_SYNC
+	jmp \name
+	.endm
+
+	.globl guest_main
+guest_main:
+	mov BLOCK_FILL_START(%rdi), %rbx
+	mov BLOCK_FILL_END(%rdi), %rcx
+	xor %edx, %edx
+fill:
+	cmp %rcx, %rbx
+	jae filled
+	.rept FILL_UNROLL
+	mov %rdx, (%rbx)
+	add $PAGE_SIZE, %rbx
+	cmp %rcx, %rbx
+	jae filled
+	.endr
+	jmp fill
+filled:
+	ucall UCALL_SYNC
+	mov BLOCK_TABLE(%rdi), %rsi
+	cmpq $0, BLOCK_SPARSE(%rdi)
+	jne sparse_writes
+	batches dense_writes, 0
+	batches sparse_writes, PADDING

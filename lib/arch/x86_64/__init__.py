@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""x86-64: the names that the rest of the library takes from an architecture."""
+
+from lib.arch.x86_64.cpuid import Cpuid, cpu_model, get_supported_cpuid, guest_phys_limit
+from lib.arch.x86_64.paging import GUEST_MODES, GuestMode, PageTables
+from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET
+from lib.arch.x86_64.vcpu_state import (
+    UCALL_PORT_SYMBOL,
+    GuestException,
+    abort_arguments,
+    decode_exception,
+    decode_ucall,
+    describe_registers,
+    get_regs,
+    init_descriptor_tables,
+    init_vcpu,
+)
+
+NAME = "x86_64"
+
+# Loads are not reordered with loads, nor stores with earlier loads and stores (Intel SDM volume 3, "Memory Ordering";
+# AMD APM volume 2, section 7.2). On such a machine plain accesses in program order are the load-acquire and
+# store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
+TOTAL_STORE_ORDER = True
+
+__all__ = [
+    "GUEST_MODES",
+    "KVM_DIRTY_LOG_PAGE_OFFSET",
+    "NAME",
+    "TOTAL_STORE_ORDER",
+    "UCALL_PORT_SYMBOL",
+    "Cpuid",
+    "GuestException",
+    "GuestMode",
+    "PageTables",
+    "abort_arguments",
+    "cpu_model",
+    "decode_exception",
+    "decode_ucall",
+    "describe_registers",
+    "get_regs",
+    "get_supported_cpuid",
+    "guest_phys_limit",
+    "init_descriptor_tables",
+    "init_vcpu",
+]

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest programs: assembling ``guest_code/<arch>/*.S`` and reading the ELF files that come of it."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+from lib.arch import current as arch
+
+SOURCES = Path(__file__).resolve().parent.parent / "guest_code" / arch.NAME
+OUTPUT = SOURCES.parent.parent / "build" / "guest_code" / arch.NAME
+
+# Where programs are linked to run: above the first MiB, which stays free of anything (and page 0 unmapped).
+LOAD_ADDRESS = 0x100000
+ENTRY_SYMBOL = "guest_main"
+
+
+class GuestProgramError(Exception):
+    """A guest program could not be made or read; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class GuestProgram:
+    """A loadable program: its segments as (address, bytes, size in memory) and its symbols."""
+
+    name: str
+    entry: int
+    segments: tuple[tuple[int, bytes, int], ...]
+    symbols: dict[str, int]
+
+    @property
+    def end(self) -> int:
+        """The first address behind the program."""
+        return max(address + size for address, _, size in self.segments)
+
+    @classmethod
+    def load(cls, name: str) -> "GuestProgram":
+        """Read the assembled program *name*.
+
+        :raises GuestProgramError: when it has not been assembled
+        """
+        path = OUTPUT / f"{name}.elf"
+        try:
+            with path.open("rb") as file:
+                elf = ELFFile(file)
+                segments = tuple(
+                    (segment["p_vaddr"], segment.data(), segment["p_memsz"])
+                    for segment in elf.iter_segments("PT_LOAD")
+                )
+                symbols = {symbol.name: symbol["st_value"] for symbol in elf.get_section_by_name(".symtab").iter_symbols()}
+                return cls(name, elf["e_entry"], segments, symbols)
+        except FileNotFoundError:
+            raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None
+
+
+def assemble_all() -> None:
+    """Assemble and link each program that is missing or older than its sources.
+
+    :raises GuestProgramError: when there is no assembler, or it rejects a program
+    """
+    includes = max(path.stat().st_mtime_ns for path in SOURCES.glob("*.inc"))
+    for source in sorted(SOURCES.glob("*.S")):
+        target = OUTPUT / f"{source.stem}.elf"
+        if not target.exists() or target.stat().st_mtime_ns < max(includes, source.stat().st_mtime_ns):
+            _assemble(source, target)
+
+
+def _assemble(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    object_file, linked = target.with_suffix(".o"), target.with_suffix(".tmp")
+    _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
+    _tool(
+        *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
+        *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
+    )
+    linked.replace(target)  # in one step: another process may be about to load it
+
+
+def _tool(name: str, *arguments: str) -> None:
+    program = shutil.which(name)
+    if program is None:
+        raise GuestProgramError(f"no {name} on this machine: install binutils (apt install binutils, or gcc)")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise GuestProgramError(f"{name} failed:\n{done.stderr.strip()}")

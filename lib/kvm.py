@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The system handle: ``/dev/kvm``."""
+
+import os
+from types import TracebackType
+
+from lib import uapi
+from lib.ioctl import ioctl, raw_ioctl
+from lib.vm import Vm
+
+DEFAULT_DEVICE = "/dev/kvm"
+
+
+class KvmUnavailable(Exception):
+    """KVM cannot be used on this host; the text says why and what to do."""
+
+
+class Kvm:
+    """An open KVM device; the verbs are the system ioctls' names.
+
+    :param device: path of the device node
+    :raises KvmUnavailable: when it does not exist, may not be opened, or does not speak API version 12
+    """
+
+    def __init__(self, device: str = DEFAULT_DEVICE) -> None:
+        self.device = device
+        self.fd = _open(device)
+        try:
+            version, code = raw_ioctl(self.fd, uapi.KVM_GET_API_VERSION)
+            if code:
+                raise KvmUnavailable(f"{device} does not answer KVM_GET_API_VERSION ({os.strerror(code)}): not a KVM device")
+            if version != uapi.KVM_API_VERSION:
+                raise KvmUnavailable(f"{device} speaks KVM API version {version}, this suite {uapi.KVM_API_VERSION}")
+        except BaseException:
+            self.close()
+            raise
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 when *cap* is not there, else a positive number that depends on it."""
+        return ioctl(self.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", cap, f"cap={cap}")
+
+    def get_vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE: how many bytes of a vCPU's file to map for its ``struct kvm_run``."""
+        return ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, "KVM_GET_VCPU_MMAP_SIZE")
+
+    def create_vm(self) -> Vm:
+        """KVM_CREATE_VM with the default machine type."""
+        return Vm(ioctl(self.fd, uapi.KVM_CREATE_VM, "KVM_CREATE_VM", 0), self.get_vcpu_mmap_size())
+
+    def close(self) -> None:
+        """Close the device; VMs made from it live on until they are closed themselves."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "Kvm":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _open(device: str) -> int:
+    try:
+        return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise KvmUnavailable(
+            f"{device} does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd), and if that fails switch on VT-x or"
+            " SVM in the firmware, or nested virtualization in the hypervisor below"
+        ) from None
+    except PermissionError:
+        raise KvmUnavailable(
+            f"{device} may not be opened by this user: join its group (sudo usermod -aG kvm $USER, then log in again)"
+        ) from None
+    except OSError as error:
+        raise KvmUnavailable(f"{device} cannot be opened: {error.strerror}") from None

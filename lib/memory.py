@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest memory: one mmap per memslot, from each kind of memory that a VMM may hand to KVM.
+
+The names of the backings are those of the kernel's selftests (``tools/testing/selftests/kvm/lib/test_util.c``).
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# <linux/mman.h>; Python's mmap module does not name them
+_MAP_HUGETLB = 0x40000
+_MAP_HUGE_SHIFT = 26
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages")
+
+
+class GuestMemoryError(MemoryError):
+    """Guest memory could not be had; the text says what was asked and what to do."""
+
+
+@dataclass(frozen=True)
+class Backing:
+    """One kind of memory: *page_size* is the size of its pages in bytes, 0 for the host's base pages."""
+
+    name: str
+    page_size: int = 0
+    shared: bool = False
+    hugetlb: bool = False
+
+    @property
+    def alignment(self) -> int:
+        """The alignment in bytes at which KVM can map this memory with its own page size."""
+        return self.page_size or mmap.PAGESIZE
+
+    def pages_for(self, size: int) -> int:
+        """How many pages of this backing hold *size* bytes that start on a page of it."""
+        return align_up(size, self.alignment) // self.alignment
+
+    def missing(self, size: int) -> str | None:
+        """Why *size* bytes cannot be had on this host, and what to do; None when they can."""
+        if self.hugetlb:
+            pool = _HUGEPAGES / f"hugepages-{self.page_size // KIB}kB"
+            if not pool.exists():
+                return f"{self.name}: this host's CPU has no {size_text(self.page_size)} huge pages"
+            free, needed = int((pool / "free_hugepages").read_text()), self.pages_for(size)
+            if free < needed:
+                return (
+                    f"{self.name}: needs {needed} free huge pages of {size_text(self.page_size)}, {free} are free"
+                    f" (echo {needed} > {pool}/nr_hugepages)"
+                )
+        elif self.page_size:
+            if not _THP.exists():
+                return f"{self.name}: this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
+            if "[never]" in _THP.read_text():
+                return f"{self.name}: transparent huge pages are off (echo madvise > {_THP})"
+        return None
+
+
+BACKINGS = {
+    backing.name: backing
+    for backing in (
+        Backing("anonymous"),
+        Backing("anonymous_thp", page_size=2 * MIB),
+        Backing("anonymous_hugetlb_2mb", page_size=2 * MIB, hugetlb=True),
+        Backing("anonymous_hugetlb_1gb", page_size=GIB, hugetlb=True),
+        Backing("shmem", shared=True),
+    )
+}
+
+
+class GuestMemory:
+    """*size* bytes of host memory for one memslot at guest-physical address *gpa*.
+
+    The host-virtual address is congruent to *gpa* modulo the backing's page size: KVM maps guest memory with huge pages
+    only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
+
+    :raises GuestMemoryError: when the host cannot provide the memory
+    """
+
+    def __init__(self, backing: Backing, size: int, gpa: int) -> None:
+        self.backing = backing
+        self.size = size
+        self._map = _map_backing(backing, size + gpa % backing.alignment)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        offset = (gpa - base) % backing.alignment
+        self.hva = base + offset
+        self.view = memoryview(self._map)[offset : offset + size]
+        self.words = self.view.cast("Q") if size % 8 == 0 else None
+
+    def close(self) -> None:
+        """Give the memory back to the host; views taken from :attr:`view` must be released before."""
+        if self.words is not None:
+            self.words.release()
+        self.view.release()
+        self._map.close()
+
+
+def _map_backing(backing: Backing, size: int) -> mmap.mmap:
+    """Map *size* bytes, and for transparent huge pages so much more that any alignment can be had within."""
+    flags = mmap.MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
+    length, fd = align_up(size, backing.alignment), -1
+    if backing.hugetlb:
+        flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
+        flags &= ~mmap.MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
+    elif backing.shared:
+        fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, length)
+    else:
+        flags |= mmap.MAP_ANONYMOUS
+        length += backing.alignment
+    try:
+        mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        reason = backing.missing(size) or f"{errno.errorcode.get(error.errno or 0)} ({error.strerror})"
+        raise GuestMemoryError(f"cannot map {size_text(size)} of {backing.name} guest memory: {reason}") from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    if backing.page_size and not backing.hugetlb:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    elif not backing.page_size and not backing.shared and _THP.exists():
+        # Where THP is "always" this memory would be huge too, and the base-page cells would test nothing of their own.
+        mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    return mapped
+
+
+def available_memory() -> int:
+    """Bytes of memory that the host can give without swapping (``MemAvailable``)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * KIB
+    raise GuestMemoryError("/proc/meminfo has no MemAvailable line")
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of *alignment* that is not below *value*."""
+    return -(-value // alignment) * alignment
+
+
+def align_down(value: int, alignment: int) -> int:
+    """The largest multiple of *alignment* that is not above *value*."""
+    return value // alignment * alignment
+
+
+def size_text(size: int) -> str:
+    """*size* bytes in the largest binary unit that divides it: ``2 MiB``."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The vCPU handle: running it, and its shared ``struct kvm_run``."""
+
+import ctypes
+import errno
+import mmap
+import os
+
+from lib import uapi
+from lib.ioctl import KvmError, raw_ioctl
+
+EXIT_REASONS = {
+    value: name
+    for name, value in vars(uapi).items()
+    if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
+}
+
+
+class Vcpu:
+    """An open vCPU; *run* is the structure that it shares with KVM (api.rst section 5).
+
+    :param fd: what KVM_CREATE_VCPU returned
+    :param mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned, in bytes
+    """
+
+    def __init__(self, fd: int, vcpu_id: int, mmap_size: int) -> None:
+        self.fd = fd
+        self.id = vcpu_id
+        self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
+        self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.run = uapi.kvm_run.from_address(self._run_address)
+
+    def kvm_run(self) -> int:
+        """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
+
+        :raises KvmError: any other error
+        """
+        result, code = raw_ioctl(self.fd, uapi.KVM_RUN)
+        if result < 0 and code != errno.EINTR:
+            raise KvmError(code, "KVM_RUN", f"vCPU {self.id}")
+        return code
+
+    def exit_reason(self) -> str:
+        """The name of the last exit's reason, such as ``KVM_EXIT_IO``."""
+        reason = self.run.exit_reason
+        return EXIT_REASONS.get(reason, f"exit reason {reason}")
+
+    def exit_details(self) -> str:
+        """What the last exit says beyond its reason; empty for reasons that say nothing."""
+        run = self.run
+        if run.exit_reason == uapi.KVM_EXIT_IO:
+            direction = "out" if run.io.direction == uapi.KVM_EXIT_IO_OUT else "in"
+            return f" ({direction}, port {run.io.port:#x})"
+        if run.exit_reason == uapi.KVM_EXIT_MMIO:
+            return f" ({'write' if run.mmio.is_write else 'read'} of gpa {run.mmio.phys_addr:#x}, no memslot there)"
+        if run.exit_reason == uapi.KVM_EXIT_FAIL_ENTRY:
+            return f" (hardware reason {run.fail_entry.hardware_entry_failure_reason:#x})"
+        if run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR:
+            values = " ".join(f"{run.internal.data[i]:#x}" for i in range(min(run.internal.ndata, 16)))
+            return f" (suberror {run.internal.suberror}: {values})"
+        if run.exit_reason == uapi.KVM_EXIT_SHUTDOWN:
+            return " (triple fault)"
+        return ""
+
+    def io_data(self) -> int:
+        """The value that the guest wrote to a port in the last exit, which must be KVM_EXIT_IO."""
+        offset = self.run.io.data_offset
+        return int.from_bytes(self._map[offset : offset + self.run.io.size], "little")
+
+    def close(self) -> None:
+        """Unmap the shared structure and close the vCPU. It must not be running."""
+        if self.fd >= 0:
+            del self.run
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1
