@@ -13,7 +13,8 @@ from pathlib import Path
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# <linux/mman.h>; Python's mmap module does not name them
+# <linux/mman.h>; Python 3.11's mmap module does not name them
+_MAP_NORESERVE = 0x4000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 
@@ -104,11 +105,11 @@ class GuestMemory:
 
 def _map_backing(backing: Backing, size: int) -> mmap.mmap:
     """Map *size* bytes, and for transparent huge pages so much more that any alignment can be had within."""
-    flags = mmap.MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
+    flags = _MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
     length, fd = align_up(size, backing.alignment), -1
     if backing.hugetlb:
         flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
-        flags &= ~mmap.MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
+        flags &= ~_MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
     elif backing.shared:
         fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
         os.ftruncate(fd, length)
