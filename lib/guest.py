@@ -9,14 +9,13 @@ from enum import Enum
 from types import TracebackType
 
 from lib.arch import current as arch
-from lib.arch.x86_64.paging import PAGE_SIZE
 from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
 from lib.memory import BACKINGS, MIB, GuestMemory, align_up
 from lib.vcpu import Vcpu
 
 PROGRAM_SLOT = 0
-_STACK_SIZE = 4 * PAGE_SIZE
+_STACK_SIZE = 4 * arch.PAGE_SIZE
 
 
 class Ucall(Enum):
@@ -46,7 +45,7 @@ class GuestVm:
         self.guest_mode = guest_mode
         self.vm = kvm.create_vm()
         try:
-            self.cpuid = arch.get_supported_cpuid(kvm)
+            self.cpuid = arch.get_supported_cpuid(kvm.fd)
             self.size = program_slot_size(data_size)
             memory = GuestMemory(BACKINGS["anonymous"], self.size, 0)
             try:
@@ -55,13 +54,13 @@ class GuestVm:
                 memory.close()
                 raise
             self._memory = memory.view
-            self._next_free = align_up(program.end, PAGE_SIZE)
+            self._next_free = align_up(program.end, arch.PAGE_SIZE)
             for address, data, _ in program.segments:
                 self._memory[address : address + len(data)] = data
-            self.page_tables = arch.PageTables(guest_mode.levels, lambda: self.allocate(PAGE_SIZE), self._table_words)
-            self.page_tables.map(PAGE_SIZE, PAGE_SIZE, self.size - PAGE_SIZE)
-            self._tables = self.allocate(PAGE_SIZE)
-            arch.init_descriptor_tables(self.memory(self._tables, PAGE_SIZE), program.symbols["exception_stubs"])
+            self.page_tables = arch.PageTables(guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words)
+            self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
+            self._tables = self.allocate(arch.PAGE_SIZE)
+            arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols["exception_stubs"])
             self._commands = {program.symbols[call.value]: call for call in Ucall}
         except BaseException:
             self.vm.close()
@@ -70,7 +69,7 @@ class GuestVm:
     def allocate(self, size: int) -> int:
         """Take *size* bytes of slot 0, zeroed and page-aligned; returns their address."""
         address = self._next_free
-        self._next_free = align_up(address + size, PAGE_SIZE)
+        self._next_free = align_up(address + size, arch.PAGE_SIZE)
         if self._next_free > self.size:
             raise MemoryError(f"slot 0 has no room for {size:#x} bytes more: {address:#x} of {self.size:#x} are taken")
         return address
@@ -95,11 +94,11 @@ class GuestVm:
     def add_vcpu(self, argument: int = 0, entry: str = "guest_main") -> Vcpu:
         """Create the next vCPU: it will start at symbol *entry* with *argument* in its first argument register."""
         vcpu = self.vm.create_vcpu(len(self.vm.vcpus))
-        tss = self.allocate(PAGE_SIZE)
+        tss = self.allocate(arch.PAGE_SIZE)
         stack, exception_stack = (self.allocate(_STACK_SIZE) + _STACK_SIZE for _ in range(2))
         arch.init_vcpu(
-            vcpu, self.cpuid, self.guest_mode.levels, self.page_tables.root, self._tables,
-            (tss, self.memory(tss, PAGE_SIZE)), self.program.symbols[entry], stack, exception_stack, argument,
+            vcpu.fd, self.cpuid, self.guest_mode.levels, self.page_tables.root, self._tables,
+            (tss, self.memory(tss, arch.PAGE_SIZE)), self.program.symbols[entry], stack, exception_stack, argument,
         )  # fmt: skip
         return vcpu
 
@@ -112,18 +111,18 @@ class GuestVm:
 
         :raises GuestError: the call was an abort or reports an exception
         """
-        command = arch.decode_ucall(vcpu, self.program.symbols[arch.UCALL_PORT_SYMBOL])
+        command = arch.decode_ucall(vcpu.run, self.program.symbols[arch.UCALL_PORT_SYMBOL])
         if command is None:
             return None
         call = self._commands.get(command)
         if call is None:
             raise GuestError(f"vCPU {vcpu.id}: {self.program.name} made unknown call {command}")
         if call is Ucall.ABORT:
-            message, *values = arch.abort_arguments(vcpu)
+            message, *values = arch.abort_arguments(vcpu.fd)
             text = bytes(self._memory[message : message + 200]).split(b"\0")[0].decode(errors="replace")
             raise GuestError(f"vCPU {vcpu.id}: {self.program.name} aborted: {text} ({', '.join(map(hex, values))})")
         if call is Ucall.EXCEPTION:
-            raise GuestError(f"vCPU {vcpu.id}: {self.program.name} took {arch.decode_exception(vcpu, self.read)}")
+            raise GuestError(f"vCPU {vcpu.id}: {self.program.name} took {arch.decode_exception(vcpu.fd, self.read)}")
         return call
 
     def run_until_ucall(self, vcpu: Vcpu) -> Ucall:
@@ -143,7 +142,7 @@ class GuestVm:
         self.vm.close()
 
     def _table_words(self, address: int) -> memoryview:
-        return self._memory[address : address + PAGE_SIZE].cast("Q")
+        return self._memory[address : address + arch.PAGE_SIZE].cast("Q")
 
     def __enter__(self) -> "GuestVm":
         return self
@@ -160,4 +159,4 @@ def program_slot_size(data_size: int) -> int:
 def unexpected_exit(vcpu: Vcpu, code: int) -> str:
     """What to say of a KVM_RUN that returned for a reason the test has no use for; the vCPU must not be running."""
     reason = "EINTR" if code else vcpu.exit_reason()
-    return f"vCPU {vcpu.id}: KVM_RUN returned {reason}{vcpu.exit_details()}\n{arch.describe_registers(vcpu)}"
+    return f"vCPU {vcpu.id}: KVM_RUN returned {reason}{vcpu.exit_details()}\n{arch.describe_registers(vcpu.fd)}"

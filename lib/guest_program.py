@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from lib.arch import current as arch
 
@@ -50,7 +51,9 @@ class GuestProgram:
                     (segment["p_vaddr"], segment.data(), segment["p_memsz"])
                     for segment in elf.iter_segments("PT_LOAD")
                 )
-                symbols = {symbol.name: symbol["st_value"] for symbol in elf.get_section_by_name(".symtab").iter_symbols()}
+                table = elf.get_section_by_name(".symtab")
+                assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip
+                symbols = {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}
                 return cls(name, elf["e_entry"], segments, symbols)
         except FileNotFoundError:
             raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None

@@ -17,6 +17,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _MAP_NORESERVE = 0x4000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
+_MADV_POPULATE_WRITE = 23
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
@@ -77,7 +78,7 @@ BACKINGS = {
 
 
 class GuestMemory:
-    """*size* bytes of host memory for one memslot at guest-physical address *gpa*.
+    """*size* bytes (whole pages) of host memory for one memslot at guest-physical address *gpa*.
 
     The host-virtual address is congruent to *gpa* modulo the backing's page size: KVM maps guest memory with huge pages
     only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
@@ -90,15 +91,27 @@ class GuestMemory:
         self.size = size
         self._map = _map_backing(backing, size + gpa % backing.alignment)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        offset = (gpa - base) % backing.alignment
-        self.hva = base + offset
-        self.view = memoryview(self._map)[offset : offset + size]
-        self.words = self.view.cast("Q") if size % 8 == 0 else None
+        self._offset = (gpa - base) % backing.alignment
+        self.hva = base + self._offset
+        self.view = memoryview(self._map)[self._offset : self._offset + size]
+        self.words = self.view.cast("Q")
+
+    def populate(self) -> None:
+        """Have the host provide every page now, so that too little memory is an error here and not a crash later.
+
+        Kernels before 5.14 do not know MADV_POPULATE_WRITE; there the pages come one by one as they are touched.
+        """
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE, self._offset, self.size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise GuestMemoryError(
+                    f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory: {error.strerror}"
+                ) from error
 
     def close(self) -> None:
         """Give the memory back to the host; views taken from :attr:`view` must be released before."""
-        if self.words is not None:
-            self.words.release()
+        self.words.release()
         self.view.release()
         self._map.close()
 

@@ -7,7 +7,7 @@ against the machine's header.
 
 from ctypes import Structure, Union, c_char, c_uint8, c_uint16, c_uint32, c_uint64
 
-from lib.ioctl import _IO, _IOR, _IOW, _IOWR  # noqa: F401 (the architectures' numbers are built from here too)
+from lib.ioctl import _IO, _IOW, _IOWR
 
 KVMIO = 0xAE
 KVM_API_VERSION = 12

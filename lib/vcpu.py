@@ -7,6 +7,7 @@ import mmap
 import os
 
 from lib import uapi
+from lib.dirty_ring import DirtyRing
 from lib.ioctl import KvmError, raw_ioctl
 
 EXIT_REASONS = {
@@ -30,6 +31,7 @@ class Vcpu:
         # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
         self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.run = uapi.kvm_run.from_address(self._run_address)
+        self._ring: DirtyRing | None = None
 
     def kvm_run(self) -> int:
         """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
@@ -40,6 +42,12 @@ class Vcpu:
         if result < 0 and code != errno.EINTR:
             raise KvmError(code, "KVM_RUN", f"vCPU {self.id}")
         return code
+
+    def map_dirty_ring(self, entries: int) -> DirtyRing:
+        """The vCPU's dirty ring of *entries* entries, mapped at the first call; the VM must have the ring enabled."""
+        if self._ring is None:
+            self._ring = DirtyRing(self.fd, entries)
+        return self._ring
 
     def exit_reason(self) -> str:
         """The name of the last exit's reason, such as ``KVM_EXIT_IO``."""
@@ -63,14 +71,11 @@ class Vcpu:
             return " (triple fault)"
         return ""
 
-    def io_data(self) -> int:
-        """The value that the guest wrote to a port in the last exit, which must be KVM_EXIT_IO."""
-        offset = self.run.io.data_offset
-        return int.from_bytes(self._map[offset : offset + self.run.io.size], "little")
-
     def close(self) -> None:
-        """Unmap the shared structure and close the vCPU. It must not be running."""
+        """Unmap ring and shared structure and close the vCPU. It must not be running."""
         if self.fd >= 0:
+            if self._ring is not None:
+                self._ring.close()
             del self.run
             self._map.close()
             os.close(self.fd)

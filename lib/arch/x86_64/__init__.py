@@ -2,7 +2,7 @@
 """x86-64: the names that the rest of the library takes from an architecture."""
 
 from lib.arch.x86_64.cpuid import Cpuid, cpu_model, get_supported_cpuid, guest_phys_limit
-from lib.arch.x86_64.paging import GUEST_MODES, GuestMode, PageTables
+from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
 from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET
 from lib.arch.x86_64.vcpu_state import (
     UCALL_PORT_SYMBOL,
@@ -27,6 +27,7 @@ __all__ = [
     "GUEST_MODES",
     "KVM_DIRTY_LOG_PAGE_OFFSET",
     "NAME",
+    "PAGE_SIZE",
     "TOTAL_STORE_ORDER",
     "UCALL_PORT_SYMBOL",
     "Cpuid",

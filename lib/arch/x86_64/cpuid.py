@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lib.arch.x86_64.uapi import KVM_GET_SUPPORTED_CPUID, kvm_cpuid2, kvm_cpuid_entry2
 from lib.ioctl import KvmError, raw_ioctl
-from lib.kvm import Kvm
 from lib.memory import GIB
 
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
@@ -34,7 +33,7 @@ class Cpuid:
 
     def family(self) -> int:
         """The CPU family, the extended one included."""
-        eax = self.leaf(1).eax
+        eax: int = self.leaf(1).eax
         base = eax >> 8 & 0xF
         return base + (eax >> 20 & 0xFF) if base == 0xF else base
 
@@ -59,13 +58,13 @@ class Cpuid:
         return bool(self.leaf(0x80000001).edx >> 20 & 1)
 
 
-def get_supported_cpuid(kvm: Kvm) -> Cpuid:
-    """KVM_GET_SUPPORTED_CPUID, with as many entries as it takes."""
+def get_supported_cpuid(kvm_fd: int) -> Cpuid:
+    """KVM_GET_SUPPORTED_CPUID on the open device, with as many entries as it takes."""
     count = 64
     while True:
         buffer = ctypes.create_string_buffer(ctypes.sizeof(kvm_cpuid2) + count * ctypes.sizeof(kvm_cpuid_entry2))
         kvm_cpuid2.from_buffer(buffer).nent = count
-        result, code = raw_ioctl(kvm.fd, KVM_GET_SUPPORTED_CPUID, buffer)
+        result, code = raw_ioctl(kvm_fd, KVM_GET_SUPPORTED_CPUID, buffer)
         if result >= 0:
             return Cpuid(buffer)
         if code != errno.E2BIG:

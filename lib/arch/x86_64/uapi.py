@@ -3,7 +3,8 @@
 
 from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
 
-from lib.uapi import _IOR, _IOW, _IOWR, KVMIO
+from lib.ioctl import _IOR, _IOW, _IOWR
+from lib.uapi import KVMIO
 
 # <asm/kvm.h>: the ring of a vCPU is mapped at this page of the vCPU's file
 KVM_DIRTY_LOG_PAGE_OFFSET = 64

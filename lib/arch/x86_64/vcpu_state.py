@@ -19,7 +19,6 @@ from lib.arch.x86_64.uapi import (
     kvm_sregs,
 )
 from lib.ioctl import ioctl
-from lib.vcpu import Vcpu
 
 # The guest program's symbol that says which port its calls use
 UCALL_PORT_SYMBOL = "UCALL_PORT"
@@ -40,6 +39,8 @@ _CR4 = 1 << 10 | 1 << 9 | 1 << 5  # OSXMMEXCPT OSFXSR PAE
 _CR4_LA57 = 1 << 12
 _EFER_LME, _EFER_LMA, _EFER_NX = 1 << 8, 1 << 10, 1 << 11
 _RFLAGS_RESERVED = 1 << 1
+
+_GENERAL_REGISTERS = [field[0] for field in kvm_regs._fields_]
 
 _VECTOR_NAMES = {
     **{0: "#DE divide error", 1: "#DB debug", 3: "#BP breakpoint", 4: "#OF overflow", 5: "#BR bound range"},
@@ -84,7 +85,7 @@ def init_descriptor_tables(page: memoryview, exception_stubs: int) -> None:
 
 
 def init_vcpu(
-    vcpu: Vcpu, cpuid: Cpuid, levels: int, root: int, tables: int, tss: tuple[int, memoryview],
+    vcpu_fd: int, cpuid: Cpuid, levels: int, root: int, tables: int, tss: tuple[int, memoryview],
     entry: int, stack: int, exception_stack: int, argument: int,
 ) -> None:  # fmt: skip
     """Put a new vCPU into 64-bit mode at *entry*, with *argument* in rdi; every address is the guest's.
@@ -95,11 +96,11 @@ def init_vcpu(
     :param tables: the page that :func:`init_descriptor_tables` filled
     :param tss: address and memory of a zeroed page for the task state segment
     """
-    ioctl(vcpu.fd, KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid.buffer)
+    ioctl(vcpu_fd, KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid.buffer)
     tss_address, tss_memory = tss
     struct.pack_into("<Q", tss_memory, _TSS_IST1, exception_stack)
 
-    sregs = get_sregs(vcpu)
+    sregs = get_sregs(vcpu_fd)
     sregs.cr0, sregs.cr3, sregs.cr4 = _CR0, root, _CR4
     if levels == 5:
         sregs.cr4 |= _CR4_LA57
@@ -113,55 +114,55 @@ def init_vcpu(
     sregs.ldt = kvm_segment(unusable=1)
     sregs.gdt.base, sregs.gdt.limit = tables, _IDT_OFFSET - 1
     sregs.idt.base, sregs.idt.limit = tables + _IDT_OFFSET, _VECTORS * _GATE_SIZE - 1
-    ioctl(vcpu.fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"cr0={sregs.cr0:#x}, cr4={sregs.cr4:#x}")
+    ioctl(vcpu_fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"cr0={sregs.cr0:#x}, cr4={sregs.cr4:#x}")
 
     regs = kvm_regs(rip=entry, rsp=stack, rdi=argument, rflags=_RFLAGS_RESERVED)
-    ioctl(vcpu.fd, KVM_SET_REGS, "KVM_SET_REGS", ctypes.byref(regs))
+    ioctl(vcpu_fd, KVM_SET_REGS, "KVM_SET_REGS", ctypes.byref(regs))
 
 
 def _segment(selector: int, kind: int, l: int = 0, db: int = 0) -> kvm_segment:  # noqa: E741 (the descriptor bit's name)
     return kvm_segment(limit=0xFFFF_FFFF, selector=selector, type=kind, present=1, s=1, g=1, l=l, db=db)
 
 
-def get_regs(vcpu: Vcpu) -> kvm_regs:
+def get_regs(vcpu_fd: int) -> kvm_regs:
     """KVM_GET_REGS."""
     regs = kvm_regs()
-    ioctl(vcpu.fd, KVM_GET_REGS, "KVM_GET_REGS", ctypes.byref(regs))
+    ioctl(vcpu_fd, KVM_GET_REGS, "KVM_GET_REGS", ctypes.byref(regs))
     return regs
 
 
-def get_sregs(vcpu: Vcpu) -> kvm_sregs:
+def get_sregs(vcpu_fd: int) -> kvm_sregs:
     """KVM_GET_SREGS."""
     sregs = kvm_sregs()
-    ioctl(vcpu.fd, KVM_GET_SREGS, "KVM_GET_SREGS", ctypes.byref(sregs))
+    ioctl(vcpu_fd, KVM_GET_SREGS, "KVM_GET_SREGS", ctypes.byref(sregs))
     return sregs
 
 
-def decode_ucall(vcpu: Vcpu, port: int) -> int | None:
+def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
     """The command of the guest's call when the last exit was one, else None."""
-    run = vcpu.run
     if run.exit_reason == uapi.KVM_EXIT_IO and run.io.direction == uapi.KVM_EXIT_IO_OUT and run.io.port == port:
-        return vcpu.io_data()
+        data = ctypes.string_at(ctypes.addressof(run) + run.io.data_offset, run.io.size)
+        return int.from_bytes(data, "little")
     return None
 
 
-def abort_arguments(vcpu: Vcpu) -> tuple[int, int, int]:
+def abort_arguments(vcpu_fd: int) -> tuple[int, int, int]:
     """The arguments of a guest's abort: the message's address and two values."""
-    regs = get_regs(vcpu)
+    regs = get_regs(vcpu_fd)
     return regs.rsi, regs.rdx, regs.rcx
 
 
-def decode_exception(vcpu: Vcpu, read: Callable[[int, int], bytes]) -> GuestException:
+def decode_exception(vcpu_fd: int, read: Callable[[int, int], bytes]) -> GuestException:
     """The exception that the last call reported, from the frame that the guest's stub built on its stack."""
-    frame = get_regs(vcpu).rsp
+    frame = get_regs(vcpu_fd).rsp
     _rax, vector, error_code, rip, _cs, rflags, rsp = struct.unpack("<7Q", read(frame, 56))
-    return GuestException(vector, error_code, rip, rsp, rflags, get_sregs(vcpu).cr2)
+    return GuestException(vector, error_code, rip, rsp, rflags, get_sregs(vcpu_fd).cr2)
 
 
-def describe_registers(vcpu: Vcpu) -> str:
+def describe_registers(vcpu_fd: int) -> str:
     """The vCPU's registers as text; the vCPU must not be running."""
-    regs, sregs = get_regs(vcpu), get_sregs(vcpu)
-    values = [(name, getattr(regs, name)) for name, _ in kvm_regs._fields_]
+    regs, sregs = get_regs(vcpu_fd), get_sregs(vcpu_fd)
+    values = [(name, getattr(regs, name)) for name in _GENERAL_REGISTERS]
     values += [(name, getattr(sregs, name)) for name in ("cr0", "cr2", "cr3", "cr4", "efer")]
     lines = [values[i : i + 4] for i in range(0, len(values), 4)]
     return "\n".join(" ".join(f"{name:>6}={value:016x}" for name, value in line) for line in lines)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The oracle: it knows every write that the guest made, and holds KVM's reports and the guest's memory to it.
+
+A collection ("reap") of dirty pages is not an instant: the guest goes on writing while it lasts. What is known of each vCPU is
+the number of writes that were done before the reap began (*before*) and the number done after it ended (*after*), and one
+write more that may be under way at either moment. So, for the reaps k-1 and k of a vCPU:
+
+- writes after the end of k-1 and before the start of k **must** be in k;
+- writes during k-1 must be in k-1 or in k;
+- nothing but the writes since the start of k-1 **may** be in k.
+
+The last reap of an iteration is made with all vCPUs stopped; there both numbers are one, and all three rules are exact.
+
+Exemptions, in full:
+
+- The write under way may be reported before it is done, and once more when it is: KVM logs a page when it makes it
+  writable, and the vCPU may exit (ring full, signal) before it repeats the store. The C test's ``dirty_ring_last_page``
+  exempts the same (kernel commit "KVM: selftests: Tighten checks around prev iter's last dirty page in ring", 2020d3b77a5a).
+- With KVM_DIRTY_LOG_INITIALLY_SET the first reap reports every page (api.rst 7.18); here it must.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from lib.log_modes import Collected
+from lib.write_stream import WriteStream
+
+WORDS_PER_PAGE = 512
+
+_Found = Callable[["Kind", Sequence[int], str], None]
+
+
+class Kind(Enum):
+    """The ways to break the contract; each value is its description."""
+
+    LOST = "written but not reported"
+    FALSE = "reported but not written"
+    VALUE = "wrong value in memory"
+    DUPLICATE = "more ring entries than writes"
+    WRONG_SLOT = "ring entry names another slot"
+    BAD_OFFSET = "page beyond the end of the slot"
+    RESET_COUNT = "KVM_RESET_DIRTY_RINGS took another number of entries than were harvested"
+    GAP = "dirty ring entries behind a clean one"
+    STUCK = "KVM_EXIT_DIRTY_RING_FULL again with nothing to harvest"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which one reap, or the memory after an iteration, broke the contract.
+
+    :ivar reap: which reap of the run, counted from 1; 0 where the finding is about memory
+    :ivar vcpu: the vCPU whose ring or whose writes it is about; None for a bitmap
+    :ivar pages: the pages concerned, ascending, where there are any
+    """
+
+    kind: Kind
+    iteration: int
+    reap: int
+    vcpu: int | None
+    pages: tuple[int, ...]
+    detail: str
+
+    def __str__(self) -> str:
+        whose = "" if self.vcpu is None else f", vCPU {self.vcpu}"
+        where = f"reap {self.reap}" if self.reap else "memory"
+        return f"iteration {self.iteration}, {where}{whose}: {self.kind.name} ({self.kind.value}): {self.detail}"
+
+
+@dataclass(frozen=True)
+class Reap:
+    """One collection and the writes that each vCPU had published before it began and after it ended."""
+
+    iteration: int
+    final: bool
+    before: list[int]
+    after: list[int]
+    collected: Collected
+
+
+@dataclass
+class _Seen:
+    """What the oracle keeps of one vCPU's last reap: its two counts, and whether they are exact."""
+
+    before: int = 0
+    after: int = 0
+    final: bool = True
+
+
+class Oracle:
+    """Checks the reaps and the memory of one run.
+
+    :param npages: size of the test slot
+    :param streams: what each vCPU writes; vCPU *v* writes word *v* of a page
+    :param per_vcpu: whether each vCPU has a source (ring) of its own
+    :param initially_set: whether the first reap has to report every page
+    :param slot: the slot field that ring entries must have
+    """
+
+    def __init__(
+        self, npages: int, streams: Sequence[WriteStream], per_vcpu: bool, initially_set: bool, slot: int
+    ) -> None:
+        self.npages = npages
+        self.last_reported = array("I", bytes(4 * npages))
+        self._streams = streams
+        self._slot = slot
+        self._initially_set = initially_set
+        everyone = range(len(streams))
+        self._sources = [(vcpu,) for vcpu in everyone] if per_vcpu else [tuple(everyone)]
+        self._per_vcpu = per_vcpu
+        self._seen = [_Seen() for _ in streams]
+        self._reported_before: list[set[int]] = [set() for _ in self._sources]
+        self._expected = [memoryview(array("Q", bytes(8 * npages))) for _ in streams]
+        self._checked_writes = [0 for _ in streams]
+        self._iteration_ends: list[list[int]] = [[] for _ in streams]
+        self._reap_iterations: list[int] = []
+
+    def settle(self, published: Sequence[int], words: memoryview) -> list[int]:
+        """How many writes each stopped vCPU has done: those published, and the next one when its value is in memory."""
+        counts = []
+        for vcpu, (stream, count) in enumerate(zip(self._streams, published, strict=True)):
+            next_page = stream.between(count, count + 1)[0]
+            done = words[next_page * WORDS_PER_PAGE + vcpu] == count + 1
+            counts.append(count + done)
+        return counts
+
+    def check_reap(self, reap: Reap) -> list[Finding]:
+        """Check one reap; they must come in the order in which they were made."""
+        self._reap_iterations.append(reap.iteration)
+        number = len(self._reap_iterations)
+        findings: list[Finding] = []
+        for index, vcpus in enumerate(self._sources):
+            vcpu = vcpus[0] if self._per_vcpu else None
+
+            def found(kind: Kind, pages: Sequence[int], detail: str, vcpu: int | None = vcpu) -> None:
+                findings.append(Finding(kind, reap.iteration, number, vcpu, tuple(sorted(pages)), detail))
+
+            entries = reap.collected.pages[index]
+            if reap.collected.slots:
+                entries = self._check_slots(entries, reap.collected.slots[index], found)
+            reported = set(entries)
+            beyond = [page for page in reported if page >= self.npages]
+            if beyond:
+                found(Kind.BAD_OFFSET, beyond, f"{len(beyond)} pages, the slot has {self.npages}")
+                reported.difference_update(beyond)
+            self._check_pages(reap, index, vcpus, reported, found)
+            if self._per_vcpu and len(reported) < len(entries):
+                self._check_duplicates(reap, vcpus[0], entries, found)
+            if index < len(reap.collected.behind_gap) and reap.collected.behind_gap[index]:
+                found(Kind.GAP, (), f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest")
+            for page in reported:
+                self.last_reported[page] = number
+            self._reported_before[index] = reported
+        if self._per_vcpu:
+            harvested = sum(map(len, reap.collected.pages))
+            if reap.collected.reset != harvested:
+                detail = f"harvested {harvested}, taken back {reap.collected.reset}"
+                findings.append(Finding(Kind.RESET_COUNT, reap.iteration, number, None, (), detail))
+        for seen, before, after in zip(self._seen, reap.before, reap.after, strict=True):
+            seen.before, seen.after, seen.final = before, after, reap.final
+        return findings
+
+    def check_memory(self, iteration: int, done: Sequence[int], words: memoryview) -> list[Finding]:
+        """Check every page's words after an iteration, with all vCPUs stopped and *done* from :meth:`settle`."""
+        findings = []
+        for vcpu, stream in enumerate(self._streams):
+            expected = self._expected[vcpu]
+            first = self._checked_writes[vcpu]
+            for value, page in enumerate(stream.between(first, done[vcpu]), first + 1):
+                expected[page] = value
+            self._checked_writes[vcpu] = done[vcpu]
+            self._iteration_ends[vcpu].append(done[vcpu])
+            column = words[vcpu::WORDS_PER_PAGE].tobytes()
+            if column != expected.tobytes():
+                actual = memoryview(column).cast("Q")
+                wrong = [page for page in range(self.npages) if actual[page] != expected[page]]
+                detail = f"{len(wrong)} pages; " + "; ".join(
+                    f"page {page} expected {self._value_text(vcpu, expected[page])}"
+                    f" found {self._value_text(vcpu, actual[page])}"
+                    for page in wrong[:8]
+                )
+                findings.append(Finding(Kind.VALUE, iteration, 0, vcpu, tuple(wrong), detail))
+        return findings
+
+    def history(self, page: int) -> str:
+        """When *page* was last written and last reported, as far as the checks got."""
+        writes = [
+            f"write {column[page]} of vCPU {vcpu} (iteration {self._iteration_of(vcpu, column[page])})"
+            for vcpu, column in enumerate(self._expected)
+            if column[page]
+        ]
+        reap = self.last_reported[page]
+        reported = f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})" if reap else "never reported"
+        return f"page {page}: last written by {', '.join(writes) or 'nobody'}; {reported}"
+
+    def _check_pages(
+        self, reap: Reap, index: int, vcpus: Sequence[int], reported: set[int], found: _Found
+    ) -> None:
+        """The three rules of this module, for one source."""
+        earlier = self._reported_before[index]
+        if self._initially_set and len(self._reap_iterations) == 1:
+            missing = self.npages - len(reported)
+            if missing:
+                absent = [page for page in range(self.npages) if page not in reported]
+                found(Kind.LOST, absent, f"{missing} pages are not in the first reap, which must report all")
+            return
+        must: set[int] = set()
+        either: set[int] = set()
+        may: set[int] = set()
+        for vcpu in vcpus:
+            stream, seen = self._streams[vcpu], self._seen[vcpu]
+            before = reap.before[vcpu]
+            if seen.final:
+                exact_from = seen.before
+            else:
+                exact_from = seen.after + 1
+                either.update(stream.between(seen.before, min(exact_from, before)))
+            must.update(stream.between(exact_from, max(exact_from, before)))
+            may.update(stream.between(seen.before, reap.after[vcpu] + 1))
+        lost = (must - reported) | (either - reported - earlier)
+        if lost:
+            found(Kind.LOST, sorted(lost), f"{len(lost)} of {len(must)} pages")
+        false = reported - may
+        if false:
+            found(Kind.FALSE, sorted(false), f"{len(false)} of {len(reported)} reported pages")
+
+    def _check_slots(self, entries: list[int], slots: list[int], found: _Found) -> list[int]:
+        """The entries that name the test slot; a finding for the others."""
+        if slots.count(self._slot) == len(slots):
+            return entries
+        wrong = [(page, slot) for page, slot in zip(entries, slots, strict=True) if slot != self._slot]
+        named = ", ".join(f"{slot:#x}" for slot in sorted({slot for _, slot in wrong})[:4])
+        found(Kind.WRONG_SLOT, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}")
+        return [page for page, slot in zip(entries, slots, strict=True) if slot == self._slot]
+
+    def _check_duplicates(self, reap: Reap, vcpu: int, entries: list[int], found: _Found) -> None:
+        """KVM pushes an entry for a write, so a page cannot have more entries than the vCPU may have made writes."""
+        may = Counter(self._streams[vcpu].between(self._seen[vcpu].before, reap.after[vcpu] + 1))
+        excess = [page for page, count in Counter(entries).items() if count > 1 and may[page] and count > may[page]]
+        if excess:
+            found(Kind.DUPLICATE, excess, f"{len(excess)} pages")
+
+    def _value_text(self, vcpu: int, value: int) -> str:
+        iteration = self._iteration_of(vcpu, value)
+        return f"{value} (iteration {iteration})" if iteration else f"{value:#x}"
+
+    def _iteration_of(self, vcpu: int, value: int) -> int:
+        """The iteration in which *vcpu* wrote *value*; 0 when it did not yet."""
+        ends = self._iteration_ends[vcpu]
+        index = bisect_left(ends, value)
+        return index + 1 if value and index < len(ends) else 0
