@@ -34,6 +34,8 @@ DENSITIES = {
 EXTRA_PAGES = 3
 # Writes that each vCPU makes at least in an iteration, however slow the machine (kernel commit 73eaa2aa14b7)
 MIN_WRITES = 256
+# The word of each vCPU in a page: 4096 / 8
+MAX_VCPUS = 512
 # A vCPU that has written nothing for so long, in seconds, while it should, hangs.
 HANG_TIMEOUT = 60.0
 

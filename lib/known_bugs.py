@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The list of known kernel bugs, ``known_bugs.toml``: which of them concern a cell or a test on this host."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lib.cell import Cell
+from lib.host import Host, version_numbers
+from lib.oracle import Finding, Kind
+
+PATH = Path(__file__).resolve().parent.parent / "known_bugs.toml"
+
+
+class KnownBugsError(ValueError):
+    """The list has an entry that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class KnownBug:
+    """An entry of the list; the fields are described there."""
+
+    id: str
+    summary: str
+    evidence: str
+    backend: str
+    findings: frozenset[Kind]
+    always: bool
+    kernels: tuple[str, str] = ("", "")
+    parameters: dict[str, str] = field(default_factory=dict)
+    cells: dict[str, list[str]] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
+
+    def on(self, host: Host) -> bool:
+        """Whether *host* meets the conditions."""
+        first, before = self.kernels
+        return (
+            host.backend == self.backend
+            and (not first or host.kernel_version >= version_numbers(first))
+            and (not before or host.kernel_version < version_numbers(before))
+            and all(host.parameters.get(name) == value for name, value in self.parameters.items())
+        )
+
+    def concerns_cell(self, cell: Cell) -> bool:
+        """Whether *cell* is one of those named."""
+        return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
+
+    def explains(self, findings: Sequence[Finding]) -> bool:
+        """Whether all of *findings* are of kinds that the bug causes."""
+        return all(finding.kind in self.findings for finding in findings)
+
+
+def load(path: Path = PATH) -> list[KnownBug]:
+    """Read the list.
+
+    :raises KnownBugsError: an entry lacks a field, has an unknown one, or names a kind or dimension that does not exist
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+        return [_parse(entry) for entry in data.get("bug", [])]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        raise KnownBugsError(f"{path.name}: {error}") from error
+
+
+def _parse(entry: dict[str, Any]) -> KnownBug:
+    values = dict(entry)
+    shows = values.pop("shows")
+    if shows not in ("always", "sometimes"):
+        raise ValueError(f'{entry["id"]}: shows must be "always" or "sometimes", not {shows!r}')
+    unknown = set(values.get("cells", {})) - {field.name for field in fields(Cell)}
+    if unknown:
+        raise ValueError(f"{entry['id']}: no such dimension: {', '.join(sorted(unknown))}")
+    if not values.get("cells") and not values.get("tests"):
+        raise ValueError(f"{entry['id']}: names neither cells nor tests")
+    values["findings"] = frozenset(Kind[name] for name in values["findings"])
+    for name in ("kernels", "tests"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return KnownBug(always=shows == "always", **values)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a failed cell shows: where it ran, what was wrong where, and the command that repeats it."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from lib.cell import Cell, Settings
+from lib.dirty_log_run import DirtyTrackingError
+from lib.host import Host
+from lib.oracle import Kind
+
+_FIRST_PAGES = 8
+_FINDINGS = 12
+_MAP_COLUMNS = 64
+_MAP_ROWS = 8
+
+# Parameters that decide which of KVM's dirty-tracking paths run; the text report shows these, the JSON file has all.
+_TELLING_PARAMETERS = ("tdp_mmu", "eager_page_split", "npt", "ept", "pml", "ept_ad", "nx_huge_pages", "pvm_emul_batch")
+
+# How the map marks a part of the slot; the first that applies wins.
+_MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.FALSE, "F"), (Kind.DUPLICATE, "D"))
+
+
+def environment_lines(host: Host) -> list[str]:
+    """Kernel, backend with its telling parameters, and CPU."""
+    telling = [
+        f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _TELLING_PARAMETERS
+    ]
+    return [f"kernel   {host.kernel}", f"backend  {host.backend} ({', '.join(telling)})", f"cpu      {host.cpu}"]
+
+
+def repeat_command(cell: Cell, settings: Settings) -> str:
+    """The command that runs *cell* again with the same seed and settings."""
+    python = sys.executable
+    if python.startswith(os.getcwd() + os.sep):
+        python = os.path.relpath(python)
+    arguments = [python, "-m", "pytest", "selftests/test_dirty_log.py"]
+    for field in fields(cell):
+        arguments += [f"--{field.name.replace('_', '-')}", str(getattr(cell, field.name))]
+    defaults = Settings()
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "seed" or value != getattr(defaults, field.name):
+            text = f"{value:g}" if isinstance(value, float) else f"{value:#x}" if field.name == "phys_offset" else str(value)
+            arguments += [f"--{field.name.replace('_', '-')}", text]
+    return shlex.join(arguments)
+
+
+def context_lines(host: Host, cell: Cell, settings: Settings) -> list[str]:
+    """What every failure of a cell tells: where it ran, what ran, and how to run it again."""
+    dimensions = ", ".join(f"{field.name} {getattr(cell, field.name)}" for field in fields(cell))
+    return [
+        *environment_lines(host),
+        f"cell     {dimensions}",
+        f"seed     {settings.seed}",
+        f"repeat   {repeat_command(cell, settings)}",
+    ]
+
+
+def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> str:
+    """The whole report of a broken contract."""
+    run = error.run
+    figures = run.figures
+    kinds = ", ".join(f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.findings))
+    lines = [
+        f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}",
+        "",
+        *context_lines(host, run.cell, settings),
+        f"figures  {figures.writes} writes, {figures.reaps} reaps in the last iterations,"
+        f" {figures.ring_full_exits} ring-full exits",
+        "",
+        *(str(finding) for finding in error.findings[:_FINDINGS]),
+    ]
+    if len(error.findings) > _FINDINGS:
+        lines.append(f"... and {len(error.findings) - _FINDINGS} findings more")
+    pages = _first_pages(error)
+    if pages:
+        lines += ["", "first pages concerned:", *(f"  {run.oracle.history(page)}" for page in pages)]
+        lines += ["", *slot_map(error, run.memslot.npages)]
+    return "\n".join(lines)
+
+
+def failure_data(error: DirtyTrackingError, host: Host, settings: Settings) -> dict[str, Any]:
+    """The same for the results folder, as plain data."""
+    run = error.run
+    return {
+        "host": asdict(host),
+        "cell": asdict(run.cell),
+        "settings": asdict(settings),
+        "repeat": repeat_command(run.cell, settings),
+        "figures": asdict(run.figures),
+        "findings": [
+            asdict(finding) | {"kind": finding.kind.name, "pages": list(finding.pages)} for finding in error.findings
+        ],
+        "history": [run.oracle.history(page) for page in _first_pages(error)],
+        "map": slot_map(error, run.memslot.npages),
+    }
+
+
+def slot_map(error: DirtyTrackingError, npages: int) -> list[str]:
+    """The slot as a few lines of text, each character a run of pages: what is wrong there, or ``.`` for nothing."""
+    per_mark = -(-npages // (_MAP_COLUMNS * _MAP_ROWS))
+    marks = ["."] * -(-npages // per_mark)
+    for kind, mark in reversed(_MARKS):
+        for page in _pages(error, [kind]):
+            if page < npages:
+                marks[page // per_mark] = mark
+    rows = ["".join(marks[start : start + _MAP_COLUMNS]) for start in range(0, len(marks), _MAP_COLUMNS)]
+    legend = ", ".join(f"{mark} {kind.value}" for kind, mark in _MARKS)
+    return [f"slot map, {per_mark} pages a character ({legend}):", *(f"  {row}" for row in rows)]
+
+
+def _pages(error: DirtyTrackingError, kinds: Sequence[Kind]) -> Iterable[int]:
+    return (page for finding in error.findings if finding.kind in kinds for page in finding.pages)
+
+
+def _first_pages(error: DirtyTrackingError) -> list[int]:
+    """A few of the wrong pages, each kind of finding being represented."""
+    npages = error.run.memslot.npages
+    pages: dict[int, None] = {}
+    for finding in error.findings:
+        pages.update(dict.fromkeys([page for page in finding.pages if page < npages][:_FIRST_PAGES]))
+    return list(pages)[: 2 * _FIRST_PAGES]

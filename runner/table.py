@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The table that ends a run: a row per cell of the matrix."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DIMENSIONS = ("log_mode", "guest_mode", "backing", "stop", "density", "vcpus")
+_FIGURES = {
+    "iterations": "iterations",
+    "writes": "writes",
+    "dirty": "dirty",
+    "clean": "clean",
+    "ring_full_exits": "ring full",
+    "seconds": "seconds",
+}
+VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped")
+
+Row = Mapping[str, Any]
+
+
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """The rows as aligned lines: dimensions, figures, verdict, and the reason of a verdict that has one."""
+    header = [name.replace("_", " ") for name in DIMENSIONS] + list(_FIGURES.values()) + ["verdict"]
+    lines = [header]
+    for row in rows:
+        figures = [_figure(row.get(name)) for name in _FIGURES]
+        reason = f": {row['reason']}" if row.get("reason") else ""
+        lines.append([str(row.get(name, "")) for name in DIMENSIONS] + figures + [f"{row['verdict']}{reason}"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+    left = len(DIMENSIONS) - 1  # names to the left, numbers to the right
+    return [
+        "  ".join(
+            [text.ljust(width) if column < left else text.rjust(width) for column, (text, width) in enumerate(zip(line, widths, strict=False))]
+            + line[-1:]
+        )
+        for line in lines
+    ]  # fmt: skip
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many cells there are of each verdict."""
+    counts = Counter(row["verdict"] for row in rows)
+    return f"{len(rows)} cells: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
