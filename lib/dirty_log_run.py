@@ -104,6 +104,7 @@ class DirtyLogRun:
             self._sweep = sweep_length(npages, cell.vcpus)
             blocks = [self._add_writer(vcpu, gva, density.sparse) for vcpu in range(cell.vcpus)]
             self._published = [self._block_field(block, "BLOCK_WRITES") for block in blocks]
+            self._settled = [0 for _ in blocks]
             self._stop_flags = [self._block_field(block, "BLOCK_STOP") for block in blocks]
         except BaseException:
             self.guest.close()
@@ -139,15 +140,21 @@ class DirtyLogRun:
         return self.figures
 
     def published(self) -> list[int]:
-        """How many writes each vCPU has done; one more may be under way."""
-        return [count[0] for count in self._published]
+        """How many writes each vCPU is known to have done; one more may be under way.
+
+        A vCPU that was stopped between a store and its publication has done one write more than it says, and goes on
+        saying so for a moment after it was let go.
+        """
+        return [max(count[0], done) for count, done in zip(self._published, self._settled, strict=True)]
 
     def _collect(self, iteration: int, stopped: bool) -> Reap:
         """Make one reap; on the collector's thread."""
-        before = self.oracle.settle(self.published(), self._words) if stopped else self.published()
+        if stopped:
+            self._settled = self.oracle.settle(self.published(), self._words)
+        before = self.published()
         kick = self._collector.kick_running
         collected = self._mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
-        return Reap(iteration, stopped, before, before if stopped else self.published(), collected)
+        return Reap(iteration, stopped, before, self.published(), collected)
 
     def close(self) -> None:
         """Close the VM and give all memory back."""

@@ -25,7 +25,7 @@
 	.set WRITES_PER_BATCH, 64	# writes between two looks at BLOCK_STOP
 	.set PAGE_SIZE, 4096
 	.set FILL_UNROLL, 8
-	.set PADDING, 20
+	.set PADDING, 16
 
 	.macro one_write
 	lodsq				# the next address
