@@ -98,7 +98,7 @@ class DirtyLogRun:
             gva = (_TEST_GVA_5_LEVEL if mode.levels == 5 else _TEST_GVA) + self.gpa % mode.page_size
             self.guest.map_test_memory(gva, self.gpa, size)
             batch = self._symbols["WRITES_PER_BATCH"]
-            self._streams = [
+            self.streams = [
                 make_stream(density.pattern, npages, vcpu, cell.vcpus, settings.seed, batch) for vcpu in range(cell.vcpus)
             ]
             self._sweep = sweep_length(npages, cell.vcpus)
@@ -109,7 +109,7 @@ class DirtyLogRun:
         except BaseException:
             self.guest.close()
             raise
-        self.oracle = Oracle(npages, self._streams, self._mode.per_vcpu, self._mode.initially_set, TEST_SLOT)
+        self.oracle = Oracle(npages, self.streams, self._mode.per_vcpu, self._mode.initially_set, TEST_SLOT)
         self._draw = random.Random(f"{settings.seed}/reap")
         self._cond = threading.Condition()
         self._threads = [VcpuThread(self.guest, vcpu, self._mode, self._cond) for vcpu in vm.vcpus]
@@ -164,7 +164,7 @@ class DirtyLogRun:
 
     def _add_writer(self, index: int, gva: int, sparse: bool) -> int:
         """Make vCPU *index* with its block and table; returns the block's address."""
-        stream = self._streams[index]
+        stream = self.streams[index]
         table = self.guest.allocate(len(stream.pages) * 8)
         addresses = stream.addresses(gva + 8 * index, PAGE)
         self.guest.memory(table, len(addresses) * 8).cast("Q")[:] = memoryview(addresses)

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Real runs on real KVM whose answers are falsified between the ioctl and the oracle: each fault is caught.
+
+A fault is planted once the run is under way (:data:`ARMED`), and the iterations until it is caught are printed at the end
+of the test run.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from lib.cell import Cell, Settings
+from lib.dirty_bitmap import set_pages
+from lib.dirty_log_run import DirtyLogRun, DirtyTrackingError
+from lib.dirty_ring import DirtyRing
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES
+from lib.memory import MIB
+from lib.oracle import Kind, Oracle
+from lib.vm import Vm
+
+ITERATIONS = 60
+ARMED = 2  # complete iterations before a fault is planted
+SETTINGS = Settings(iterations=ITERATIONS, interval=2.0, ring_count=1024, test_mem=8 * MIB, seed=1)
+
+BITMAP_MODES = ["dirty-log", "clear-log", "clear-log-unset"]
+RING_MODES = ["dirty-ring", "dirty-ring-plain"]
+
+Entries = tuple[list[int], list[int]]
+
+
+@dataclass
+class Planter:
+    """What a fault works with.
+
+    :ivar planted: the iteration in which the fault first took effect
+    :ivar kept: what a fault holds back for later
+    """
+
+    run: DirtyLogRun
+    draw: random.Random = field(default_factory=lambda: random.Random(1))
+    planted: int | None = None
+    kept: list[int] = field(default_factory=list)
+    seen: int = 0
+
+    @property
+    def armed(self) -> bool:
+        return self.run.figures.iterations >= ARMED
+
+    def plant(self) -> None:
+        self.planted = self.planted or self.run.figures.iterations + 1
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a fault that is planted once has still to be."""
+        return self.armed and self.planted is None
+
+    def is_ten_thousandth(self) -> bool:
+        """Count one more reported page; the fault counts as planted from the first on."""
+        self.plant()
+        self.seen += 1
+        return self.seen % 10_000 == 0
+
+    def not_written_soon(self, reported: list[int]) -> int:
+        """A page that is neither reported nor written within the next hundred writes."""
+        done = self.run.published()[0]
+        busy = set(reported).union(self.run.streams[0].between(done, done + 100))
+        return next(page for page in self.draw.sample(range(self.run.memslot.npages), 300) if page not in busy)
+
+
+# --- faults in a bitmap: change it in place ---------------------------------------------------------------------------
+
+
+def flip(bitmap: bytearray, page: int) -> None:
+    bitmap[page // 8] ^= 1 << page % 8
+
+
+def drop_a_bit(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and (pages := set_pages(bitmap)):
+        flip(bitmap, planter.draw.choice(pages))
+        planter.plant()
+
+
+def add_a_bit(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh:
+        flip(bitmap, planter.not_written_soon(set_pages(bitmap)))
+        planter.plant()
+
+
+def lose_a_word(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and (pages := set_pages(bitmap)):
+        word = planter.draw.choice(pages) // 64
+        bitmap[word * 8 : word * 8 + 8] = bytes(8)
+        planter.plant()
+
+
+def shift_by_a_page(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and any(bitmap):
+        shifted = int.from_bytes(bitmap, "little") << 1 & (1 << len(bitmap) * 8) - 1
+        bitmap[:] = shifted.to_bytes(len(bitmap), "little")
+        planter.plant()
+
+
+def report_too_early(planter: Planter, bitmap: bytearray) -> None:
+    """A page whose write comes only in a later iteration."""
+    if planter.fresh:
+        flip(bitmap, first_future_page(planter, set_pages(bitmap)))
+        planter.plant()
+
+
+def report_too_late(planter: Planter, bitmap: bytearray) -> None:
+    """A page held back until the next iteration."""
+    if planter.fresh and (pages := set_pages(bitmap)):
+        planter.kept = [planter.draw.choice(pages)]
+        flip(bitmap, planter.kept[0])
+        planter.plant()
+    elif planter.kept and planter.run.figures.iterations >= (planter.planted or 0):
+        page = planter.kept.pop()
+        bitmap[page // 8] |= 1 << page % 8
+
+
+def set_a_tail_bit(planter: Planter, bitmap: bytearray) -> None:
+    """A bit of the last word that no page belongs to."""
+    if planter.fresh:
+        flip(bitmap, planter.run.memslot.npages)
+        planter.plant()
+
+
+def lose_one_in_ten_thousand(planter: Planter, bitmap: bytearray) -> None:
+    for page in set_pages(bitmap) if planter.armed else ():
+        if planter.is_ten_thousandth():
+            flip(bitmap, page)
+
+
+BITMAP_FAULTS = [
+    drop_a_bit, add_a_bit, lose_a_word, shift_by_a_page, report_too_early, report_too_late, set_a_tail_bit,
+    lose_one_in_ten_thousand,
+]  # fmt: skip
+
+
+# --- faults in what CLEAR is asked: as a KVM would fail that clears other pages than it was told ------------------------
+
+
+def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
+    drop_a_bit(planter, bitmap)
+
+
+def clear_everything(planter: Planter, bitmap: bytearray) -> None:
+    """Also the pages that were written after GET and so were never reported."""
+    if planter.armed:
+        bitmap[:] = b"\xff" * len(bitmap)
+        planter.plant()
+
+
+# --- faults in a ring's entries: return other ones ----------------------------------------------------------------------
+
+
+def lose_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        at = planter.draw.randrange(len(pages))
+        planter.plant()
+        return slots[:at] + slots[at + 1 :], pages[:at] + pages[at + 1 :]
+    return slots, pages
+
+
+def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        at = planter.draw.randrange(len(pages))
+        planter.plant()
+        return slots[: at + 1] + slots[at:], pages[: at + 1] + pages[at:]
+    return slots, pages
+
+
+def name_another_slot(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        slots[planter.draw.randrange(len(slots))] += 1
+        planter.plant()
+    return slots, pages
+
+
+def name_another_address_space(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        slots[planter.draw.randrange(len(slots))] |= 1 << 16
+        planter.plant()
+    return slots, pages
+
+
+def offset_off_by_one(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        pages[planter.draw.randrange(len(pages))] += 1
+        planter.plant()
+    return slots, pages
+
+
+def add_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh:
+        planter.plant()
+        return [*slots, 1], [*pages, planter.not_written_soon(pages)]
+    return slots, pages
+
+
+def entry_too_early(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh:
+        planter.plant()
+        return [*slots, 1], [*pages, first_future_page(planter, pages)]
+    return slots, pages
+
+
+def entry_too_late(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        planter.plant()
+        planter.kept = [pages.pop()]
+        return slots[:-1], pages
+    if planter.kept and planter.run.figures.iterations >= (planter.planted or 0):
+        return [*slots, 1], [*pages, planter.kept.pop()]
+    return slots, pages
+
+
+def lose_one_entry_in_ten_thousand(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if not planter.armed:
+        return slots, pages
+    kept = [at for at in range(len(pages)) if not planter.is_ten_thousandth()]
+    return [slots[at] for at in kept], [pages[at] for at in kept]
+
+
+RING_FAULTS = [
+    lose_an_entry, repeat_an_entry, name_another_slot, name_another_address_space, offset_off_by_one, add_an_entry,
+    entry_too_early, entry_too_late, lose_one_entry_in_ten_thousand,
+]  # fmt: skip
+
+
+def first_future_page(planter: Planter, reported: list[int]) -> int:
+    """A page that is written within the next thousand writes, but not within the next hundred."""
+    done = planter.run.published()[0]
+    near = set(planter.run.streams[0].between(done, done + 100)).union(reported)
+    return next(page for page in planter.run.streams[0].between(done + 500, done + 1000) if page not in near)
+
+
+# --- the tests ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, vcpus: int = 1) -> Iterator[Planter]:
+    """Make a run of *mode*, let the body plant a fault, and expect the oracle to find it."""
+    cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
+    with DirtyLogRun(kvm, cell, SETTINGS) as run:
+        planter = Planter(run)
+        yield planter
+        with pytest.raises(DirtyTrackingError) as error:
+            run.run()
+        assert planter.planted, "the fault was never planted: this failure is not its doing"
+        iterations = error.value.findings[0].iteration - planter.planted + 1
+        request.node.user_properties.append(("caught_within", iterations))
+        assert 1 <= iterations <= 2 or "ten_thousand" in request.node.name
+
+
+@pytest.mark.parametrize("mode", BITMAP_MODES)
+@pytest.mark.parametrize("fault", BITMAP_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_false_bitmap_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, bytearray], None],
+) -> None:  # fmt: skip
+    """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
+    get_dirty_log = Vm.get_dirty_log
+    with caught(kvm, request, mode) as planter:
+
+        def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+            get_dirty_log(vm, slot, bitmap)
+            fault(planter, bitmap)
+
+        monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+
+
+@pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
+@pytest.mark.parametrize("fault", [clear_all_but_one, clear_everything], ids=lambda fault: fault.__name__)
+def test_a_wrong_clear_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, bytearray], None],
+) -> None:  # fmt: skip
+    """KVM_CLEAR_DIRTY_LOG is asked for other pages than the log mode asked for."""
+    clear_dirty_log = Vm.clear_dirty_log
+    with caught(kvm, request, mode) as planter:
+
+        def falsified(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+            fault(planter, bitmap)
+            clear_dirty_log(vm, slot, bitmap, first_page, num_pages)
+
+        monkeypatch.setattr(Vm, "clear_dirty_log", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.parametrize("fault", RING_FAULTS, ids=lambda fault: fault.__name__)
+def test_false_ring_entries_are_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, list[int], list[int]], Entries],
+) -> None:  # fmt: skip
+    """What was harvested is changed before the log mode gets it."""
+    harvest = DirtyRing.harvest
+    with caught(kvm, request, mode) as planter:
+        monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(planter, *harvest(ring)))
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_rings_of_two_vcpus_mixed_up_are_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The first vCPU is given the last entry of the second one's ring."""
+    harvest = DirtyRing.harvest
+    with caught(kvm, request, mode, vcpus=2) as planter:
+        moved: list[int] = []
+
+        def falsified(ring: DirtyRing) -> Entries:
+            slots, pages = harvest(ring)
+            if moved:
+                planter.plant()
+                return [*slots, 1], [*pages, moved.pop()]
+            if planter.fresh and pages:
+                moved.append(pages.pop())
+                slots.pop()
+            return slots, pages
+
+        monkeypatch.setattr(DirtyRing, "harvest", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.parametrize("wrong_by", [-1, 1])
+def test_a_wrong_reset_count_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str, wrong_by: int
+) -> None:
+    """KVM_RESET_DIRTY_RINGS says one entry more or less than it took."""
+    reset_dirty_rings = Vm.reset_dirty_rings
+    with caught(kvm, request, mode) as planter:
+
+        def falsified(vm: Vm) -> int:
+            count = reset_dirty_rings(vm)
+            if planter.fresh and count:
+                planter.plant()
+                return count + wrong_by
+            return count
+
+        monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_reset_that_does_nothing_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """KVM takes no entry back, again and again; the calls are not repeated for ever."""
+    reset_dirty_rings = Vm.reset_dirty_rings
+    with caught(kvm, request, mode) as planter:
+
+        def falsified(vm: Vm) -> int:
+            if not planter.armed:
+                return reset_dirty_rings(vm)
+            planter.plant()
+            return 0
+
+        monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_wrong_value_in_memory_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """One page goes back to an older value, as if a write had been lost with its report in place."""
+    check_memory = Oracle.check_memory
+    with caught(kvm, request, mode) as planter:
+
+        def falsified(oracle: Oracle, iteration: int, done: list[int], words: memoryview) -> object:
+            if planter.fresh:
+                planter.plant()
+                words[planter.run.streams[0].between(done[0] - 10, done[0] - 9)[0] * 512] -= 1
+            return check_memory(oracle, iteration, done, words)
+
+        monkeypatch.setattr(Oracle, "check_memory", falsified)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_findings_of_a_stopped_write_are_not_false_alarms(kvm: Kvm, mode: str) -> None:
+    """The same run without a fault is right: what the tests above catch is the fault."""
+    cell = Cell(mode, "48bit-4k", "anonymous", "forced", "sparse", 2)
+    with DirtyLogRun(kvm, cell, SETTINGS) as run:
+        assert run.run().iterations == ITERATIONS
+
+
+def test_every_kind_of_finding_has_a_fault_or_a_reproducer() -> None:
+    """A new kind of finding needs a test that shows it."""
+    shown_here = {Kind.LOST, Kind.FALSE, Kind.VALUE, Kind.DUPLICATE, Kind.WRONG_SLOT, Kind.BAD_OFFSET, Kind.RESET_COUNT}
+    shown_in_unit_tests = {Kind.GAP}
+    shown_in_test_run = {Kind.STUCK}
+    assert shown_here | shown_in_unit_tests | shown_in_test_run == set(Kind)

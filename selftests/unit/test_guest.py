@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest programs talk to the host, and whatever ends them reaches the host as a report."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from lib.arch import current as arch
+from lib.guest import GuestError, GuestVm, Ucall
+from lib.guest_program import GuestProgram
+from lib.kvm import Kvm
+
+
+@pytest.fixture
+def guest(kvm: Kvm) -> Iterator[GuestVm]:
+    with GuestVm(kvm, GuestProgram.load("self_test"), arch.GUEST_MODES["48bit-4k"]) as vm:
+        yield vm
+
+
+def test_shared_variables_go_both_ways(guest: GuestVm) -> None:
+    """What the host writes under a symbol the guest reads, and the other way round, until the guest is done."""
+    vcpu = guest.add_vcpu()
+    for question in (41, 2**63):
+        guest.write_symbol("question", question)
+        assert guest.run_until_ucall(vcpu) is Ucall.SYNC
+        assert guest.read_symbol("answer") == question + 1
+    guest.write_symbol("question", 0)
+    assert guest.run_until_ucall(vcpu) is Ucall.DONE
+
+
+@pytest.mark.parametrize(
+    ("entry", "report"),
+    [
+        ("aborts", r"self_test aborted: values differ \(0x11, 0x22\)"),
+        ("page_fault", r"#PF page fault, error code 0x2, rip=0x\w+ rsp=0x\w+ .*write of 0x10 \(not mapped\)"),
+        ("general_protection", r"#GP general protection, error code 0x0"),
+        ("lost_stack", r"#UD invalid opcode, .*rsp=0x0 "),
+        ("triple_fault", r"KVM_EXIT_SHUTDOWN \(triple fault\)[\s\S]*rip="),
+        ("unknown_call", r"unknown call 99"),
+    ],
+)
+def test_an_unwanted_end_is_reported(guest: GuestVm, entry: str, report: str) -> None:
+    """Aborts, exceptions and shutdowns name their cause, and where the guest was."""
+    with pytest.raises(GuestError, match=report):
+        guest.run_until_ucall(guest.add_vcpu(entry=entry))
+
+
+def test_an_exception_names_the_instruction(guest: GuestVm) -> None:
+    """The reported rip is the faulting instruction's own."""
+    with pytest.raises(GuestError) as caught:
+        guest.run_until_ucall(guest.add_vcpu(entry="page_fault"))
+    rip = re.search(r"rip=(0x\w+)", str(caught.value))
+    assert rip and int(rip[1], 16) == guest.program.symbols["page_fault"]
+
+
+@pytest.mark.parametrize("name", arch.GUEST_MODES)
+def test_every_guest_mode_maps_and_runs(kvm: Kvm, name: str, request: pytest.FixtureRequest) -> None:
+    """A guest runs with each number of paging levels; a mode that KVM lacks says what it lacks."""
+    mode = arch.GUEST_MODES[name]
+    reason = mode.missing(arch.get_supported_cpuid(kvm.fd))
+    if reason:
+        pytest.skip(reason)
+    with GuestVm(kvm, GuestProgram.load("self_test"), mode) as guest:
+        guest.write_symbol("question", 1)
+        assert guest.run_until_ucall(guest.add_vcpu()) is Ucall.SYNC

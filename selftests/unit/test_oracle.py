@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The oracle's rules, one by one, on made-up reports and a made-up guest."""
+
+from array import array
+from collections.abc import Sequence
+
+import pytest
+
+from lib.log_modes import Collected
+from lib.oracle import WORDS_PER_PAGE, Finding, Kind, Oracle, Reap
+from lib.write_stream import WriteStream
+
+NPAGES = 16
+SLOT = 1
+
+
+def oracle(*streams: Sequence[int], ring: bool = False, initially_set: bool = False) -> Oracle:
+    return Oracle(NPAGES, [WriteStream(array("I", pages), 0) for pages in streams], ring, initially_set, SLOT)
+
+
+def reap(pages: Sequence[int], before: int, after: int | None = None, iteration: int = 1) -> Reap:
+    """A reap of a bitmap; with *after* one that was made while the single vCPU ran."""
+    final = after is None
+    return Reap(iteration, final, [before], [before if after is None else after], Collected([list(pages)]))
+
+
+def ring_reap(pages: Sequence[int], before: int, slots: Sequence[int] = (), reset: int | None = None, gap: int = 0) -> Reap:
+    """A reap of one ring, with the vCPU stopped."""
+    slots = slots or [SLOT] * len(pages)
+    reset = len(pages) if reset is None else reset
+    return Reap(1, True, [before], [before], Collected([list(pages)], [list(slots)], reset, [gap]))
+
+
+def kinds(findings: Sequence[Finding]) -> list[Kind]:
+    return [finding.kind for finding in findings]
+
+
+def test_exactly_what_was_written_is_right() -> None:
+    assert not oracle([3, 1, 4, 1]).check_reap(reap([1, 3, 4], before=4))
+
+
+def test_a_missing_page_is_lost() -> None:
+    (finding,) = oracle([3, 1, 4]).check_reap(reap([1, 3], before=3))
+    assert (finding.kind, finding.pages) == (Kind.LOST, (4,))
+
+
+def test_an_extra_page_is_false() -> None:
+    (finding,) = oracle([3, 1, 4, 5, 9]).check_reap(reap([1, 3, 4, 9], before=3))
+    assert (finding.kind, finding.pages) == (Kind.FALSE, (9,))
+
+
+def test_a_page_beyond_the_slot_is_an_error_of_its_own() -> None:
+    """A bit in the tail of the last word, or an offset that the slot does not have."""
+    assert kinds(oracle([3, 1]).check_reap(reap([3, NPAGES], before=1))) == [Kind.BAD_OFFSET]
+
+
+def test_the_write_under_way_may_be_reported_and_must_be_when_it_is_done() -> None:
+    """The exemption covers the one write after the published ones, at that reap only."""
+    checks = oracle([3, 1, 4, 5])
+    assert not checks.check_reap(reap([3, 1, 4], before=2))
+    assert kinds(checks.check_reap(reap([5], before=4))) == [Kind.LOST]  # page 4: its write was not done before
+    assert kinds(oracle([3, 1, 4, 5]).check_reap(reap([3, 1, 5], before=2))) == [Kind.FALSE]
+
+
+def test_a_write_during_a_reap_must_be_in_it_or_in_the_next() -> None:
+    """Writes between the two counts of a running reap belong to either, but not to neither."""
+    for first, second in (([3, 1], [4, 5]), ([3, 1, 4], [5]), ([3, 1, 4, 5], [4])):
+        checks = oracle([3, 1, 4, 5, 9])
+        assert not checks.check_reap(reap(first, before=2, after=3))
+        assert not checks.check_reap(reap(second, before=4))
+    checks = oracle([3, 1, 4, 5, 9])
+    assert not checks.check_reap(reap([3, 1], before=2, after=3))
+    assert kinds(checks.check_reap(reap([5], before=4))) == [Kind.LOST]
+
+
+def test_a_write_before_the_last_reap_began_may_not_come_again() -> None:
+    checks = oracle([3, 1, 4, 5, 9])
+    assert not checks.check_reap(reap([3, 1], before=2, after=3))
+    assert kinds(checks.check_reap(reap([3, 4, 5], before=4))) == [Kind.FALSE]
+
+
+def test_a_running_reap_may_not_miss_what_was_done_before_it_began() -> None:
+    assert kinds(oracle([3, 1, 4, 5]).check_reap(reap([3], before=2, after=3))) == [Kind.LOST]
+
+
+def test_initially_set_demands_every_page_once() -> None:
+    """The first reap reports all pages, the second only what was written."""
+    checks = oracle([3, 1, 4, 9], initially_set=True)
+    assert kinds(checks.check_reap(reap(range(1, NPAGES), before=1, after=1))) == [Kind.LOST]
+    checks = oracle([3, 1, 4, 9], initially_set=True)
+    assert not checks.check_reap(reap(range(NPAGES), before=1, after=1))
+    assert not checks.check_reap(reap([1], before=2))
+    assert kinds(checks.check_reap(reap([4, 3], before=3))) == [Kind.FALSE]
+
+
+def test_one_bitmap_reports_for_all_vcpus() -> None:
+    checks = oracle([3, 1], [4, 5])
+    assert not checks.check_reap(Reap(1, True, [1, 1], [1, 1], Collected([[3, 4]])))
+    assert kinds(checks.check_reap(Reap(1, True, [2, 2], [2, 2], Collected([[1]])))) == [Kind.LOST]
+
+
+def test_a_ring_reports_for_its_own_vcpu_only() -> None:
+    checks = oracle([3, 1], [4, 5], ring=True)
+    swapped = Collected([[4], [3]], [[SLOT], [SLOT]], 2, [0, 0])
+    found = checks.check_reap(Reap(1, True, [1, 1], [1, 1], swapped))
+    assert [(finding.kind, finding.vcpu) for finding in found] == [
+        (Kind.LOST, 0), (Kind.FALSE, 0), (Kind.LOST, 1), (Kind.FALSE, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (ring_reap([3, 1, 3], before=3), []),
+        (ring_reap([3, 1, 1, 3], before=3), [Kind.DUPLICATE]),
+        (ring_reap([3, 1, 3], before=3, slots=[SLOT, SLOT, 2]), [Kind.WRONG_SLOT]),
+        (ring_reap([3, 1], before=2, slots=[SLOT, 1 << 16 | SLOT]), [Kind.WRONG_SLOT, Kind.LOST]),
+        (ring_reap([3, 1], before=2, reset=1), [Kind.RESET_COUNT]),
+        (ring_reap([3, 1], before=2, reset=3), [Kind.RESET_COUNT]),
+        (ring_reap([3, 1], before=2, gap=7), [Kind.GAP]),
+    ],
+)
+def test_ring_entries(made: Reap, expected: list[Kind]) -> None:
+    """Slot, number and order of entries, and the number that KVM took back."""
+    assert kinds(oracle([3, 1, 3, 9], ring=True).check_reap(made)) == expected
+
+
+def test_memory_must_hold_the_last_write_of_each_vcpu() -> None:
+    """Every page of every vCPU's column is compared, written or not."""
+    words = memoryview(array("Q", bytes(8 * NPAGES * WORDS_PER_PAGE)))
+    words[3 * WORDS_PER_PAGE], words[1 * WORDS_PER_PAGE], words[3 * WORDS_PER_PAGE + 1] = 3, 2, 1
+    checks = oracle([3, 1, 3], [3, 1])
+    assert not checks.check_memory(1, [3, 1], words)
+    words[9 * WORDS_PER_PAGE] = 1
+    (finding,) = checks.check_memory(2, [3, 1], words)
+    assert (finding.kind, finding.vcpu, finding.pages) == (Kind.VALUE, 0, (9,))
+    assert "page 9 expected 0x0 found 1 (iteration 1)" in finding.detail
+
+
+def test_a_write_not_yet_published_counts_when_it_is_in_memory() -> None:
+    """A vCPU stopped between its store and the publication has done one write more than it says."""
+    words = memoryview(array("Q", bytes(8 * NPAGES * WORDS_PER_PAGE)))
+    checks = oracle([3, 1, 4])
+    assert checks.settle([1], words) == [1]
+    words[1 * WORDS_PER_PAGE] = 2
+    assert checks.settle([1], words) == [2]
+
+
+def test_history_tells_the_last_write_and_report() -> None:
+    words = memoryview(array("Q", bytes(8 * NPAGES * WORDS_PER_PAGE)))
+    words[3 * WORDS_PER_PAGE] = 1
+    checks = oracle([3, 1])
+    checks.check_reap(reap([3], before=1, iteration=1))
+    checks.check_memory(1, [1], words)
+    assert checks.history(3) == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in reap 1 (iteration 1)"
+    assert checks.history(5) == "page 5: last written by nobody; never reported"

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The library's small parts: bitmaps, streams, rings, page tables, address limits, numbers."""
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+from array import array
+
+import pytest
+
+from lib.arch import current as arch
+from lib.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
+from lib.dirty_bitmap import new_bitmap, set_pages
+from lib.dirty_ring import ENTRY_SIZE, DirtyRing
+from lib.ioctl import KvmError
+from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, align_down, size_text
+from lib.write_stream import WriteStream, make_stream, sweep_length
+
+# --- dirty_bitmap -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("npages", "size"), [(1, 8), (64, 8), (65, 16), (262147, 32776)])
+def test_a_bitmap_has_whole_words(npages: int, size: int) -> None:
+    assert len(new_bitmap(npages)) == size
+
+
+def test_set_pages_reads_every_bit() -> None:
+    """Against a bit-by-bit reading, for empty, full, sparse and dense words."""
+    draw = random.Random(1)
+    bitmap = bytearray(draw.randbytes(64)) + bytearray(64) + bytearray(b"\xff" * 64) + bytearray(b"\0" * 7 + b"\x80")
+    slow = [page for page in range(len(bitmap) * 8) if bitmap[page // 8] >> page % 8 & 1]
+    assert set_pages(bitmap) == slow
+
+
+# --- write_stream -----------------------------------------------------------------------------------------------------
+
+
+def test_between_follows_head_and_loop() -> None:
+    """Any range, against naming the pages one by one."""
+    stream = WriteStream(array("I", [10, 11, 0, 1, 2]), 2)
+    endless = [10, 11] + [0, 1, 2] * 20
+    for first in range(20):
+        for end in range(first, 40):
+            assert stream.between(first, end).tolist() == endless[first:end]
+
+
+@pytest.mark.parametrize("pattern", ["random", "sequential"])
+@pytest.mark.parametrize(("npages", "vcpus"), [(1, 1), (100, 3), (4099, 2)])
+def test_streams_sweep_every_page_first(pattern: str, npages: int, vcpus: int) -> None:
+    """The vCPUs' first writes together reach each page; head and loop fill whole batches; no page is beyond the slot."""
+    written: set[int] = set()
+    for vcpu in range(vcpus):
+        stream = make_stream(pattern, npages, vcpu, vcpus, seed=7, multiple=64)
+        written.update(stream.between(0, sweep_length(npages, vcpus)))
+        assert len(stream.pages) % 64 == stream.loop % 64 == 0
+        assert len(stream.pages) > stream.loop
+        assert max(stream.pages) < npages
+    assert written == set(range(npages))
+
+
+def test_streams_repeat_by_seed_and_differ_by_vcpu() -> None:
+    def pages(seed: int, vcpu: int) -> list[int]:
+        return make_stream("random", 1000, vcpu, 2, seed, 64).between(1000, 2000).tolist()
+
+    assert pages(1, 0) == pages(1, 0)
+    assert pages(1, 0) != pages(2, 0)
+    assert pages(1, 0) != pages(1, 1)
+
+
+# --- dirty_ring -------------------------------------------------------------------------------------------------------
+
+
+class FakeRing:
+    """A ring in a file of memory, written as KVM writes one, to be read by the code under test."""
+
+    def __init__(self, entries: int) -> None:
+        self.fd = os.memfd_create("ring")
+        offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+        os.ftruncate(self.fd, offset + entries * ENTRY_SIZE)
+        self.map = mmap.mmap(self.fd, entries * ENTRY_SIZE, offset=offset)
+        self.entries = entries
+        self.index = 0
+
+    def push(self, page: int, slot: int = 1, flags: int = 1) -> None:
+        at = self.index % self.entries * ENTRY_SIZE
+        self.map[at : at + ENTRY_SIZE] = flags.to_bytes(4, "little") + slot.to_bytes(4, "little") + page.to_bytes(8, "little")
+        self.index += 1
+
+    def flags(self) -> list[int]:
+        return memoryview(self.map).cast("I")[::4].tolist()
+
+
+def test_harvest_takes_dirty_entries_in_order_and_marks_them() -> None:
+    """Many times around a ring larger than one chunk, in pieces of any size."""
+    fake = FakeRing(8192)
+    ring = DirtyRing(fake.fd, 8192)
+    page = 0
+    for count in (1, 0, 4095, 4097, 8191, 8192, 5000, 3):
+        for _ in range(count):
+            fake.push(page + (1 << 33), slot=page % 7)
+            page += 1
+        slots, offsets = ring.harvest()
+        assert offsets == [(1 << 33) + number for number in range(page - count, page)]
+        assert slots == [number % 7 for number in range(page - count, page)]
+        assert fake.flags().count(2) >= count
+        assert ring.harvest() == ([], [])
+
+
+def test_harvest_stops_at_the_first_entry_that_is_not_dirty() -> None:
+    """What lies behind a gap is not taken, but counted; an entry that waits for its reset is not taken again."""
+    fake = FakeRing(256)
+    ring = DirtyRing(fake.fd, 256)
+    for flags in (1, 1, 0, 1, 2, 1):
+        fake.push(fake.index, flags=flags)
+    assert ring.harvest() == ([1, 1], [0, 1])
+    assert fake.flags()[:6] == [2, 2, 0, 1, 2, 1]
+    assert ring.dirty_behind_gap() == 2
+
+
+# --- page tables and addresses ----------------------------------------------------------------------------------------
+
+
+def walk(memory: bytearray, root: int, levels: int, gva: int) -> int | None:
+    """Translate as the CPU does, straight from the architecture's manual."""
+    table = root
+    for level in range(levels, 0, -1):
+        shift = 12 + 9 * (level - 1)
+        at = table + (gva >> shift & 511) * 8
+        entry = int.from_bytes(memory[at : at + 8], "little")
+        if not entry & 1:
+            return None
+        address = entry & 0x000F_FFFF_FFFF_F000
+        if level == 1 or entry & 0x80:
+            assert address % (1 << shift) == 0, "reserved bits"
+            return address | gva % (1 << shift)
+        table = address
+    raise AssertionError
+
+
+@pytest.mark.parametrize("levels", [4, 5])
+@pytest.mark.parametrize("page_size", [4 * KIB, 2 * MIB, GIB])
+@pytest.mark.parametrize("gpa", [0x1_2345_6000, 0xFFFC_BFFF_D000])
+def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
+    """First, last and inner addresses of a range that no page size divides, and nothing right outside."""
+    memory = bytearray(8 * MIB)
+    free = [0]
+
+    def allocate() -> int:
+        free[0] += 4096
+        return free[0]
+
+    tables = arch.PageTables(levels, allocate, lambda address: memoryview(memory)[address : address + 4096].cast("Q"))
+    gva = (1 << 40 if levels == 4 else 1 << 52) + gpa % page_size
+    size = GIB + 3 * 4096
+    tables.map(gva, gpa, size, page_size)
+    for offset in (0, 1, 4095, 2 * MIB, size // 2 + 123, size - 1):
+        assert walk(memory, tables.root, levels, gva + offset) == gpa + offset
+    assert walk(memory, tables.root, levels, align_down(gva, page_size) - 1) is None
+    assert walk(memory, tables.root, levels, align_down(gva + size - 1, page_size) + page_size) is None
+
+
+def test_page_tables_refuse_addresses_that_do_not_fit_the_page_size() -> None:
+    memory = bytearray(MIB)
+    tables = arch.PageTables(4, lambda: 4096, lambda address: memoryview(memory)[address : address + 4096].cast("Q"))
+    with pytest.raises(ValueError, match="not congruent"):
+        tables.map(0x1000, 0x200000, 4096, 2 * MIB)
+
+
+def cpuid(vendor: bytes, family: int, address_sizes: int) -> arch.Cpuid:
+    names = [int.from_bytes(vendor[i : i + 4], "little") for i in (0, 4, 8)]
+    base, extended = (family, 0) if family < 0xF else (0xF, family - 0xF)
+    entries = (kvm_cpuid_entry2 * 3)(
+        kvm_cpuid_entry2(function=0, ebx=names[0], edx=names[1], ecx=names[2]),
+        kvm_cpuid_entry2(function=1, eax=base << 8 | extended << 20),
+        kvm_cpuid_entry2(function=0x80000008, eax=address_sizes),
+    )
+    return arch.Cpuid(ctypes.create_string_buffer(bytes(kvm_cpuid2(nent=3)) + bytes(entries)))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "address_sizes", "limit"),
+    [
+        (b"GenuineIntel", 6, 46, 1 << 46),
+        (b"GenuineIntel", 6, 48 << 16 | 52, 1 << 48),
+        (b"AuthenticAMD", 0x10, 39, 1 << 39),
+        (b"AuthenticAMD", 0x10, 48, (1 << 40) - 12 * GIB),
+        (b"AuthenticAMD", 0x19, 48, (1 << 48) - 12 * GIB),
+        (b"HygonGenuine", 0x18, 48, (1 << 48) - 12 * GIB),
+        (b"AuthenticAMD", 0x19, 48 << 16 | 52, 1 << 48),
+    ],
+)
+def test_the_physical_limit_keeps_off_reserved_ranges(
+    monkeypatch: pytest.MonkeyPatch, vendor: bytes, family: int, address_sizes: int, limit: int
+) -> None:
+    monkeypatch.setattr("lib.arch.x86_64.cpuid._host_phys_bits", lambda: address_sizes & 0xFF)
+    assert arch.guest_phys_limit(cpuid(vendor, family, address_sizes)) == limit
+
+
+def test_memory_encryption_lowers_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.arch.x86_64.cpuid._host_phys_bits", lambda: 43)
+    assert arch.guest_phys_limit(cpuid(b"AuthenticAMD", 0x19, 48)) == (1 << 43) - 12 * GIB
+
+
+# --- memory and errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
+@pytest.mark.parametrize("gpa", [0, 0x1000, 0xFFFC_BFFF_D000])
+def test_guest_memory_lies_congruent_to_its_gpa(name: str, gpa: int) -> None:
+    """The host address is where huge pages can be used, and all of the memory is there and zero."""
+    memory = GuestMemory(BACKINGS[name], 4 * MIB, gpa)
+    assert (memory.hva - gpa) % BACKINGS[name].alignment == 0
+    memory.populate()
+    assert not any(memory.words[::512].tolist())
+    memory.words[-1] = 1
+    assert ctypes.c_uint64.from_address(memory.hva + 4 * MIB - 8).value == 1
+    memory.close()
+
+
+def test_kvm_errors_name_call_arguments_and_errno() -> None:
+    error = KvmError(errno.EINVAL, "KVM_ENABLE_CAP", "cap=223")
+    assert str(error) == "KVM_ENABLE_CAP(cap=223): EINVAL (Invalid argument)"
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (4096, "4 KiB"), (GIB, "1 GiB"), (3 * MIB, "3 MiB"), (5, "5 bytes")])
+def test_size_text(size: int, text: str) -> None:
+    assert size_text(size) == text
