@@ -7,7 +7,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -163,11 +163,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # --- what a test may need ---------------------------------------------------------------------------------------------
 
 
-def lacks(config: pytest.Config, reason: str) -> NoReturn:
-    """End the test because the host lacks what *reason* names: a skip, or a failure with --require-kvm."""
-    if config.option.require_kvm:
-        pytest.fail(f"required by --require-kvm: {reason}", pytrace=False)
-    pytest.skip(reason)
+Lacks = Callable[[str], NoReturn]
+
+
+@pytest.fixture(scope="session")
+def lacks(pytestconfig: pytest.Config) -> Lacks:
+    """Call it with what the host lacks to end the test: with a skip, or a failure with --require-kvm."""
+
+    def lacks(reason: str) -> NoReturn:
+        if pytestconfig.option.require_kvm:
+            pytest.fail(f"required by --require-kvm: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    return lacks
 
 
 @pytest.fixture(scope="session")
@@ -183,21 +191,21 @@ def host() -> Host:
 
 
 @pytest.fixture(scope="session")
-def kvm(pytestconfig: pytest.Config, settings: Settings) -> Iterator[Kvm]:
+def kvm(lacks: Lacks, settings: Settings) -> Iterator[Kvm]:
     """The open KVM device; a test that uses it counts as one that ran on KVM."""
     try:
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
-        lacks(pytestconfig, str(error))
+        lacks(str(error))
     with device:
         yield device
 
 
 @pytest.fixture
-def cell(pytestconfig: pytest.Config, kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
+def cell(lacks: Lacks, kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
     """The cell to test; skips when the host lacks something for it."""
     if planned_cell.missing:
-        lacks(pytestconfig, planned_cell.missing)
+        lacks(planned_cell.missing)
     backing = BACKINGS[planned_cell.cell.backing]
     with _huge_page_pool() if backing.hugetlb else _nothing():
         yield planned_cell.cell

@@ -76,14 +76,14 @@ class DirtyLogRun:
         density = DENSITIES[cell.density]
         program = GuestProgram.load("dirty_writer")
         self._symbols = program.symbols
-        self._mode = make_log_mode(cell.log_mode, settings.ring_count)
+        self.mode = make_log_mode(cell.log_mode, settings.ring_count)
         size = settings.slot_size
         mode = arch.GUEST_MODES[cell.guest_mode]
         self.guest = GuestVm(kvm, program, mode, guest_data_size(size, cell.vcpus))
         try:
             vm = self.guest.vm
             self.gpa = place_test_memory(settings, cell, arch.guest_phys_limit(self.guest.cpuid))
-            self._mode.create_vm_done(vm)
+            self.mode.create_vm_done(vm)
             # Logging is off at first: the guest touches all pages, so that they are mapped (huge, where they can be) and
             # writable when it is switched on, as they are in a VM whose migration begins.
             memory = GuestMemory(BACKINGS[cell.backing], size, self.gpa)
@@ -109,10 +109,10 @@ class DirtyLogRun:
         except BaseException:
             self.guest.close()
             raise
-        self.oracle = Oracle(npages, self.streams, self._mode.per_vcpu, self._mode.initially_set, TEST_SLOT)
+        self.oracle = Oracle(npages, self.streams, self.mode.per_vcpu, self.mode.initially_set, TEST_SLOT)
         self._draw = random.Random(f"{settings.seed}/reap")
         self._cond = threading.Condition()
-        self._threads = [VcpuThread(self.guest, vcpu, self._mode, self._cond) for vcpu in vm.vcpus]
+        self._threads = [VcpuThread(self.guest, vcpu, self.mode, self._cond) for vcpu in vm.vcpus]
         self._collector = Collector(self._threads, self._cond, self._collect, HANG_TIMEOUT)
         self._all_threads: tuple[VcpuThread | Collector, ...] = (*self._threads, self._collector)
 
@@ -153,7 +153,7 @@ class DirtyLogRun:
             self._settled = self.oracle.settle(self.published(), self._words)
         before = self.published()
         kick = self._collector.kick_running
-        collected = self._mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
+        collected = self.mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
         return Reap(iteration, stopped, before, self.published(), collected)
 
     def close(self) -> None:
@@ -271,7 +271,7 @@ class DirtyLogRun:
 
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
-        self._mode.before_vcpu_join(self._release_waiting)
+        self.mode.before_vcpu_join(self._release_waiting)
         threads = [thread for thread in self._all_threads if thread.ident is not None]
         deadline = time.monotonic() + _JOIN_TIMEOUT
         while any(thread.is_alive() for thread in threads):

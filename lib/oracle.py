@@ -9,6 +9,8 @@ write more that may be under way at either moment. So, for the reaps k-1 and k o
 - writes during k-1 must be in k-1 or in k;
 - nothing but the writes since the start of k-1 **may** be in k.
 
+With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
+
 The last reap of an iteration is made with all vCPUs stopped; there both numbers are one, and all three rules are exact.
 
 Exemptions, in full:
@@ -22,7 +24,7 @@ Exemptions, in full:
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,7 +33,7 @@ from lib.write_stream import WriteStream
 
 WORDS_PER_PAGE = 512
 
-_Found = Callable[["Kind", Sequence[int], str], None]
+_Found = Callable[["Kind", int | None, Iterable[int], str], None]
 
 
 class Kind(Enum):
@@ -53,7 +55,7 @@ class Finding:
     """One way in which one reap, or the memory after an iteration, broke the contract.
 
     :ivar reap: which reap of the run, counted from 1; 0 where the finding is about memory
-    :ivar vcpu: the vCPU whose ring or whose writes it is about; None for a bitmap
+    :ivar vcpu: the vCPU whose writes (LOST, VALUE) or whose ring it is about; None for a bitmap
     :ivar pages: the pages concerned, ascending, where there are any
     """
 
@@ -112,7 +114,7 @@ class Oracle:
         self._sources = [(vcpu,) for vcpu in everyone] if per_vcpu else [tuple(everyone)]
         self._per_vcpu = per_vcpu
         self._seen = [_Seen() for _ in streams]
-        self._reported_before: list[set[int]] = [set() for _ in self._sources]
+        self._reported_before: set[int] = set()
         self._expected = [memoryview(array("Q", bytes(8 * npages))) for _ in streams]
         self._checked_writes = [0 for _ in streams]
         self._iteration_ends: list[list[int]] = [[] for _ in streams]
@@ -130,35 +132,22 @@ class Oracle:
     def check_reap(self, reap: Reap) -> list[Finding]:
         """Check one reap; they must come in the order in which they were made."""
         self._reap_iterations.append(reap.iteration)
-        number = len(self._reap_iterations)
         findings: list[Finding] = []
+
+        def found(kind: Kind, vcpu: int | None, pages: Iterable[int], detail: str) -> None:
+            findings.append(Finding(kind, reap.iteration, len(self._reap_iterations), vcpu, tuple(sorted(pages)), detail))
+
+        reported: set[int] = set()
         for index, vcpus in enumerate(self._sources):
-            vcpu = vcpus[0] if self._per_vcpu else None
-
-            def found(kind: Kind, pages: Sequence[int], detail: str, vcpu: int | None = vcpu) -> None:
-                findings.append(Finding(kind, reap.iteration, number, vcpu, tuple(sorted(pages)), detail))
-
-            entries = reap.collected.pages[index]
-            if reap.collected.slots:
-                entries = self._check_slots(entries, reap.collected.slots[index], found)
-            reported = set(entries)
-            beyond = [page for page in reported if page >= self.npages]
-            if beyond:
-                found(Kind.BAD_OFFSET, beyond, f"{len(beyond)} pages, the slot has {self.npages}")
-                reported.difference_update(beyond)
-            self._check_pages(reap, index, vcpus, reported, found)
-            if self._per_vcpu and len(reported) < len(entries):
-                self._check_duplicates(reap, vcpus[0], entries, found)
-            if index < len(reap.collected.behind_gap) and reap.collected.behind_gap[index]:
-                found(Kind.GAP, (), f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest")
-            for page in reported:
-                self.last_reported[page] = number
-            self._reported_before[index] = reported
+            reported |= self._check_source(reap, index, vcpus, found)
+        self._check_lost(reap, reported, found)
         if self._per_vcpu:
             harvested = sum(map(len, reap.collected.pages))
             if reap.collected.reset != harvested:
-                detail = f"harvested {harvested}, taken back {reap.collected.reset}"
-                findings.append(Finding(Kind.RESET_COUNT, reap.iteration, number, None, (), detail))
+                found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, taken back {reap.collected.reset}")
+        for page in reported:
+            self.last_reported[page] = len(self._reap_iterations)
+        self._reported_before = reported
         for seen, before, after in zip(self._seen, reap.before, reap.after, strict=True):
             seen.before, seen.after, seen.final = before, after, reap.final
         return findings
@@ -196,44 +185,62 @@ class Oracle:
         reported = f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})" if reap else "never reported"
         return f"page {page}: last written by {', '.join(writes) or 'nobody'}; {reported}"
 
-    def _check_pages(
-        self, reap: Reap, index: int, vcpus: Sequence[int], reported: set[int], found: _Found
-    ) -> None:
-        """The three rules of this module, for one source."""
-        earlier = self._reported_before[index]
-        if self._initially_set and len(self._reap_iterations) == 1:
-            missing = self.npages - len(reported)
-            if missing:
-                absent = [page for page in range(self.npages) if page not in reported]
-                found(Kind.LOST, absent, f"{missing} pages are not in the first reap, which must report all")
-            return
-        must: set[int] = set()
-        either: set[int] = set()
-        may: set[int] = set()
-        for vcpu in vcpus:
-            stream, seen = self._streams[vcpu], self._seen[vcpu]
-            before = reap.before[vcpu]
-            if seen.final:
-                exact_from = seen.before
-            else:
-                exact_from = seen.after + 1
-                either.update(stream.between(seen.before, min(exact_from, before)))
-            must.update(stream.between(exact_from, max(exact_from, before)))
-            may.update(stream.between(seen.before, reap.after[vcpu] + 1))
-        lost = (must - reported) | (either - reported - earlier)
-        if lost:
-            found(Kind.LOST, sorted(lost), f"{len(lost)} of {len(must)} pages")
-        false = reported - may
-        if false:
-            found(Kind.FALSE, sorted(false), f"{len(false)} of {len(reported)} reported pages")
+    def _check_source(self, reap: Reap, index: int, vcpus: Sequence[int], found: _Found) -> set[int]:
+        """Check what one bitmap or ring reports: nothing but what its vCPUs wrote; returns the reported pages."""
+        vcpu = vcpus[0] if self._per_vcpu else None
+        entries = reap.collected.pages[index]
+        if reap.collected.slots:
+            entries = self._check_slots(vcpu, entries, reap.collected.slots[index], found)
+        reported = set(entries)
+        beyond = [page for page in reported if page >= self.npages]
+        if beyond:
+            found(Kind.BAD_OFFSET, vcpu, beyond, f"{len(beyond)} pages, the slot has {self.npages}")
+            reported.difference_update(beyond)
+        if not self._first_of_all_set:
+            may: set[int] = set()
+            for writer in vcpus:
+                may.update(self._streams[writer].between(self._seen[writer].before, reap.after[writer] + 1))
+            false = reported - may
+            if false:
+                found(Kind.FALSE, vcpu, false, f"{len(false)} of {len(reported)} reported pages")
+        if vcpu is not None and len(reported) < len(entries):
+            self._check_duplicates(reap, vcpu, entries, found)
+        if reap.collected.behind_gap and reap.collected.behind_gap[index]:
+            found(Kind.GAP, vcpu, (), f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest")
+        return reported
 
-    def _check_slots(self, entries: list[int], slots: list[int], found: _Found) -> list[int]:
+    def _check_lost(self, reap: Reap, reported: set[int], found: _Found) -> None:
+        """Every write must be reported, but by any ring: KVM pushes an entry for the store that makes a page writable, and
+        none for another vCPU's store to the page while it stays so."""
+        if self._first_of_all_set:
+            absent = [page for page in range(self.npages) if page not in reported]
+            if absent:
+                found(Kind.LOST, None, absent, f"{len(absent)} pages are not in the first reap, which must report all")
+            return
+        for vcpu, (stream, seen) in enumerate(zip(self._streams, self._seen, strict=True)):
+            before = reap.before[vcpu]
+            lost: set[int] = set()
+            if not seen.final:
+                during = stream.between(seen.before, min(seen.after + 1, before))
+                lost.update(page for page in during if page not in reported and page not in self._reported_before)
+            since = seen.before if seen.final else seen.after + 1
+            must = set(stream.between(since, max(since, before)))
+            lost |= must - reported
+            if lost:
+                found(Kind.LOST, vcpu, lost, f"{len(lost)} pages; {len(must)} pages were written between the reaps")
+
+    @property
+    def _first_of_all_set(self) -> bool:
+        """Whether the reap being checked is the one that has to report every page."""
+        return self._initially_set and len(self._reap_iterations) == 1
+
+    def _check_slots(self, vcpu: int | None, entries: list[int], slots: list[int], found: _Found) -> list[int]:
         """The entries that name the test slot; a finding for the others."""
         if slots.count(self._slot) == len(slots):
             return entries
         wrong = [(page, slot) for page, slot in zip(entries, slots, strict=True) if slot != self._slot]
         named = ", ".join(f"{slot:#x}" for slot in sorted({slot for _, slot in wrong})[:4])
-        found(Kind.WRONG_SLOT, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}")
+        found(Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}")
         return [page for page, slot in zip(entries, slots, strict=True) if slot == self._slot]
 
     def _check_duplicates(self, reap: Reap, vcpu: int, entries: list[int], found: _Found) -> None:
@@ -241,7 +248,7 @@ class Oracle:
         may = Counter(self._streams[vcpu].between(self._seen[vcpu].before, reap.after[vcpu] + 1))
         excess = [page for page, count in Counter(entries).items() if count > 1 and may[page] and count > may[page]]
         if excess:
-            found(Kind.DUPLICATE, excess, f"{len(excess)} pages")
+            found(Kind.DUPLICATE, vcpu, excess, f"{len(excess)} pages")
 
     def _value_text(self, vcpu: int, value: int) -> str:
         iteration = self._iteration_of(vcpu, value)

@@ -9,8 +9,9 @@ import random
 from array import array
 from dataclasses import dataclass
 
-# Random writes before the stream repeats itself: many times what the C test makes in a run (31 * 1024).
-_RANDOM_WRITES = 1 << 18
+# Random writes before the stream repeats itself: as many as there are pages, but within these bounds. The C test makes
+# 31 * 1024 in a run on slow and fast machines alike.
+_MIN_RANDOM_WRITES, _MAX_RANDOM_WRITES = 1 << 14, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def make_stream(pattern: str, npages: int, vcpu: int, vcpus: int, seed: int, mul
     draw = random.Random(f"{seed}/{vcpu}")
     sweep = array("I", range(start, end))
     sweep.extend(_random_pages(draw, npages, -len(sweep) % multiple))
-    return WriteStream(sweep + _random_pages(draw, npages, _RANDOM_WRITES), len(sweep))
+    count = min(max(npages, _MIN_RANDOM_WRITES), _MAX_RANDOM_WRITES)
+    return WriteStream(sweep + _random_pages(draw, npages, count + -count % multiple), len(sweep))
 
 
 def sweep_length(npages: int, vcpus: int) -> int:

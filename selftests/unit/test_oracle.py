@@ -96,16 +96,25 @@ def test_initially_set_demands_every_page_once() -> None:
 def test_one_bitmap_reports_for_all_vcpus() -> None:
     checks = oracle([3, 1], [4, 5])
     assert not checks.check_reap(Reap(1, True, [1, 1], [1, 1], Collected([[3, 4]])))
-    assert kinds(checks.check_reap(Reap(1, True, [2, 2], [2, 2], Collected([[1]])))) == [Kind.LOST]
+    (finding,) = checks.check_reap(Reap(1, True, [2, 2], [2, 2], Collected([[1]])))
+    assert (finding.kind, finding.vcpu, finding.pages) == (Kind.LOST, 1, (5,))
+
+
+def two_rings(first: list[int], second: list[int], before: list[int]) -> Reap:
+    return Reap(1, True, before, before, Collected([first, second], [[SLOT] * len(first), [SLOT] * len(second)], 2, [0, 0]))
 
 
 def test_a_ring_reports_for_its_own_vcpu_only() -> None:
-    checks = oracle([3, 1], [4, 5], ring=True)
-    swapped = Collected([[4], [3]], [[SLOT], [SLOT]], 2, [0, 0])
-    found = checks.check_reap(Reap(1, True, [1, 1], [1, 1], swapped))
-    assert [(finding.kind, finding.vcpu) for finding in found] == [
-        (Kind.LOST, 0), (Kind.FALSE, 0), (Kind.LOST, 1), (Kind.FALSE, 1),
-    ]  # fmt: skip
+    found = oracle([3, 1], [4, 5], ring=True).check_reap(two_rings([4], [3], [1, 1]))
+    assert [(finding.kind, finding.vcpu) for finding in found] == [(Kind.FALSE, 0), (Kind.FALSE, 1)]
+
+
+def test_a_page_of_two_vcpus_is_in_one_ring_at_least() -> None:
+    """Either ring will do: the second store to a page that is writable already makes no entry."""
+    for first, second in (([3, 1], []), ([1], [3])):
+        assert not oracle([3, 1], [3], ring=True).check_reap(two_rings(first, second, [2, 1]))
+    found = oracle([3, 1, 9], [3, 8], ring=True).check_reap(two_rings([1, 9], [], [2, 1]))
+    assert [(finding.kind, finding.vcpu, finding.pages) for finding in found] == [(Kind.LOST, 0, (3,)), (Kind.LOST, 1, (3,))]
 
 
 @pytest.mark.parametrize(

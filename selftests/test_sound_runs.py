@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""No false alarms: long runs on a busy machine, which a sound KVM passes to the last iteration."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lib.cell import Cell, Settings
+from lib.dirty_log_run import DirtyLogRun
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES
+from lib.memory import MIB
+
+ITERATIONS = 500
+
+
+@pytest.fixture
+def cpu_hogs() -> Iterator[None]:
+    """A busy process for each CPU, as long as the test runs."""
+    with ExitStack() as stack:
+        for _ in range(os.cpu_count() or 1):
+            hog = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(hog.kill)
+        yield
+
+
+@pytest.mark.parametrize("stop", ["cooperative", "forced"])
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+@pytest.mark.usefixtures("cpu_hogs")
+def test_500_iterations_without_a_false_alarm(
+    kvm: Kvm, settings: Settings, outcome: Any, lacks: Any, mode: str, stop: str
+) -> None:
+    """Two vCPUs, a ring that keeps filling, short iterations, and the CPUs shared with others."""
+    if reason := LOG_MODES[mode].supported(kvm):
+        lacks(reason)
+    cell = Cell(mode, "48bit-4k", "anonymous", stop, "sparse", 2)
+    many = replace(settings, iterations=ITERATIONS, interval=1.0, ring_count=min(settings.ring_count, 2048), test_mem=8 * MIB)
+    with outcome.expected(cell, many), DirtyLogRun(kvm, cell, many) as run:
+        figures = run.run()
+        outcome.record(figures)
+        assert figures.iterations == ITERATIONS

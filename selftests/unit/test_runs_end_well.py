@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Whatever goes wrong in a run, it ends with a clear report, and no thread, VM, file or memory stays behind."""
+
+import errno
+import gc
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lib import dirty_log_run
+from lib.cell import Cell, Settings
+from lib.dirty_log_run import DirtyLogRun, DirtyTrackingError
+from lib.dirty_ring import DirtyRing
+from lib.guest import GuestError
+from lib.ioctl import KvmError
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES, DirtyLog
+from lib.memory import BACKINGS, MIB, GuestMemory
+from lib.oracle import Kind
+from lib.selection import smallest_ring
+from lib.vcpu_thread import VcpuHang
+from lib.vm import Vm
+
+SETTINGS = Settings(iterations=3, interval=1.0, ring_count=1024, test_mem=2 * MIB, seed=1)
+UD2 = b"\x0f\x0b"
+SPIN = b"\xeb\xfe"
+STORE_TO_0X10 = bytes.fromhex("48 89 04 25 10 00 00 00")
+
+
+def cell(mode: str = "dirty-log", vcpus: int = 1, stop: str = "cooperative") -> Cell:
+    return Cell(mode, "48bit-4k", "anonymous", stop, "sparse", vcpus)
+
+
+def open_files() -> list[str]:
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists())
+
+
+def resident_memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(kvm: Kvm) -> object:
+    """The threads and files of each test here are gone after it."""
+    files, threads = open_files(), threading.active_count()
+    yield
+    gc.collect()
+    assert threading.active_count() == threads
+    assert open_files() == files
+
+
+def test_hundreds_of_vms_leave_nothing_behind(kvm: Kvm) -> None:
+    """300 runs over all modes, some broken, grow neither files, threads nor memory."""
+    modes = list(LOG_MODES)
+
+    def one_run(number: int) -> None:
+        with DirtyLogRun(kvm, cell(modes[number % len(modes)], vcpus=1 + number % 2), SETTINGS) as run:
+            if number % 10 == 9:
+                run.guest.memory(run.guest.program.symbols["sparse_writes"], 2)[:] = UD2
+                with pytest.raises(GuestError):
+                    run.run()
+            else:
+                run.run()
+
+    for number in range(50):
+        one_run(number)
+    gc.collect()
+    before, files = resident_memory(), open_files()
+    for number in range(250):
+        one_run(number)
+    gc.collect()
+    assert open_files() == files
+    # 250 leaked VMs of this size would be 500 MiB of test memory alone.
+    assert resident_memory() - before < 20 * MIB
+
+
+def test_a_guest_that_crashes_is_reported(kvm: Kvm) -> None:
+    """An exception in the middle of the writes, with vector and registers."""
+    with DirtyLogRun(kvm, cell(), SETTINGS) as run:
+        run.guest.memory(run.guest.program.symbols["sparse_writes"], 2)[:] = UD2
+        with pytest.raises(GuestError, match="dirty_writer took #UD invalid opcode"):
+            run.run()
+
+
+def test_a_guest_that_writes_elsewhere_is_reported(kvm: Kvm) -> None:
+    """A write beyond the mapped memory is a page fault with its address."""
+    with DirtyLogRun(kvm, cell(), SETTINGS) as run:
+        run.guest.memory(run.guest.program.symbols["sparse_writes"], 8)[:] = STORE_TO_0X10
+        with pytest.raises(GuestError, match=r"#PF page fault.*write of 0x10 \(not mapped\)"):
+            run.run()
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_vcpu_that_hangs_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, vcpus: int) -> None:
+    """A guest that spins without writing is kicked, and its registers are shown."""
+    monkeypatch.setattr(dirty_log_run, "HANG_TIMEOUT", 0.5)
+    with DirtyLogRun(kvm, cell(vcpus=vcpus), SETTINGS) as run:
+        spot = run.guest.program.symbols["sparse_writes"]
+        run.guest.memory(spot, 2)[:] = SPIN
+        with pytest.raises(VcpuHang, match=rf"no progress in 0.5 s of writing; writes published[\s\S]*rip=0*{spot:x}"):
+            run.run()
+
+
+def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that does not heed the stop flag is a hang too, and its thread still ends."""
+    monkeypatch.setattr(dirty_log_run, "HANG_TIMEOUT", 0.5)
+    with DirtyLogRun(kvm, cell(), SETTINGS) as run:
+        spot = run.guest.program.symbols["sparse_writes"]
+        monkeypatch.setattr(
+            run, "_set_stop_flags", lambda value: run.guest.memory(spot, 2).__setitem__(slice(None), SPIN) if value else None
+        )
+        with pytest.raises(VcpuHang, match="no progress in 0.5 s of stopping"):
+            run.run()
+
+
+@pytest.mark.parametrize("mode", ["dirty-log", "dirty-ring"])
+def test_a_vcpu_thread_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Its exception reaches the caller with its own traceback."""
+
+    def dies(*_: object) -> None:
+        raise RuntimeError("the vCPU thread's own error")
+
+    with DirtyLogRun(kvm, cell(mode, vcpus=2), SETTINGS) as run:
+        monkeypatch.setattr(run.mode, "after_vcpu_run", dies)
+        with pytest.raises(RuntimeError, match="own error") as error:
+            run.run()
+        assert any(entry.name == "_run_guest" for entry in error.traceback)
+
+
+def test_a_collector_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ioctl that fails on the collector's thread is told with its name and errno."""
+
+    def fails(*_: object) -> None:
+        raise KvmError(errno.EIO, "KVM_GET_DIRTY_LOG", "slot=1")
+
+    monkeypatch.setattr(Vm, "get_dirty_log", fails)
+    with DirtyLogRun(kvm, cell(), SETTINGS) as run, pytest.raises(KvmError, match=r"KVM_GET_DIRTY_LOG\(slot=1\): EIO"):
+        run.run()
+
+
+@pytest.mark.parametrize("stop", ["cooperative", "forced"])
+def test_ctrl_c_in_the_middle_stops_everything(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """KeyboardInterrupt on the main thread while two vCPUs run."""
+    with DirtyLogRun(kvm, cell("dirty-ring", vcpus=2, stop=stop), SETTINGS) as run:
+        waits = iter(range(40))
+
+        def interrupted() -> list[int]:
+            if next(waits, None) is None and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return [0, 0]
+
+        monkeypatch.setattr(run, "published", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+
+
+def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of making a run fails in turn."""
+    for owner, step in (
+        (Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (DirtyLog, "create_vm_done"), (GuestMemory, "populate"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(KvmError):
+
+            def fails(*_: object) -> None:
+                raise KvmError(errno.ENOMEM, "STEP")
+
+            patch.setattr(owner, step, fails)
+            DirtyLogRun(kvm, cell(), SETTINGS)
+
+
+def test_a_ring_that_stays_full_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM says "ring full" again although nothing can be harvested: the run ends at once, and says so."""
+    harvest = DirtyRing.harvest
+    long = replace(SETTINGS, iterations=100, interval=50.0, ring_count=smallest_ring(kvm))
+    with DirtyLogRun(kvm, cell("dirty-ring"), long) as run:
+        monkeypatch.setattr(
+            DirtyRing, "harvest", lambda ring: ([], []) if run.figures.iterations else harvest(ring)
+        )
+        with pytest.raises(DirtyTrackingError) as error:
+            run.run()
+    assert error.value.findings[0].kind is Kind.STUCK
+    assert {finding.kind for finding in error.value.findings} == {Kind.STUCK, Kind.LOST, Kind.GAP}
+
+
+def test_memory_that_cannot_be_had_is_told(kvm: Kvm) -> None:
+    """No huge pages reserved: what is needed, what is free, and the command."""
+    backing = BACKINGS["anonymous_hugetlb_1gb"]
+    reason = backing.missing(1 << 46)
+    assert reason is not None
+    assert "huge pages" in reason
