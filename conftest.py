@@ -49,7 +49,9 @@ _outcome_key = pytest.StashKey["Outcome"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("dirty", "KVM dirty-page tracking (letters in brackets: the option of the C dirty_log_test)")
+    group = parser.getgroup(
+        "dirty", "KVM dirty-page tracking (letters in brackets: the option of the C dirty_log_test)"
+    )
     for name, values in DIMENSIONS.items():
         letter = {"log_mode": " [-M]", "guest_mode": " [-m]"}.get(name, "")
         option = f"--{name.replace('_', '-')}"
@@ -58,14 +60,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every combination of these; default: every pair of values")
     default = Settings()
     group.addoption("--iterations", metavar="N", help=f"how often to verify; default {default.iterations} [-i]")
-    group.addoption("--interval", metavar="MS", help=f"how long the guest writes in each; default {default.interval:g} ms [-I]")
+    group.addoption(
+        "--interval", metavar="MS", help=f"how long the guest writes in each; default {default.interval:g} ms [-I]"
+    )
     group.addoption("--ring-count", metavar="N", help=f"entries of a dirty ring; default {default.ring_count} [-c]")
     group.addoption("--phys-offset", metavar="GPA", help="where the test memory begins; default: at the top [-p]")
     group.addoption("--test-mem", metavar="SIZE", help="test memory, with K, M or G; 3 pages are added; default 1G")
     group.addoption("--seed", metavar="N", help="decides what is written and when it is collected; default: a new one")
     group.addoption("--kvm-device", metavar="PATH", default=DEFAULT_DEVICE, help=f"default {DEFAULT_DEVICE}")
     group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
-    group.addoption("--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures")
+    group.addoption(
+        "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
+    )
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
 
 
@@ -157,7 +163,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function):
             item.user_properties.append(("kvm", "kvm" in item.fixturenames))
             if hasattr(item, "callspec") and "planned_cell" in item.callspec.params:
-                item.user_properties += asdict(item.callspec.params["planned_cell"].cell).items()
+                planned: Any = item.callspec.params["planned_cell"]
+                item.user_properties += asdict(planned.cell).items()
 
 
 # --- what a test may need ---------------------------------------------------------------------------------------------
@@ -260,7 +267,10 @@ class Outcome:
             error.add_note("\n".join(context_lines(self._host, cell, used)))
             raise
         if bug is not None and bug.always:
-            pytest.fail(f"known bug {bug.id} did not show: is it fixed? Then its entry in known_bugs.toml has to go", pytrace=False)
+            pytest.fail(
+                f"known bug {bug.id} did not show: is it fixed? Then its entry in known_bugs.toml has to go",
+                pytrace=False,
+            )
         if bug is not None:
             self._node.user_properties.append(("verdict", "known bug, not seen"))
 
@@ -351,9 +361,12 @@ class RunReport:
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the plan: workers finish in any."""
-        order = {str(planned.cell): index for index, planned in enumerate(self._config.stash[_plan_key])}
+        plan: list[PlannedCell] = self._config.stash[_plan_key]
+        order = {str(planned.cell): index for index, planned in enumerate(plan)}
         names = [field.name for field in fields(Cell)]
-        return sorted(self._rows.values(), key=lambda row: order.get(str(Cell(*(row[name] for name in names))), len(order)))
+        return sorted(
+            self._rows.values(), key=lambda row: order.get(str(Cell(*(row[name] for name in names))), len(order))
+        )
 
 
 def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:

@@ -79,14 +79,16 @@ class Collector(threading.Thread):
                 return all(thread.exits != exits or thread.state is not State.RUNNING for thread, exits in running)
 
             if not self._cond.wait_for(left, self._timeout):
-                raise VcpuHang(f"no exit within {self._timeout:g} s of a kick, of one of vCPUs {[t.name for t, _ in running]}")
+                raise VcpuHang(
+                    f"no exit within {self._timeout:g} s of a kick, of one of vCPUs {[t.name for t, _ in running]}"
+                )
 
     def run(self) -> None:
         """The thread's own code; not to be called."""
         try:
             while (final := self._wait_for_work()) is not None:
                 self._reap(final)
-        except BaseException as error:  # told to the main thread, which raises it
+        except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
             with self._cond:
                 self.failure = error
                 self._cond.notify_all()

@@ -99,7 +99,8 @@ class DirtyLogRun:
             self.guest.map_test_memory(gva, self.gpa, size)
             batch = self._symbols["WRITES_PER_BATCH"]
             self.streams = [
-                make_stream(density.pattern, npages, vcpu, cell.vcpus, settings.seed, batch) for vcpu in range(cell.vcpus)
+                make_stream(density.pattern, npages, vcpu, cell.vcpus, settings.seed, batch)
+                for vcpu in range(cell.vcpus)
             ]
             self._sweep = sweep_length(npages, cell.vcpus)
             blocks = [self._add_writer(vcpu, gva, density.sparse) for vcpu in range(cell.vcpus)]
@@ -258,7 +259,9 @@ class DirtyLogRun:
         """Get the vCPUs out of their guests and tell where they were."""
         lines = [f"no progress in {HANG_TIMEOUT:g} s of {what}; writes published: {self.published()}"]
         for thread in self._threads:
-            last = f"vCPU {thread.vcpu.id}: {thread.state.name.lower()}, {thread.exits} exits, the last {thread.last_exit}"
+            last = (
+                f"vCPU {thread.vcpu.id}: {thread.state.name.lower()}, {thread.exits} exits, the last {thread.last_exit}"
+            )
             thread.force_stop()
             if self._cond.wait_for(lambda thread=thread: thread.state is not State.RUNNING, _JOIN_TIMEOUT):  # type: ignore[misc]
                 lines += [f"{last}; registers:", arch.describe_registers(thread.vcpu.fd)]
@@ -306,5 +309,7 @@ class DirtyLogRun:
     def __enter__(self) -> "DirtyLogRun":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -24,7 +24,9 @@ class DirtyRing:
 
     def __init__(self, fd: int, entries: int) -> None:
         if not arch.TOTAL_STORE_ORDER:
-            raise NotImplementedError(f"{arch.NAME} needs a load-acquire to read a dirty ring, which Python does not have")
+            raise NotImplementedError(
+                f"{arch.NAME} needs a load-acquire to read a dirty ring, which Python does not have"
+            )
         self.entries = entries
         self.next = 0
         self._map = mmap.mmap(

@@ -57,7 +57,9 @@ class GuestVm:
             self._next_free = align_up(program.end, arch.PAGE_SIZE)
             for address, data, _ in program.segments:
                 self._memory[address : address + len(data)] = data
-            self.page_tables = arch.PageTables(guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words)
+            self.page_tables = arch.PageTables(
+                guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words
+            )
             self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
             self._tables = self.allocate(arch.PAGE_SIZE)
             arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols["exception_stubs"])
@@ -147,7 +149,9 @@ class GuestVm:
     def __enter__(self) -> "GuestVm":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

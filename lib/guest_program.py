@@ -48,8 +48,7 @@ class GuestProgram:
             with path.open("rb") as file:
                 elf = ELFFile(file)
                 segments = tuple(
-                    (segment["p_vaddr"], segment.data(), segment["p_memsz"])
-                    for segment in elf.iter_segments("PT_LOAD")
+                    (segment["p_vaddr"], segment.data(), segment["p_memsz"]) for segment in elf.iter_segments("PT_LOAD")
                 )
                 table = elf.get_section_by_name(".symtab")
                 assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip

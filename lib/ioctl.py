@@ -64,13 +64,13 @@ _libc_ioctl.restype = ctypes.c_int
 
 
 def raw_ioctl(fd: int, request: int, arg: Any = None) -> tuple[int, int]:
-    """Call ioctl(2) and return (result, errno); errno is 0 unless the result is negative."""
+    """Make the system call and return (result, errno); errno is 0 unless the result is negative."""
     result: int = _libc_ioctl(fd, request, arg)
     return result, ctypes.get_errno() if result < 0 else 0
 
 
 def ioctl(fd: int, request: int, name: str, arg: Any = None, asked: str = "") -> int:
-    """Call ioctl(2) and return its non-negative result.
+    """Make the system call and return its non-negative result.
 
     :param name: the ioctl's name, for the error message
     :param asked: the arguments in words, for the error message

@@ -28,7 +28,9 @@ class Kvm:
         try:
             version, code = raw_ioctl(self.fd, uapi.KVM_GET_API_VERSION)
             if code:
-                raise KvmUnavailable(f"{device} does not answer KVM_GET_API_VERSION ({os.strerror(code)}): not a KVM device")
+                raise KvmUnavailable(
+                    f"{device} does not answer KVM_GET_API_VERSION ({os.strerror(code)}): not a KVM device"
+                )
             if version != uapi.KVM_API_VERSION:
                 raise KvmUnavailable(f"{device} speaks KVM API version {version}, this suite {uapi.KVM_API_VERSION}")
         except BaseException:
@@ -56,7 +58,9 @@ class Kvm:
     def __enter__(self) -> "Kvm":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

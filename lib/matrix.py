@@ -33,7 +33,7 @@ def pairwise_matrix(dimensions: Dimensions) -> list[Cell]:
         chosen: dict[str, Any] = dict(next(iter(missing)))
         for name in names:
             if name not in chosen:
-                chosen[name] = max(dimensions[name], key=lambda value: _new_pairs(missing, names, chosen, name, value))  # noqa: B023
+                chosen[name] = max(dimensions[name], key=lambda value: _new_pairs(missing, names, chosen, name, value))
         for first, second in combinations(names, 2):
             missing.pop(((first, chosen[first]), (second, chosen[second])), None)
         cells.append(Cell(**chosen))
@@ -44,7 +44,11 @@ def _new_pairs(missing: Mapping[Any, None], names: list[str], chosen: Mapping[st
     """How many pairs that no cell has yet *value* would add to those in *chosen*."""
     ahead = names.index(name)
     return sum(
-        (((other, chosen[other]), (name, value)) if names.index(other) < ahead else ((name, value), (other, chosen[other])))
+        (
+            ((other, chosen[other]), (name, value))
+            if names.index(other) < ahead
+            else ((name, value), (other, chosen[other]))
+        )
         in missing
         for other in chosen
     )

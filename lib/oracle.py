@@ -135,7 +135,9 @@ class Oracle:
         findings: list[Finding] = []
 
         def found(kind: Kind, vcpu: int | None, pages: Iterable[int], detail: str) -> None:
-            findings.append(Finding(kind, reap.iteration, len(self._reap_iterations), vcpu, tuple(sorted(pages)), detail))
+            findings.append(
+                Finding(kind, reap.iteration, len(self._reap_iterations), vcpu, tuple(sorted(pages)), detail)
+            )
 
         reported: set[int] = set()
         for index, vcpus in enumerate(self._sources):
@@ -182,7 +184,9 @@ class Oracle:
             if column[page]
         ]
         reap = self.last_reported[page]
-        reported = f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})" if reap else "never reported"
+        reported = (
+            f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})" if reap else "never reported"
+        )
         return f"page {page}: last written by {', '.join(writes) or 'nobody'}; {reported}"
 
     def _check_source(self, reap: Reap, index: int, vcpus: Sequence[int], found: _Found) -> set[int]:
@@ -206,12 +210,20 @@ class Oracle:
         if vcpu is not None and len(reported) < len(entries):
             self._check_duplicates(reap, vcpu, entries, found)
         if reap.collected.behind_gap and reap.collected.behind_gap[index]:
-            found(Kind.GAP, vcpu, (), f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest")
+            found(
+                Kind.GAP,
+                vcpu,
+                (),
+                f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest",
+            )
         return reported
 
     def _check_lost(self, reap: Reap, reported: set[int], found: _Found) -> None:
-        """Every write must be reported, but by any ring: KVM pushes an entry for the store that makes a page writable, and
-        none for another vCPU's store to the page while it stays so."""
+        """Check that every write is reported.
+
+        By any ring: KVM pushes an entry for the store that makes a page writable, and none for another vCPU's store to
+        the page while it stays so.
+        """
         if self._first_of_all_set:
             absent = [page for page in range(self.npages) if page not in reported]
             if absent:
@@ -240,7 +252,9 @@ class Oracle:
             return entries
         wrong = [(page, slot) for page, slot in zip(entries, slots, strict=True) if slot != self._slot]
         named = ", ".join(f"{slot:#x}" for slot in sorted({slot for _, slot in wrong})[:4])
-        found(Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}")
+        found(
+            Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}"
+        )
         return [page for page, slot in zip(entries, slots, strict=True) if slot == self._slot]
 
     def _check_duplicates(self, reap: Reap, vcpu: int, entries: list[int], found: _Found) -> None:

@@ -45,7 +45,13 @@ def repeat_command(cell: Cell, settings: Settings) -> str:
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name == "seed" or value != getattr(defaults, field.name):
-            text = f"{value:g}" if isinstance(value, float) else f"{value:#x}" if field.name == "phys_offset" else str(value)
+            text = (
+                f"{value:g}"
+                if isinstance(value, float)
+                else f"{value:#x}"
+                if field.name == "phys_offset"
+                else str(value)
+            )
             arguments += [f"--{field.name.replace('_', '-')}", text]
     return shlex.join(arguments)
 
@@ -65,7 +71,9 @@ def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> s
     """The whole report of a broken contract."""
     run = error.run
     figures = run.figures
-    kinds = ", ".join(f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.findings))
+    kinds = ", ".join(
+        f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.findings)
+    )
     lines = [
         f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}",
         "",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a user asked for: dimension values and settings, from text to checked values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, .
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
     if kvm is not None:
         cpuid = arch.get_supported_cpuid(kvm.fd)
-        checks = {
+        checks: dict[str, Callable[[str], str | None]] = {
             "log_mode": lambda name: LOG_MODES[name].supported(kvm),
             "guest_mode": lambda name: arch.GUEST_MODES[name].missing(cpuid),
             "backing": lambda name: BACKINGS[name].missing(settings.slot_size),

@@ -92,7 +92,7 @@ class VcpuThread(threading.Thread):
         try:
             while self._wait_for_orders():
                 self._run_guest()
-        except BaseException as error:  # told to the main thread, which raises it
+        except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
             self.failure = error
         finally:
             with self._cond:

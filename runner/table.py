@@ -28,14 +28,16 @@ def format_table(rows: Sequence[Row]) -> list[str]:
         reason = f": {row['reason']}" if row.get("reason") else ""
         lines.append([str(row.get(name, "")) for name in DIMENSIONS] + figures + [f"{row['verdict']}{reason}"])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
-    left = len(DIMENSIONS) - 1  # names to the left, numbers to the right
+    return ["  ".join([*_aligned(line, widths), line[-1]]) for line in lines]
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A line's columns but the last, names to the left and numbers to the right."""
+    names = len(DIMENSIONS) - 1  # the last dimension, vcpus, is a number
     return [
-        "  ".join(
-            [text.ljust(width) if column < left else text.rjust(width) for column, (text, width) in enumerate(zip(line, widths, strict=False))]
-            + line[-1:]
-        )
-        for line in lines
-    ]  # fmt: skip
+        text.ljust(width) if column < names else text.rjust(width)
+        for column, (text, width) in enumerate(zip(line[:-1], widths, strict=True))
+    ]
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -40,7 +40,9 @@ def test_500_iterations_without_a_false_alarm(
     if reason := LOG_MODES[mode].supported(kvm):
         lacks(reason)
     cell = Cell(mode, "48bit-4k", "anonymous", stop, "sparse", 2)
-    many = replace(settings, iterations=ITERATIONS, interval=1.0, ring_count=min(settings.ring_count, 2048), test_mem=8 * MIB)
+    many = replace(
+        settings, iterations=ITERATIONS, interval=1.0, ring_count=min(settings.ring_count, 2048), test_mem=8 * MIB
+    )
     with outcome.expected(cell, many), DirtyLogRun(kvm, cell, many) as run:
         figures = run.run()
         outcome.record(figures)

@@ -10,6 +10,6 @@ import platform
 if platform.machine() != "x86_64":
     raise ImportError(f"no support for {platform.machine()} yet: this suite has guest code for x86_64 only")
 
-from lib.arch import x86_64 as current  # noqa: E402 (the check above comes first, for its message)
+from lib.arch import x86_64 as current
 
 __all__ = ["current"]

@@ -24,7 +24,9 @@ def reap(pages: Sequence[int], before: int, after: int | None = None, iteration:
     return Reap(iteration, final, [before], [before if after is None else after], Collected([list(pages)]))
 
 
-def ring_reap(pages: Sequence[int], before: int, slots: Sequence[int] = (), reset: int | None = None, gap: int = 0) -> Reap:
+def ring_reap(
+    pages: Sequence[int], before: int, slots: Sequence[int] = (), reset: int | None = None, gap: int = 0
+) -> Reap:
     """A reap of one ring, with the vCPU stopped."""
     slots = slots or [SLOT] * len(pages)
     reset = len(pages) if reset is None else reset
@@ -101,7 +103,9 @@ def test_one_bitmap_reports_for_all_vcpus() -> None:
 
 
 def two_rings(first: list[int], second: list[int], before: list[int]) -> Reap:
-    return Reap(1, True, before, before, Collected([first, second], [[SLOT] * len(first), [SLOT] * len(second)], 2, [0, 0]))
+    return Reap(
+        1, True, before, before, Collected([first, second], [[SLOT] * len(first), [SLOT] * len(second)], 2, [0, 0])
+    )
 
 
 def test_a_ring_reports_for_its_own_vcpu_only() -> None:
@@ -114,7 +118,10 @@ def test_a_page_of_two_vcpus_is_in_one_ring_at_least() -> None:
     for first, second in (([3, 1], []), ([1], [3])):
         assert not oracle([3, 1], [3], ring=True).check_reap(two_rings(first, second, [2, 1]))
     found = oracle([3, 1, 9], [3, 8], ring=True).check_reap(two_rings([1, 9], [], [2, 1]))
-    assert [(finding.kind, finding.vcpu, finding.pages) for finding in found] == [(Kind.LOST, 0, (3,)), (Kind.LOST, 1, (3,))]
+    assert [(finding.kind, finding.vcpu, finding.pages) for finding in found] == [
+        (Kind.LOST, 0, (3,)),
+        (Kind.LOST, 1, (3,)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -161,5 +168,8 @@ def test_history_tells_the_last_write_and_report() -> None:
     checks = oracle([3, 1])
     checks.check_reap(reap([3], before=1, iteration=1))
     checks.check_memory(1, [1], words)
-    assert checks.history(3) == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in reap 1 (iteration 1)"
+    assert (
+        checks.history(3)
+        == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in reap 1 (iteration 1)"
+    )
     assert checks.history(5) == "page 5: last written by nobody; never reported"

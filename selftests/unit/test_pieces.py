@@ -85,7 +85,9 @@ class FakeRing:
 
     def push(self, page: int, slot: int = 1, flags: int = 1) -> None:
         at = self.index % self.entries * ENTRY_SIZE
-        self.map[at : at + ENTRY_SIZE] = flags.to_bytes(4, "little") + slot.to_bytes(4, "little") + page.to_bytes(8, "little")
+        self.map[at : at + ENTRY_SIZE] = (
+            flags.to_bytes(4, "little") + slot.to_bytes(4, "little") + page.to_bytes(8, "little")
+        )
         self.index += 1
 
     def flags(self) -> list[int]:
@@ -224,6 +226,8 @@ def test_kvm_errors_name_call_arguments_and_errno() -> None:
     assert str(error) == "KVM_ENABLE_CAP(cap=223): EINVAL (Invalid argument)"
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (4096, "4 KiB"), (GIB, "1 GiB"), (3 * MIB, "3 MiB"), (5, "5 bytes")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (4096, "4 KiB"), (GIB, "1 GiB"), (3 * MIB, "3 MiB"), (5, "5 bytes")]
+)
 def test_size_text(size: int, text: str) -> None:
     assert size_text(size) == text

@@ -35,7 +35,9 @@ def cell(mode: str = "dirty-log", vcpus: int = 1, stop: str = "cooperative") -> 
 
 
 def open_files() -> list[str]:
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists())
+    return sorted(
+        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists()
+    )
 
 
 def resident_memory() -> int:
@@ -43,7 +45,7 @@ def resident_memory() -> int:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays(kvm: Kvm) -> object:
+def _nothing_stays() -> object:
     """The threads and files of each test here are gone after it."""
     files, threads = open_files(), threading.active_count()
     yield
@@ -110,9 +112,11 @@ def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.Mon
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
         spot = run.guest.program.symbols["sparse_writes"]
         monkeypatch.setattr(
-            run, "_set_stop_flags", lambda value: run.guest.memory(spot, 2).__setitem__(slice(None), SPIN) if value else None
+            run,
+            "_set_stop_flags",
+            lambda value: run.guest.memory(spot, 2).__setitem__(slice(None), SPIN) if value else None,
         )
-        with pytest.raises(VcpuHang, match="no progress in 0.5 s of stopping"):
+        with pytest.raises(VcpuHang, match=r"no progress in 0\.5 s of stopping"):
             run.run()
 
 
@@ -176,16 +180,14 @@ def test_a_ring_that_stays_full_is_reported(kvm: Kvm, monkeypatch: pytest.Monkey
     harvest = DirtyRing.harvest
     long = replace(SETTINGS, iterations=100, interval=50.0, ring_count=smallest_ring(kvm))
     with DirtyLogRun(kvm, cell("dirty-ring"), long) as run:
-        monkeypatch.setattr(
-            DirtyRing, "harvest", lambda ring: ([], []) if run.figures.iterations else harvest(ring)
-        )
+        monkeypatch.setattr(DirtyRing, "harvest", lambda ring: ([], []) if run.figures.iterations else harvest(ring))
         with pytest.raises(DirtyTrackingError) as error:
             run.run()
     assert error.value.findings[0].kind is Kind.STUCK
     assert {finding.kind for finding in error.value.findings} == {Kind.STUCK, Kind.LOST, Kind.GAP}
 
 
-def test_memory_that_cannot_be_had_is_told(kvm: Kvm) -> None:
+def test_memory_that_cannot_be_had_is_told() -> None:
     """No huge pages reserved: what is needed, what is free, and the command."""
     backing = BACKINGS["anonymous_hugetlb_1gb"]
     reason = backing.missing(1 << 46)

@@ -43,10 +43,23 @@ _RFLAGS_RESERVED = 1 << 1
 _GENERAL_REGISTERS = [field[0] for field in kvm_regs._fields_]
 
 _VECTOR_NAMES = {
-    **{0: "#DE divide error", 1: "#DB debug", 3: "#BP breakpoint", 4: "#OF overflow", 5: "#BR bound range"},
-    **{6: "#UD invalid opcode", 7: "#NM device not available", 8: "#DF double fault", 10: "#TS invalid TSS"},
-    **{11: "#NP segment not present", 12: "#SS stack fault", 13: "#GP general protection", 14: "#PF page fault"},
-    **{16: "#MF x87", 17: "#AC alignment check", 18: "#MC machine check", 19: "#XM SIMD"},
+    0: "#DE divide error",
+    1: "#DB debug",
+    3: "#BP breakpoint",
+    4: "#OF overflow",
+    5: "#BR bound range",
+    6: "#UD invalid opcode",
+    7: "#NM device not available",
+    8: "#DF double fault",
+    10: "#TS invalid TSS",
+    11: "#NP segment not present",
+    12: "#SS stack fault",
+    13: "#GP general protection",
+    14: "#PF page fault",
+    16: "#MF x87",
+    17: "#AC alignment check",
+    18: "#MC machine check",
+    19: "#XM SIMD",
 }
 _PAGE_FAULT = 14
 
