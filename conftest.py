@@ -361,8 +361,8 @@ class RunReport:
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the plan: workers finish in any."""
-        plan: list[PlannedCell] = self._config.stash[_plan_key]
-        order = {str(planned.cell): index for index, planned in enumerate(plan)}
+        planned_cells: list[PlannedCell] = self._config.stash[_plan_key]
+        order = {str(planned.cell): index for index, planned in enumerate(planned_cells)}
         names = [field.name for field in fields(Cell)]
         return sorted(
             self._rows.values(), key=lambda row: order.get(str(Cell(*(row[name] for name in names))), len(order))

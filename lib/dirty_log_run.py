@@ -157,6 +157,10 @@ class DirtyLogRun:
         collected = self.mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
         return Reap(iteration, stopped, before, self.published(), collected)
 
+    def all_stopped(self) -> bool:
+        """Whether no vCPU is in its guest, or about to enter it."""
+        return all(thread.state is State.STOPPED for thread in self._threads)
+
     def close(self) -> None:
         """Close the VM and give all memory back."""
         for view in (*self._published, *self._stop_flags):
@@ -189,7 +193,7 @@ class DirtyLogRun:
 
     def _touch_all_pages(self) -> None:
         self._let_go()
-        self._wait(self._all_stopped, "touching all pages")
+        self._wait(self.all_stopped, "touching all pages")
 
     def _iterate(self, iteration: int) -> None:
         # The first iteration lasts until every page was written once, as the C test's does.
@@ -219,14 +223,11 @@ class DirtyLogRun:
         if self.cell.stop == "cooperative" and not self._collector.stuck:
             self._set_stop_flags(1)
             # A ring can still get stuck before the guest has seen the flag.
-            self._wait(lambda: self._all_stopped() or bool(self._collector.stuck), "stopping")
+            self._wait(lambda: self.all_stopped() or bool(self._collector.stuck), "stopping")
         for thread in self._threads:
             if thread.state is not State.STOPPED:
                 thread.force_stop()
-        self._wait(self._all_stopped, "stopping")
-
-    def _all_stopped(self) -> bool:
-        return all(thread.state is State.STOPPED for thread in self._threads)
+        self._wait(self.all_stopped, "stopping")
 
     def _set_stop_flags(self, value: int) -> None:
         for flag in self._stop_flags:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """One vCPU's dirty ring: harvesting its entries and handing them back (api.rst 8.29)."""
 
+import ctypes
 import mmap
 from array import array
 from itertools import takewhile
@@ -34,6 +35,7 @@ class DirtyRing:
             offset=arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE,
         )  # fmt: skip
         self._bytes = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._words = self._bytes.cast("I")
         self._quads = self._bytes.cast("Q")
         self._dirty = array("I", [uapi.KVM_DIRTY_GFN_F_DIRTY]) * _CHUNK

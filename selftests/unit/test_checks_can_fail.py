@@ -55,8 +55,11 @@ class Planter:
 
     @property
     def fresh(self) -> bool:
-        """Whether a fault that is planted once has still to be."""
-        return self.armed and self.planted is None
+        """Whether a fault that is planted once has to be planted now.
+
+        Only while the vCPUs are stopped: of a write that is made during a reap, a report in the next one is right too.
+        """
+        return self.armed and self.planted is None and self.run.all_stopped()
 
     def is_ten_thousandth(self) -> bool:
         """Count one more reported page; the fault counts as planted from the first on."""

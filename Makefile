@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# The short names of all there is to do; `make help` lists them.
+
+# Options for pytest, such as ARGS='--log-mode dirty-ring --iterations 100'
+ARGS ?=
+# How many cells run at once; auto: one per CPU, 8 at most
+WORKERS ?= auto
+# A built dirty_log_test, for `make bench` to compare with
+C_TEST ?=
+
+PYTHON ?= python3
+VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest
+
+# The matrix as `make test` runs it: everything, but small
+SHORT := --test-mem 64M --iterations 8 --ring-count 4096
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint guest_code bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z_]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
+
+run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes
+	$(PYTEST) selftests/test_dirty_log.py -v -n $(WORKERS) $(ARGS)
+
+test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
+	$(PYTEST) -n $(WORKERS) $(SHORT) $(ARGS)
+
+lint: $(VENV)/dev ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+guest_code: $(VENV)/run ## assemble the guest programs
+	$(VENV)/bin/python -c 'from lib.guest_program import assemble_all; assemble_all()'
+
+bench: $(VENV)/run ## the inner loops beside C; with C_TEST=path the whole runs beside the C dirty_log_test
+	PYTHONPATH=. $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test $(C_TEST)) $(ARGS)
+
+clean: ## remove what was built; results stay
+	rm -rf build $(VENV) .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/run: requirements.txt make_venv.sh
+	PYTHON=$(PYTHON) ./make_venv.sh $(VENV) requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh
+	PYTHON=$(PYTHON) ./make_venv.sh $(VENV) requirements-dev.txt
+	touch $(VENV)/run $@

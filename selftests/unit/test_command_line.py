@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The suite as a user meets it: pytest in a process of its own, its exit status, and what it says."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lib.ioctl import raw_ioctl
+from lib.kvm import Kvm, KvmUnavailable
+from lib.log_modes import DirtyRing
+from lib.selection import smallest_ring
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
+ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1"]
+USAGE_ERROR, NOTHING_RAN, INTERRUPTED = 4, 5, 2
+
+
+class Suite:
+    """Runs the matrix in a process of its own, with results in a folder of the test."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", f"--results={self.results}", *arguments]
+
+    def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path / "results")
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
+@pytest.mark.usefixtures("kvm")
+def test_a_sound_run_is_green_and_ends_with_the_table(suite: Suite, workers: list[str]) -> None:
+    """One row per cell in the order of the plan, the same figures in the results file, and the seed in the header."""
+    done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log,clear-log", "--seed=7", *workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed     7" in done.stdout
+    assert re.search(r"dirty-log .* pass\nclear-log .* pass\n", done.stdout)
+    assert "2 cells: 2 pass" in done.stdout
+    results = json.loads((suite.results / "results.json").read_text())
+    assert [cell["verdict"] for cell in results["cells"]] == ["pass", "pass"]
+    assert all(cell["writes"] >= 2 * 256 for cell in results["cells"])
+    assert results["settings"]["seed"] == 7
+    assert results["host"]["kernel"] == os.uname().release
+
+
+def test_without_kvm_nothing_is_green(suite: Suite) -> None:
+    """A device that is not there: every cell says why and what to do, and the run is no success."""
+    done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent")
+    assert done.returncode == NOTHING_RAN
+    assert "NOTHING WAS TESTED" in done.stdout
+    assert "/nonexistent does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd)" in done.stdout
+
+
+def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
+    done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent", "--require-kvm", "--log-mode=dirty-log")
+    assert done.returncode == 1
+    assert "required by --require-kvm: /nonexistent does not exist" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ring-count=1000"], "--ring-count: 1000 is not a power of two"),
+        (["--iterations=0"], "--iterations: 0 is out of range, it must be at least 1"),
+        (["--interval=-1"], "--interval: -1 ms is out of range"),
+        (["--log-mode=dirty"], "--log-mode: no such value: 'dirty' (choose from dirty-log, clear-log,"),
+        (["--test-mem=900G"], "--test-mem: 900 GiB needs"),
+        (["--seed=x"], "--seed: 'x' is not a whole number"),
+        (["--vcpus=0"], "--vcpus: 0 is out of range"),
+        (["--phys-offset=0x1234"], "--phys-offset: offset 0x1234 is not a multiple of the page size"),
+        (["--phys-offset=0x100000"], "--phys-offset: test memory at 0x100000 runs into the guest's own memory"),
+        (["--phys-offset=0x8000000000000"], "ends beyond the guest-physical limit"),
+        (["--ring-count=1048576"], "--ring-count: 1048576 is out of range, this KVM takes at most 65536"),
+    ],
+    ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("kvm")
+def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[str], message: str) -> None:
+    done = suite(*arguments)
+    assert done.returncode == USAGE_ERROR
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert message in line
+
+
+def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+    """The smallest size depends on the backend; the message names it, and that size is taken."""
+    if reason := DirtyRing.supported(kvm):
+        lacks(reason)
+    least = smallest_ring(kvm)
+    done = suite(f"--ring-count={least // 2}")
+    assert done.returncode == USAGE_ERROR
+    assert f"{least // 2} is out of range, this KVM takes at least {least}" in done.stderr
+    done = suite(*QUICK[:-1], *ONE_CELL, "--log-mode=dirty-ring", f"--ring-count={least}")
+    assert done.returncode == 0, done.stdout
+
+
+FAULTY_PLUGIN = """
+from lib.vm import Vm
+get_dirty_log = Vm.get_dirty_log
+def falsified(vm, slot, bitmap):
+    get_dirty_log(vm, slot, bitmap)
+    if any(bitmap):
+        word = next(i for i in range(0, len(bitmap), 8) if any(bitmap[i:i + 8]))
+        bitmap[word:word + 8] = bytes(8)
+Vm.get_dirty_log = falsified
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: Path) -> None:
+    """Environment, dimensions, seed, pages with their history, a map; in JSON too; and the printed command fails alike."""
+    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = suite.command(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "-p", "faulty", "-n2")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for expected in (
+        f"kernel   {os.uname().release}", "backend  kvm_", "cpu      ", "cell     log_mode dirty-log, guest_mode 48bit-4k",
+        "seed     ", "iteration 1, reap", "LOST (written but not reported)", "last written by write", "slot map",
+        "1 cells: 1 FAIL",
+    ):  # fmt: skip
+        assert expected in done.stdout
+    (file,) = suite.results.glob("test_dirty_log*.json")
+    data = json.loads(file.read_text())
+    assert {"host", "cell", "settings", "repeat", "findings", "history", "map"} <= set(data)
+    assert data["findings"][0]["kind"] == "LOST"
+    repeat = f"{data['repeat']} -p faulty --results={suite.results}"
+    again = subprocess.run(repeat, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "1 cells: 1 FAIL" in again.stdout
+
+
+@pytest.mark.usefixtures("kvm")
+def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> None:
+    """Under --no-known-bugs a cell on the list fails as any other; without, it is counted apart."""
+    if getattr(host, "backend", "") != "kvm_pvm":
+        pytest.skip("no bug of this backend is on the list")
+    dense = ["selftests/test_known_bugs.py", "--test-mem=4M", "--density=dense-sequential", "--log-mode=dirty-ring"]
+    expected = suite("--deselect=selftests/test_dirty_log.py", *dense)
+    assert expected.returncode == 0, expected.stdout
+    assert "1 known bug" in expected.stdout
+    plain = suite("--deselect=selftests/test_dirty_log.py", *dense, "--no-known-bugs")
+    assert plain.returncode == 1
+    assert "STUCK (KVM_EXIT_DIRTY_RING_FULL again with nothing to harvest)" in plain.stdout
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
+@pytest.mark.usefixtures("kvm")
+def test_ctrl_c_ends_the_run_at_once(suite: Suite, workers: list[str]) -> None:
+    """SIGINT to the process group, as a terminal sends it: no process stays, and the status says interrupted."""
+    process = subprocess.Popen(
+        suite.command(*ONE_CELL, "--log-mode=dirty-log,clear-log", "--test-mem=4M", "--iterations=1000000", *workers),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED, output
+    deadline = time.monotonic() + 10
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline, "processes of the run are still there"
+        time.sleep(0.1)
+
+
+def test_a_device_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    device.chmod(0)
+    tmp_path.chmod(0o755)
+    root = os.geteuid() == 0
+    if root:  # root may open anything: be nobody for a moment
+        for folder in list(tmp_path.parents)[:2]:
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(KvmUnavailable, match="may not be opened by this user: join its group .*usermod -aG kvm"):
+            Kvm(str(device))
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_device_that_is_not_kvm_is_told() -> None:
+    with pytest.raises(KvmUnavailable, match="/dev/null does not answer KVM_GET_API_VERSION"):
+        Kvm("/dev/null")
+
+
+@pytest.mark.usefixtures("kvm")
+def test_another_api_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.kvm.raw_ioctl", lambda fd, request: (raw_ioctl(fd, request)[0] + 1, 0))
+    with pytest.raises(KvmUnavailable, match="/dev/kvm speaks KVM API version 13, this suite 12"):
+        Kvm()
+
+
+def test_a_missing_assembler_is_told(suite: Suite, tmp_path: Path) -> None:
+    """No ``as`` on the PATH, and guest code that has to be assembled: one line, with the package to install."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("conftest.py", "pytest.ini", "known_bugs.toml", "lib", "runner", "guest_code", "selftests"):
+        (copy / name).symlink_to(ROOT / name)
+    (copy / "lib").unlink()
+    subprocess.run(["cp", "-r", ROOT / "lib", copy / "lib"], check=True)
+    done = subprocess.run(
+        suite.command(*QUICK), cwd=copy, capture_output=True, text=True, env={"PATH": str(tmp_path)}, check=False
+    )
+    assert done.returncode == USAGE_ERROR
+    assert "no as on this machine: install binutils (apt install binutils, or gcc)" in done.stderr

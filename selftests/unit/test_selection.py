@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""From a user's words to cells: options, the matrix, known bugs, the table."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from lib import known_bugs
+from lib.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
+from lib.host import Host, version_numbers
+from lib.matrix import full_matrix, pairwise_matrix
+from lib.memory import BACKINGS, GIB, KIB, MIB
+from lib.oracle import Finding, Kind
+from lib.report import repeat_command
+from lib.selection import (
+    DIMENSIONS,
+    SelectionError,
+    check_settings,
+    parse_milliseconds,
+    parse_names,
+    parse_number,
+    parse_size,
+)
+from runner.table import format_table, summary
+
+CELL = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_keep_the_order_of_the_choices() -> None:
+    assert parse_names("--x", "c, a", ("a", "b", "c")) == ("a", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64M", 64 * MIB), ("1g", GIB), ("8K", 8 * KIB), ("0x2000", 8192), ("4096", 4096)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--x", text) == size
+
+
+@pytest.mark.parametrize(
+    ("parse", "message"),
+    [
+        (lambda: parse_names("--log-mode", "dirty", ("dirty-log",)), "--log-mode: no such value: 'dirty' (choose from"),
+        (lambda: parse_names("--log-mode", "", ("dirty-log",)), "--log-mode: no such value: ''"),
+        (lambda: parse_number("--iterations", "0", 1), "--iterations: 0 is out of range, it must be at least 1"),
+        (lambda: parse_number("--iterations", "ten", 1), "--iterations: 'ten' is not a whole number"),
+        (lambda: parse_number("--vcpus", "9", 1, 8), "--vcpus: 9 is out of range, it must be from 1 to 8"),
+        (lambda: parse_milliseconds("--interval", "0"), "--interval: 0 ms is out of range"),
+        (lambda: parse_milliseconds("--interval", "nan"), "--interval: nan ms is out of range"),
+        (lambda: parse_milliseconds("--interval", "soon"), "--interval: 'soon' is not a number of milliseconds"),
+        (lambda: parse_size("--test-mem", "1000"), "--test-mem: 1000 is not a multiple of the page size"),
+        (lambda: parse_size("--test-mem", "1T"), "--test-mem: '1T' is not a whole number"),
+        (lambda: parse_size("--test-mem", "-1M"), "--test-mem: -1 is out of range"),
+        (lambda: check_settings(Settings(ring_count=1000), (1,), 1), "--ring-count: 1000 is not a power of two"),
+        (lambda: check_settings(Settings(), (513,), 1), "--vcpus: 513 is out of range"),
+        (lambda: check_settings(Settings(test_mem=1 << 50), (1,), 1), "of memory, the host has"),
+        (lambda: check_settings(Settings(test_mem=GIB), (1,), 1 << 20), "1048576 at a time need"),
+    ],
+)
+def test_bad_values_get_one_clear_line(parse: object, message: str) -> None:
+    with pytest.raises(SelectionError) as error:
+        parse()  # type: ignore[operator]
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_test_memory_lies_at_the_top_with_the_backings_alignment() -> None:
+    limit = 1 << 46
+    size = Settings().slot_size
+    assert place_test_memory(Settings(), CELL, limit) == limit - size
+    huge = place_test_memory(Settings(), replace(CELL, backing="anonymous_hugetlb_1gb"), limit)
+    assert huge % GIB == 0
+    assert limit - 2 * GIB <= huge <= limit - size
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [
+        (0x1001, "not a multiple of the page size"),
+        (0x1000, "runs into the guest's own memory"),
+        ((1 << 46) - GIB, "ends beyond the guest-physical limit"),
+    ],
+)
+def test_bad_offsets_are_told(offset: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        place_test_memory(Settings(phys_offset=offset), CELL, 1 << 46)
+
+
+def test_memory_beyond_the_address_space_is_told() -> None:
+    with pytest.raises(ValueError, match="runs into the guest's own memory"):
+        place_test_memory(Settings(test_mem=1 << 36), CELL, 1 << 36)
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vcpus", [(1,), (1, 2)])
+@pytest.mark.parametrize("left_out", [(), ("stop",), ("guest_mode", "backing"), ("log_mode", "density")])
+def test_each_value_meets_each_other(left_out: tuple[str, ...], vcpus: tuple[int, ...]) -> None:
+    """The default matrix has every pair of values of any two dimensions, also when some dimensions are pinned."""
+    dimensions = {name: values[:1] if name in left_out else values for name, values in DIMENSIONS.items()}
+    every = {**dimensions, "vcpus": vcpus}
+    cells = pairwise_matrix(every)
+    assert len(set(cells)) == len(cells) <= len(full_matrix(every))
+    for first, second in combinations(every, 2):
+        met = {(getattr(cell, first), getattr(cell, second)) for cell in cells}
+        assert met == {(one, two) for one in every[first] for two in every[second]}
+
+
+def test_the_full_matrix_is_the_product() -> None:
+    every = {**DIMENSIONS, "vcpus": (1, 2)}
+    cells = full_matrix(every)
+    assert len(set(cells)) == len(cells) == 5 * 6 * len(BACKINGS) * len(STOPS) * len(DENSITIES) * 2
+
+
+def test_the_repeat_command_names_the_cell_and_what_is_not_default() -> None:
+    command = repeat_command(CELL, Settings(iterations=7, phys_offset=1 << 32, seed=5))
+    assert command.endswith(
+        "-m pytest selftests/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
+        " --stop cooperative --density sparse --vcpus 1 --iterations 7 --phys-offset 0x100000000 --seed 5"
+    )
+
+
+# --- known bugs -------------------------------------------------------------------------------------------------------
+
+HOST = Host("6.18.44-x", "kvm_pvm", {"kvm_pvm.pvm_emul_batch": "1024"}, "cpu", 2, 1)
+ENTRY = """
+[[bug]]
+id = "x"
+summary = "s"
+evidence = "e"
+backend = "kvm_pvm"
+kernels = ["6.12", "6.19"]
+parameters = { "kvm_pvm.pvm_emul_batch" = "1024" }
+cells = { log_mode = ["dirty-ring"], vcpus = ["1"] }
+findings = ["LOST", "GAP"]
+shows = "sometimes"
+"""
+
+
+def read(folder: Path, text: str) -> list[known_bugs.KnownBug]:
+    path = folder / "known_bugs.toml"
+    path.write_text(text)
+    return known_bugs.load(path)
+
+
+def test_the_list_in_the_repository_is_sound() -> None:
+    """It can be read, and has an entry that must show every time."""
+    bugs = known_bugs.load()
+    assert len({bug.id for bug in bugs}) == len(bugs) > 0
+    assert any(bug.always and bug.tests for bug in bugs)
+    assert all(bug.evidence and bug.summary for bug in bugs)
+
+
+@pytest.mark.parametrize(
+    ("host", "applies"),
+    [
+        (HOST, True),
+        (replace(HOST, backend="kvm_amd"), False),
+        (replace(HOST, kernel="6.11.9"), False),
+        (replace(HOST, kernel="6.19-rc1"), False),
+        (replace(HOST, parameters={"kvm_pvm.pvm_emul_batch": "16"}), False),
+        (replace(HOST, parameters={}), False),
+    ],
+)
+def test_a_known_bug_is_bound_to_its_conditions(tmp_path: Path, host: Host, applies: bool) -> None:
+    (bug,) = read(tmp_path, ENTRY)
+    assert bug.on(host) is applies
+
+
+def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
+    (bug,) = read(tmp_path, ENTRY)
+    assert bug.concerns_cell(replace(CELL, log_mode="dirty-ring"))
+    assert not bug.concerns_cell(CELL)
+    assert not bug.concerns_cell(replace(CELL, log_mode="dirty-ring", vcpus=2))
+    lost, false = (Finding(kind, 1, 1, 0, (), "") for kind in (Kind.LOST, Kind.FALSE))
+    assert bug.explains([lost])
+    assert not bug.explains([lost, false])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"sometimes"', '"often"', "shows must be"),
+        ('"LOST"', '"LOSSES"', "LOSSES"),
+        ("log_mode", "mode", "no such dimension: mode"),
+        ('id = "x"', 'id = "x"\nsurprise = 1', "surprise"),
+        ('summary = "s"', "", "summary"),
+        ("[[bug]]", "[[bug", "known_bugs.toml"),
+        ('cells = { log_mode = ["dirty-ring"], vcpus = ["1"] }', "", "names neither cells nor tests"),
+    ],
+)
+def test_a_broken_list_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(known_bugs.KnownBugsError, match=message):
+        read(tmp_path, ENTRY.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("release", "numbers"), [("6.12.117+deb12-amd64", (6, 12, 117)), ("7.2-rc1", (7, 2)), ("6.1.0-56-cloud", (6, 1, 0))]
+)
+def test_release_numbers(release: str, numbers: tuple[int, ...]) -> None:
+    assert version_numbers(release) == numbers
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_per_cell_and_counts_known_bugs_apart() -> None:
+    dimensions = {"log_mode": "dirty-log", "guest_mode": "48bit-4k", "backing": "shmem", "stop": "forced"}
+    done = {"density": "sparse", "vcpus": 2, "iterations": 32, "writes": 9, "dirty": 8, "clean": 7, "seconds": 1.25}
+    rows = [
+        {**dimensions, **done, "ring_full_exits": 3, "verdict": "pass", "reason": ""},
+        {**dimensions, "density": "sparse", "vcpus": 1, "verdict": "skipped", "reason": "no LA57"},
+        {**dimensions, **done, "verdict": "known bug", "reason": "some-bug"},
+    ]
+    header, first, second, third = (line.split() for line in format_table(rows))
+    assert header[:2] == ["log", "mode"]
+    assert first == "dirty-log 48bit-4k shmem forced sparse 2 32 9 8 7 3 1.2 pass".split()
+    assert second[-9:] == ["-", "-", "-", "-", "-", "-", "skipped:", "no", "LA57"]
+    assert third[-3:] == ["known", "bug:", "some-bug"]
+    assert summary(rows) == "3 cells: 1 pass, 1 known bug, 1 skipped"
