@@ -188,7 +188,7 @@ def test_a_device_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
             folder.chmod(0o755)
         os.seteuid(65534)
     try:
-        with pytest.raises(KvmUnavailable, match="may not be opened by this user: join its group .*usermod -aG kvm"):
+        with pytest.raises(KvmUnavailable, match=r"may not be opened by this user: join its group .*usermod -aG kvm"):
             Kvm(str(device))
     finally:
         if root:

@@ -219,7 +219,7 @@ def test_the_table_has_a_row_per_cell_and_counts_known_bugs_apart() -> None:
     ]
     header, first, second, third = (line.split() for line in format_table(rows))
     assert header[:2] == ["log", "mode"]
-    assert first == "dirty-log 48bit-4k shmem forced sparse 2 32 9 8 7 3 1.2 pass".split()
+    assert first == ["dirty-log", "48bit-4k", "shmem", "forced", "sparse", "2", "32", "9", "8", "7", "3", "1.2", "pass"]
     assert second[-9:] == ["-", "-", "-", "-", "-", "-", "skipped:", "no", "LA57"]
     assert third[-3:] == ["known", "bug:", "some-bug"]
     assert summary(rows) == "3 cells: 1 pass, 1 known bug, 1 skipped"

@@ -13,7 +13,10 @@ from lib.arch.x86_64 import uapi as x86_uapi
 
 MODULES = (uapi, x86_uapi)
 CONSTANTS = {
-    name: value for module in MODULES for name, value in vars(module).items() if name.startswith("KVM") and name.isupper()
+    name: value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if name.startswith("KVM") and name.isupper()
 }
 STRUCTS = {
     name: value
@@ -55,9 +58,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
         lines += [f"#ifdef {name}", f'printf("{name} %lld\\n", (long long){name});', "#endif"]
     for name, struct in STRUCTS.items():
         lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
-        lines += [
-            f'printf("{name}.{field} %zu\\n", offsetof(struct {name}, {field}));' for field in fields(struct)
-        ]
+        lines += [f'printf("{name}.{field} %zu\\n", offsetof(struct {name}, {field}));' for field in fields(struct)]
     folder = tmp_path_factory.mktemp("uapi")
     source, program = folder / "dump.c", folder / "dump"
     source.write_text("\n".join([*lines, "return 0; }"]))
