@@ -26,14 +26,20 @@ STRUCTS = {
 }
 
 
+def exit_fields(struct: Any) -> dict[str, Any]:
+    """The members of kvm_run's anonymous union, with their types."""
+    return dict(dict(struct._fields_)["_exit"]._fields_)
+
+
 def fields(struct: type[ctypes.Structure]) -> list[str]:
     """The fields that the header has under the same name; nested ones with a dot."""
     names = []
-    for name, kind, *_ in struct._fields_:
+    for field in struct._fields_:
+        name = field[0]
         if name == "_exit":
-            for inner, inner_kind in kind._fields_:  # type: ignore[union-attr]
+            for inner in exit_fields(struct):
                 names.append(inner)
-                names += [f"{inner}.{field[0]}" for field in getattr(inner_kind, "_fields_", ())]
+                names += [f"{inner}.{member[0]}" for member in getattr(exit_fields(struct)[inner], "_fields_", ())]
         elif not name.startswith(("_", "padding", "pad")):
             names.append(name)
     return [name for name in names if not name.startswith("padding")]
@@ -44,7 +50,7 @@ def offset(struct: Any, path: str) -> int:
         return int(getattr(struct, path).offset)
     first, _, rest = path.partition(".")
     start = int(struct._exit.offset) + int(getattr(dict(struct._fields_)["_exit"], first).offset)
-    inner = dict(dict(struct._fields_)["_exit"]._fields_)[first]
+    inner = exit_fields(struct)[first]
     return start + (int(getattr(inner, rest).offset) if rest else 0)
 
 
