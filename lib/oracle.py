@@ -23,7 +23,7 @@ Exemptions, in full:
 
 from array import array
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -32,6 +32,9 @@ from lib.log_modes import Collected
 from lib.write_stream import WriteStream
 
 WORDS_PER_PAGE = 512
+
+# How many reaps back the history of a page goes
+_REMEMBERED_REAPS = 64
 
 _Found = Callable[["Kind", int | None, Iterable[int], str], None]
 
@@ -106,7 +109,7 @@ class Oracle:
         self, npages: int, streams: Sequence[WriteStream], per_vcpu: bool, initially_set: bool, slot: int
     ) -> None:
         self.npages = npages
-        self.last_reported = array("I", bytes(4 * npages))
+        self._reports: deque[tuple[int, array[int]]] = deque(maxlen=_REMEMBERED_REAPS)
         self._streams = streams
         self._slot = slot
         self._initially_set = initially_set
@@ -147,8 +150,7 @@ class Oracle:
             harvested = sum(map(len, reap.collected.pages))
             if reap.collected.reset != harvested:
                 found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, taken back {reap.collected.reset}")
-        for page in reported:
-            self.last_reported[page] = len(self._reap_iterations)
+        self._reports.append((len(self._reap_iterations), array("I", reported)))
         self._reported_before = reported
         for seen, before, after in zip(self._seen, reap.before, reap.after, strict=True):
             seen.before, seen.after, seen.final = before, after, reap.final
@@ -183,10 +185,11 @@ class Oracle:
             for vcpu, column in enumerate(self._expected)
             if column[page]
         ]
-        reap = self.last_reported[page]
-        reported = (
-            f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})" if reap else "never reported"
-        )
+        reap = next((number for number, pages in reversed(self._reports) if page in pages), 0)
+        if reap:
+            reported = f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})"
+        else:
+            reported = f"not reported in the last {len(self._reports)} reaps"
         return f"page {page}: last written by {', '.join(writes) or 'nobody'}; {reported}"
 
     def _check_source(self, reap: Reap, index: int, vcpus: Sequence[int], found: _Found) -> set[int]:

@@ -172,4 +172,4 @@ def test_history_tells_the_last_write_and_report() -> None:
         checks.history(3)
         == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in reap 1 (iteration 1)"
     )
-    assert checks.history(5) == "page 5: last written by nobody; never reported"
+    assert checks.history(5) == "page 5: last written by nobody; not reported in the last 1 reaps"
