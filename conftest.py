@@ -308,17 +308,21 @@ class RunReport:
         self._rows: dict[str, dict[str, Any]] = {}
         self._on_kvm = 0
         self._not_on_kvm: list[str] = []
+        self._caught: dict[str, list[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
-        properties = dict(report.user_properties)
+        properties: dict[str, Any] = dict(report.user_properties)
         verdict, reason = _verdict(report, properties)
         if properties.get("kvm"):
             if verdict == "skipped":
                 self._not_on_kvm.append(reason)
             else:
                 self._on_kvm += 1
+        if "fault" in properties:
+            within = f"{properties['fault_in']} {properties['caught_within']}"
+            self._caught.setdefault(properties["fault"], []).append(within)
         if "log_mode" in properties:
             row = properties | {"verdict": verdict, "reason": reason}
             if report.when == "call" or report.nodeid not in self._rows or verdict == "FAIL":
@@ -351,6 +355,10 @@ class RunReport:
                     terminalreporter.line(f"{row['reason']}: {row['findings']}")
             terminalreporter.line(table.summary(rows))
             terminalreporter.line(f"files: {self._config.option.results}")
+        if self._caught:
+            terminalreporter.section("planted faults: within how many iterations each was caught")
+            for fault, within in sorted(self._caught.items()):
+                terminalreporter.line(f"{fault}: {', '.join(sorted(within))}")
         if self._nothing_ran:
             reasons = "; ".join(dict.fromkeys(self._not_on_kvm))
             terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)
