@@ -94,7 +94,7 @@ def bench_verify(loops: ctypes.CDLL, rounds: int) -> None:
         for value, page in enumerate(written, done - DIRTY_PAGES + 1):
             memory.words[page * WORDS_PER_PAGE] = expected[page] = value
             bitmap[page // 64] |= 1 << page % 64
-        reap = Reap(number, True, [done], [done], Collected([sorted(set(written))]))
+        reap = Reap(number, [done], [done], [True], Collected([sorted(set(written))]))
 
         def in_python(reap: Reap = reap, number: int = number, done: int = done) -> None:
             if oracle.check_reap(reap) or oracle.check_memory(number, [done], memory.words):

@@ -37,6 +37,7 @@ class Collector(threading.Thread):
         self._final_requested = False
         self._quit = False
         self._reaps: list[Reap] = []
+        self._complete = False
         self._harvested = [0 for _ in threads]
 
     def begin(self, iteration: int, delay: float) -> None:
@@ -45,6 +46,7 @@ class Collector(threading.Thread):
             self._iteration = iteration
             self._reap_at = time.monotonic() + delay
             self._reaps = []
+            self._complete = False
             self._cond.notify_all()
 
     def request_final(self) -> None:
@@ -57,7 +59,7 @@ class Collector(threading.Thread):
     def finished(self) -> list[Reap] | None:
         """The iteration's reaps, once the last one was made; None until then."""
         with self._cond:
-            return self._reaps if self._reaps and self._reaps[-1].final else None
+            return self._reaps if self._complete else None
 
     def quit(self) -> None:
         """End the thread after the reap that it is making; does not wait for it."""
@@ -116,6 +118,7 @@ class Collector(threading.Thread):
         reap = self._collect(self._iteration, final)
         with self._cond:
             self._reaps.append(reap)
+            self._complete = final
             if len(reap.collected.pages) == len(self._harvested):
                 for vcpu, pages in enumerate(reap.collected.pages):
                     self._harvested[vcpu] += len(pages)

@@ -150,12 +150,18 @@ class DirtyLogRun:
 
     def _collect(self, iteration: int, stopped: bool) -> Reap:
         """Make one reap; on the collector's thread."""
-        if stopped:
-            self._settled = self.oracle.settle(self.published(), self._words)
+        exact = [stopped or thread.state is State.RING_FULL for thread in self._threads]
+        self._settle(exact)
         before = self.published()
         kick = self._collector.kick_running
         collected = self.mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
-        return Reap(iteration, stopped, before, self.published(), collected)
+        return Reap(iteration, before, self.published(), exact, collected)
+
+    def _settle(self, out_of_guest: Sequence[bool]) -> None:
+        """Find out how many writes the vCPUs that are out of their guests have done."""
+        for vcpu, count in enumerate(self.published()):
+            if out_of_guest[vcpu]:
+                self._settled[vcpu] = self.oracle.done(vcpu, count, self._words)
 
     def all_stopped(self) -> bool:
         """Whether no vCPU is in its guest, or about to enter it."""

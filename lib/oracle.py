@@ -9,9 +9,11 @@ write more that may be under way at either moment. So, for the reaps k-1 and k o
 - writes during k-1 must be in k-1 or in k;
 - nothing but the writes since the start of k-1 **may** be in k.
 
-With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
+Of a vCPU that is out of its guest for the whole reap (stopped, or waiting with a full ring) both numbers are one and exact,
+since the memory tells whether the write under way is done: then all three rules are exact. So they are for every vCPU in
+the last reap of an iteration.
 
-The last reap of an iteration is made with all vCPUs stopped; there both numbers are one, and all three rules are exact.
+With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
 
 Exemptions, in full:
 
@@ -77,22 +79,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reap:
-    """One collection and the writes that each vCPU had published before it began and after it ended."""
+    """One collection, and the writes that each vCPU was known to have done before it began and after it ended.
+
+    :ivar exact: for each vCPU, whether it was out of its guest all the time, so that both counts are exact
+    """
 
     iteration: int
-    final: bool
     before: list[int]
     after: list[int]
+    exact: list[bool]
     collected: Collected
 
 
 @dataclass
 class _Seen:
-    """What the oracle keeps of one vCPU's last reap: its two counts, and whether they are exact."""
+    """What the oracle keeps of one vCPU's last reap.
+
+    :ivar early: those of the writes *before* and *after*, by index, whose page was reported when they may have been under
+        way: a vCPU that does not get to run may publish a write only many reaps after it was done and reported
+    """
 
     before: int = 0
     after: int = 0
-    final: bool = True
+    exact: bool = True
+    early: frozenset[int] = frozenset()
 
 
 class Oracle:
@@ -123,14 +133,10 @@ class Oracle:
         self._iteration_ends: list[list[int]] = [[] for _ in streams]
         self._reap_iterations: list[int] = []
 
-    def settle(self, published: Sequence[int], words: memoryview) -> list[int]:
-        """How many writes each stopped vCPU has done: those published, and the next one when its value is in memory."""
-        counts = []
-        for vcpu, (stream, count) in enumerate(zip(self._streams, published, strict=True)):
-            next_page = stream.between(count, count + 1)[0]
-            done = words[next_page * WORDS_PER_PAGE + vcpu] == count + 1
-            counts.append(count + done)
-        return counts
+    def done(self, vcpu: int, published: int, words: memoryview) -> int:
+        """How many writes *vcpu*, out of its guest, has done: *published*, and one more when its value is in memory."""
+        next_page = self._streams[vcpu].between(published, published + 1)[0]
+        return published + (words[next_page * WORDS_PER_PAGE + vcpu] == published + 1)
 
     def check_reap(self, reap: Reap) -> list[Finding]:
         """Check one reap; they must come in the order in which they were made."""
@@ -152,12 +158,16 @@ class Oracle:
                 found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, taken back {reap.collected.reset}")
         self._reports.append((len(self._reap_iterations), array("I", reported)))
         self._reported_before = reported
-        for seen, before, after in zip(self._seen, reap.before, reap.after, strict=True):
-            seen.before, seen.after, seen.final = before, after, reap.final
+        for vcpu, stream in enumerate(self._streams):
+            before, after, exact = reap.before[vcpu], reap.after[vcpu], reap.exact[vcpu]
+            early = self._seen[vcpu].early & {before, after}
+            if stream.between(after, after + 1)[0] in reported:
+                early |= {after}
+            self._seen[vcpu] = _Seen(before, after, exact, frozenset() if exact else early)
         return findings
 
     def check_memory(self, iteration: int, done: Sequence[int], words: memoryview) -> list[Finding]:
-        """Check every page's words after an iteration, with all vCPUs stopped and *done* from :meth:`settle`."""
+        """Check every page's words after an iteration, with all vCPUs stopped and *done* from :meth:`done`."""
         findings = []
         for vcpu, stream in enumerate(self._streams):
             expected = self._expected[vcpu]
@@ -235,10 +245,14 @@ class Oracle:
         for vcpu, (stream, seen) in enumerate(zip(self._streams, self._seen, strict=True)):
             before = reap.before[vcpu]
             lost: set[int] = set()
-            if not seen.final:
-                during = stream.between(seen.before, min(seen.after + 1, before))
-                lost.update(page for page in during if page not in reported and page not in self._reported_before)
-            since = seen.before if seen.final else seen.after + 1
+            if not seen.exact:
+                during = enumerate(stream.between(seen.before, min(seen.after + 1, before)), seen.before)
+                lost.update(
+                    page
+                    for write, page in during
+                    if page not in reported and page not in self._reported_before and write not in seen.early
+                )
+            since = seen.before if seen.exact else seen.after + 1
             must = set(stream.between(since, max(since, before)))
             lost |= must - reported
             if lost:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from lib.dirty_bitmap import set_pages
 from lib.dirty_log_run import DirtyLogRun, DirtyTrackingError
 from lib.dirty_ring import DirtyRing
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
+from lib.log_modes import LOG_MODES, Collected
 from lib.memory import MIB
 from lib.oracle import Kind, Oracle
 from lib.vm import Vm
@@ -320,22 +321,24 @@ def test_false_ring_entries_are_caught(
 def test_rings_of_two_vcpus_mixed_up_are_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """The first vCPU is given the last entry of the second one's ring."""
-    harvest = DirtyRing.harvest
+    """The first vCPU is given an entry of the second one's ring, of a page that it did not write itself."""
     with caught(kvm, request, mode, vcpus=2) as planter:
-        moved: list[int] = []
+        collect = planter.run.mode.collect_dirty_pages
 
-        def falsified(ring: DirtyRing) -> Entries:
-            slots, pages = harvest(ring)
-            if moved:
-                planter.plant()
-                return [*slots, 1], [*pages, moved.pop()]
-            if planter.fresh and pages:
-                moved.append(pages.pop())
-                slots.pop()
-            return slots, pages
+        def falsified(*arguments: Any) -> Collected:
+            collected = collect(*arguments)
+            if planter.fresh:
+                own = planter.run.streams[0].between(0, planter.run.published()[0] + 1)
+                recent = set(own[-2000:])
+                (first, second), (first_slots, second_slots) = collected.pages, collected.slots
+                at = next((at for at, page in enumerate(second) if page not in recent), None)
+                if at is not None:
+                    first.append(second.pop(at))
+                    first_slots.append(second_slots.pop(at))
+                    planter.plant()
+            return collected
 
-        monkeypatch.setattr(DirtyRing, "harvest", falsified)
+        monkeypatch.setattr(planter.run.mode, "collect_dirty_pages", falsified)
 
 
 @pytest.mark.parametrize("mode", RING_MODES)
