@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import Host, this_host
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
-from lib.memory import BACKINGS
+from lib.log_modes import LOG_MODES
+from lib.memory import BACKINGS, HugePagesMissing
 from lib.report import context_lines, environment_lines, failure_data, failure_text
 from lib.selection import (
     DEFAULT_VCPUS,
@@ -34,6 +34,7 @@ from lib.selection import (
     parse_number,
     parse_size,
     plan,
+    workers_in_memory,
 )
 from runner import table
 
@@ -42,7 +43,6 @@ _MAX_WORKERS = 8
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
-_outcome_key = pytest.StashKey["Outcome"]()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -54,8 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     for name, values in DIMENSIONS.items():
         letter = {"log_mode": " [-M]", "guest_mode": " [-m]"}.get(name, "")
-        option = f"--{name.replace('_', '-')}"
-        group.addoption(option, metavar="NAME,...", help=f"which of {', '.join(values)}; default all{letter}")
+        group.addoption(
+            option_name(name), metavar="NAME,...", help=f"which of {', '.join(values)}; default all{letter}"
+        )
     group.addoption("--vcpus", metavar="N", help="vCPUs of each VM; default both 1 and 2")
     group.addoption("--full", action="store_true", help="every combination of these; default: every pair of values")
     default = Settings()
@@ -75,6 +76,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
 
 
+def option_name(dimension: str) -> str:
+    """The command line's name of a dimension."""
+    return f"--{dimension.replace('_', '-')}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _prepare(config)
@@ -90,15 +96,18 @@ def _prepare(config: pytest.Config) -> None:
         config.stash[_settings_key] = _settings(config.option)
         config.stash[_plan_key] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
         return
-    config.option.seed = config.option.seed or str(random.SystemRandom().randrange(1 << 32))
-    config.option.results = config.option.results or f"results/{os.uname().release}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.option.seed is None:
+        config.option.seed = str(random.SystemRandom().randrange(1 << 32))
+    if config.option.results is None:
+        config.option.results = f"results/{os.uname().release}-{time.strftime('%Y%m%d-%H%M%S')}"
+    else:
+        config.option.results = str(config.invocation_params.dir / config.option.results)
     settings = _settings(config.option)
     dimensions: dict[str, tuple[Any, ...]] = {
-        name: parse_names(f"--{name.replace('_', '-')}", text, values) if (text := config.getoption(name)) else values
+        name: values if (text := config.getoption(name)) is None else parse_names(option_name(name), text, values)
         for name, values in DIMENSIONS.items()
     }
-    vcpus = config.option.vcpus
-    dimensions["vcpus"] = (parse_number("--vcpus", vcpus, 1),) if vcpus else DEFAULT_VCPUS
+    dimensions["vcpus"] = _vcpus(config.option)
     check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
@@ -120,8 +129,14 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput |= {"seed": config.option.seed, "results": config.option.results, "plan": plan_data}
 
 
+def _vcpus(option: Any) -> tuple[int, ...]:
+    return DEFAULT_VCPUS if option.vcpus is None else (parse_number("--vcpus", option.vcpus, 1),)
+
+
 def _settings(option: Any) -> Settings:
-    values: dict[str, Any] = {"kvm_device": option.kvm_device, "seed": parse_number("--seed", option.seed, 0)}
+    values: dict[str, Any] = {"kvm_device": option.kvm_device}
+    if option.seed is not None:
+        values["seed"] = parse_number("--seed", option.seed, 0)
     if option.iterations is not None:
         values["iterations"] = parse_number("--iterations", option.iterations, 1)
     if option.interval is not None:
@@ -138,7 +153,11 @@ def _settings(option: Any) -> Settings:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """``-n auto``: a worker per CPU, but no more than there is memory for."""
-    return min(os.cpu_count() or 1, _MAX_WORKERS)
+    try:
+        settings, vcpus = _settings(config.option), max(_vcpus(config.option))
+    except SelectionError:
+        return 1  # pytest_configure will say what is wrong
+    return max(1, min(os.cpu_count() or 1, _MAX_WORKERS, workers_in_memory(settings, vcpus)))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -185,6 +204,17 @@ def lacks(pytestconfig: pytest.Config) -> Lacks:
     return lacks
 
 
+@pytest.fixture
+def needs_log_mode(kvm: Kvm, lacks: Lacks) -> Callable[[str], None]:
+    """Call it with a log mode's name to end the test when KVM does not have the mode."""
+
+    def needs(name: str) -> None:
+        if reason := LOG_MODES[name].supported(kvm):
+            lacks(reason)
+
+    return needs
+
+
 @pytest.fixture(scope="session")
 def settings(pytestconfig: pytest.Config) -> Settings:
     """The run's settings, from the command line."""
@@ -221,10 +251,12 @@ def cell(lacks: Lacks, kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
 @contextmanager
 def _huge_page_pool() -> Iterator[None]:
     """One test at a time: the pool holds enough for one, and xdist's workers share it."""
-    path = Path(tempfile.gettempdir()) / f"dirty-log-hugetlb-{os.getuid()}.lock"
-    with path.open("w") as lock:
+    lock = os.open("/sys/kernel/mm/hugepages", os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -242,7 +274,8 @@ class Outcome:
     context and the command that repeats them.
     """
 
-    def __init__(self, request: pytest.FixtureRequest, host: Host, settings: Settings) -> None:
+    def __init__(self, request: pytest.FixtureRequest, host: Host, settings: Settings, lacks: Lacks) -> None:
+        self._lacks = lacks
         self._node = request.node
         self._config = request.config
         self._host = host
@@ -263,6 +296,8 @@ class Outcome:
                 self._node.user_properties.append(("findings", "; ".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)
             pytest.fail(text, pytrace=False)
+        except HugePagesMissing as error:
+            self._lacks(str(error))
         except Exception as error:
             error.add_note("\n".join(context_lines(self._host, cell, used)))
             raise
@@ -295,9 +330,9 @@ class Outcome:
 
 
 @pytest.fixture
-def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings) -> Outcome:
+def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings, lacks: Lacks) -> Outcome:
     """How a KVM test ends; see :class:`Outcome`."""
-    return Outcome(request, host, settings)
+    return Outcome(request, host, settings, lacks)
 
 
 class RunReport:

@@ -15,6 +15,7 @@ from lib.cell import DENSITIES, HANG_TIMEOUT, MIN_WRITES, PAGE, Cell, Settings, 
 from lib.collector import Collector
 from lib.guest import GuestVm
 from lib.guest_program import GuestProgram
+from lib.host import this_host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
 from lib.memory import BACKINGS, GuestMemory
@@ -110,7 +111,14 @@ class DirtyLogRun:
         except BaseException:
             self.guest.close()
             raise
-        self.oracle = Oracle(npages, self.streams, self.mode.per_vcpu, self.mode.initially_set, TEST_SLOT)
+        self.oracle = Oracle(
+            npages,
+            self.streams,
+            self.mode.per_vcpu,
+            self.mode.initially_set,
+            TEST_SLOT,
+            may_log_twice=uses_pml(this_host()),
+        )
         self._draw = random.Random(f"{settings.seed}/reap")
         self._cond = threading.Condition()
         self._threads = [VcpuThread(self.guest, vcpu, self.mode, self._cond) for vcpu in vm.vcpus]
@@ -135,8 +143,10 @@ class DirtyLogRun:
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)
         finally:
-            self._end_threads()
-            signal.signal(KICK_SIGNAL, previous)
+            try:
+                self._end_threads()
+            finally:
+                signal.signal(KICK_SIGNAL, previous)
             self.figures.seconds = time.monotonic() - self._started
         return self.figures
 
@@ -168,7 +178,9 @@ class DirtyLogRun:
         return all(thread.state is State.STOPPED for thread in self._threads)
 
     def close(self) -> None:
-        """Close the VM and give all memory back."""
+        """Close the VM and give all memory back, unless a vCPU still runs: that one would write to what was freed."""
+        if any(thread.is_alive() for thread in self._all_threads):
+            return
         for view in (*self._published, *self._stop_flags):
             view.release()
         self.guest.close()
@@ -210,10 +222,13 @@ class DirtyLogRun:
         self._collector.begin(iteration, self._draw.uniform(0, interval))
         self._let_go()
 
-        def written_enough() -> bool:
-            return time.monotonic() >= end and all(map(int.__ge__, self.published(), goals))
+        def below_goal(vcpu: int) -> bool:
+            return self.published()[vcpu] < goals[vcpu]
 
-        self._wait(lambda: written_enough() or bool(self._collector.stuck), "writing")
+        def written_enough() -> bool:
+            return time.monotonic() >= end and not any(map(below_goal, range(len(goals))))
+
+        self._wait(lambda: written_enough() or bool(self._collector.stuck), "writing", below_goal)
         self._stop()
         self._collector.request_final()
         self._wait(lambda: self._collector.finished() is not None, "collecting")
@@ -229,32 +244,42 @@ class DirtyLogRun:
         if self.cell.stop == "cooperative" and not self._collector.stuck:
             self._set_stop_flags(1)
             # A ring can still get stuck before the guest has seen the flag.
-            self._wait(lambda: self.all_stopped() or bool(self._collector.stuck), "stopping")
+            self._wait(lambda: self.all_stopped() or bool(self._collector.stuck), "stopping", self._not_stopped)
         for thread in self._threads:
             if thread.state is not State.STOPPED:
                 thread.force_stop()
         self._wait(self.all_stopped, "stopping")
 
+    def _not_stopped(self, vcpu: int) -> bool:
+        return self._threads[vcpu].state is not State.STOPPED
+
     def _set_stop_flags(self, value: int) -> None:
         for flag in self._stop_flags:
             flag[0] = value
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for *condition*, as long as the vCPUs make progress.
+    def _wait(self, condition: Callable[[], bool], what: str, writes: Callable[[int], bool] | None = None) -> None:
+        """Wait for *condition*, for HANG_TIMEOUT seconds, or longer while each vCPU that must write does.
 
-        :raises VcpuHang: nothing was written, and no vCPU exited, for HANG_TIMEOUT seconds
+        :param writes: whether a vCPU has to make progress with its writes; without it nothing extends the wait
+        :raises VcpuHang: the time is up
         """
-        progress: list[int] = []
-        deadline = 0.0
+        deadline = time.monotonic() + HANG_TIMEOUT
+        counts = self.published()
+        deadlines = [deadline for _ in counts]
         with self._cond:
             while not condition():
                 for thread in self._all_threads:
                     if thread.failure is not None:
                         raise thread.failure
-                now = self.published() + [thread.exits for thread in self._threads]
-                if now != progress:
-                    progress, deadline = now, time.monotonic() + HANG_TIMEOUT
-                elif time.monotonic() > deadline:
+                now = time.monotonic()
+                if writes is None:
+                    late = now > deadline
+                else:
+                    for vcpu, count in enumerate(self.published()):
+                        if count != counts[vcpu] or not writes(vcpu):
+                            counts[vcpu], deadlines[vcpu] = count, now + HANG_TIMEOUT
+                    late = now > min(deadlines)
+                if late:
                     raise VcpuHang(self._describe_hang(what))
                 self._cond.wait(_POLL)
 
@@ -277,10 +302,17 @@ class DirtyLogRun:
         return "\n".join(lines)
 
     def _end_threads(self) -> None:
-        """Stop and join all threads.
+        """Stop and join all threads; a second Ctrl-C must not cut this short, it takes _JOIN_TIMEOUT at most.
 
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._join_threads()
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+
+    def _join_threads(self) -> None:
         self.mode.before_vcpu_join(self._release_waiting)
         threads = [thread for thread in self._all_threads if thread.ident is not None]
         deadline = time.monotonic() + _JOIN_TIMEOUT

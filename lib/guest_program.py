@@ -28,7 +28,6 @@ class GuestProgram:
     """A loadable program: its segments as (address, bytes, size in memory) and its symbols."""
 
     name: str
-    entry: int
     segments: tuple[tuple[int, bytes, int], ...]
     symbols: dict[str, int]
 
@@ -53,7 +52,7 @@ class GuestProgram:
                 table = elf.get_section_by_name(".symtab")
                 assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip
                 symbols = {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}
-                return cls(name, elf["e_entry"], segments, symbols)
+                return cls(name, segments, symbols)
         except FileNotFoundError:
             raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None
 

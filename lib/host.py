@@ -45,9 +45,22 @@ def version_numbers(release: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def uses_pml(host: Host) -> bool:
+    """Whether the CPU logs dirty pages into a buffer of its own (Intel's page-modification logging)."""
+    return host.parameters.get("kvm_intel.pml") == "Y"
+
+
+def _backend() -> str:
+    """The vendor module that is in use: one that was loaded, rather than one built in, for this CPU's vendor if several."""
+    found = [path for path in _MODULES.glob("kvm_*") if (path / "parameters").is_dir()]
+    vendor = {"GenuineIntel": "kvm_intel", "AuthenticAMD": "kvm_amd", "HygonGenuine": "kvm_amd"}.get(arch.cpu_vendor())
+    found.sort(key=lambda path: (not (path / "initstate").exists(), path.name != vendor, path.name))
+    return found[0].name if found else "unknown"
+
+
 def this_host() -> Host:
     """Look at the machine."""
-    backend = next((path.name for path in sorted(_MODULES.glob("kvm_*")) if (path / "parameters").is_dir()), "unknown")
+    backend = _backend()
     parameters = {}
     for module in ("kvm", backend):
         for path in sorted((_MODULES / module / "parameters").glob("*")):

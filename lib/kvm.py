@@ -33,6 +33,10 @@ class Kvm:
                 )
             if version != uapi.KVM_API_VERSION:
                 raise KvmUnavailable(f"{device} speaks KVM API version {version}, this suite {uapi.KVM_API_VERSION}")
+            if not self.check_extension(uapi.KVM_CAP_IMMEDIATE_EXIT):
+                raise KvmUnavailable(
+                    f"{device} has no KVM_CAP_IMMEDIATE_EXIT: a kernel of Linux 4.12 or later is needed"
+                )
         except BaseException:
             self.close()
             raise

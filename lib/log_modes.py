@@ -70,7 +70,12 @@ class LogMode(ABC):
     def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
         """Take from KVM what it reports for *memslot*, and let it track these pages anew.
 
-        :param kick: makes every running vCPU leave the guest once, so that hardware buffers reach the ring
+        What a CPU has logged into a buffer of its own (Intel's PML) reaches bitmap or ring when the vCPU exits. Neither a
+        harvest nor KVM_GET_DIRTY_LOG waits for that: the latter only sends the vCPUs an interrupt
+        (``kvm_arch_sync_dirty_log()``, arch/x86/kvm/x86.c). So running vCPUs are kicked first; they go on
+        at once, and run while the pages are collected.
+
+        :param kick: makes every running vCPU leave the guest once, and waits until it did
         :param stopped: no vCPU is running
         """
 
@@ -100,6 +105,8 @@ class DirtyLog(LogMode):
         return None
 
     def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
+        if not stopped:
+            kick()
         bitmap = new_bitmap(memslot.npages)
         vm.get_dirty_log(memslot.slot, bitmap)
         return Collected([set_pages(bitmap)])
@@ -123,6 +130,8 @@ class ClearLog(LogMode):
         vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, self.flags)
 
     def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
+        if not stopped:
+            kick()
         bitmap = new_bitmap(memslot.npages)
         vm.get_dirty_log(memslot.slot, bitmap)
         vm.clear_dirty_log(memslot.slot, bitmap, 0, memslot.npages)
@@ -160,7 +169,6 @@ class DirtyRing(LogMode):
 
     def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
         if not stopped:
-            # Entries in a CPU's own buffer (Intel's PML) are in no ring until the vCPU exits (api.rst 8.29).
             kick()
         rings = [vcpu.map_dirty_ring(self.entries) for vcpu in vm.vcpus]
         harvests = [ring.harvest() for ring in rings]

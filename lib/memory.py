@@ -23,6 +23,10 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 
 
+class HugePagesMissing(Exception):
+    """The host gave base pages where huge ones were asked for; the text says what to do."""
+
+
 class GuestMemoryError(MemoryError):
     """Guest memory could not be had; the text says what was asked and what to do."""
 
@@ -100,6 +104,9 @@ class GuestMemory:
         """Have the host provide every page now, so that too little memory is an error here and not a crash later.
 
         Kernels before 5.14 do not know MADV_POPULATE_WRITE; there the pages come one by one as they are touched.
+
+        :raises GuestMemoryError: the host cannot
+        :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
         """
         try:
             self._map.madvise(_MADV_POPULATE_WRITE, self._offset, self.size)
@@ -108,6 +115,25 @@ class GuestMemory:
                 raise GuestMemoryError(
                     f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory: {error.strerror}"
                 ) from error
+            return
+        transparent = self.backing.page_size and not self.backing.hugetlb
+        if transparent and self.size >= 2 * self.backing.page_size and not self._has_huge_pages():
+            raise HugePagesMissing(
+                f"{self.backing.name}: the host gave no huge page, its memory is fragmented"
+                " (echo 1 > /proc/sys/vm/compact_memory)"
+            )
+
+    def _has_huge_pages(self) -> bool:
+        """Whether some of this memory is in transparent huge pages (``AnonHugePages`` of its mapping in smaps)."""
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name = line.split(None, 1)[0]
+            if not name.endswith(":"):
+                start, end = (int(part, 16) for part in name.split("-"))
+                inside = start < self.hva + self.size and self.hva < end
+            elif inside and name == "AnonHugePages:" and int(line.split()[1]):
+                return True
+        return False
 
     def close(self) -> None:
         """Give the memory back to the host; views taken from :attr:`view` must be released before."""

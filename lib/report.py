@@ -45,13 +45,7 @@ def repeat_command(cell: Cell, settings: Settings) -> str:
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name == "seed" or value != getattr(defaults, field.name):
-            text = (
-                f"{value:g}"
-                if isinstance(value, float)
-                else f"{value:#x}"
-                if field.name == "phys_offset"
-                else str(value)
-            )
+            text = hex(value) if field.name == "phys_offset" else str(value)
             arguments += [f"--{field.name.replace('_', '-')}", text]
     return shlex.join(arguments)
 
@@ -78,8 +72,7 @@ def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> s
         f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}",
         "",
         *context_lines(host, run.cell, settings),
-        f"figures  {figures.writes} writes, {figures.reaps} reaps in the last iterations,"
-        f" {figures.ring_full_exits} ring-full exits",
+        f"figures  {figures.writes} writes, {figures.reaps} reaps, {figures.ring_full_exits} ring-full exits",
         "",
         *(str(finding) for finding in error.findings[:_FINDINGS]),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from lib import uapi
 from lib.arch import current as arch
-from lib.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, place_test_memory
+from lib.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_data_size, place_test_memory
 from lib.dirty_ring import ENTRY_SIZE
 from lib.ioctl import KvmError
 from lib.kvm import Kvm
@@ -26,6 +26,7 @@ DEFAULT_VCPUS = (1, 2)
 
 # What a worker needs beside guest memory: interpreter, tables and the oracle's sets (measured: below 120 MiB at 1 GiB)
 _WORKER_MEMORY = 150 * MIB
+_HOUR = 3_600_000  # in milliseconds
 _UNITS = {"k": KIB, "m": MIB, "g": GIB}
 
 
@@ -68,8 +69,8 @@ def parse_milliseconds(option: str, text: str) -> float:
         value = float(text)
     except ValueError:
         raise SelectionError(f"{option}: {text!r} is not a number of milliseconds") from None
-    if not 0 < value < float("inf"):
-        raise SelectionError(f"{option}: {text} ms is out of range, it must be above 0")
+    if not 0 < value <= _HOUR:
+        raise SelectionError(f"{option}: {text} ms is out of range, it must be above 0 and at most {_HOUR}")
     return value
 
 
@@ -93,14 +94,25 @@ def check_settings(settings: Settings, vcpus: Sequence[int], workers: int) -> No
         raise SelectionError(f"--ring-count: {count} is not a power of two")
     if max(vcpus) > MAX_VCPUS:
         raise SelectionError(f"--vcpus: {max(vcpus)} is out of range, a page has words for {MAX_VCPUS}")
-    needed = workers * (settings.slot_size + _WORKER_MEMORY)
-    free = available_memory()
-    if needed > free:
+    if workers > workers_in_memory(settings, max(vcpus)):
+        needed, free = workers * _worker_memory(settings, max(vcpus)), available_memory()
         each = f"{workers} at a time need" if workers > 1 else "needs"
         raise SelectionError(
             f"--test-mem: {size_text(settings.test_mem)} {each} {needed // MIB} MiB of memory, the host has {free // MIB} MiB"
             " free (a smaller --test-mem or fewer workers with -n)"
         )
+
+
+def workers_in_memory(settings: Settings, vcpus: int) -> int:
+    """How many cells with so many vCPUs can run at once in the memory that the host has free."""
+    return available_memory() // _worker_memory(settings, vcpus)
+
+
+def _worker_memory(settings: Settings, vcpus: int) -> int:
+    """Bytes that one worker needs: test memory, what each vCPU adds in the guest, oracle and ring, and itself."""
+    npages = settings.slot_size // PAGE
+    per_vcpu = 12 * npages + settings.ring_count * ENTRY_SIZE  # stream and expected values
+    return settings.slot_size + guest_data_size(settings.slot_size, vcpus) + vcpus * per_vcpu + _WORKER_MEMORY
 
 
 def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any, ...]]) -> None:
@@ -150,8 +162,9 @@ def _powers_of_two(first: int, last: int) -> list[int]:
 
 
 def smallest_ring(kvm: Kvm) -> int:
-    """The smallest number of entries that this KVM accepts for a dirty ring."""
-    return next(count for count in _powers_of_two(1, 65536) if _ring_accepted(kvm, DirtyRing, count))
+    """The smallest number of entries that this KVM, which must have KVM_CAP_DIRTY_LOG_RING_ACQ_REL, accepts for a ring."""
+    sizes = _powers_of_two(1, 1 << 17)
+    return next(count for count in sizes if _ring_accepted(kvm, DirtyRing, count))
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:

@@ -67,9 +67,10 @@ class VcpuThread(threading.Thread):
         """Make KVM_RUN return; the guest goes on unless :meth:`force_stop` was called."""
         # immediate_exit closes the gap between the thread's last look at its orders and its entry into the kernel, where
         # the signal alone would be lost (api.rst section 5, "immediate_exit").
-        self.vcpu.run.immediate_exit = 1
-        if self.ident is not None and self.is_alive():
-            signal.pthread_kill(self.ident, KICK_SIGNAL)
+        with self._cond:
+            if self.ident is not None and self.state is not State.ENDED:
+                self.vcpu.run.immediate_exit = 1
+                signal.pthread_kill(self.ident, KICK_SIGNAL)
 
     def force_stop(self) -> None:
         """Stop the vCPU wherever the guest is; does not wait for it."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,10 @@ def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
     [
         (["--ring-count=1000"], "--ring-count: 1000 is not a power of two"),
         (["--iterations=0"], "--iterations: 0 is out of range, it must be at least 1"),
+        (["--interval=1e300"], "--interval: 1e300 ms is out of range, it must be above 0 and at most 3600000"),
+        (["--vcpus="], "--vcpus: '' is not a whole number"),
+        (["--seed="], "--seed: '' is not a whole number"),
+        (["--log-mode="], "--log-mode: no such value: ''"),
         (["--interval=-1"], "--interval: -1 ms is out of range"),
         (["--log-mode=dirty"], "--log-mode: no such value: 'dirty' (choose from dirty-log, clear-log,"),
         (["--test-mem=900G"], "--test-mem: 900 GiB needs"),
@@ -172,9 +177,20 @@ def test_ctrl_c_ends_the_run_at_once(suite: Suite, workers: list[str]) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == INTERRUPTED, output
     deadline = time.monotonic() + 10
-    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, check=False).returncode == 0:
+    while group_members(process.pid):
         assert time.monotonic() < deadline, "processes of the run are still there"
         time.sleep(0.1)
+
+
+def group_members(group: int) -> list[str]:
+    """The processes of a group that still run."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _parent, process_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                members.append(path.parent.name)
+    return members
 
 
 def test_a_device_that_may_not_be_opened_is_told(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from lib.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
 from lib.dirty_bitmap import new_bitmap, set_pages
 from lib.dirty_ring import ENTRY_SIZE, DirtyRing
 from lib.ioctl import KvmError
+from lib.log_modes import reset_all
 from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, align_down, size_text
+from lib.vm import Vm
 from lib.write_stream import WriteStream, make_stream, sweep_length
 
 # --- dirty_bitmap -----------------------------------------------------------------------------------------------------
@@ -231,3 +233,34 @@ def test_kvm_errors_name_call_arguments_and_errno() -> None:
 )
 def test_size_text(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+# --- log_modes --------------------------------------------------------------------------------------------------------
+
+
+class ResetAnswers(Vm):
+    """A VM whose KVM_RESET_DIRTY_RINGS gives the answers that it was made with, and counts the calls."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+
+    def reset_dirty_rings(self) -> int:
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("answers", "harvested", "taken", "unasked"),
+    [
+        ([7], 7, 7, []),
+        ([0], 0, 0, []),
+        ([3, 0, 2, 0, 0, 2, 9], 7, 7, [9]),  # stopped early by signals (Linux 6.17), with progress in between
+        ([3, 0, 0, 0, 9], 7, 3, [9]),  # no progress: refused
+        ([8, 9], 7, 8, [9]),  # too many: the count says so
+    ],
+)
+def test_resets_go_on_until_all_is_taken_back_or_nothing_moves(
+    answers: list[int], harvested: int, taken: int, unasked: list[int]
+) -> None:
+    vm = ResetAnswers(*answers)
+    assert reset_all(vm, harvested) == taken
+    assert vm.answers == unasked

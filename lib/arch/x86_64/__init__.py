@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """x86-64: the names that the rest of the library takes from an architecture."""
 
-from lib.arch.x86_64.cpuid import Cpuid, cpu_model, get_supported_cpuid, guest_phys_limit
+from lib.arch.x86_64.cpuid import Cpuid, cpu_model, cpu_vendor, get_supported_cpuid, guest_phys_limit
 from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
 from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET
 from lib.arch.x86_64.vcpu_state import (
@@ -36,6 +36,7 @@ __all__ = [
     "PageTables",
     "abort_arguments",
     "cpu_model",
+    "cpu_vendor",
     "decode_exception",
     "decode_ucall",
     "describe_registers",

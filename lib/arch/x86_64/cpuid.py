@@ -94,6 +94,11 @@ def _host_phys_bits() -> int:
     return int(_cpuinfo("address sizes").split()[0])
 
 
+def cpu_vendor() -> str:
+    """The host CPU's vendor string."""
+    return _cpuinfo("vendor_id")
+
+
 def cpu_model() -> str:
     """The host CPU's name with family, model and stepping."""
     return (
