@@ -387,7 +387,8 @@ class RunReport:
             terminalreporter.line("")
             for row in rows:
                 if row["verdict"] == "known bug":
-                    terminalreporter.line(f"{row['reason']}: {row['findings']}")
+                    cell = " ".join(str(row[name]) for name in table.DIMENSIONS)
+                    terminalreporter.line(f"{row['reason']} in {cell}: {row['findings']}")
             terminalreporter.line(table.summary(rows))
             terminalreporter.line(f"files: {self._config.option.results}")
         if self._caught:

@@ -142,6 +142,11 @@ class DirtyLogRun:
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)
+        except DirtyTrackingError:
+            raise
+        except Exception as error:
+            error.add_note("\n".join(f"last exit of {thread.name}: {thread.last_exit}" for thread in self._threads))
+            raise
         finally:
             try:
                 self._end_threads()

@@ -16,7 +16,7 @@ from lib.dirty_bitmap import new_bitmap, set_pages
 from lib.dirty_ring import ENTRY_SIZE, DirtyRing
 from lib.ioctl import KvmError
 from lib.log_modes import reset_all
-from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, align_down, size_text
+from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
 from lib.vm import Vm
 from lib.write_stream import WriteStream, make_stream, sweep_length
 
@@ -220,6 +220,28 @@ def test_guest_memory_lies_congruent_to_its_gpa(name: str, gpa: int) -> None:
     assert not any(memory.words[::512].tolist())
     memory.words[-1] = 1
     assert ctypes.c_uint64.from_address(memory.hva + 4 * MIB - 8).value == 1
+    memory.close()
+
+
+def test_memory_without_the_huge_pages_it_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MADV_HUGEPAGE is a wish: a cell that got base pages must not pass as one with huge pages."""
+    memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
+    monkeypatch.setattr(GuestMemory, "_has_huge_pages", lambda _: False)
+    with pytest.raises(HugePagesMissing, match="gave no huge page"):
+        memory.populate()
+    memory.close()
+
+
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp"])
+def test_huge_pages_are_seen(name: str) -> None:
+    if reason := BACKINGS["anonymous_thp"].missing(8 * MIB):
+        pytest.skip(reason)
+    memory = GuestMemory(BACKINGS[name], 8 * MIB, 0)
+    try:
+        memory.populate()
+    except HugePagesMissing as error:
+        pytest.skip(str(error))
+    assert memory._has_huge_pages() is (name == "anonymous_thp")
     memory.close()
 
 

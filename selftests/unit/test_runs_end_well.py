@@ -4,6 +4,7 @@
 import errno
 import gc
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,6 +151,7 @@ def test_a_vcpu_thread_that_dies_fails_the_run(
         with pytest.raises(RuntimeError, match="own error") as error:
             run.run()
         assert any(entry.name == "_run_guest" for entry in error.traceback)
+        assert re.search(r"last exit of vcpu\d: KVM_EXIT_IO", "\n".join(error.value.__notes__))
 
 
 def test_a_collector_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
