@@ -293,7 +293,7 @@ class Outcome:
             self.record(error.run.figures)
             text = failure_text(error, self._host, used)
             if bug is not None and bug.explains(error.findings):
-                self._node.user_properties.append(("findings", "; ".join(map(str, error.findings[:4]))))
+                self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)
             pytest.fail(text, pytrace=False)
         except HugePagesMissing as error:
@@ -388,7 +388,9 @@ class RunReport:
             for row in rows:
                 if row["verdict"] == "known bug":
                     cell = " ".join(str(row[name]) for name in table.DIMENSIONS)
-                    terminalreporter.line(f"{row['reason']} in {cell}: {row['findings']}")
+                    terminalreporter.line(f"{row['reason']} in {cell}:")
+                    for finding in row["findings"].splitlines():
+                        terminalreporter.line(f"  {finding}")
             terminalreporter.line(table.summary(rows))
             terminalreporter.line(f"files: {self._config.option.results}")
         if self._caught:
