@@ -129,6 +129,6 @@ class Collector(threading.Thread):
                 if self._harvested[vcpu]:
                     self._harvested[vcpu] = 0
                     thread.ring_was_reset()
-                else:
+                elif vcpu not in self.stuck:
                     self.stuck.append(vcpu)
             self._cond.notify_all()

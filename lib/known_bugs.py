@@ -28,6 +28,7 @@ class KnownBug:
     backend: str
     findings: frozenset[Kind]
     always: bool
+    needs: frozenset[Kind] = frozenset(Kind)
     kernels: tuple[str, str] = ("", "")
     parameters: dict[str, str] = field(default_factory=dict)
     cells: dict[str, list[str]] = field(default_factory=dict)
@@ -48,8 +49,9 @@ class KnownBug:
         return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
     def explains(self, findings: Sequence[Finding]) -> bool:
-        """Whether all of *findings* are of kinds that the bug causes."""
-        return all(finding.kind in self.findings for finding in findings)
+        """Whether all of *findings* are of kinds that the bug causes, and one of them tells that it is this bug."""
+        kinds = {finding.kind for finding in findings}
+        return kinds <= self.findings and bool(kinds & self.needs)
 
 
 def load(path: Path = PATH) -> list[KnownBug]:
@@ -74,7 +76,9 @@ def _parse(entry: dict[str, Any]) -> KnownBug:
         raise ValueError(f"{entry['id']}: no such dimension: {', '.join(sorted(unknown))}")
     if not values.get("cells") and not values.get("tests"):
         raise ValueError(f"{entry['id']}: names neither cells nor tests")
-    values["findings"] = frozenset(Kind[name] for name in values["findings"])
+    for name in ("findings", "needs"):
+        if name in values:
+            values[name] = frozenset(Kind[kind] for kind in values[name])
     for name in ("kernels", "tests"):
         if name in values:
             values[name] = tuple(values[name])

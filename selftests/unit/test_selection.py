@@ -180,6 +180,9 @@ def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
     lost, false = (Finding(kind, 1, 1, 0, (), "") for kind in (Kind.LOST, Kind.FALSE))
     assert bug.explains([lost])
     assert not bug.explains([lost, false])
+    (bug,) = read(tmp_path, ENTRY.replace('"GAP"]', '"FALSE"]\nneeds = ["LOST"]'))
+    assert bug.explains([lost, false])
+    assert not bug.explains([false])
 
 
 @pytest.mark.parametrize(
