@@ -420,7 +420,7 @@ def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -
     if isinstance(report, pytest.TestReport) and report.when == "call":
         verdict, _ = _verdict(report, dict(report.user_properties))
         if verdict.startswith("known bug"):
-            return verdict, "k", verdict.upper()
+            return verdict.replace(",", ""), "k", verdict.upper()  # pytest's count at the end has commas of its own
     return None
 
 
