@@ -18,7 +18,7 @@ from lib.guest_program import GuestProgram
 from lib.host import this_host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
-from lib.memory import BACKINGS, GuestMemory
+from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.oracle import Finding, Kind, Oracle, Reap
 from lib.vcpu_thread import KICK_SIGNAL, State, VcpuHang, VcpuThread
 from lib.write_stream import make_stream, sweep_length
@@ -216,7 +216,8 @@ class DirtyLogRun:
 
     def _touch_all_pages(self) -> None:
         self._let_go()
-        self._wait(self.all_stopped, "touching all pages")
+        # Nothing is published meanwhile; a slow machine needs seconds for a GiB.
+        self._wait(self.all_stopped, "touching all pages", patience=max(1, self.settings.slot_size / GIB))
 
     def _iterate(self, iteration: int) -> None:
         # The first iteration lasts until every page was written once, as the C test's does.
@@ -262,13 +263,20 @@ class DirtyLogRun:
         for flag in self._stop_flags:
             flag[0] = value
 
-    def _wait(self, condition: Callable[[], bool], what: str, writes: Callable[[int], bool] | None = None) -> None:
+    def _wait(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        writes: Callable[[int], bool] | None = None,
+        patience: float = 1,
+    ) -> None:
         """Wait for *condition*, for HANG_TIMEOUT seconds, or longer while each vCPU that must write does.
 
         :param writes: whether a vCPU has to make progress with its writes; without it nothing extends the wait
+        :param patience: how many times HANG_TIMEOUT to wait at least
         :raises VcpuHang: the time is up
         """
-        deadline = time.monotonic() + HANG_TIMEOUT
+        deadline = time.monotonic() + HANG_TIMEOUT * patience
         counts = self.published()
         deadlines = [deadline for _ in counts]
         with self._cond:
