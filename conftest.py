@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -244,7 +244,7 @@ def cell(lacks: Lacks, kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
     if planned_cell.missing:
         lacks(planned_cell.missing)
     backing = BACKINGS[planned_cell.cell.backing]
-    with _huge_page_pool() if backing.hugetlb else _nothing():
+    with _huge_page_pool() if backing.hugetlb else nullcontext():
         yield planned_cell.cell
 
 
@@ -257,11 +257,6 @@ def _huge_page_pool() -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 # --- what a run leaves behind -----------------------------------------------------------------------------------------
