@@ -25,7 +25,7 @@ from lib.memory import MIB
 from lib.oracle import Kind, Oracle
 from lib.vm import Memslot, Vm
 
-ITERATIONS = 60
+ITERATIONS = 80
 ARMED = 2  # complete iterations before a fault is planted
 SETTINGS = Settings(iterations=ITERATIONS, interval=2.0, ring_count=1024, test_mem=8 * MIB, seed=1)
 
@@ -65,10 +65,16 @@ class Planter:
         return self.armed and self.planted is None and self.run.all_stopped()
 
     def is_ten_thousandth(self) -> bool:
-        """Count one more reported page; the fault counts as planted from the first on."""
+        """Count one more reported page; the fault counts as planted from the first on.
+
+        It strikes while the vCPUs are stopped only: of a write that is made during a reap, a later report is right too.
+        """
         self.plant()
         self.seen += 1
-        return self.seen % 10_000 == 0
+        if self.seen < 10_000 or not self.run.all_stopped():
+            return False
+        self.seen -= 10_000
+        return True
 
     def not_written_soon(self, reported: list[int]) -> int:
         """A page that is neither reported nor written within the next hundred writes."""
