@@ -76,9 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
 
 
-def option_name(dimension: str) -> str:
-    """The command line's name of a dimension."""
-    return f"--{dimension.replace('_', '-')}"
+def option_name(field: str) -> str:
+    """The command line's name of a dimension or a setting."""
+    return f"--{field.replace('_', '-')}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -133,21 +133,23 @@ def _vcpus(option: Any) -> tuple[int, ...]:
     return DEFAULT_VCPUS if option.vcpus is None else (parse_number("--vcpus", option.vcpus, 1),)
 
 
+_SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "seed": lambda option, text: parse_number(option, text, 0),
+    "iterations": lambda option, text: parse_number(option, text, 1),
+    "interval": parse_milliseconds,
+    "ring_count": lambda option, text: parse_number(option, text, 1),
+    "phys_offset": lambda option, text: parse_number(option, text, 0),
+    "test_mem": parse_size,
+}
+
+
 def _settings(option: Any) -> Settings:
-    values: dict[str, Any] = {"kvm_device": option.kvm_device}
-    if option.seed is not None:
-        values["seed"] = parse_number("--seed", option.seed, 0)
-    if option.iterations is not None:
-        values["iterations"] = parse_number("--iterations", option.iterations, 1)
-    if option.interval is not None:
-        values["interval"] = parse_milliseconds("--interval", option.interval)
-    if option.ring_count is not None:
-        values["ring_count"] = parse_number("--ring-count", option.ring_count, 1)
-    if option.phys_offset is not None:
-        values["phys_offset"] = parse_number("--phys-offset", option.phys_offset, 0)
-    if option.test_mem is not None:
-        values["test_mem"] = parse_size("--test-mem", option.test_mem)
-    return Settings(**values)
+    given = {
+        name: parse(option_name(name), text)
+        for name, parse in _SETTING_PARSERS.items()
+        if (text := getattr(option, name)) is not None
+    }
+    return Settings(kvm_device=option.kvm_device, **given)
 
 
 @pytest.hookimpl(optionalhook=True)
