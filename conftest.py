@@ -5,10 +5,11 @@ import fcntl
 import json
 import os
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,9 @@ import pytest
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
+from lib.guest import GuestError
 from lib.host import Host, this_host
+from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, HugePagesMissing
@@ -36,13 +39,21 @@ from lib.selection import (
     plan,
     workers_in_memory,
 )
-from runner import table
+from runner.errors import CannotTest
+from runner.kernel_log_watch import RunWatch, TestWatch
+from runner.qemu import Machine
+from runner.remote import CANNOT_TEST, SUSPECT, RemoteSession
+from runner.report_stream import ReportStream
+from runner.run_report import Facts, RunReport, verdict
+from runner.target import AT_HAND, EMULATION_SIZES, Target, find_target
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
+_target_key = pytest.StashKey[Target]()
+_hint_key = pytest.StashKey[str]()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -74,11 +85,85 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
     )
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
+    _add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
+
+
+def _add_kernel_options(group: pytest.OptionGroup) -> None:
+    group.addoption(
+        "--kernel",
+        metavar="KERNEL",
+        help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
+        f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
+    )
+    group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
+    group.addoption("--vm-memory", metavar="MIB", default="1536", help="memory of the machine; default 1536 MiB")
+    group.addoption("--vm-cpus", metavar="N", default="2", help="its CPUs; default 2")
+    group.addoption("--time-limit", metavar="S", default="900", help="when it is taken to hang; default after 900 s")
+    group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
+    group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
+    group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")
+    group.addoption(
+        "--emulated", action="store_true", help="(set by --kernel) this kernel's CPU is emulated by QEMU's TCG"
+    )
 
 
 def option_name(field: str) -> str:
     """The command line's name of a dimension or a setting."""
     return f"--{field.replace('_', '-')}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
+    option = config.option
+    if option.kernel is None or (option.kernel == AT_HAND and (why := _why_not_here(option)) is None):
+        return None
+    try:
+        machine = Machine(
+            parse_number("--vm-memory", option.vm_memory, 256),
+            parse_number("--vm-cpus", option.vm_cpus, 1),
+            option.append,
+        )
+        limit = parse_number("--time-limit", option.time_limit, 1)
+        target = find_target(option.kernel, option.kvm_params, option.cpu_model, machine, limit)
+    except SelectionError as error:
+        raise pytest.UsageError(str(error)) from None
+    except CannotTest as error:
+        if option.kernel == AT_HAND:
+            config.stash[_hint_key] = f"to run under emulation instead: {error}"
+            return None
+        print(f"cannot test: {error}", file=sys.stderr)
+        return CANNOT_TEST
+    if option.kernel == AT_HAND:
+        print(f"KVM cannot be used on this host: {why}\nso this runs in a kernel of its own in QEMU", flush=True)
+    option.numprocesses, option.dist, option.tx = (
+        0,
+        "no",
+        [],
+    )  # one process in the kernel: emulated, two only get in each other's way
+    if target.qemu.emulated:
+        for name, size in EMULATION_SIZES.items():
+            if getattr(option, name) is None:
+                setattr(option, name, size)
+    if option.results is None:
+        option.results = f"results/{target.label}-{_now()}"
+    if option.xmlpath is None:
+        option.xmlpath = str(ROOT / option.results / "junit.xml")
+    config.stash[_target_key] = target
+    return None
+
+
+def _why_not_here(option: Any) -> str | None:
+    """Why this host's own KVM cannot be used."""
+    try:
+        Kvm(option.kvm_device).close()
+    except KvmUnavailable as error:
+        return str(error)
+    return None
+
+
+def _now() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,36 +174,114 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _prepare(config: pytest.Config) -> None:
+    option = config.option
     if _is_worker(config):
         # A worker runs the controller's plan: what is free on the host may have changed since, and all must agree.
         controller = config.workerinput  # type: ignore[attr-defined]
-        config.option.seed, config.option.results = controller["seed"], controller["results"]
-        config.stash[_settings_key] = _settings(config.option)
+        option.seed, option.results = controller["seed"], controller["results"]
+        config.stash[_settings_key] = _settings(option)
         config.stash[_plan_key] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
+        _watch_kernel_log(config, None)
         return
-    if config.option.seed is None:
-        config.option.seed = str(random.SystemRandom().randrange(1 << 32))
-    if config.option.results is None:
-        config.option.results = f"results/{os.uname().release}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if option.seed is None:
+        option.seed = str(random.SystemRandom().randrange(1 << 32))
+    if option.results is None:
+        option.results = f"results/{os.uname().release}-{_now()}"
     else:
-        config.option.results = str(config.invocation_params.dir / config.option.results)
-    settings = _settings(config.option)
-    dimensions: dict[str, tuple[Any, ...]] = {
-        name: values if (text := config.getoption(name)) is None else parse_names(option_name(name), text, values)
-        for name, values in DIMENSIONS.items()
-    }
-    dimensions["vcpus"] = _vcpus(config.option)
+        option.results = str(config.invocation_params.dir / option.results)
+    settings = config.stash[_settings_key] = _settings(option)
+    dimensions = _dimensions(option)
+    guest_program.assemble_all()
+    if _target_key in config.stash:
+        _prepare_remote(config)
+        return
     check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
             check_with_kvm(kvm, settings, dimensions)
-            planned = plan(kvm, settings, dimensions, config.option.full)
+            planned = plan(kvm, settings, dimensions, option.full)
     except KvmUnavailable:
-        planned = plan(None, settings, dimensions, config.option.full)  # the kvm fixture will say why, test by test
-    guest_program.assemble_all()
-    config.stash[_settings_key] = settings
+        planned = plan(None, settings, dimensions, option.full)  # the kvm fixture will say why, test by test
     config.stash[_plan_key] = planned
-    config.pluginmanager.register(RunReport(config), "run-report")
+    facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
+    report = RunReport(Path(ROOT / option.results), facts)
+    if _hint_key in config.stash:
+        report.remarks.append(config.stash[_hint_key])
+    facts.kernel_log = _watch_kernel_log(config, report)
+    config.pluginmanager.register(report, "run-report")
+    if option.report_to is not None:
+        config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
+
+
+def _prepare_remote(config: pytest.Config) -> None:
+    """Have the tests run by a session in the kernel that was found."""
+    target = config.stash[_target_key]
+    results = Path(ROOT / config.option.results)
+    report = RunReport(results, None)
+    options = _options_for_kernel(config.option) + (["--emulated"] if target.qemu.emulated else [])
+    tests = _tests_for_kernel(config)
+    config.pluginmanager.register(report, "run-report")
+    config.pluginmanager.register(RemoteSession(target, options, tests, results, report), "remote-session")
+
+
+# Options of pytest's own that the session in the kernel has to know
+_PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
+
+
+def _options_for_kernel(option: Any) -> list[str]:
+    """The command line's options, as far as they are for the session in the kernel."""
+    given = {name: getattr(option, name) for name in (*DIMENSIONS, "vcpus", *_SETTING_PARSERS)}
+    words = [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
+    words += [option_name(name) for name in ("full", "require_kvm", "no_known_bugs") if getattr(option, name)]
+    for name, letter in _PYTEST_OPTIONS.items():
+        if value := getattr(option, name):
+            words += [letter, str(value)] if len(letter) == 2 else [f"{letter}={value}"]
+    return words
+
+
+def _tests_for_kernel(config: pytest.Config) -> list[str]:
+    """Which tests are to run there; not the suite's tests of itself, unless they are asked for."""
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        return ["selftests", "--ignore=selftests/unit"]
+    tests = []
+    for argument in config.args:
+        path, separator, name = argument.partition("::")
+        try:
+            inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
+        except ValueError:
+            raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
+        tests.append(f"{inside}{separator}{name}")
+    return tests
+
+
+def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
+    """Watch the kernel's log: in each process for its tests, and in the first for the whole run.
+
+    :returns: why it cannot be watched; None when it is
+    """
+    host = this_host()
+    bugs = [] if config.option.no_known_bugs else [bug for bug in known_bugs.load() if bug.on(host)]
+
+    def explain(splat: Splat) -> str | None:
+        return next((bug.id for bug in bugs if bug.explains_log(splat.lines)), None)
+
+    try:
+        if report is not None:
+            config.pluginmanager.register(RunWatch(KernelLog(), explain, report), "run-watch")
+        if _is_worker(config) or not config.getoption("numprocesses", None):
+            config.pluginmanager.register(TestWatch(KernelLog(), explain), "test-watch")
+    except OSError as error:
+        return f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
+    return None
+
+
+def _dimensions(option: Any) -> dict[str, tuple[Any, ...]]:
+    dimensions: dict[str, tuple[Any, ...]] = {
+        name: values if (text := getattr(option, name)) is None else parse_names(option_name(name), text, values)
+        for name, values in DIMENSIONS.items()
+    }
+    dimensions["vcpus"] = _vcpus(option)
+    return dimensions
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -163,7 +326,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    return [*environment_lines(this_host()), f"seed     {config.option.seed}"]
+    option, seed = config.option, f"seed     {config.option.seed}"
+    if _target_key in config.stash:
+        target = config.stash[_target_key]
+        sizes = f"{option.test_mem or '1G'} of test memory, {option.iterations or 32} iterations"
+        chosen = (
+            f"sizes    {sizes}, rings of {option.ring_count or 65536} entries (--test-mem, --iterations, --ring-count)"
+        )
+        tests = f"tests    {' '.join(_tests_for_kernel(config))}"
+        return [*target.lines, chosen, tests, seed]
+    facts = config.pluginmanager.get_plugin("run-report").facts  # type: ignore[union-attr]
+    unwatched = [f"kernel log {facts.kernel_log}"] if facts.kernel_log else []
+    return [*environment_lines(this_host()), seed, *unwatched]
 
 
 def _is_worker(config: pytest.Config) -> bool:
@@ -230,14 +404,36 @@ def host() -> Host:
 
 
 @pytest.fixture(scope="session")
-def kvm(lacks: Lacks, settings: Settings) -> Iterator[Kvm]:
+def kvm(lacks: Lacks, settings: Settings, pytestconfig: pytest.Config) -> Iterator[Kvm]:
     """The open KVM device; a test that uses it counts as one that ran on KVM."""
     try:
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         lacks(str(error))
-    with device:
+    with device, _one_vm(device) if pytestconfig.option.emulated else nullcontext():
         yield device
+
+
+@contextmanager
+def _one_vm(kvm: Kvm) -> Iterator[None]:
+    """Keep a VM with a vCPU: static keys then do not switch as a first VM comes or a last one goes.
+
+    QEMU's TCG with several threads now and then takes the breakpoint by which the kernel switches one for an oops (int3).
+    """
+    with kvm.create_vm() as vm:
+        vm.create_vcpu(0)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    error = call.excinfo.value if call.excinfo is not None else None
+    if item.config.option.emulated and isinstance(error, GuestError) and "KVM_EXIT_SHUTDOWN" in str(error):
+        report.user_properties.append((SUSPECT, "KVM_EXIT_SHUTDOWN"))
+    return report
 
 
 @pytest.fixture
@@ -332,102 +528,10 @@ def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings, lack
     return Outcome(request, host, settings, lacks)
 
 
-class RunReport:
-    """Follows a run on the controller: the table, the results file, and a verdict on runs that tested nothing."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._on_kvm = 0
-        self._not_on_kvm: list[str] = []
-        self._caught: dict[str, list[str]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.outcome == "passed":
-            return
-        properties: dict[str, Any] = dict(report.user_properties)
-        verdict, reason = _verdict(report, properties)
-        if properties.get("kvm"):
-            if verdict == "skipped":
-                self._not_on_kvm.append(reason)
-            else:
-                self._on_kvm += 1
-        if "fault" in properties:
-            within = f"{properties['fault_in']} {properties['caught_within']}"
-            self._caught.setdefault(properties["fault"], []).append(within)
-        if "log_mode" in properties:
-            row = properties | {"verdict": verdict, "reason": reason}
-            if report.when == "call" or report.nodeid not in self._rows or verdict == "FAIL":
-                self._rows[report.nodeid] = row
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._rows:
-            folder = ROOT / self._config.option.results
-            folder.mkdir(parents=True, exist_ok=True)
-            data = {
-                "host": asdict(this_host()),
-                "settings": asdict(self._config.stash[_settings_key]),
-                "cells": self._ordered_rows(),
-            }
-            (folder / "results.json").write_text(json.dumps(data, indent=1))
-        if self._nothing_ran and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        rows = self._ordered_rows()
-        if rows:
-            where = this_host()
-            terminalreporter.section(f"dirty tracking on host kernel {where.kernel}, {where.backend}")
-            for line in table.format_table(rows):
-                terminalreporter.line(line)
-            terminalreporter.line("")
-            for row in rows:
-                if row["verdict"] == "known bug":
-                    cell = " ".join(str(row[name]) for name in table.DIMENSIONS)
-                    terminalreporter.line(f"{row['reason']} in {cell}:")
-                    for finding in row["findings"].splitlines():
-                        terminalreporter.line(f"  {finding}")
-            terminalreporter.line(table.summary(rows))
-            terminalreporter.line(f"files: {self._config.option.results}")
-        if self._caught:
-            terminalreporter.section("planted faults: within how many iterations each was caught")
-            for fault, within in sorted(self._caught.items()):
-                terminalreporter.line(f"{fault}: {', '.join(sorted(within))}")
-        if self._nothing_ran:
-            reasons = "; ".join(dict.fromkeys(self._not_on_kvm))
-            terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)
-
-    @property
-    def _nothing_ran(self) -> bool:
-        return bool(self._not_on_kvm) and not self._on_kvm
-
-    def _ordered_rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of the plan: workers finish in any."""
-        planned_cells: list[PlannedCell] = self._config.stash[_plan_key]
-        order = {str(planned.cell): index for index, planned in enumerate(planned_cells)}
-        names = [field.name for field in fields(Cell)]
-        return sorted(
-            self._rows.values(), key=lambda row: order.get(str(Cell(*(row[name] for name in names))), len(order))
-        )
-
-
 def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
     """Known bugs by their name, in the progress lines and the count at the end."""
     if isinstance(report, pytest.TestReport) and report.when == "call":
-        verdict, _ = _verdict(report, dict(report.user_properties))
-        if verdict.startswith("known bug"):
-            return verdict.replace(",", ""), "k", verdict.upper()  # pytest's count at the end has commas of its own
+        outcome, _ = verdict(report, dict(report.user_properties))
+        if outcome.startswith("known bug"):
+            return outcome.replace(",", ""), "k", outcome.upper()  # pytest's count at the end has commas of its own
     return None
-
-
-def _verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:
-    """A test's verdict as the table shows it, and the reason where there is one."""
-    if hasattr(report, "wasxfail"):
-        return "known bug", report.wasxfail.removeprefix("reason: ")
-    if report.outcome == "skipped":
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        return "skipped", reason.removeprefix("Skipped: ")
-    if report.outcome == "failed":
-        return "FAIL", ""
-    return properties.get("verdict", "pass"), ""

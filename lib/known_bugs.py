@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The list of known kernel bugs, ``known_bugs.toml``: which of them concern a cell or a test on this host."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,7 @@ class KnownBug:
     parameters: dict[str, str] = field(default_factory=dict)
     cells: dict[str, list[str]] = field(default_factory=dict)
     tests: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
 
     def on(self, host: Host) -> bool:
         """Whether *host* meets the conditions."""
@@ -52,6 +54,10 @@ class KnownBug:
         """Whether all of *findings* are of kinds that the bug causes, and one of them tells that it is this bug."""
         kinds = {finding.kind for finding in findings}
         return kinds <= self.findings and bool(kinds & self.needs)
+
+    def explains_log(self, lines: Sequence[str]) -> bool:
+        """Whether a report in the kernel's log, whose title is the first of *lines*, is one that the bug causes."""
+        return any(re.search(pattern, lines[0]) for pattern in self.log)
 
 
 def load(path: Path = PATH) -> list[KnownBug]:
@@ -79,7 +85,7 @@ def _parse(entry: dict[str, Any]) -> KnownBug:
     for name in ("findings", "needs"):
         if name in values:
             values[name] = frozenset(Kind[kind] for kind in values[name])
-    for name in ("kernels", "tests"):
+    for name in ("kernels", "tests", "log"):
         if name in values:
             values[name] = tuple(values[name])
     return KnownBug(always=shows == "always", **values)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The kernel's log: reading what it says while tests run, and finding the reports in it that no test may cause."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+DEVICE = "/dev/kmsg"
+
+# A report that never says that it ends is cut here.
+_MOST_LINES = 80
+_RECORD = 8192  # the kernel writes no larger record (Documentation/ABI/testing/dev-kmsg)
+
+
+class Kind(Enum):
+    """What the kernel reports, the least grave first."""
+
+    LOST = "lost records"
+    WARN = "WARN"
+    LOCKDEP = "lockdep"
+    STALL = "stall"
+    UBSAN = "UBSAN"
+    KASAN = "sanitizer"
+    BUG = "BUG"
+    OOPS = "Oops"
+    PANIC = "panic"
+
+
+_GRAVITY = {kind: index for index, kind in enumerate(Kind)}
+
+# What reports begin with; the first that fits counts. From lib/{bug,ubsan}.c, kernel/{panic,watchdog,hung_task}.c,
+# kernel/locking/lockdep.c, kernel/rcu/tree_stall.h, mm/{kasan,kfence}/report.c, arch/x86/kernel/{dumpstack,traps}.c and
+# arch/x86/mm/fault.c.
+_TITLES = [
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        (Kind.PANIC, r"Kernel panic - not syncing"),
+        (Kind.OOPS, r"Oops\b"),
+        (Kind.OOPS, r"(?!Modules|CPU).*: [0-9a-f]{4} \[#\d+\]"),  # such as "general protection fault: 0000 [#1]"
+        (Kind.OOPS, r"Internal error: "),  # arm64's Oops
+        (Kind.STALL, r"(?:watchdog: )?BUG: soft lockup"),
+        (Kind.STALL, r"BUG: workqueue lockup"),
+        (Kind.STALL, r"(?:NMI watchdog|watchdog): .*hard LOCKUP"),
+        (Kind.STALL, r"(?:rcu: )?INFO: \S+ (?:self-)?detected (?:expedited )?stall"),
+        (Kind.STALL, r"rcu: \S+ kthread (?:starved|timer wakeup didn't happen)"),
+        (Kind.STALL, r"INFO: task .* blocked (?:on|for more than)"),
+        (Kind.KASAN, r"BUG: K(?:ASAN|FENCE|MSAN|CSAN): "),
+        (Kind.UBSAN, r"UBSAN: "),
+        (
+            Kind.LOCKDEP,
+            r"WARNING: (?:possible|inconsistent|suspicious|bad unlock|held lock|lock held|nested lock|Nested lock)",
+        ),
+        (Kind.LOCKDEP, r"INFO: trying to register non-static key|INFO: lockdep is turned off"),
+        (Kind.LOCKDEP, r"\[ BUG: "),  # some lockdep reports, such as "[ BUG: Invalid wait context ]"
+        (Kind.BUG, r"kernel BUG at "),
+        (Kind.BUG, r"BUG: "),
+        (Kind.WARN, r"WARNING: "),
+        (Kind.WARN, r"unchecked MSR access error"),
+    )
+]
+_END = re.compile(r"---\[ end (?:trace|Kernel panic)")
+
+
+@dataclass
+class Splat:
+    """One report of the kernel.
+
+    :ivar kind: the gravest that its lines tell
+    :ivar lines: the whole report, its title first
+    """
+
+    kind: Kind
+    lines: list[str]
+
+    @property
+    def title(self) -> str:
+        """The report's first line."""
+        return self.lines[0]
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.title}"
+
+
+def find_splats(lines: Iterable[str]) -> list[Splat]:
+    """Find the reports among *lines* of the log, which carry no timestamps."""
+    splats: list[Splat] = []
+    current: Splat | None = None
+    for line in lines:
+        kind = _kind(line)
+        if current is None and kind is not None:
+            current = Splat(kind, [])
+            splats.append(current)
+        if current is None:
+            continue
+        current.lines.append(line)
+        # "BUG: kernel NULL pointer dereference", "Oops: 0002 [#1]" and "Kernel panic" are one report, named after the gravest.
+        if kind is not None and _GRAVITY[kind] > _GRAVITY[current.kind]:
+            current.kind = kind
+        if _END.match(line) or len(current.lines) >= _MOST_LINES:
+            current = None
+    return splats
+
+
+def _kind(line: str) -> Kind | None:
+    return next((kind for kind, pattern in _TITLES if pattern.match(line)), None)
+
+
+class KernelLog:
+    """The kernel's log from now on.
+
+    :raises OSError: this user may not read it (``kernel.dmesg_restrict``), or there is none
+    """
+
+    def __init__(self, path: str = DEVICE) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self._file, 0, os.SEEK_END)
+
+    def new_splats(self) -> list[Splat]:
+        """The reports since the last call.
+
+        A log that ran over before it was read is a report too: what it held is not known.
+        """
+        lines: list[str] = []
+        lost = False
+        while True:
+            try:
+                record = os.read(self._file, _RECORD)
+            except BlockingIOError:
+                break
+            except BrokenPipeError:  # dev-kmsg: the next record was overwritten; reading goes on with the oldest left
+                lost = True
+                continue
+            if not record:
+                break
+            lines += kernel_lines(record.decode(errors="replace"))
+        overrun = [Splat(Kind.LOST, ["the kernel's log overran before it could be read"])] if lost else []
+        return overrun + find_splats(lines)
+
+    def close(self) -> None:
+        """Close the device."""
+        os.close(self._file)
+
+
+def kernel_lines(records: str) -> list[str]:
+    """The lines of text of *records* of ``/dev/kmsg``, without those that programs wrote."""
+    lines: list[str] = []
+    for record in records.splitlines():
+        header, _, text = record.partition(";")
+        # LOG_KERN is facility 0, which nothing from user space ever has; a line that begins with a space belongs to the
+        # record before it (Documentation/ABI/testing/dev-kmsg).
+        if record[:1] != " " and int(header.partition(",")[0]) >> 3 == 0:
+            lines += re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text).splitlines()
+    return lines

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Writing an initramfs: an archive in the "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+
+class CpioWriter:
+    """Writes an archive to *file*; all that is in it belongs to root. Folders are made as files need them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._inode = 0
+        self._folders = {PurePosixPath("/")}
+
+    def add_file(self, name: str, data: bytes, mode: int = 0o644, mtime: int = 0) -> None:
+        """Add a file at the absolute path *name*."""
+        self._add_parents(name)
+        self._write(name, stat.S_IFREG | mode, data, mtime)
+
+    def add_symlink(self, name: str, target: str) -> None:
+        """Add a symbolic link."""
+        self._add_parents(name)
+        self._write(name, stat.S_IFLNK | 0o777, target.encode(), 0)
+
+    def add_node(self, name: str, major: int, minor: int) -> None:
+        """Add a character device."""
+        self._add_parents(name)
+        self._write(name, stat.S_IFCHR | 0o600, b"", 0, (major, minor))
+
+    def add_folder(self, name: str) -> None:
+        """Add a folder, unless it is there already."""
+        if PurePosixPath(name) not in self._folders:
+            self._add_parents(name)
+            self._folders.add(PurePosixPath(name))
+            self._write(name, stat.S_IFDIR | 0o755, b"", 0)
+
+    def add_tree(self, name: str, source: Path) -> None:
+        """Add all files under *source*, below the folder *name*."""
+        for folder, subfolders, files in os.walk(source):
+            subfolders.sort()
+            for file in sorted(files):
+                path = Path(folder) / file
+                status = path.stat()
+                inside = f"{name}/{path.relative_to(source)}"
+                self.add_file(inside, path.read_bytes(), stat.S_IMODE(status.st_mode), int(status.st_mtime))
+
+    def finish(self) -> None:
+        """End the archive; the kernel takes another one behind it."""
+        self._write("/TRAILER!!!", 0, b"", 0)
+
+    def _add_parents(self, name: str) -> None:
+        for parent in reversed(PurePosixPath(name).parents):
+            self.add_folder(str(parent))
+
+    def _write(self, name: str, mode: int, data: bytes, mtime: int, device: tuple[int, int] = (0, 0)) -> None:
+        self._inode += 1
+        path = name.lstrip("/").encode() + b"\0"
+        # inode, mode, uid, gid, links, mtime, size, device, device it stands for, length of the name, checksum
+        numbers = (self._inode, mode, 0, 0, 1, mtime, len(data), 0, 0, *device, len(path), 0)
+        header = b"070701" + b"".join(b"%08X" % number for number in numbers) + path
+        self._file.write(header + bytes(-len(header) % 4) + data + bytes(-len(data) % 4))

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What ends a run under another kernel before it began."""
+
+
+class CannotTest(Exception):
+    """The kernel cannot be tested as asked; the text is one line that says why, and what to do."""

@@ -1,0 +1,123 @@
+#!/usr/bin/python3 -SE
+# SPDX-License-Identifier: GPL-2.0-only
+"""The first program in the booted kernel: loads KVM, runs pytest, and tells the host about it on the second serial port.
+
+It gets its orders from ``/orders.json``; what it tells are lines of JSON. The host ends the machine.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+
+ORDERS = "/orders.json"
+REPORTS = "/dev/ttyS1"
+OUTPUT = "/run/output"
+FINIT_MODULE = {"x86_64": 313}
+
+MOUNTS = (
+    ("proc", "/proc"),
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("tmpfs", "/dev/shm"),
+    ("tmpfs", "/run"),
+    ("tmpfs", "/tmp"),
+    ("debugfs", "/sys/kernel/debug"),
+)
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class CannotTest(Exception):
+    """This kernel cannot be tested; the text says why."""
+
+
+def main() -> None:
+    """Do it all; never returns."""
+    for kind, path in MOUNTS:
+        os.makedirs(path, exist_ok=True)
+        libc.mount(kind.encode(), path.encode(), kind.encode(), 0, None)  # a kernel without debugfs goes without it
+    with open(ORDERS) as file:
+        orders = json.load(file)
+    tell(hello=os.uname().release)
+    try:
+        for path, arguments in orders["modules"]:
+            load(path, arguments)
+        if not os.path.exists("/dev/kvm"):
+            raise CannotTest("there is no /dev/kvm: this kernel has no KVM for this CPU")
+        for name, wanted in orders["parameters"].items():
+            check_parameter(name, wanted)
+    except CannotTest as error:
+        tell(cannot=str(error))
+    else:
+        run(orders["command"], orders["environment"])
+    while True:
+        time.sleep(60)
+
+
+def load(path: str, arguments: str) -> None:
+    """Load a module."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    number = FINIT_MODULE[os.uname().machine]
+    if libc.syscall(number, file, arguments.encode(), 0):
+        reason = os.strerror(ctypes.get_errno())
+        raise CannotTest(
+            f"module {os.path.basename(path)} does not load here: {reason} (its reason is in the console log)"
+        )
+    os.close(file)
+
+
+def check_parameter(name: str, wanted: str) -> None:
+    """Check that a parameter has the value that was asked for."""
+    module, _, parameter = name.partition(".")
+    path = f"/sys/module/{module}/parameters/{parameter}"
+    try:
+        with open(path) as file:
+            found = file.read().strip()
+    except OSError:
+        raise CannotTest(f"KVM parameter {name}: this kernel has none of that name that it shows") from None
+    if comparable(found) != comparable(wanted):
+        raise CannotTest(f"KVM parameter {name}={wanted} did not take effect: it is {found}")
+
+
+def comparable(value: str) -> str:
+    """A value in one spelling: those of a bool (kstrtobool()), and numbers of any base."""
+    lower = value.lower()
+    if lower in ("y", "yes", "on", "1", "t", "true"):
+        return "Y"
+    if lower in ("n", "no", "off", "0", "f", "false"):
+        return "N"
+    try:
+        return str(int(lower, 0))
+    except ValueError:
+        return value
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    """Run pytest, which reports to the host itself, and tell how it ended."""
+    with open(OUTPUT, "wb") as output:
+        status = subprocess.call(
+            command, cwd="/suite", env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    with open(OUTPUT, errors="replace") as output:
+        tell(ended=status, output=output.read()[-20000:])
+
+
+def tell(**message: object) -> None:
+    """Send the host a message."""
+    with open(REPORTS, "w") as port:
+        # No other program's message may come in between.
+        fcntl.flock(port, fcntl.LOCK_EX)
+        port.write(json.dumps(message) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException as error:
+        print(f"guest_init: {type(error).__name__}: {error}", file=sys.stderr)
+        tell(cannot=f"the first program failed: {type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The file system of the booted kernel: this Python, pytest, KVM's modules and the suite, all in an initramfs.
+
+Everything lies in memory before the first program runs. That needs nothing of the kernel but CONFIG_BLK_DEV_INITRD, and
+under emulation it is faster than any file system that is shared with the host.
+"""
+
+import compileall
+import hashlib
+import io
+import json
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from runner.cpio import CpioWriter
+from runner.errors import CannotTest
+from runner.modules import Module
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "initramfs"
+PYTHON = "/usr/bin/python3"
+SITE = "/usr/lib/site-packages"
+_LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
+
+# What the suite takes along of itself, besides all of *.py and *.toml: nothing that a run makes, and no kernels.
+_SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
+_SUITE_FILES = ("conftest.py", "pytest.ini", "known_bugs.toml")
+
+# Parts of the standard library that take space and that no test can have a use for
+_LEFT_OUT = (
+    *("test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "pydoc_data", "site-packages"),
+    *(
+        "dist-packages",
+        "__pycache__",
+        "config-*",
+        "sqlite3",
+        "_sqlite3*",
+        "curses",
+        "_curses*",
+        "dbm",
+        "_dbm*",
+        "_gdbm*",
+    ),
+    *("_test*", "_xx*", "xx*", "_tkinter*", "turtle*", "_codecs_*", "distutils", "wsgiref", "xmlrpc", "venv"),
+)
+
+
+def build(path: Path, modules: Sequence[Module], orders: Mapping[str, Any]) -> None:
+    """Write the initramfs to *path*.
+
+    :param orders: what the first program is to do; the modules are added
+    :raises CannotTest: it cannot be written
+    """
+    try:
+        with path.open("wb") as file:
+            with _base().open("rb") as base:
+                shutil.copyfileobj(base, file, 1 << 20)
+            file.write(_overlay(modules, orders))
+    except OSError as error:
+        raise CannotTest(f"the initramfs cannot be made: {error.filename or path}: {error.strerror}") from None
+
+
+def base_digest() -> str:
+    """A name for what the cached part is made of: Python, the packages, and this file."""
+    packages = sorted(f"{package.name} {package.version}" for package in _packages())
+    text = f"{sys.version} {sys.executable} {packages}".encode() + Path(__file__).read_bytes()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _base() -> Path:
+    """The part that is the same for all runs; it is made if it is not there."""
+    path = CACHE / f"python-{base_digest()}.cpio"
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        tree = Path(folder) / "tree"
+        _collect_python(tree)
+        partial = Path(folder) / "cpio"
+        with partial.open("wb") as file:
+            archive = CpioWriter(file)
+            archive.add_node("/dev/console", 5, 1)  # the kernel opens it for the first program
+            archive.add_tree("", tree)
+            archive.finish()
+        for old in CACHE.glob("python-*.cpio"):
+            old.unlink()
+        partial.rename(path)
+    return path
+
+
+def _collect_python(tree: Path) -> None:
+    binary = Path(sys.executable).resolve()
+    library = Path(sysconfig.get_path("stdlib"))
+    ignore = shutil.ignore_patterns(*_LEFT_OUT)
+    shutil.copytree(library, tree / _LIBRARY[1:], ignore=ignore, ignore_dangling_symlinks=True)
+    (tree / PYTHON[1:]).parent.mkdir(parents=True)
+    shutil.copy(binary, tree / PYTHON[1:])
+    for package in _packages():
+        for file in package.files or ():
+            if file.suffix != ".pyc" and ".." not in file.parts:
+                target = tree / SITE[1:] / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file.locate(), target)
+    for shared in _shared_libraries([binary, *(tree / _LIBRARY[1:]).rglob("*.so")]):
+        target = tree / str(shared)[1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shared, target)
+    for folder in (_LIBRARY, SITE):
+        _compile(tree, folder)
+
+
+def _compile(tree: Path, folder: str) -> None:
+    """Compile all Python files beforehand; emulated, that takes minutes."""
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    compileall.compile_dir(
+        tree / folder[1:], quiet=2, workers=0, stripdir=str(tree), prependdir="/", invalidation_mode=unchecked
+    )
+
+
+def _packages() -> list[Distribution]:
+    """The distributions of pytest and the other packages of requirements.txt, with all that they need."""
+    found: dict[str, Distribution] = {}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    left = [line for line in lines if line.strip() and not line.startswith("#")]
+    while left:
+        requirement = Requirement(left.pop())
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name = requirement.name.lower()
+        if name not in found:
+            found[name] = distribution(name)
+            left += found[name].requires or []
+    return list(found.values())
+
+
+def _shared_libraries(binaries: Sequence[Path]) -> Iterator[Path]:
+    """The shared libraries that *binaries* load, with the loader itself."""
+    done = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
+    found = {Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", done.stdout, re.MULTILINE)}
+    yield from sorted(found)
+    for libc in found:
+        # glibc loads it when a thread is cancelled or exits (pthread_exit(3)).
+        if libc.name.startswith("libc.so") and (unwinder := libc.with_name("libgcc_s.so.1")).exists():
+            yield unwinder
+
+
+def _overlay(modules: Sequence[Module], orders: Mapping[str, Any]) -> bytes:
+    """The part that is this run's own."""
+    file = io.BytesIO()
+    archive = CpioWriter(file)
+    archive.add_file("/init", (ROOT / "runner" / "guest_init.py").read_bytes(), 0o755)
+    parameters = orders["parameters"]
+    loads = []
+    for module in modules:
+        mine = [
+            f"{name.partition('.')[2]}={value}"
+            for name, value in parameters.items()
+            if name.startswith(f"{module.name}.")
+        ]
+        loads.append((f"/modules/{module.name}.ko", " ".join(mine)))
+        archive.add_file(loads[-1][0], module.data)
+    archive.add_file("/orders.json", json.dumps({**orders, "modules": loads}).encode())
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        tree = Path(folder)
+        for name in _SUITE_FOLDERS:
+            shutil.copytree(ROOT / name, tree / "suite" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in _SUITE_FILES:
+            shutil.copy2(ROOT / name, tree / "suite")
+        _compile(tree, "/suite")
+        archive.add_tree("", tree)
+    archive.finish()
+    return file.getvalue()

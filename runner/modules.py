@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KVM's modules of a kernel to boot: which files, in which order, and whether they take the parameters that are asked for."""
+
+import difflib
+import io
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+from runner.errors import CannotTest
+from runner.kernel import Kernel, decompress_module
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module, unpacked.
+
+    :ivar depends: the modules that must be there before it
+    :ivar parameters: the names of its parameters
+    """
+
+    name: str
+    data: bytes
+    depends: tuple[str, ...]
+    parameters: frozenset[str]
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``.
+
+    :raises CannotTest: one is not of that form
+    """
+    found: dict[str, str] = {}
+    for word in text.split():
+        match = re.fullmatch(r"([\w-]+)\.(\w+)=(\S*)", word)
+        if not match:
+            raise CannotTest(f"KVM parameter {word!r}: write it as module.parameter=value, such as kvm_amd.npt=0")
+        found[f"{match[1].replace('-', '_')}.{match[2]}"] = match[3]
+    return found
+
+
+def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
+    """The modules that KVM needs in *kernel*, in the order in which to load them; none when all of it is built in.
+
+    :param vendor: the module for the CPU, such as ``kvm_amd``
+    :raises CannotTest: the kernel has no KVM
+    """
+    if kernel.modules is None:
+        return []
+    files = {module_name(path): path for path in kernel.modules.rglob("*.ko*") if ".ko" in path.suffixes}
+    built_in = _built_in(kernel.modules)
+    loaded: dict[str, Module] = {}
+    for name in ("kvm", vendor):
+        if name not in files and name not in built_in:
+            raise CannotTest(f"kernel {kernel.release} has no KVM to test: no module {name} under {kernel.modules}")
+        _add(name, files, loaded)
+    return list(loaded.values())
+
+
+def check_parameters(parameters: Mapping[str, str], modules: Iterable[Module]) -> None:
+    """Check that the modules have *parameters*: the kernel takes no notice of a misspelt one.
+
+    What is built in is not looked at here; whether a parameter took effect is seen in the booted kernel in any case.
+
+    :raises CannotTest: one of them has not
+    """
+    by_name = {module.name: module for module in modules}
+    for full_name in parameters if by_name else ():
+        name, _, parameter = full_name.partition(".")
+        if name not in by_name:
+            raise CannotTest(f"KVM parameter {full_name}: no such module is loaded (there are {', '.join(by_name)})")
+        known = by_name[name].parameters
+        if parameter not in known:
+            near = difflib.get_close_matches(parameter, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            raise CannotTest(f"KVM parameter {full_name}: this kernel's {name} has no parameter {parameter} ({hint})")
+
+
+def module_name(path: Path) -> str:
+    """A module's name as the kernel shows it: ``kvm_amd`` for ``kvm-amd.ko.xz``."""
+    return path.name.partition(".ko")[0].replace("-", "_")
+
+
+def _add(name: str, files: Mapping[str, Path], loaded: dict[str, Module]) -> None:
+    if name in loaded or name not in files:
+        return  # what is no file is built in; if not, loading what needs it says so
+    module = _read(name, files[name])
+    for other in module.depends:
+        _add(other, files, loaded)
+    loaded[name] = module
+
+
+def _read(name: str, path: Path) -> Module:
+    data = decompress_module(path)
+    section = ELFFile(io.BytesIO(data)).get_section_by_name(".modinfo")
+    if section is None:
+        raise CannotTest(f"{path} is not a kernel module: it has no .modinfo")
+    fields = [field.decode(errors="replace").partition("=") for field in section.data().split(b"\0")]
+    depends = [value for key, _, value in fields if key == "depends"]
+    # parmtype, for parm is only there for those that are described
+    parameters = frozenset(value.partition(":")[0] for key, _, value in fields if key == "parmtype")
+    names = tuple(other.replace("-", "_") for value in depends for other in value.split(",") if other)
+    return Module(name, data, names, parameters)
+
+
+def _built_in(folder: Path) -> set[str]:
+    path = folder / "modules.builtin"
+    return {module_name(Path(line)) for line in path.read_text().splitlines()} if path.exists() else set()

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""QEMU: which one there is, what it can accelerate with, and one machine that it runs."""
+
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import CannotTest
+
+_PROGRAM = "qemu-system-x86_64"
+_VENDORS = {"kvm_intel": "Intel", "kvm_amd": "AMD"}
+INSTALL = "apt install qemu-system-x86"
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """An emulator.
+
+    :ivar vendor: KVM's module for the CPU that its machines have
+    :ivar emulated: whether that CPU is emulated, and not the host's
+    """
+
+    path: str
+    version: str
+    accel: str
+    cpu_model: str
+    vendor: str
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the machine's instructions are emulated."""
+        return self.accel.startswith("tcg")
+
+    def __str__(self) -> str:
+        how = "emulated by" if self.emulated else "virtualized by"
+        return f"{how} QEMU {self.version} ({self.accel}, CPU {self.cpu_model})"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine is made of.
+
+    :ivar memory: in MiB
+    :ivar append: more of the kernel's command line
+    """
+
+    memory: int
+    cpus: int
+    append: str
+
+
+def find_qemu(cpu_model: str | None = None) -> Qemu:
+    """The QEMU of this host, with nested virtualization where the host offers it, else with emulation of AMD's.
+
+    :param cpu_model: as QEMU's ``-cpu`` takes it; None for the one that is known to work
+    :raises CannotTest: there is none
+    """
+    path = shutil.which(_PROGRAM)
+    if path is None:
+        raise CannotTest(f"no {_PROGRAM}: install QEMU ({INSTALL})")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"version (\S+)", done.stdout)
+    if match is None:
+        raise CannotTest(f"{path} does not run: {(done.stderr.strip().splitlines() or ['it says nothing'])[-1]}")
+    nested = _nested_vendor()
+    if nested:
+        return Qemu(path, match[1], "kvm", cpu_model or "host", nested)
+    # TCG emulates SVM with nested paging, and no VMX.
+    return Qemu(path, match[1], "tcg,thread=multi", cpu_model or "max", "kvm_amd")
+
+
+def _nested_vendor() -> str | None:
+    """The host's KVM module when it can be used and offers nested virtualization."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return None
+    for vendor in _VENDORS:
+        parameter = Path(f"/sys/module/{vendor}/parameters/nested")
+        if parameter.exists() and parameter.read_text().strip() in ("Y", "1"):
+            return vendor
+    return None
+
+
+class Deadline(Exception):
+    """The machine had not ended when its time was over."""
+
+
+class RunningMachine:
+    """A machine from its start to its end.
+
+    :param console: where the first serial port's output goes
+    :ivar deadline: when it must have ended, in seconds since its start
+    :raises CannotTest: QEMU does not start
+    """
+
+    def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: Path, console: Path) -> None:
+        free = _available_memory()
+        if machine.memory > free:
+            raise CannotTest(f"--vm-memory: {machine.memory} MiB are not there, the host has {free} MiB free")
+        # All that the kernel says goes to the console: it is the log that a panic leaves. -1: end at once on a panic.
+        command_line = f"console=ttyS0 ignore_loglevel panic=-1 {machine.append}".strip()
+        self.deadline = 3600.0
+        self._console = console
+        self._errors = console.with_name("qemu.log")
+        self._started = time.monotonic()
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [
+                    *(qemu.path, "-accel", qemu.accel, "-cpu", qemu.cpu_model, "-smp", str(machine.cpus)),
+                    *("-m", f"{machine.memory}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+                    *("-serial", f"file:{console}", "-serial", "stdio"),
+                    *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", command_line),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the programs in the machine tell, until it ends.
+
+        :raises Deadline: it has not ended by then
+        """
+        assert self._process.stdout is not None
+        port = self._process.stdout.fileno()
+        rest = b""
+        while True:
+            left = self._started + self.deadline - time.monotonic()
+            if left <= 0 or not select.select([port], [], [], left)[0]:
+                raise Deadline
+            data = os.read(port, 1 << 16)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+    def console(self) -> str:
+        """What the console has shown so far."""
+        text = self._console.read_text(errors="replace") if self._console.exists() else ""
+        return re.sub(r"\x1b\[[0-9;?=]*[A-Za-z]|\x1bc|\r", "", text)
+
+    def errors(self) -> str:
+        """What QEMU itself complained about."""
+        return self._errors.read_text(errors="replace").strip()
+
+    def stop(self) -> None:
+        """End the machine, if it has not ended yet."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def _available_memory() -> int:
+    """Memory that programs can have, in MiB."""
+    text = Path("/proc/meminfo").read_text()
+    match = re.search(r"MemAvailable: +(\d+) kB", text)
+    return int(match[1]) >> 10 if match else 1 << 40

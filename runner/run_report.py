@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run leaves behind: the table, the results file, and a verdict on runs that tested nothing."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import table
+
+
+@dataclass
+class Facts:
+    """What a run is about, as plain data.
+
+    :ivar host: kernel, backend, parameters and CPU
+    :ivar cells: the planned cells, in the order of the table
+    :ivar place: where the kernel runs
+    :ivar kernel_log: why the kernel's log is not watched; None when it is
+    """
+
+    host: dict[str, Any]
+    settings: dict[str, Any]
+    cells: list[dict[str, Any]]
+    place: str = "this host's own"
+    kernel_log: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """A report in the kernel's log.
+
+    :ivar known_bug: the id of the known bug that explains it
+    :ivar tests: those that ran meanwhile
+    """
+
+    kind: str
+    title: str
+    lines: list[str]
+    known_bug: str | None
+    tests: list[str]
+
+
+class RunReport:
+    """Follows a run from its reports.
+
+    :param facts: None when they are not known before the run; they must be set before its first report then
+    :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
+    :ivar remarks: lines that end the summary
+    """
+
+    def __init__(self, results: Path, facts: Facts | None) -> None:
+        self.facts = facts
+        self.kernel_reports: list[KernelReport] = []
+        self.remarks: list[str] = []
+        self.end: dict[str, Any] = {}
+        self._results = results
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._on_kvm = 0
+        self._not_on_kvm: list[str] = []
+        self._caught: dict[str, list[str]] = {}
+        self._tests_by_title: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        properties: dict[str, Any] = dict(report.user_properties)
+        outcome, reason = verdict(report, properties)
+        if properties.get("kvm"):
+            if outcome == "skipped":
+                self._not_on_kvm.append(reason)
+            else:
+                self._on_kvm += 1
+        if title := properties.get("kernel_log"):
+            self._tests_by_title.setdefault(title, []).append(report.nodeid)
+        if "fault" in properties:
+            within = f"{properties['fault_in']} {properties['caught_within']}"
+            self._caught.setdefault(properties["fault"], []).append(within)
+        if "log_mode" in properties:
+            row = properties | {"verdict": outcome, "reason": reason}
+            if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
+                self._rows[report.nodeid] = row
+
+    def tests_blamed_for(self, title: str) -> list[str]:
+        """The tests that saw a report of the kernel's log while they ran."""
+        return self._tests_by_title.get(title, [])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.facts is not None and (self._rows or self.end):
+            self._results.mkdir(parents=True, exist_ok=True)
+            data = {
+                "host": self.facts.host,
+                "place": self.facts.place,
+                "machine": self.facts.machine,
+                "settings": self.facts.settings,
+                "end": self.end,
+                "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
+                "cells": self._ordered_rows(),
+            }
+            (self._results / "results.json").write_text(json.dumps(data, indent=1))
+        if session.exitstatus == pytest.ExitCode.OK:
+            if self._nothing_ran:
+                session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+            elif self._unexplained:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        rows = self._ordered_rows()
+        if rows and self.facts is not None:
+            host = self.facts.host
+            terminalreporter.section(
+                f"dirty tracking on kernel {host['kernel']}, {host['backend']}: {self.facts.place}"
+            )
+            for line in table.format_table(rows):
+                terminalreporter.line(line)
+            terminalreporter.line("")
+            for line in _known_bug_findings(rows):
+                terminalreporter.line(line)
+            terminalreporter.line(table.summary(rows))
+            terminalreporter.line(f"files: {self._results}")
+        if self._caught:
+            terminalreporter.section("planted faults: within how many iterations each was caught")
+            for fault, within in sorted(self._caught.items()):
+                terminalreporter.line(f"{fault}: {', '.join(sorted(within))}")
+        if self.kernel_reports:
+            self._show_kernel_reports(terminalreporter)
+        if self._nothing_ran:
+            reasons = "; ".join(dict.fromkeys(self._not_on_kvm))
+            terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)
+        for line in self.remarks:
+            terminalreporter.line(line)
+
+    def _show_kernel_reports(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("the kernel's log")
+        for report in self.kernel_reports:
+            while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
+            explained = f", known bug {report.known_bug}" if report.known_bug else ""
+            terminalreporter.line(f"{report.kind}{explained}{while_running}:", red=not report.known_bug)
+            for line in report.lines[:1] if report.known_bug else report.lines:
+                terminalreporter.line(f"  {line}")
+
+    @property
+    def _unexplained(self) -> bool:
+        return any(report.known_bug is None for report in self.kernel_reports)
+
+    @property
+    def _nothing_ran(self) -> bool:
+        return bool(self._not_on_kvm) and not self._on_kvm
+
+    def _ordered_rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of the plan: workers finish in any."""
+        planned = self.facts.cells if self.facts is not None else []
+        order = {tuple(cell.values()): index for index, cell in enumerate(planned)}
+        return sorted(
+            self._rows.values(),
+            key=lambda row: order.get(tuple(row[name] for name in table.DIMENSIONS), len(order)),
+        )
+
+
+def _known_bug_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["verdict"] == "known bug":
+            lines.append(f"{row['reason']} in {' '.join(str(row[name]) for name in table.DIMENSIONS)}:")
+            lines += [f"  {finding}" for finding in row.get("findings", "").splitlines()]
+    return lines
+
+
+def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:
+    """A test's verdict as the table shows it, and the reason where there is one."""
+    if hasattr(report, "wasxfail"):
+        return "known bug", report.wasxfail.removeprefix("reason: ")
+    if report.outcome == "skipped":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return "skipped", reason.removeprefix("Skipped: ")
+    if report.outcome == "failed":
+        return "FAIL", properties.get("kernel_log", "")
+    return properties.get("verdict", "pass"), ""
