@@ -117,14 +117,20 @@ def _collect_python(tree: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(shared, target)
     for folder in (_LIBRARY, SITE):
-        _compile(tree, folder)
+        # Without the sources there is half as much to unpack into the machine's memory.
+        _compile(tree, folder, legacy=True)
+        for source in (tree / folder[1:]).rglob("*.py"):
+            source.unlink()
 
 
-def _compile(tree: Path, folder: str) -> None:
-    """Compile all Python files beforehand; emulated, that takes minutes."""
+def _compile(tree: Path, folder: str, legacy: bool = False) -> None:
+    """Compile all Python files beforehand; emulated, that takes minutes.
+
+    :param legacy: put the compiled files where the sources are, which can then be left out
+    """
     unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(
-        tree / folder[1:], quiet=2, workers=0, stripdir=str(tree), prependdir="/", invalidation_mode=unchecked
+        tree / folder[1:], quiet=2, legacy=legacy, workers=0, invalidation_mode=unchecked, stripdir=tree, prependdir="/"
     )
 
 
