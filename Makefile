@@ -6,6 +6,12 @@
 ARGS ?=
 # How many cells run at once; auto: one per CPU, 8 at most
 WORKERS ?= auto
+# What check-kernel boots: bzImage, build tree, .deb, unpacked package, installed release, or debian:6.12
+KERNEL ?=
+# Parameters of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'
+KVM_PARAMS ?=
+# What the matrix is made of
+MATRIX ?= matrix.toml
 # A built dirty_log_test, for `make bench` to compare with
 C_TEST ?=
 
@@ -17,14 +23,20 @@ PYTEST := $(VENV)/bin/python -m pytest
 SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint guest_code bench clean
+.PHONY: help run check-kernel matrix test lint guest_code bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z_]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
 
-run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes
-	$(PYTEST) selftests/test_dirty_log.py -v -n $(WORKERS) $(ARGS)
+run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
+	$(PYTEST) selftests/test_dirty_log.py -v -n $(WORKERS) --kernel auto $(ARGS)
+
+check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS='kvm_amd.npt=0'
+	@$(VENV)/bin/python runner/check_kernel.py "$(KERNEL)" --kvm-params "$(KVM_PARAMS)" $(ARGS)
+
+matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
+	@PYTHONPATH=. $(VENV)/bin/python runner/matrix.py "$(MATRIX)" $(ARGS)
 
 test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
 	$(PYTEST) -n $(WORKERS) $(SHORT) $(ARGS)

@@ -96,7 +96,7 @@ def _add_kernel_options(group: pytest.OptionGroup) -> None:
         f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
     )
     group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
-    group.addoption("--vm-memory", metavar="MIB", default="1536", help="memory of the machine; default 1536 MiB")
+    group.addoption("--vm-memory", metavar="MIB", default="3072", help="memory of the machine; default 3072 MiB")
     group.addoption("--vm-cpus", metavar="N", default="2", help="its CPUs; default 2")
     group.addoption("--time-limit", metavar="S", default="900", help="when it is taken to hang; default after 900 s")
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
@@ -217,7 +217,10 @@ def _prepare_remote(config: pytest.Config) -> None:
     """Have the tests run by a session in the kernel that was found."""
     target = config.stash[_target_key]
     results = Path(ROOT / config.option.results)
-    report = RunReport(results, None)
+    # What is known of it before it was booted; the session in there will tell more.
+    host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
+    facts = Facts(host, asdict(config.stash[_settings_key]), [], str(target.qemu), machine=target.data)
+    report = RunReport(results, facts)
     options = _options_for_kernel(config.option) + (["--emulated"] if target.qemu.emulated else [])
     tests = _tests_for_kernel(config)
     config.pluginmanager.register(report, "run-report")
@@ -335,9 +338,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         )
         tests = f"tests    {' '.join(_tests_for_kernel(config))}"
         return [*target.lines, chosen, tests, seed]
-    facts = config.pluginmanager.get_plugin("run-report").facts  # type: ignore[union-attr]
-    unwatched = [f"kernel log {facts.kernel_log}"] if facts.kernel_log else []
-    return [*environment_lines(this_host()), seed, *unwatched]
+    report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
+    unwatched = report.facts.kernel_log if report is not None else None
+    return [*environment_lines(this_host()), seed, *([f"kernel log {unwatched}"] if unwatched else [])]
 
 
 def _is_worker(config: pytest.Config) -> bool:

@@ -9,6 +9,7 @@ from enum import Enum
 from lib.kernel_log import Kind, find_splats
 
 _CONSOLE_LINES = 25
+_REPORT_LINES = 40
 _TIMESTAMP = re.compile(r"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
 
 # Faults of QEMU's emulation, which say nothing about the kernel.
@@ -73,11 +74,12 @@ def judge(console: str, booted: bool, ended: bool, overdue: str | None, emulated
         )
     if ended:
         return End(Ending.FINISHED, "")
-    why = f"{worst.title}" if worst else overdue or "the machine ended before the suite did"
+    why = worst.title if worst else overdue or "it ended before its tests did"
     if not booted:
         return End(Ending.NO_BOOT, why, tail)
     if worst:
-        return End(Ending.PANIC if worst.kind is Kind.PANIC else Ending.OOPS, _panic_reason(worst.lines) or why, tail)
+        ending = Ending.PANIC if worst.kind is Kind.PANIC else Ending.OOPS
+        return End(ending, _panic_reason(worst.lines) or why, tuple(worst.lines[:_REPORT_LINES]))
     return End(Ending.HANG if overdue else Ending.SUITE_DIED, why, tail)
 
 

@@ -2,7 +2,6 @@
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +53,26 @@ class RemoteSession:
         """Boot the kernel, as often as the emulator's faults make it necessary."""
         self._session = session
         self._config = session.config
-        self._results.mkdir(parents=True, exist_ok=True)
+        try:
+            self._results.mkdir(parents=True, exist_ok=True)
+            self._boot_until_done()
+        except (CannotTest, OSError) as error:
+            raise pytest.exit.Exception(f"cannot test: {error}", CANNOT_TEST) from None
+        self._close()
+        return True
+
+    def _boot_until_done(self) -> None:
         for boot in range(1, _MOST_TRIES + 1):
             self._again = []
             self.end = self._boot(boot)
             if self.end.ending is Ending.EMULATOR_FAULT:
-                self._say(f"EMULATOR FAULT: {self.end.detail}; what is left runs again")
+                self._say(
+                    f"EMULATOR FAULT: {self.end.detail}" + ("; what is left runs again" if boot < _MOST_TRIES else "")
+                )
             elif self._again:
                 self._left = self._again
             else:
                 break
-        self._close()
-        return True
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -114,7 +121,8 @@ class RemoteSession:
                     return End(Ending.NO_KVM, message["cannot"], tuple(machine.console().splitlines()[-12:]))
                 booted, machine.deadline = True, self._target.time_limit
                 if "ended" in message:
-                    ended, self._status, self._output = True, message["ended"], message["output"]
+                    self._status, self._output = message["ended"], message["output"]
+                    ended = message["ended"] >= 0  # else a signal ended it: the kernel's, when it oopsed
                     break
                 self._take(message)
         except Deadline:
@@ -194,14 +202,14 @@ class RemoteSession:
                 f"pytest in the kernel ended with status {self._status}:",
                 *self._output.splitlines(),
             ]
-        report.end = {"ending": self.end.ending.name, **asdict(self.end)} | {"ending": self.end.ending.name}
+        report.end = {"ending": self.end.ending.name, "text": str(self.end), "console": list(self.end.console)}
         report.remarks += self._closing_lines()
 
     def _oops(self) -> KernelReport | None:
         return next((one for one in self._report.kernel_reports if one.kind == "Oops"), None)
 
     def _closing_lines(self) -> list[str]:
-        lines = [f"console and kernel log: {self._results}"]
+        lines = [f"console and kernel log: {self._report.shown_results}"]
         if self.end.ending is not Ending.FINISHED:
             lines += ["", f"KERNEL {self._target.kernel.release}: {self.end}"]
             if self.end.console:
@@ -213,8 +221,7 @@ class RemoteSession:
         nodeid = self._running
         if nodeid in self._left:
             self._left.remove(nodeid)
-        text = "\n".join([f"{self.end}, while this test ran", *self.end.console])
-        self._forward(nodeid, "call", "failed", text)
+        self._forward(nodeid, "call", "failed", f"{self.end}, while this test ran (its console is shown below)")
 
     def _forward(self, nodeid: str, when: Any, outcome: Any, longrepr: Any) -> None:
         """Report a test that cannot do so itself."""

@@ -11,6 +11,8 @@ import pytest
 
 from runner import table
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @dataclass
 class Facts:
@@ -48,12 +50,12 @@ class KernelReport:
 class RunReport:
     """Follows a run from its reports.
 
-    :param facts: None when they are not known before the run; they must be set before its first report then
     :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
     :ivar remarks: lines that end the summary
     """
 
-    def __init__(self, results: Path, facts: Facts | None) -> None:
+    def __init__(self, results: Path, facts: Facts) -> None:
+        self.shown_results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
         self.facts = facts
         self.kernel_reports: list[KernelReport] = []
         self.remarks: list[str] = []
@@ -75,8 +77,9 @@ class RunReport:
                 self._not_on_kvm.append(reason)
             else:
                 self._on_kvm += 1
-        if title := properties.get("kernel_log"):
-            self._tests_by_title.setdefault(title, []).append(report.nodeid)
+        for name, value in report.user_properties:
+            if name == "kernel_log":
+                self._tests_by_title.setdefault(str(value), []).append(report.nodeid)
         if "fault" in properties:
             within = f"{properties['fault_in']} {properties['caught_within']}"
             self._caught.setdefault(properties["fault"], []).append(within)
@@ -91,7 +94,7 @@ class RunReport:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.facts is not None and (self._rows or self.end):
+        if self._rows or self.end:
             self._results.mkdir(parents=True, exist_ok=True)
             data = {
                 "host": self.facts.host,
@@ -111,7 +114,7 @@ class RunReport:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         rows = self._ordered_rows()
-        if rows and self.facts is not None:
+        if rows:
             host = self.facts.host
             terminalreporter.section(
                 f"dirty tracking on kernel {host['kernel']}, {host['backend']}: {self.facts.place}"
@@ -122,7 +125,7 @@ class RunReport:
             for line in _known_bug_findings(rows):
                 terminalreporter.line(line)
             terminalreporter.line(table.summary(rows))
-            terminalreporter.line(f"files: {self._results}")
+            terminalreporter.line(f"files: {self.shown_results}")
         if self._caught:
             terminalreporter.section("planted faults: within how many iterations each was caught")
             for fault, within in sorted(self._caught.items()):
@@ -141,7 +144,8 @@ class RunReport:
             while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
             explained = f", known bug {report.known_bug}" if report.known_bug else ""
             terminalreporter.line(f"{report.kind}{explained}{while_running}:", red=not report.known_bug)
-            for line in report.lines[:1] if report.known_bug else report.lines:
+            # That of a test is in its own report.
+            for line in report.lines[:1] if report.known_bug or report.tests else report.lines:
                 terminalreporter.line(f"  {line}")
 
     @property
@@ -154,8 +158,7 @@ class RunReport:
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the plan: workers finish in any."""
-        planned = self.facts.cells if self.facts is not None else []
-        order = {tuple(cell.values()): index for index, cell in enumerate(planned)}
+        order = {tuple(cell.values()): index for index, cell in enumerate(self.facts.cells)}
         return sorted(
             self._rows.values(),
             key=lambda row: order.get(tuple(row[name] for name in table.DIMENSIONS), len(order)),

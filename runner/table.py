@@ -46,6 +46,22 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{len(rows)} cells: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
+_SHORT = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip"}
+
+
+def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
+    """The verdicts of several runs against the cells: a line per cell, and a column per run, headed by its name."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, rows in zip(names, runs, strict=True):
+        for row in rows:
+            cell = tuple(str(row[dimension]) for dimension in DIMENSIONS)
+            cells.setdefault(cell, {})[name] = _SHORT.get(str(row["verdict"]), str(row["verdict"]))
+    lines = [[name.replace("_", " ") for name in DIMENSIONS] + list(names)]
+    lines += [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
 def _figure(value: Any) -> str:
     if value is None:
         return "-"

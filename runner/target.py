@@ -8,7 +8,7 @@ from typing import Any
 from runner.errors import CannotTest
 from runner.kernel import Kernel, find_kernel, kernels_at_hand
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
-from runner.qemu import INSTALL, Machine, Qemu, find_qemu
+from runner.qemu import INSTALL, Machine, Qemu, available_memory, find_qemu
 
 AT_HAND = "auto"
 
@@ -79,6 +79,9 @@ def find_target(kernel: str, parameters: str, cpu_model: str | None, machine: Ma
             raise CannotTest(f"no kernel to boot is at hand: {INSTALL} linux-image-cloud-amd64")
     else:
         found = find_kernel(kernel)
+    free = available_memory()
+    if machine.memory > free:
+        raise CannotTest(f"--vm-memory: {machine.memory} MiB are not there, the host has {free} MiB free")
     modules = kvm_modules(found, qemu.vendor)
     check_parameters(wanted, modules)
     return Target(found, modules, wanted, qemu, machine, time_limit)

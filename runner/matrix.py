@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""matrix.py FILE [options of pytest]: test each kernel of FILE with each set of parameters, and put it all into one table.
+
+Exit status: 0 when all are good, 1 when one is bad, 125 when one cannot be tested, 128 when FILE or an option is wrong.
+"""
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.table import cross_table
+
+ROOT = Path(__file__).resolve().parent.parent
+_FIELDS = {"kernels": list, "parameters": list, "arguments": str}
+_VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
+
+
+class MatrixError(Exception):
+    """The file is wrong; the text is one line that says where."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kernel with one set of parameters, tested.
+
+    :ivar cells: the rows of its results
+    :ivar reason: why it could not be tested, or how the kernel ended
+    """
+
+    kernel: str
+    parameters: str
+    status: int
+    cells: list[dict[str, Any]]
+    release: str
+    reason: str
+
+
+def load(path: Path) -> tuple[list[str], list[str], list[str]]:
+    """The kernels, sets of parameters and arguments of a matrix file.
+
+    :raises MatrixError: it cannot be read, or says something that is not understood
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise MatrixError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MatrixError(f"{path}: {error}") from None
+    for name, value in data.items():
+        if name not in _FIELDS:
+            raise MatrixError(f"{path}: no such field: {name} (there are {', '.join(_FIELDS)})")
+        words = value if isinstance(value, list) else []
+        if not isinstance(value, _FIELDS[name]) or not all(isinstance(word, str) for word in words):
+            raise MatrixError(f"{path}: {name} must be {'a list of strings' if _FIELDS[name] is list else 'a string'}")
+    if not data.get("kernels"):
+        raise MatrixError(f"{path}: it names no kernels")
+    return data["kernels"], data.get("parameters") or [""], shlex.split(data.get("arguments", ""))
+
+
+def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
+    """Test one kernel, with all files in *folder*."""
+    folder.mkdir(parents=True)
+    options = [f"--kvm-params={parameters}", f"--results={folder}", *arguments]
+    command = [sys.executable, str(ROOT / "runner" / "check_kernel.py"), kernel, *options]
+    with (folder / "output.txt").open("wb") as output:
+        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    results = folder / "results.json"
+    data = json.loads(results.read_text()) if results.exists() else {"cells": [], "host": {}, "end": {}}
+    lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
+    ended = data["end"].get("text", "")
+    reason = "" if status == 0 else ended or ("tests failed" if status == 1 else lines[-1])
+    return Run(kernel, parameters, status, data["cells"], data["host"].get("kernel", kernel), reason)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the matrix."""
+    if not arguments:
+        print("usage: matrix.py FILE [options of pytest]", file=sys.stderr)
+        return 128
+    try:
+        kernels, sets, options = load(Path(arguments[0]))
+    except MatrixError as error:
+        print(f"matrix: {error}", file=sys.stderr)
+        return 128
+    # One seed for all, so that they can be compared; the last --seed counts.
+    options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *options, *arguments[1:]]
+    results = ROOT / "results" / f"matrix-{time.strftime('%Y%m%d-%H%M%S')}"
+    pairs = [(kernel, parameters) for kernel in kernels for parameters in sets]
+    runs = []
+    for number, (kernel, parameters) in enumerate(pairs, 1):
+        print(f"[{number}/{len(pairs)}] {kernel} {parameters} ... ", end="", flush=True)
+        start = time.monotonic()
+        done = run(kernel, parameters, results / f"{number:02}", options)
+        print(f"{_verdict(done)} ({len(done.cells)} cells, {time.monotonic() - start:.0f} s)", flush=True)
+        runs.append(done)
+        if done.status >= 128:
+            return done.status  # an option that is wrong for all of them, or Ctrl-C
+    lines = _summary(runs)
+    (results / "table.txt").write_text("\n".join(lines) + "\n")
+    print("", *lines, f"files: {results.relative_to(ROOT)}", sep="\n")
+    return max((done.status for done in runs), key=lambda status: (status == 1, status))
+
+
+def _verdict(done: Run) -> str:
+    return _VERDICTS.get(done.status, f"ended with status {done.status}") + (f": {done.reason}" if done.reason else "")
+
+
+def _summary(runs: list[Run]) -> list[str]:
+    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(runs))]
+    legend = [
+        f"{name}  {done.release}  {done.parameters or 'defaults'}: {_verdict(done)}"
+        for name, done in zip(names, runs, strict=True)
+    ]
+    return [*cross_table(names, [done.cells for done in runs]), "", *legend]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tests that break the kernel they run in, to see what is made of that.
+
+test_check_kernel.py runs them, each in a machine of its own. Nothing collects them unless they are named, and none does
+anything outside such a machine.
+"""
+
+import ctypes
+import io
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
+from elftools.elf.sections import SymbolTableSection
+
+from runner.guest_init import FINIT_MODULE, ORDERS
+
+# Machine code that takes the place of a module's init function
+UD2 = b"\x0f\x0b"  # WARN() where the address is in the table of such places, an invalid opcode elsewhere
+RETURN_0 = b"\x31\xc0\xc3"
+# What may come first in a function of the kernel's, and stays
+ENDBR64, CALL, CALL_SIZE = b"\xf3\x0f\x1e\xfa", 0xE8, 5
+# include/linux/bug.h, arch/x86/include/asm/bug.h: an entry is two relative addresses, the line and the flags
+BUGFLAG_WARNING = 1
+BUG_ENTRY = 12
+R_X86_64_NONE = 0
+RELA_SIZE = 24
+# What a module ends with that has a signature, which does not fit any more (kernel/module/signing.c)
+SIGNED = b"~Module signature appended~\n"
+
+
+@pytest.fixture(autouse=True)
+def only_in_a_machine_of_its_own() -> None:
+    if os.getppid() != 1 or not Path(ORDERS).exists():
+        pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
+
+
+def test_before() -> None:
+    """A test that passes before the kernel breaks."""
+
+
+def test_panic() -> None:
+    Path("/proc/sysrq-trigger").write_text("c")
+
+
+def test_oops() -> None:
+    load_module_with(UD2, warn=False)
+
+
+def test_warn() -> None:
+    load_module_with(UD2 + RETURN_0, warn=True)
+
+
+def test_hang() -> None:
+    time.sleep(1e6)
+
+
+def test_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_int3() -> None:
+    """What an emulator's fault at a static key leaves: an oops at a breakpoint that nobody owns."""
+    load_module_with(b"\xcc" + RETURN_0, warn=False)
+
+
+def test_after() -> None:
+    """A test that is not reached when the kernel died."""
+
+
+def load_module_with(code: bytes, warn: bool) -> None:
+    """Load a copy of kvm_amd under another name, whose init function is *code*.
+
+    :param warn: whether the address of *code* is in the table of WARN()s
+    """
+    data = bytearray(Path("/modules/kvm_amd.ko").read_bytes())
+    elf = ELFFile(io.BytesIO(bytes(data)))
+    names = [section.name for section in elf.iter_sections()]
+    symbols = elf.get_section_by_name(".symtab")
+    assert isinstance(symbols, SymbolTableSection)
+    (init,) = symbols.get_symbol_by_name("init_module") or []
+    where, section = init["st_value"], elf.get_section(init["st_shndx"])
+    start = section["sh_offset"] + where
+    skipped = len(ENDBR64) if data.startswith(ENDBR64, start) else 0
+    skipped += CALL_SIZE if data[start + skipped] == CALL else 0  # to __fentry__, which ftrace insists on
+    where, start = where + skipped, start + skipped
+    data[start : start + len(code)] = code
+    relocations = elf.get_section_by_name(f".rela{section.name}")
+    assert isinstance(relocations, RelocationSection)
+    for index, relocation in enumerate(relocations.iter_relocations()):
+        # The kernel would write the addresses that the old code wanted into the new one.
+        if where - 4 < relocation["r_offset"] < where + len(code):
+            struct.pack_into("<Q", data, relocations["sh_offset"] + index * RELA_SIZE + 8, R_X86_64_NONE)
+    if warn:
+        bugs, places = elf.get_section_by_name("__bug_table"), elf.get_section_by_name(".rela__bug_table")
+        assert bugs is not None
+        assert isinstance(places, RelocationSection)
+        offset = bugs["sh_offset"] + BUG_ENTRY - 2
+        (flags,) = struct.unpack_from("<H", data, offset)
+        struct.pack_into("<H", data, offset, flags | BUGFLAG_WARNING)
+        section_symbol = next(
+            number
+            for number, symbol in enumerate(symbols.iter_symbols())
+            if symbol["st_info"]["type"] == "STT_SECTION" and symbol["st_shndx"] == init["st_shndx"]
+        )
+        first = next(i for i, place in enumerate(places.iter_relocations()) if place["r_offset"] == 0)
+        # Keep the kind of the relocation, but count from the init function's section.
+        entry = places["sh_offset"] + first * RELA_SIZE
+        (info,) = struct.unpack_from("<Q", data, entry + 8)
+        struct.pack_into("<QQ", data, entry + 8, section_symbol << 32 | info & 0xFFFFFFFF, where)
+    this_module = elf.get_section(names.index(".gnu.linkonce.this_module"))
+    name = data.index(b"kvm_amd\0", this_module["sh_offset"])
+    data[name : name + 8] = b"kvm_bad\0"
+    path = Path("/tmp/kvm_bad.ko")
+    path.write_bytes(data.removesuffix(SIGNED))
+    file = os.open(path, os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(FINIT_MODULE["x86_64"], file, b"", 0):
+        raise OSError(ctypes.get_errno(), f"module does not load: {os.strerror(ctypes.get_errno())}")
+    os.close(file)

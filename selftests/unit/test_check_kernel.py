@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Testing another kernel, from the command line: what comes of good, broken and unusable ones. Most of these boot one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from runner.errors import CannotTest
+from runner.kernel import Kernel, kernels_at_hand
+from runner.qemu import find_qemu
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS = 0, 1, 125, 128
+BREAKING = "selftests/unit/broken_kernel.py"
+ONE_CELL = [
+    "--log-mode=dirty-ring",
+    "--guest-mode=48bit-4k",
+    "--backing=anonymous",
+    "--stop=forced",
+    "--density=sparse",
+]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a kernel."""
+
+    status: int
+    output: str
+    results: Path
+
+    @property
+    def data(self) -> Any:
+        return json.loads((self.results / "results.json").read_text())
+
+
+class CheckKernel:
+    """Runs check_kernel.py in a process of its own, with results in a folder of the test."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+
+    def __call__(
+        self,
+        kernel: str | Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        largest_file: int | None = None,
+    ) -> Checked:
+        command = [
+            sys.executable,
+            str(ROOT / "runner/check_kernel.py"),
+            str(kernel),
+            f"--results={self.results}",
+            *arguments,
+        ]
+        if largest_file is not None:
+            command = ["prlimit", f"--fsize={largest_file}", *command]
+        done = subprocess.run(
+            command, cwd=self.results.parent, env=environment, capture_output=True, text=True, check=False
+        )
+        return Checked(done.returncode, done.stdout + done.stderr, self.results)
+
+
+@pytest.fixture
+def check_kernel(tmp_path: Path) -> CheckKernel:
+    return CheckKernel(tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Kernel:
+    """A kernel that can be booted here."""
+    try:
+        find_qemu()
+    except CannotTest as error:
+        pytest.skip(str(error))
+    # The table of WARN()s has another shape from 6.18 on, which broken_kernel.py does not know.
+    fit = [kernel for kernel in kernels_at_hand() if kernel.release.startswith(("6.1.", "6.12."))]
+    if not fit:
+        pytest.skip("no kernel 6.1 or 6.12 to boot is at hand (make check-kernel KERNEL=debian:6.12 fetches one)")
+    return fit[0]
+
+
+def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Status 0, the table says where it ran, and the files tell the parameters in force and each cell's figures."""
+    done = check_kernel(
+        kernel.image, *ONE_CELL, "--vcpus=1", "--kvm-params=kvm_amd.npt=0", "selftests/test_dirty_log.py"
+    )
+    assert done.status == GOOD, done.output
+    assert f"dirty tracking on kernel {kernel.release}, kvm_amd: emulated by QEMU" in done.output
+    assert "1 cells: 1 pass" in done.output
+    assert "32M of test memory, 6 iterations, rings of 4096 entries" in done.output
+    data = done.data
+    assert data["host"]["kernel"] == kernel.release
+    assert data["host"]["parameters"]["kvm_amd.npt"] == "N"
+    assert data["machine"]["emulated"] is True
+    assert data["end"]["ending"] == "FINISHED"
+    assert [cell["verdict"] for cell in data["cells"]] == ["pass"]
+    assert data["cells"][0]["writes"] >= 6 * 256
+    assert "Linux version" in (done.results / "kernel.log").read_text()
+    assert (done.results / "console.log").exists()
+    (case,) = ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
+    assert "dirty-ring-48bit-4k" in case.attrib["name"]
+    assert not list(done.results.glob("*.cpio"))
+
+
+BROKEN = {
+    "panic": ("PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
+    "oops": ("OOPS", "the kernel oopsed: Oops: invalid opcode"),
+    "hang": ("HANG", "the kernel hung: no end after 60 s (--time-limit)"),
+    "killed": ("SUITE_DIED", "the suite died in the kernel"),
+}
+
+
+@pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
+def test_a_kernel_that_dies(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
+    """Each way has its name, is tied to the test that ran, is bad, and leaves all files with what was done before."""
+    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=60")
+    assert done.status == BAD, done.output
+    assert f"KERNEL {kernel.release}: {text}" in done.output
+    assert "test_before PASSED" in done.output
+    assert f"test_{how} FAILED" in done.output
+    assert "test_after SKIPPED (not run" in done.output
+    assert done.data["end"]["ending"] == ending
+    assert done.data["end"]["console"]
+    cases = {
+        case.attrib["name"]: case for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
+    }
+    assert cases[f"test_{how}"].find("failure") is not None
+    assert cases["test_after"].find("skipped") is not None
+    assert {child.tag for child in cases["test_before"]} <= {"properties"}
+    assert (done.results / "kernel.log").stat().st_size > 1000
+
+
+def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A real WARN() of the kernel; the tests before and after it pass, and the kernel is bad."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
+    assert done.status == BAD, done.output
+    assert "1 failed, 2 passed" in done.output
+    assert f"WARN, while {BREAKING}::test_warn ran:\n  WARNING: CPU: " in done.output
+    (report,) = done.data["kernel_log"]
+    assert report["kind"] == "WARN"
+    assert report["tests"] == [f"{BREAKING}::test_warn"]
+    assert "svm_init" in report["title"]
+
+
+def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """It is named, what is left runs again, and when it comes each time the kernel cannot be tested."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_int3 or test_after")
+    assert done.status == CANNOT_TEST, done.output
+    assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
+    assert done.output.count("what is left runs again") == 2
+    assert done.output.count("test_before PASSED") == 1
+    assert (done.results / "console-3.log").exists()
+
+
+def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A command line that makes it panic before the first program."""
+    done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
+    assert done.status == CANNOT_TEST
+    assert (
+        f"KERNEL {kernel.release}: the kernel does not boot: Kernel panic - not syncing: VFS: Unable to mount"
+        in done.output
+    )
+    assert done.data["end"]["ending"] == "NO_BOOT"
+
+
+def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    done = check_kernel(kernel.image, "--time-limit=1")
+    assert done.status == CANNOT_TEST
+    assert "the kernel does not boot: nothing after 1 s" in done.output
+
+
+def test_a_cpu_without_virtualization(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    done = check_kernel(kernel.image, "--cpu-model=max,-svm")
+    assert done.status == CANNOT_TEST
+    assert (
+        "KVM cannot be tested in this kernel: module kvm_amd.ko does not load here: Operation not supported"
+        in done.output
+    )
+
+
+def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """The TDP MMU needs nested paging: the kernel takes the parameter and does not follow it."""
+    done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
+    assert done.status == CANNOT_TEST
+    assert "KVM parameter kvm.tdp_mmu=1 did not take effect: it is N" in done.output
+
+
+def test_a_wrong_option_is_told_and_ends_a_bisection(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    done = check_kernel(kernel.image, "--log-mode=dirty")
+    assert done.status == NOT_LIKE_THIS
+    assert "--log-mode: no such value: 'dirty'" in done.output
+
+
+def one_line(done: Checked) -> str:
+    assert done.status == CANNOT_TEST, done.output
+    (line,) = done.output.strip().splitlines()
+    return line.removeprefix("cannot test: ")
+
+
+def unpacked(kernel: Kernel, root: Path) -> Path:
+    """A copy of a kernel, as a package would be unpacked at *root*, with the modules that KVM needs."""
+    assert kernel.modules is not None
+    (root / "boot").mkdir(parents=True)
+    shutil.copy(kernel.image, root / "boot" / f"vmlinuz-{kernel.release}")
+    folder = root / "lib/modules" / kernel.release
+    folder.mkdir(parents=True)
+    for name in ("kvm", "kvm-amd", "irqbypass"):
+        (path,) = kernel.modules.rglob(f"{name}.ko*")
+        shutil.copy(path, folder)
+    return root
+
+
+def test_a_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
+    root = unpacked(kernel, tmp_path / "root")
+    next(root.rglob("kvm-amd.ko*")).unlink()
+    assert f"kernel {kernel.release} has no KVM to test: no module kvm_amd under" in one_line(check_kernel(root))
+    shutil.rmtree(root / "lib")
+    assert "no modules for" in one_line(check_kernel(root / "boot" / f"vmlinuz-{kernel.release}"))
+
+
+def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
+    assert line.endswith("kvm has no parameter tdp_mu (did you mean tdp_mmu?)")
+    assert "no such module is loaded" in one_line(check_kernel(kernel.image, "--kvm-params=kvm_amdd.npt=0"))
+    assert "write it as module.parameter=value" in one_line(check_kernel(kernel.image, "--kvm-params=npt"))
+
+
+def test_more_memory_than_there_is(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
+    assert line.startswith("--vm-memory: 9000000 MiB are not there, the host has ")
+
+
+def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Files may not grow beyond a MiB, which ends in the same place as a full disk."""
+    done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
+    assert done.status == CANNOT_TEST
+    assert (
+        f"cannot test: the initramfs cannot be made: {done.results / 'initramfs.cpio'}: File too large" in done.output
+    )
+    assert "Traceback" not in done.output
+    assert not (done.results / "initramfs.cpio").exists()
+
+
+def test_without_qemu(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    line = one_line(check_kernel(kernel.image, environment={"PATH": "/nonexistent"}))
+    assert line == "no qemu-system-x86_64: install QEMU (apt install qemu-system-x86)"
+
+
+def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    done = check_kernel(kernel.image, "--cpu-model=z80")
+    assert done.status == CANNOT_TEST
+    assert "QEMU: " in done.output
+    assert "unable to find CPU model 'z80'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no kernel at all", "is not a kernel image (no x86 boot header)"),
+        (bytes(56) + b"ARM\x64" + bytes(4096), "is a kernel for arm64, this machine is"),
+        (b"\x7fELF" + bytes(14) + b"\xf3\0" + bytes(4096), "is an ELF file for riscv, this machine is"),
+        (b"\x7fELF" + bytes(14) + b"\x3e\0" + bytes(4096), "give the compressed image (arch/x86/boot/bzImage)"),
+        (bytes(0x202) + b"HdrS" + bytes(4096), "is a 32-bit x86 kernel"),
+        (b"", "is not a kernel image"),
+    ],
+    ids=["text", "arm64", "riscv", "vmlinux", "i386", "empty"],
+)
+@pytest.mark.usefixtures("kernel")
+def test_what_is_no_kernel_for_this_machine(
+    check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    assert message in one_line(check_kernel(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nonexistent/bzImage", "neither a file or folder, nor an installed release"),
+        ("99.9", "neither a file or folder, nor an installed release"),
+        ("debian:six", "write it as debian:6.12"),
+        (str(ROOT / "lib"), "is neither a kernel build tree nor a folder with boot/vmlinuz-*"),
+    ],
+)
+@pytest.mark.usefixtures("kernel")
+def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str) -> None:
+    assert message in one_line(check_kernel(name))
+
+
+def test_no_kernel_named(check_kernel: CheckKernel) -> None:
+    done = check_kernel("")
+    assert done.status == NOT_LIKE_THIS
+    assert "no kernel is named" in done.output
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_host_without_kvm_runs_emulated(tmp_path: Path) -> None:
+    """What `make run` does: it says why KVM cannot be used here, and runs the same matrix in a kernel that is at hand."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "selftests/test_dirty_log.py",
+        "-n2",
+        "--kernel=auto",
+        *ONE_CELL,
+        "--vcpus=1",
+    ]
+    command += ["--kvm-device=/nonexistent", f"--results={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "KVM cannot be used on this host: /nonexistent does not exist" in done.stdout
+    assert "kvm_amd: emulated by QEMU" in done.stdout
+    assert "1 cells: 1 pass" in done.stdout
+
+
+def test_a_host_without_kvm_and_qemu_says_what_to_install(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", "--kernel=auto", *ONE_CELL, "--vcpus=1"]
+    command += ["--kvm-device=/nonexistent", f"--results={tmp_path}"]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("as", "ld"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert "NOTHING WAS TESTED" in done.stdout
+    assert (
+        "to run under emulation instead: no qemu-system-x86_64: install QEMU (apt install qemu-system-x86)"
+        in done.stdout
+    )

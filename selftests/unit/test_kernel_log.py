@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The kernel's log: which of its lines are reports, and that a report fails the test that ran and the run."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.kernel_log import KernelLog, Kind, find_splats, kernel_lines
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# First lines of reports as kernels of 6.1 to 7.2 write them
+TITLES = {
+    "WARNING: CPU: 1 PID: 717 at virt/kvm/dirty_ring.c:255 kvm_dirty_ring_push+0xab/0xc0 [kvm]": Kind.WARN,
+    "WARNING: virt/kvm/dirty_ring.c:255 at kvm_dirty_ring_push+0xab/0xc0 [kvm], CPU#1: python3/717": Kind.WARN,
+    "WARNING: possible circular locking dependency detected": Kind.LOCKDEP,
+    "WARNING: suspicious RCU usage": Kind.LOCKDEP,
+    "[ BUG: Invalid wait context ]": Kind.LOCKDEP,
+    "BUG: KASAN: slab-use-after-free in kvm_tdp_mmu_zap_leafs+0x1f/0x30 [kvm]": Kind.KASAN,
+    "BUG: KFENCE: use-after-free read in test+0x1/0x2": Kind.KASAN,
+    "UBSAN: shift-out-of-bounds in arch/x86/kvm/mmu/mmu.c:5:5": Kind.UBSAN,
+    "rcu: INFO: rcu_preempt self-detected stall on CPU": Kind.STALL,
+    "rcu: INFO: rcu_sched detected stalls on CPUs/tasks:": Kind.STALL,
+    "watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [python3:717]": Kind.STALL,
+    "INFO: task python3:717 blocked for more than 120 seconds.": Kind.STALL,
+    "kernel BUG at arch/x86/kvm/mmu/mmu.c:1000!": Kind.BUG,
+    "BUG: sleeping function called from invalid context at mm/util.c:1": Kind.BUG,
+    "BUG: Bad page state in process python3  pfn:12345": Kind.BUG,
+    "Oops: general protection fault, probably for non-canonical address 0xdead: 0000 [#1] PREEMPT SMP NOPTI": Kind.OOPS,
+    "general protection fault, probably for non-canonical address 0xdead000000000100: 0000 [#1] PREEMPT SMP": Kind.OOPS,
+    "invalid opcode: 0000 [#1] PREEMPT SMP NOPTI": Kind.OOPS,
+    "Kernel panic - not syncing: Fatal exception": Kind.PANIC,
+    "unchecked MSR access error: RDMSR from 0x1b0 at rIP: 0xffffffff81234567": Kind.WARN,
+}
+HARMLESS = [
+    "kvm_amd: Nested Paging enabled",
+    "Warning: unsupported feature",
+    "debug: BUG: is only mentioned",
+    "python3[717]: segfault at 0 ip 0 sp 0 error 4",
+    "x86/fpu: Supporting XSAVE feature 0x001: 'x87 floating point registers'",
+    "Modules linked in: kvm_amd kvm irqbypass [last unloaded: test]: 0000 [#1]",
+]
+
+
+@pytest.mark.parametrize(("title", "kind"), TITLES.items(), ids=[title[:40] for title in TITLES])
+def test_each_kind_of_report_is_found(title: str, kind: Kind) -> None:
+    (splat,) = find_splats(["before", title, "Call Trace:", "---[ end trace 0000000000000000 ]---", "after"])
+    assert (splat.kind, splat.title) == (kind, title)
+    assert splat.lines[-1].startswith("---[ end trace")
+
+
+def test_harmless_lines_are_no_reports() -> None:
+    assert find_splats(HARMLESS) == []
+
+
+def test_an_oops_with_all_its_lines_is_one_report() -> None:
+    lines = [
+        "BUG: kernel NULL pointer dereference, address: 0",
+        "#PF: supervisor write",
+        "Oops: 0002 [#1] SMP",
+        "RIP: 0010:f",
+    ]
+    (splat,) = find_splats([*lines, "---[ end trace 0 ]---"])
+    assert splat.kind is Kind.OOPS
+    assert splat.title == lines[0]
+
+
+def test_two_reports_are_two() -> None:
+    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "---[ end trace 0 ]---", "WARNING: CPU: 0 PID: 1 at b.c:2 g"]
+    assert [splat.title for splat in find_splats(lines)] == [lines[0], lines[2]]
+
+
+def test_what_programs_write_into_the_log_is_not_the_kernels() -> None:
+    """Facility 1 (user) is 8 and more; only the kernel's 0 counts. Escapes are undone, and properties left out."""
+    records = "12,1,1,-;WARNING: from a program\n4,2,2,-;WARNING: one\\x0atwo\n SUBSYSTEM=pci\n6,3,3,-;info\n"
+    assert kernel_lines(records) == ["WARNING: one", "two", "info"]
+
+
+def test_only_what_comes_after_the_start_counts(tmp_path: Path) -> None:
+    path = tmp_path / "kmsg"
+    path.write_text("4,1,1,-;WARNING: old\n")
+    log = KernelLog(str(path))
+    assert log.new_splats() == []
+    with path.open("a") as file:
+        file.write("4,2,2,-;WARNING: new\n")
+    assert [splat.title for splat in log.new_splats()] == ["WARNING: new"]
+    assert log.new_splats() == []
+    log.close()
+
+
+def test_a_log_that_overran_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPIPE says that records were overwritten before they were read; reading goes on behind them."""
+    path = tmp_path / "kmsg"
+    path.write_text("")
+    log = KernelLog(str(path))
+    answers: Iterator[Exception | bytes] = iter(
+        [BrokenPipeError(), b"4,9,9,-;WARNING: still here\n", BlockingIOError()]
+    )
+
+    def read(_file: int, _size: int) -> bytes:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.kernel_log.os.read", read)
+        splats = log.new_splats()
+    assert [splat.kind for splat in splats] == [Kind.LOST, Kind.WARN]
+    log.close()
+
+
+REPORTING_TEST = """
+import pathlib
+def report(text):
+    with open({path!r}, "a") as file:
+        file.write(f"4,1,1,-;{{text}}\\n")
+def test_before():
+    pass
+def test_one():
+    report("WARNING: CPU: 0 PID: 1 at virt/kvm/kvm_main.c:1 {function}+0x1/0x2 [kvm]")
+def test_after():
+    pass
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("explained", [False, True], ids=["new", "known-bug"])
+def test_a_report_fails_its_test_and_the_run(tmp_path: Path, workers: list[str], explained: bool) -> None:
+    """The log is a file here, to which a test writes what the kernel would; unless a known bug explains it, that is bad."""
+    path = tmp_path / "kmsg"
+    path.write_text("")
+    (tmp_path / "test_it.py").write_text(REPORTING_TEST.format(path=str(path), function="kvm_arch_thing"))
+    plugin = (
+        f"import lib.kernel_log, lib.known_bugs\nlib.kernel_log.KernelLog.__init__.__defaults__ = ({str(path)!r},)\n"
+    )
+    if explained:
+        plugin += "lib.known_bugs.KnownBug.on = lambda self, host: True\n"
+        plugin += "lib.known_bugs.KnownBug.explains_log = lambda self, lines: 'kvm_arch_thing' in lines[0]\n"
+    (tmp_path / "plugin.py").write_text(plugin)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "plugin",
+        "-v",
+        str(tmp_path / "test_it.py"),
+        f"-c{ROOT}/pytest.ini",
+    ]
+    command += [f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest", *workers]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert "virt/kvm/kvm_main.c:1 kvm_arch_thing" in done.stdout, done.stdout + done.stderr
+    if explained:
+        assert done.returncode == 0, done.stdout
+        assert "WARN, known bug pvm-ring-overflow" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert "::test_one" in done.stdout.partition("short test summary")[2]
+        assert "WARN, while " in done.stdout
+        if not workers:
+            assert "1 failed, 2 passed" in done.stdout
