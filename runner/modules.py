@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from runner.errors import CannotTest
@@ -95,7 +96,10 @@ def _add(name: str, files: Mapping[str, Path], loaded: dict[str, Module]) -> Non
 
 def _read(name: str, path: Path) -> Module:
     data = decompress_module(path)
-    section = ELFFile(io.BytesIO(data)).get_section_by_name(".modinfo")
+    try:
+        section = ELFFile(io.BytesIO(data)).get_section_by_name(".modinfo")
+    except ELFError:
+        section = None
     if section is None:
         raise CannotTest(f"{path} is not a kernel module: it has no .modinfo")
     fields = [field.decode(errors="replace").partition("=") for field in section.data().split(b"\0")]

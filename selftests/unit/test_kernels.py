@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Finding a kernel, its modules and their parameters, and what is made of how it ended; nothing is booted here."""
+
+import io
+import lzma
+import shutil
+import stat
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from runner import debian
+from runner.cpio import CpioWriter
+from runner.ending import Ending, judge, kernel_log
+from runner.errors import CannotTest
+from runner.guest_init import comparable
+from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
+from runner.matrix import MatrixError, load
+from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
+from runner.table import cross_table
+
+RELEASE = "6.12.0-test"
+
+
+def bzimage(release: str = RELEASE) -> bytes:
+    """The head of a kernel image, as far as it is looked at."""
+    image = bytearray(0x1000)
+    image[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", image, 0x20E, 0x400)
+    struct.pack_into("<H", image, 0x236, 1)
+    text = f"{release} (builder@host) #1 SMP".encode()
+    image[0x600 : 0x600 + len(text)] = text
+    return bytes(image)
+
+
+def make_root(root: Path, *releases: str, usr: bool = False) -> Path:
+    for release in releases:
+        modules = root / ("usr/lib/modules" if usr else "lib/modules") / release
+        (modules / "kernel").mkdir(parents=True)
+        image = modules / "vmlinuz" if usr else root / "boot" / f"vmlinuz-{release}"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(bzimage(release))
+    return root
+
+
+@pytest.mark.parametrize("usr", [False, True], ids=["boot", "usr-lib-modules"])
+def test_an_unpacked_package_by_folder_and_by_image(tmp_path: Path, usr: bool) -> None:
+    root = make_root(tmp_path, RELEASE, usr=usr)
+    by_folder = find_kernel(str(root))
+    assert by_folder.release == RELEASE
+    assert by_folder.modules is not None
+    assert by_folder.modules.name == RELEASE
+    assert find_kernel(str(by_folder.image)) == by_folder
+
+
+def test_modules_beside_an_image_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "bzImage").write_bytes(bzimage())
+    modules = tmp_path / "lib/modules" / RELEASE
+    modules.mkdir(parents=True)
+    assert find_kernel(str(tmp_path / "bzImage")).modules == modules
+
+
+def test_a_folder_with_several_kernels_is_ambiguous(tmp_path: Path) -> None:
+    root = make_root(tmp_path, "6.1.9", "6.1.10")
+    with pytest.raises(CannotTest, match=r"holds several kernels: name one of .*6\.1\.10, .*6\.1\.9"):
+        find_kernel(str(root))
+
+
+def test_what_cannot_be_booted_is_not_at_hand(tmp_path: Path) -> None:
+    """No modules, or no kernel: left out; the newest comes first, by the numbers' values."""
+    root = make_root(tmp_path, "6.1.9", "6.1.10")
+    (root / "boot/vmlinuz-6.9").write_bytes(bzimage("6.9"))
+    (root / "boot/vmlinuz-rescue").write_bytes(b"none")
+    assert [kernel.release for kernel in kernels_under(root)] == ["6.1.10", "6.1.9"]
+
+
+def test_a_build_tree(tmp_path: Path) -> None:
+    """Modules come from the tree itself; none are needed where KVM is built in; without an image it is not built."""
+    (tmp_path / "Kbuild").touch()
+    with pytest.raises(CannotTest, match="without arch/x86/boot/bzImage: build it"):
+        find_kernel(str(tmp_path))
+    (tmp_path / "arch/x86/boot").mkdir(parents=True)
+    (tmp_path / "arch/x86/boot/bzImage").write_bytes(bzimage())
+    with pytest.raises(CannotTest, match="has no KVM modules"):
+        find_kernel(str(tmp_path))
+    (tmp_path / "arch/x86/kvm").mkdir()
+    (tmp_path / "arch/x86/kvm/kvm.ko").touch()
+    assert find_kernel(str(tmp_path)).modules == tmp_path
+    (tmp_path / ".config").write_text("CONFIG_KVM=y\nCONFIG_KVM_AMD=y\n")
+    assert find_kernel(str(tmp_path / "arch/x86/boot/bzImage")).modules is None
+
+
+def make_package(folder: Path, name: str, architecture: str, root: Path | None) -> Path:
+    tree = folder / name
+    (tree / "DEBIAN").mkdir(parents=True)
+    fields = f"Package: {name}\nVersion: 1\nArchitecture: {architecture}\nMaintainer: n <n@n>\nDescription: d\n"
+    (tree / "DEBIAN/control").write_text(fields)
+    if root is not None:
+        shutil.copytree(root, tree, dirs_exist_ok=True)
+    path = folder / f"{name}_1_{architecture}.deb"
+    subprocess.run(["dpkg-deb", "-b", str(tree), str(path)], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("no dpkg-deb")
+    monkeypatch.setattr("runner.kernel.CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_package_file(tmp_path: Path, cache: Path) -> None:
+    """It is unpacked once, into the cache."""
+    package = make_package(tmp_path, f"linux-image-{RELEASE}-unsigned", "amd64", make_root(tmp_path / "root", RELEASE))
+    kernel = find_kernel(str(package))
+    assert kernel.release == RELEASE
+    assert kernel.image.is_relative_to(cache)
+    assert find_kernel(str(package)) == kernel
+
+
+def test_a_kernel_in_two_packages(tmp_path: Path, cache: Path) -> None:
+    """Image and modules apart, as newer Debian and Ubuntu have them: the other one is taken from beside it."""
+    assert not cache.exists()
+    root = make_root(tmp_path / "root", RELEASE)
+    shutil.move(root / "lib", tmp_path / "modules/lib")
+    package = make_package(tmp_path, f"linux-image-{RELEASE}", "amd64", root)
+    with pytest.raises(CannotTest, match="no modules for"):
+        find_kernel(str(package))
+    make_package(tmp_path, f"linux-modules-{RELEASE}", "amd64", tmp_path / "modules")
+    assert find_kernel(str(package)).release == RELEASE
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "message"),
+    [
+        (f"linux-image-{RELEASE}", "arm64", "is a package for arm64, this machine is"),
+        ("hello", "amd64", "is the package hello, not a kernel's"),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_a_package_that_is_not_for_us(tmp_path: Path, name: str, architecture: str, message: str) -> None:
+    with pytest.raises(CannotTest, match=message):
+        find_kernel(str(make_package(tmp_path, name, architecture, None)))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_is_no_package(tmp_path: Path) -> None:
+    (tmp_path / "x.deb").write_text("no")
+    with pytest.raises(CannotTest, match="is not a Debian package"):
+        find_kernel(str(tmp_path / "x.deb"))
+
+
+def cached(cache: Path, *releases: str) -> None:
+    for release in releases:
+        make_root(cache / release, release)
+        (cache / release / ".complete").touch()
+
+
+def test_debian_takes_the_newest_that_fits_from_the_cache(tmp_path: Path) -> None:
+    """Versions are compared number by number, and flavours do not mix; what was cut short is not taken."""
+    cached(tmp_path, "6.1.0-9-cloud-amd64", "6.1.0-10-cloud-amd64", "6.12.9+deb12-cloud-amd64", "6.12.9+deb12-rt-amd64")
+    (tmp_path / "6.1.0-11-cloud-amd64").mkdir()
+    assert debian.fetch("6.1", tmp_path).name == "6.1.0-10-cloud-amd64"
+    assert debian.fetch("6.12", tmp_path).name == "6.12.9+deb12-cloud-amd64"
+    assert debian.fetch("6.12-rt-amd64", tmp_path).name == "6.12.9+deb12-rt-amd64"
+
+
+def test_packed_modules(tmp_path: Path) -> None:
+    (tmp_path / "a.ko.xz").write_bytes(lzma.compress(b"data"))
+    assert decompress_module(tmp_path / "a.ko.xz") == b"data"
+    for name in ("b.ko.xz", "b.ko.gz", "b.ko.zst"):
+        (tmp_path / name).write_bytes(b"not packed")
+        with pytest.raises(CannotTest, match=f"{name} cannot be unpacked"):
+            decompress_module(tmp_path / name)
+
+
+def test_no_modules_are_needed_when_kvm_is_built_in(tmp_path: Path) -> None:
+    assert kvm_modules(Kernel(tmp_path, RELEASE, None), "kvm_amd") == []
+    (tmp_path / "modules.builtin").write_text("kernel/arch/x86/kvm/kvm.ko\nkernel/arch/x86/kvm/kvm-amd.ko\n")
+    assert kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd") == []
+    with pytest.raises(CannotTest, match="no module kvm_intel under"):
+        kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_intel")
+
+
+def test_a_module_that_is_none(tmp_path: Path) -> None:
+    for name in ("kvm.ko", "kvm-amd.ko"):
+        (tmp_path / name).write_bytes(b"garbage")
+    with pytest.raises(CannotTest, match=r"kvm\.ko is not a kernel module"):
+        kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd")
+
+
+def test_parameters_are_read_and_checked() -> None:
+    modules = [Module("kvm", b"", (), frozenset({"tdp_mmu"})), Module("kvm_amd", b"", (), frozenset({"npt"}))]
+    parameters = parse_parameters(" kvm.tdp_mmu=0  kvm-amd.npt=1 ")
+    assert parameters == {"kvm.tdp_mmu": "0", "kvm_amd.npt": "1"}
+    check_parameters(parameters, modules)
+    with pytest.raises(CannotTest, match=r"no parameter nptt \(did you mean npt\?\)"):
+        check_parameters({"kvm_amd.nptt": "1"}, modules)
+    for text in ("kvm", "kvm.npt", "npt=1", "=", "kvm.=1"):
+        with pytest.raises(CannotTest, match=r"write it as module\.parameter=value"):
+            parse_parameters(text)
+
+
+def test_module_names() -> None:
+    assert module_name(Path("kernel/arch/x86/kvm/kvm-amd.ko.xz")) == "kvm_amd"
+
+
+@pytest.mark.parametrize(("one", "other"), [("0", "N"), ("off", "n"), ("1", "Y"), ("0x10", "16"), ("auto", "auto")])
+def test_values_of_parameters_have_several_spellings(one: str, other: str) -> None:
+    assert comparable(one) == comparable(other)
+
+
+def test_different_values_are_different() -> None:
+    assert len({comparable(value) for value in ("0", "1", "2", "auto", "-1")}) == 5
+
+
+OOPS = [
+    "[    5.0] BUG: kernel NULL pointer dereference, address: 0",
+    "[    5.0] Oops: 0002 [#1] SMP",
+    "[    5.0] RIP: 0010:f",
+]
+PANIC = ["[    6.0] Kernel panic - not syncing: Fatal exception", "[    6.0] Kernel Offset: disabled"]
+INT3 = ["[    5.0] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "booted", "ended", "overdue", "ending"),
+    [
+        ([], True, True, None, Ending.FINISHED),
+        (OOPS, True, True, None, Ending.FINISHED),  # the session in the kernel told of the oops itself
+        (OOPS, True, False, None, Ending.OOPS),
+        (OOPS, True, False, "too late", Ending.OOPS),
+        ([*OOPS, *PANIC], True, False, None, Ending.PANIC),
+        (PANIC, True, False, None, Ending.PANIC),
+        (PANIC, False, False, None, Ending.NO_BOOT),
+        ([], False, False, "too late", Ending.NO_BOOT),
+        ([], True, False, "too late", Ending.HANG),
+        ([], True, False, None, Ending.SUITE_DIED),
+        (INT3, True, False, None, Ending.EMULATOR_FAULT),
+        ([*INT3, *PANIC], False, False, None, Ending.EMULATOR_FAULT),
+    ],
+)
+def test_how_a_machine_ended(lines: list[str], booted: bool, ended: bool, overdue: str | None, ending: Ending) -> None:
+    end = judge("\n".join(["[    0.0] Linux version 6.12", *lines]), booted, ended, overdue, emulated=True)
+    assert end.ending is ending
+
+
+def test_a_breakpoint_oops_on_real_hardware_is_the_kernels() -> None:
+    assert judge("\n".join(INT3), True, False, None, emulated=False).ending is Ending.OOPS
+
+
+def test_statuses_are_those_of_a_bisection() -> None:
+    bad = {Ending.PANIC, Ending.OOPS, Ending.HANG, Ending.SUITE_DIED}
+    assert {ending: ending.exit_status for ending in Ending} == {
+        ending: 0 if ending is Ending.FINISHED else 1 if ending in bad else 125 for ending in Ending
+    }
+
+
+def test_the_kernels_log_is_what_has_a_timestamp() -> None:
+    assert kernel_log("SeaBIOS\n[    0.000000] Linux version\nguest_init: x\n[   12.5][ T1] y\n") == (
+        "[    0.000000] Linux version\n[   12.5][ T1] y\n"
+    )
+
+
+def test_an_archive_that_cpio_reads(tmp_path: Path) -> None:
+    """The tool where there is one; else what is known of the format."""
+    file = io.BytesIO()
+    archive = CpioWriter(file)
+    archive.add_file("/a/b/c.txt", b"hello", 0o755)
+    archive.add_symlink("/a/link", "b/c.txt")
+    archive.finish()
+    data = file.getvalue()
+    assert len(data) % 4 == 0
+    assert data.startswith(b"070701")
+    assert data.count(b"070701") == 5  # a, a/b, the file, the link, the trailer
+    mode = int(data[data.index(b"a/b/c.txt\0") - 110 + 14 :][:8], 16)
+    assert stat.S_ISREG(mode)
+    assert stat.S_IMODE(mode) == 0o755
+    if shutil.which("cpio"):
+        (tmp_path / "out").mkdir()
+        subprocess.run(["cpio", "-id", "--quiet"], input=data, cwd=tmp_path / "out", check=True)
+        assert (tmp_path / "out/a/link").read_text() == "hello"
+
+
+def matrix_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "matrix.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_matrix_file(tmp_path: Path) -> None:
+    path = matrix_file(tmp_path, 'kernels = ["debian:6.1"]\narguments = "-k \'a or b\'"\n')
+    assert load(path) == (["debian:6.1"], [""], ["-k", "a or b"])
+    kernels, parameters, _ = load(Path(__file__).resolve().parents[2] / "matrix.toml")
+    assert kernels == ["debian:6.1", "debian:6.12", "debian:7.2"]
+    assert len(parameters) == 6
+    assert all(parse_parameters(text) for text in parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it names no kernels"),
+        ("kernels = [", "matrix.toml: "),
+        ('kernels = "debian:6.1"', "kernels must be a list of strings"),
+        ("kernels = [6.1]", "kernels must be a list of strings"),
+        ('kernels = ["a"]\nkernel = 1', "no such field: kernel"),
+        ('kernels = ["a"]\narguments = ["-v"]', "arguments must be a string"),
+    ],
+)
+def test_a_wrong_matrix_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(MatrixError, match=message) as error:
+        load(matrix_file(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_of_several_runs() -> None:
+    """A line per cell, a column per run; a cell that a run did not have is a dash."""
+    cell = {
+        "log_mode": "dirty-log",
+        "guest_mode": "48bit-4k",
+        "backing": "shmem",
+        "stop": "forced",
+        "density": "sparse",
+    }
+    one, two = cell | {"vcpus": 1}, cell | {"vcpus": 2}
+    lines = cross_table(
+        ["A", "B"], [[one | {"verdict": "pass"}, two | {"verdict": "skipped"}], [one | {"verdict": "FAIL"}]]
+    )
+    assert [line.split()[5:] for line in lines[1:]] == [["1", "pass", "FAIL"], ["2", "skip", "-"]]
