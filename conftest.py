@@ -2,9 +2,9 @@
 """pytest's side of the suite: the command line, the matrix, what a test may need, and what a run leaves behind."""
 
 import fcntl
-import json
 import os
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -24,7 +24,7 @@ from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, HugePagesMissing
-from lib.report import context_lines, environment_lines, failure_data, failure_text
+from lib.report import Context, context_lines, environment_lines, failure_data, failure_text, this_pytest
 from lib.selection import (
     DEFAULT_VCPUS,
     DIMENSIONS,
@@ -44,7 +44,7 @@ from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.qemu import Machine
 from runner.remote import CANNOT_TEST, SUSPECT, RemoteSession
 from runner.report_stream import ReportStream
-from runner.run_report import Facts, RunReport, verdict
+from runner.run_report import Facts, RunReport, verdict, write_failure
 from runner.target import AT_HAND, EMULATION_SIZES, Target, find_target
 
 ROOT = Path(__file__).resolve().parent
@@ -88,6 +88,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     _add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
 
 
+_MACHINE_OPTIONS = {
+    "vm_memory": ("3072", "MIB", "memory of the machine"),
+    "vm_cpus": ("2", "N", "its CPUs"),
+    "time_limit": ("900", "S", "when the machine is taken to hang"),
+}
+
+
 def _add_kernel_options(group: pytest.OptionGroup) -> None:
     group.addoption(
         "--kernel",
@@ -96,12 +103,14 @@ def _add_kernel_options(group: pytest.OptionGroup) -> None:
         f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
     )
     group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
-    group.addoption("--vm-memory", metavar="MIB", default="3072", help="memory of the machine; default 3072 MiB")
-    group.addoption("--vm-cpus", metavar="N", default="2", help="its CPUs; default 2")
-    group.addoption("--time-limit", metavar="S", default="900", help="when it is taken to hang; default after 900 s")
+    for name, (default, metavar, text) in _MACHINE_OPTIONS.items():
+        group.addoption(option_name(name), metavar=metavar, default=default, help=f"{text}; default {default}")
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
     group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
     group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")
+    group.addoption(
+        "--repeat-with", metavar="COMMAND", help="(set by --kernel) how the host runs pytest in this kernel"
+    )
     group.addoption(
         "--emulated", action="store_true", help="(set by --kernel) this kernel's CPU is emulated by QEMU's TCG"
     )
@@ -221,10 +230,23 @@ def _prepare_remote(config: pytest.Config) -> None:
     host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
     facts = Facts(host, asdict(config.stash[_settings_key]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
-    options = _options_for_kernel(config.option) + (["--emulated"] if target.qemu.emulated else [])
+    options = [
+        *_options_for_kernel(config.option),
+        f"--repeat-with={this_pytest()} {shlex.join(_kernel_options(config))}",
+    ]
+    if target.qemu.emulated:
+        options.append("--emulated")
     tests = _tests_for_kernel(config)
     config.pluginmanager.register(report, "run-report")
     config.pluginmanager.register(RemoteSession(target, options, tests, results, report), "remote-session")
+
+
+def _kernel_options(config: pytest.Config) -> list[str]:
+    """The options that have pytest run in the same kernel and machine again."""
+    names = ("kernel", "kvm_params", *_MACHINE_OPTIONS, "cpu_model", "append")
+    given = {name: getattr(config.option, name) for name in names}
+    defaults = {name: default for name, (default, _, _) in _MACHINE_OPTIONS.items()}
+    return [f"{option_name(name)}={value}" for name, value in given.items() if value and value != defaults.get(name)]
 
 
 # Options of pytest's own that the session in the kernel has to know
@@ -480,14 +502,14 @@ class Outcome:
     @contextmanager
     def expected(self, cell: Cell, settings: Settings | None = None) -> Iterator[None]:
         """Run the body; *settings* are those of the run, when they are not the command line's."""
-        used = settings or self._settings
+        context = Context(self._host, settings or self._settings, self._config.option.repeat_with or this_pytest())
         bug = self._known_bug(cell)
         try:
             yield
         except DirtyTrackingError as error:
-            self._keep(failure_data(error, self._host, used))
+            self._keep(failure_data(error, context))
             self.record(error.run.figures)
-            text = failure_text(error, self._host, used)
+            text = failure_text(error, context)
             if bug is not None and bug.explains(error.findings):
                 self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)
@@ -495,7 +517,7 @@ class Outcome:
         except HugePagesMissing as error:
             self._lacks(str(error))
         except Exception as error:
-            error.add_note("\n".join(context_lines(self._host, cell, used)))
+            error.add_note("\n".join(context_lines(cell, context)))
             raise
         if bug is not None and bug.always:
             pytest.fail(
@@ -519,10 +541,12 @@ class Outcome:
         return None
 
     def _keep(self, data: dict[str, Any]) -> None:
-        folder = ROOT / self._config.option.results
-        folder.mkdir(parents=True, exist_ok=True)
         name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in self._node.name)
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=1))
+        stream: ReportStream | None = self._config.pluginmanager.get_plugin("report-stream")
+        if stream is not None:
+            stream.send(failure=[name, data])
+        else:
+            write_failure(ROOT / self._config.option.results, name, data)
 
 
 @pytest.fixture

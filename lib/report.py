@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lib.cell import Cell, Settings
@@ -33,12 +33,30 @@ def environment_lines(host: Host) -> list[str]:
     return [f"kernel   {host.kernel}", f"backend  {host.backend} ({', '.join(telling)})", f"cpu      {host.cpu}"]
 
 
-def repeat_command(cell: Cell, settings: Settings) -> str:
-    """The command that runs *cell* again with the same seed and settings."""
+def this_pytest() -> str:
+    """The command of this pytest, without arguments."""
     python = sys.executable
     if python.startswith(os.getcwd() + os.sep):
         python = os.path.relpath(python)
-    arguments = [python, "-m", "pytest", "selftests/test_dirty_log.py"]
+    return shlex.join([python, "-m", "pytest"])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a cell ran with.
+
+    :ivar pytest: the command that runs pytest on the same kernel
+    """
+
+    host: Host
+    settings: Settings
+    pytest: str
+
+
+def repeat_command(cell: Cell, context: Context) -> str:
+    """The command that runs *cell* again with the same seed and settings."""
+    settings = context.settings
+    arguments = ["selftests/test_dirty_log.py"]
     for field in fields(cell):
         arguments += [f"--{field.name.replace('_', '-')}", str(getattr(cell, field.name))]
     defaults = Settings()
@@ -47,21 +65,21 @@ def repeat_command(cell: Cell, settings: Settings) -> str:
         if field.name == "seed" or value != getattr(defaults, field.name):
             text = hex(value) if field.name == "phys_offset" else str(value)
             arguments += [f"--{field.name.replace('_', '-')}", text]
-    return shlex.join(arguments)
+    return f"{context.pytest} {shlex.join(arguments)}"
 
 
-def context_lines(host: Host, cell: Cell, settings: Settings) -> list[str]:
+def context_lines(cell: Cell, context: Context) -> list[str]:
     """What every failure of a cell tells: where it ran, what ran, and how to run it again."""
     dimensions = ", ".join(f"{field.name} {getattr(cell, field.name)}" for field in fields(cell))
     return [
-        *environment_lines(host),
+        *environment_lines(context.host),
         f"cell     {dimensions}",
-        f"seed     {settings.seed}",
-        f"repeat   {repeat_command(cell, settings)}",
+        f"seed     {context.settings.seed}",
+        f"repeat   {repeat_command(cell, context)}",
     ]
 
 
-def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> str:
+def failure_text(error: DirtyTrackingError, context: Context) -> str:
     """The whole report of a broken contract."""
     run = error.run
     figures = run.figures
@@ -71,7 +89,7 @@ def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> s
     lines = [
         f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}",
         "",
-        *context_lines(host, run.cell, settings),
+        *context_lines(run.cell, context),
         f"figures  {figures.writes} writes, {figures.reaps} reaps, {figures.ring_full_exits} ring-full exits",
         "",
         *(str(finding) for finding in error.findings[:_FINDINGS]),
@@ -85,14 +103,14 @@ def failure_text(error: DirtyTrackingError, host: Host, settings: Settings) -> s
     return "\n".join(lines)
 
 
-def failure_data(error: DirtyTrackingError, host: Host, settings: Settings) -> dict[str, Any]:
+def failure_data(error: DirtyTrackingError, context: Context) -> dict[str, Any]:
     """The same for the results folder, as plain data."""
     run = error.run
     return {
-        "host": asdict(host),
+        "host": asdict(context.host),
         "cell": asdict(run.cell),
-        "settings": asdict(settings),
-        "repeat": repeat_command(run.cell, settings),
+        "settings": asdict(context.settings),
+        "repeat": repeat_command(run.cell, context),
         "figures": asdict(run.figures),
         "findings": [
             asdict(finding) | {"kind": finding.kind.name, "pages": list(finding.pages)} for finding in error.findings

@@ -12,7 +12,7 @@ from runner.ending import End, Ending, judge, kernel_log
 from runner.errors import CannotTest
 from runner.guest_init import REPORTS
 from runner.qemu import Deadline, RunningMachine
-from runner.run_report import Facts, KernelReport, RunReport
+from runner.run_report import Facts, KernelReport, RunReport, write_failure
 from runner.target import Target
 
 CANNOT_TEST = 125
@@ -154,6 +154,8 @@ class RemoteSession:
             self._take_report(message["report"])
         elif "kernel_log" in message:
             self._report.kernel_reports += [KernelReport(**report) for report in message["kernel_log"]]
+        elif "failure" in message:
+            write_failure(self._results, *message["failure"])
         elif "internal_error" in message:
             self._say(message["internal_error"])
 

@@ -165,6 +165,12 @@ class RunReport:
         )
 
 
+def write_failure(results: Path, name: str, data: Any) -> None:
+    """Keep all that is known of a failed test."""
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(data, indent=1))
+
+
 def _known_bug_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:

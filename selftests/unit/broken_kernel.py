@@ -12,12 +12,18 @@ import signal
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import SymbolTableSection
 
+from lib.cell import Cell, Settings
+from lib.dirty_log_run import DirtyLogRun
+from lib.guest import GuestError
+from lib.kvm import Kvm
+from lib.vm import Vm
 from runner.guest_init import FINIT_MODULE, ORDERS
 
 # Machine code that takes the place of a module's init function
@@ -62,6 +68,27 @@ def test_hang() -> None:
 
 def test_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_lost(kvm: Kvm, settings: Settings, outcome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM's answer is falsified: it does not report the first page that was written."""
+    honest = Vm.get_dirty_log
+
+    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        honest(vm, slot, bitmap)
+        first = next((index for index, byte in enumerate(bitmap) if byte), None)
+        if first is not None:
+            bitmap[first] &= bitmap[first] - 1
+
+    monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+    cell = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
+    with outcome.expected(cell), DirtyLogRun(kvm, cell, settings) as run:
+        run.run()
+
+
+def test_triple_fault() -> None:
+    """What an emulator's stale translation may leave."""
+    raise GuestError("vCPU 0: KVM_RUN returned KVM_EXIT_SHUTDOWN (triple fault)")
 
 
 def test_int3() -> None:

@@ -151,6 +151,30 @@ def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Ke
     assert "svm_init" in report["title"]
 
 
+def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A test that fails in the kernel: bad, with the whole report, its file, and the command that runs it there again."""
+    done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
+    assert done.status == BAD, done.output
+    assert "LOST (written but not reported)" in done.output
+    repeat = (
+        f"-m pytest --kernel={kernel.image} --kvm-params=kvm_amd.npt=0 selftests/test_dirty_log.py --log-mode dirty-log"
+    )
+    assert repeat in done.output
+    assert json.loads((done.results / "test_lost.json").read_text())["findings"][0]["kind"] == "LOST"
+    assert done.data["end"]["ending"] == "FINISHED"
+
+
+def test_a_triple_fault_under_emulation_runs_again(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """It may be the emulator's; three times in a row is no chance any more, and the kernel's."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_triple_fault or test_after")
+    assert done.status == BAD, done.output
+    assert done.output.count("EMULATOR FAULT: KVM_EXIT_SHUTDOWN; the test runs again") == 2
+    assert done.output.count("test_before PASSED") == 1
+    assert done.output.count("test_after PASSED") == 1
+    assert "1 failed, 2 passed" in done.output
+    assert f"emulator fault in {BREAKING}::test_triple_fault: KVM_EXIT_SHUTDOWN; it ran again" in done.output
+
+
 def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """It is named, what is left runs again, and when it comes each time the kernel cannot be tested."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_int3 or test_after")

@@ -13,7 +13,7 @@ from lib.host import Host, version_numbers
 from lib.matrix import full_matrix, pairwise_matrix
 from lib.memory import BACKINGS, GIB, KIB, MIB
 from lib.oracle import Finding, Kind
-from lib.report import repeat_command
+from lib.report import Context, repeat_command
 from lib.selection import (
     DIMENSIONS,
     SelectionError,
@@ -118,9 +118,11 @@ def test_the_full_matrix_is_the_product() -> None:
 
 
 def test_the_repeat_command_names_the_cell_and_what_is_not_default() -> None:
-    command = repeat_command(CELL, Settings(iterations=7, phys_offset=1 << 32, seed=5))
-    assert command.endswith(
-        "-m pytest selftests/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
+    command = repeat_command(
+        CELL, Context(HOST, Settings(iterations=7, phys_offset=1 << 32, seed=5), "pytest --kernel=x")
+    )
+    assert command == (
+        "pytest --kernel=x selftests/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
         " --stop cooperative --density sparse --vcpus 1 --iterations 7 --phys-offset 0x100000000 --seed 5"
     )
 
