@@ -347,7 +347,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         settings, vcpus = _settings(config.option), max(_vcpus(config.option))
     except SelectionError:
         return 1  # pytest_configure will say what is wrong
-    return max(1, min(os.cpu_count() or 1, _MAX_WORKERS, workers_in_memory(settings, vcpus)))
+    return max(1, min(len(os.sched_getaffinity(0)), _MAX_WORKERS, workers_in_memory(settings, vcpus)))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

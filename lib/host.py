@@ -66,4 +66,6 @@ def this_host() -> Host:
         for path in sorted((_MODULES / module / "parameters").glob("*")):
             if os.access(path, os.R_OK):
                 parameters[f"{module}.{path.name}"] = path.read_text().strip()
-    return Host(os.uname().release, backend, parameters, arch.cpu_model(), os.cpu_count() or 1, available_memory())
+    return Host(
+        os.uname().release, backend, parameters, arch.cpu_model(), len(os.sched_getaffinity(0)), available_memory()
+    )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """QEMU: which one there is, what it can accelerate with, and one machine that it runs."""
 
+import ctypes
 import json
 import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from runner.errors import CannotTest
 
 _PROGRAM = "qemu-system-x86_64"
 _VENDORS = {"kvm_intel": "Intel", "kvm_amd": "AMD"}
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 INSTALL = "apt install qemu-system-x86"
 
 
@@ -49,6 +53,7 @@ class Machine:
     """What a machine is made of.
 
     :ivar memory: in MiB
+    :ivar cpus: those that the tests run on
     :ivar append: more of the kernel's command line
     """
 
@@ -106,13 +111,15 @@ class RunningMachine:
         huge_pages = "hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40"
         command_line = f"console=ttyS0 ignore_loglevel panic=-1 {huge_pages} {machine.append}".strip()
         self.deadline = 3600.0
+        # One more than the tests get; see guest_init.
+        cpus = machine.cpus + 1 if qemu.emulated else machine.cpus
         self._console = console
         self._errors = console.with_name("qemu.log")
         self._started = time.monotonic()
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
-                    *(qemu.path, "-accel", qemu.accel, "-cpu", qemu.cpu_model, "-smp", str(machine.cpus)),
+                    *(qemu.path, "-accel", qemu.accel, "-cpu", qemu.cpu_model, "-smp", str(cpus)),
                     *("-m", f"{machine.memory}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                     *("-serial", f"file:{console}", "-serial", "stdio"),
                     *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", command_line),
@@ -120,6 +127,7 @@ class RunningMachine:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                preexec_fn=_end_with_parent,
             )
 
     def messages(self) -> Iterator[dict[str, Any]]:
@@ -156,6 +164,11 @@ class RunningMachine:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that comes."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def available_memory() -> int:

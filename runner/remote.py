@@ -106,6 +106,7 @@ class RemoteSession:
         tests = self._left or self._tests
         return {
             "parameters": self._target.parameters,
+            "keep_off_cpu_0": self._target.qemu.emulated,
             "command": [initramfs.PYTHON, "-m", "pytest", f"--report-to={REPORTS}", *self._options, *tests],
             "environment": {"PYTHONPATH": initramfs.SITE, "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
         }

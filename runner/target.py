@@ -41,10 +41,11 @@ class Target:
     def lines(self) -> list[str]:
         """What a run's header tells of it."""
         asked = " ".join(f"{name}={value}" for name, value in self.parameters.items()) or "none asked for"
+        spare = " and a spare one" if self.qemu.emulated else ""
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
             f"kernel   {self.kernel.release} ({self.kernel.image})",
-            f"machine  {self.qemu}, {self.machine.cpus} CPUs, {self.machine.memory} MiB{append}",
+            f"machine  {self.qemu}, {self.machine.cpus} CPUs{spare}, {self.machine.memory} MiB{append}",
             f"params   {asked}",
         ]
 
