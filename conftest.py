@@ -41,11 +41,19 @@ from lib.selection import (
 )
 from runner.errors import CannotTest
 from runner.kernel_log_watch import RunWatch, TestWatch
+from runner.kernel_options import (
+    AT_HAND,
+    add_kernel_options,
+    kernel_options,
+    option_name,
+    options_in_kernel,
+    tests_in_kernel,
+)
 from runner.qemu import Machine
 from runner.remote import CANNOT_TEST, SUSPECT, RemoteSession
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, verdict, write_failure
-from runner.target import AT_HAND, EMULATION_SIZES, Target, find_target
+from runner.target import EMULATION_SIZES, Target, find_target
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
@@ -85,40 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
     )
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
-    _add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
-
-
-_MACHINE_OPTIONS = {
-    "vm_memory": ("3072", "MIB", "memory of the machine"),
-    "vm_cpus": ("2", "N", "its CPUs"),
-    "time_limit": ("900", "S", "when the machine is taken to hang"),
-}
-
-
-def _add_kernel_options(group: pytest.OptionGroup) -> None:
-    group.addoption(
-        "--kernel",
-        metavar="KERNEL",
-        help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
-        f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
-    )
-    group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
-    for name, (default, metavar, text) in _MACHINE_OPTIONS.items():
-        group.addoption(option_name(name), metavar=metavar, default=default, help=f"{text}; default {default}")
-    group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
-    group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
-    group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")
-    group.addoption(
-        "--repeat-with", metavar="COMMAND", help="(set by --kernel) how the host runs pytest in this kernel"
-    )
-    group.addoption(
-        "--emulated", action="store_true", help="(set by --kernel) this kernel's CPU is emulated by QEMU's TCG"
-    )
-
-
-def option_name(field: str) -> str:
-    """The command line's name of a dimension or a setting."""
-    return f"--{field.replace('_', '-')}"
+    add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -145,19 +120,15 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return CANNOT_TEST
     if option.kernel == AT_HAND:
         print(f"KVM cannot be used on this host: {why}\nso this runs in a kernel of its own in QEMU", flush=True)
-    option.numprocesses, option.dist, option.tx = (
-        0,
-        "no",
-        [],
-    )  # one process in the kernel: emulated, two only get in each other's way
+    # One process in the kernel: emulated, two only get in each other's way.
+    option.numprocesses, option.dist, option.tx = 0, "no", []
     if target.qemu.emulated:
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
                 setattr(option, name, size)
-    if option.results is None:
-        option.results = f"results/{target.label}-{_now()}"
+    _set_results(config, target.label)
     if option.xmlpath is None:
-        option.xmlpath = str(ROOT / option.results / "junit.xml")
+        option.xmlpath = f"{option.results}/junit.xml"
     config.stash[_target_key] = target
     return None
 
@@ -171,8 +142,11 @@ def _why_not_here(option: Any) -> str | None:
     return None
 
 
-def _now() -> str:
-    return time.strftime("%Y%m%d-%H%M%S")
+def _set_results(config: pytest.Config, label: str) -> None:
+    """Settle where the result files go."""
+    given = config.option.results
+    default = ROOT / "results" / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config.option.results = str(default if given is None else config.invocation_params.dir / given)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -194,10 +168,7 @@ def _prepare(config: pytest.Config) -> None:
         return
     if option.seed is None:
         option.seed = str(random.SystemRandom().randrange(1 << 32))
-    if option.results is None:
-        option.results = f"results/{os.uname().release}-{_now()}"
-    else:
-        option.results = str(config.invocation_params.dir / option.results)
+    _set_results(config, os.uname().release)
     settings = config.stash[_settings_key] = _settings(option)
     dimensions = _dimensions(option)
     guest_program.assemble_all()
@@ -213,7 +184,7 @@ def _prepare(config: pytest.Config) -> None:
         planned = plan(None, settings, dimensions, option.full)  # the kvm fixture will say why, test by test
     config.stash[_plan_key] = planned
     facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
-    report = RunReport(Path(ROOT / option.results), facts)
+    report = RunReport(Path(option.results), facts)
     if _hint_key in config.stash:
         report.remarks.append(config.stash[_hint_key])
     facts.kernel_log = _watch_kernel_log(config, report)
@@ -225,58 +196,21 @@ def _prepare(config: pytest.Config) -> None:
 def _prepare_remote(config: pytest.Config) -> None:
     """Have the tests run by a session in the kernel that was found."""
     target = config.stash[_target_key]
-    results = Path(ROOT / config.option.results)
+    results = Path(config.option.results)
     # What is known of it before it was booted; the session in there will tell more.
     host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
     facts = Facts(host, asdict(config.stash[_settings_key]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
-    options = [
-        *_options_for_kernel(config.option),
-        f"--repeat-with={this_pytest()} {shlex.join(_kernel_options(config))}",
-    ]
+    option = config.option
+    options = options_in_kernel(
+        option, [*DIMENSIONS, "vcpus", *_SETTING_PARSERS], ["full", "require_kvm", "no_known_bugs"]
+    )
+    options.append(f"--repeat-with={this_pytest()} {shlex.join(kernel_options(option))}")
     if target.qemu.emulated:
         options.append("--emulated")
-    tests = _tests_for_kernel(config)
+    tests = tests_in_kernel(config)
     config.pluginmanager.register(report, "run-report")
     config.pluginmanager.register(RemoteSession(target, options, tests, results, report), "remote-session")
-
-
-def _kernel_options(config: pytest.Config) -> list[str]:
-    """The options that have pytest run in the same kernel and machine again."""
-    names = ("kernel", "kvm_params", *_MACHINE_OPTIONS, "cpu_model", "append")
-    given = {name: getattr(config.option, name) for name in names}
-    defaults = {name: default for name, (default, _, _) in _MACHINE_OPTIONS.items()}
-    return [f"{option_name(name)}={value}" for name, value in given.items() if value and value != defaults.get(name)]
-
-
-# Options of pytest's own that the session in the kernel has to know
-_PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
-
-
-def _options_for_kernel(option: Any) -> list[str]:
-    """The command line's options, as far as they are for the session in the kernel."""
-    given = {name: getattr(option, name) for name in (*DIMENSIONS, "vcpus", *_SETTING_PARSERS)}
-    words = [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
-    words += [option_name(name) for name in ("full", "require_kvm", "no_known_bugs") if getattr(option, name)]
-    for name, letter in _PYTEST_OPTIONS.items():
-        if value := getattr(option, name):
-            words += [letter, str(value)] if len(letter) == 2 else [f"{letter}={value}"]
-    return words
-
-
-def _tests_for_kernel(config: pytest.Config) -> list[str]:
-    """Which tests are to run there; not the suite's tests of itself, unless they are asked for."""
-    if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        return ["selftests", "--ignore=selftests/unit"]
-    tests = []
-    for argument in config.args:
-        path, separator, name = argument.partition("::")
-        try:
-            inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
-        except ValueError:
-            raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
-        tests.append(f"{inside}{separator}{name}")
-    return tests
 
 
 def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
@@ -358,7 +292,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         chosen = (
             f"sizes    {sizes}, rings of {option.ring_count or 65536} entries (--test-mem, --iterations, --ring-count)"
         )
-        tests = f"tests    {' '.join(_tests_for_kernel(config))}"
+        tests = f"tests    {' '.join(tests_in_kernel(config))}"
         return [*target.lines, chosen, tests, seed]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
     unwatched = report.facts.kernel_log if report is not None else None
@@ -513,7 +447,7 @@ class Outcome:
             if bug is not None and bug.explains(error.findings):
                 self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)
-            pytest.fail(text, pytrace=False)
+            raise pytest.fail.Exception(text, pytrace=False) from None  # the report says all that the error does
         except HugePagesMissing as error:
             self._lacks(str(error))
         except Exception as error:
@@ -546,7 +480,7 @@ class Outcome:
         if stream is not None:
             stream.send(failure=[name, data])
         else:
-            write_failure(ROOT / self._config.option.results, name, data)
+            write_failure(Path(self._config.option.results), name, data)
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from typing import Any
 
 from runner.errors import CannotTest
 from runner.kernel import Kernel, find_kernel, kernels_at_hand
+from runner.kernel_options import AT_HAND
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import INSTALL, Machine, Qemu, available_memory, find_qemu
-
-AT_HAND = "auto"
 
 # Sizes at which a cell takes seconds where every instruction is emulated, as the suite's options have them
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The command line of a run in another kernel: the host's options, and what of the command line goes into the kernel."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+AT_HAND = "auto"
+
+# Options with a default that is a number: default, unit, help
+_MACHINE_OPTIONS = {
+    "vm_memory": ("3072", "MIB", "memory of the machine"),
+    "vm_cpus": ("2", "N", "its CPUs"),
+    "time_limit": ("900", "S", "when the machine is taken to hang"),
+}
+_TEXT_OPTIONS = ("kernel", "kvm_params", "cpu_model", "append")
+# Options of pytest's own that the session in the kernel has to know, and those that make no sense there
+_PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
+_PYTEST_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
+_IMPOSSIBLE = {"collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace"}
+
+
+def option_name(field: str) -> str:
+    """The command line's name of an option: ``--log-mode`` for ``log_mode``."""
+    return f"--{field.replace('_', '-')}"
+
+
+def add_kernel_options(group: pytest.OptionGroup) -> None:
+    """Add the options that name and describe another kernel to run in."""
+    group.addoption(
+        "--kernel",
+        metavar="KERNEL",
+        help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
+        f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
+    )
+    group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
+    for name, (default, unit, text) in _MACHINE_OPTIONS.items():
+        group.addoption(option_name(name), metavar=unit, default=default, help=f"{text}; default {default}")
+    group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
+    group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
+    group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")
+    group.addoption(
+        "--repeat-with", metavar="COMMAND", help="(set by --kernel) how the host runs pytest in this kernel"
+    )
+    group.addoption("--emulated", action="store_true", help="(set by --kernel) QEMU's TCG emulates this kernel's CPU")
+
+
+def kernel_options(option: Any) -> list[str]:
+    """The options that have pytest run in the same kernel and machine again."""
+    defaults = {name: default for name, (default, _, _) in _MACHINE_OPTIONS.items()}
+    given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS)}
+    return [f"{option_name(name)}={value}" for name, value in given.items() if value and value != defaults.get(name)]
+
+
+def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -> list[str]:
+    """The command line's options, as far as they are for the session in the kernel.
+
+    :param names: the suite's options that take a value
+    :param flags: those that do not
+    """
+    given = {name: getattr(option, name) for name in names}
+    words = [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
+    words += [option_name(name) for name in flags if getattr(option, name)]
+    for name, letter in _PYTEST_OPTIONS.items():
+        if value := getattr(option, name):
+            words += [letter, str(value)] if len(letter) == 2 else [f"{letter}={value}"]
+    for name, letter in _PYTEST_LISTS.items():
+        words += [f"{letter}={value}" for value in getattr(option, name) or []]
+    return words
+
+
+def tests_in_kernel(config: pytest.Config) -> list[str]:
+    """Which tests are to run there; not the suite's tests of itself, unless they are asked for.
+
+    :raises pytest.UsageError: one is not in this suite, or an option does not go with another kernel
+    """
+    for name, word in _IMPOSSIBLE.items():
+        if config.getoption(name):
+            raise pytest.UsageError(f"{word} cannot be used with --kernel")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        return ["selftests", "--ignore=selftests/unit"]
+    tests = []
+    for argument in config.args:
+        path, separator, name = argument.partition("::")
+        try:
+            inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
+        except ValueError:
+            raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
+        tests.append(f"{inside}{separator}{name}")
+    return tests
