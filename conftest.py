@@ -19,7 +19,7 @@ from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.guest import GuestError
-from lib.host import Host, this_host
+from lib.host import EMULATING_BACKENDS, Host, this_host
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
@@ -360,6 +360,12 @@ def settings(pytestconfig: pytest.Config) -> Settings:
 def host() -> Host:
     """The facts of this host."""
     return this_host()
+
+
+@pytest.fixture(scope="session")
+def emulates(host: Host) -> bool:
+    """Whether this backend emulates each of a guest's instructions."""
+    return host.backend in EMULATING_BACKENDS
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,10 @@ def version_numbers(release: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+# Backends that run a guest which is not their own kind by KVM's instruction emulator, and know only what that knows
+EMULATING_BACKENDS = ("kvm_pvm",)
+
+
 def uses_pml(host: Host) -> bool:
     """Whether the CPU logs dirty pages into a buffer of its own (Intel's page-modification logging)."""
     return host.parameters.get("kvm_intel.pml") == "Y"

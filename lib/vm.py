@@ -64,6 +64,13 @@ class Vm:
         self.memslots[slot] = Memslot(slot, gpa, memory, flags)
         return self.memslots[slot]
 
+    def delete_memory_region(self, slot: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION with size 0: delete slot *slot*; its memory is the caller's from now on."""
+        region = uapi.kvm_userspace_memory_region(slot=slot)
+        request = uapi.KVM_SET_USER_MEMORY_REGION
+        ioctl(self.fd, request, "KVM_SET_USER_MEMORY_REGION", ctypes.byref(region), f"slot={slot}, size=0")
+        del self.memslots[slot]
+
     def get_dirty_log(self, slot: int, bitmap: bytearray) -> None:
         """KVM_GET_DIRTY_LOG: fill *bitmap*, a multiple of 8 bytes with a bit per page of the slot (api.rst 4.8)."""
         buffer = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)

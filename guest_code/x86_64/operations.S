@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-only
+#
+# Does what a list in memory says, one operation after the other: each is an address of a routine below, and up to three
+# arguments. The host makes the lists from the routines' symbols (lib/tracked_vm.py).
+
+	.include "guest.inc"
+
+	.globl OPERATION_SIZE
+	.set OPERATION_SIZE, 32		# routine, %rdi, %rsi, %rdx
+
+# The vCPU's block: where its list begins. The list ends with do_sync.
+	.globl guest_main
+guest_main:
+	mov %rdi, %r15
+	mov (%r15), %rbx
+next:
+	mov (%rbx), %rax
+	mov 8(%rbx), %rdi
+	mov 16(%rbx), %rsi
+	mov 24(%rbx), %rdx
+	add $OPERATION_SIZE, %rbx
+	call *%rax
+	jmp next
+
+# Hands over to the host, which may put another list in the same place.
+	.globl do_sync
+do_sync:
+	ucall UCALL_SYNC
+	mov (%r15), %rbx
+	ret
+
+# --- stores: address in %rdi, value in %rsi ---
+
+	.macro operation name
+	.globl do_\name
+do_\name:
+	.endm
+
+	operation store_1
+	mov %sil, (%rdi)
+	ret
+	operation store_2
+	mov %si, (%rdi)
+	ret
+	operation store_4
+	mov %esi, (%rdi)
+	ret
+	operation store_8
+	mov %rsi, (%rdi)
+	ret
+	operation store_16		# whatever is in the register
+	movups %xmm0, (%rdi)
+	ret
+	operation store_nontemporal
+	movnti %rsi, (%rdi)
+	sfence
+	ret
+	operation store_nontemporal_16
+	movntdq %xmm0, (%rdi)
+	sfence
+	ret
+
+# --- stores that other instructions make ---
+
+	operation push
+	mov %rsp, %rax
+	lea 8(%rdi), %rsp
+	push %rsi
+	mov %rax, %rsp
+	ret
+	operation call
+	mov %rsp, %rax
+	lea 8(%rdi), %rsp
+	call 1f
+1:	mov %rax, %rsp
+	ret
+	operation rep_stosb		# %rdx bytes
+	mov %rdx, %rcx
+	mov %esi, %eax
+	rep stosb
+	ret
+	operation rep_stosq		# %rdx words
+	mov %rdx, %rcx
+	mov %rsi, %rax
+	rep stosq
+	ret
+	operation rep_stosq_down	# %rdx words, the last of them at %rdi
+	mov %rdx, %rcx
+	mov %rsi, %rax
+	std
+	rep stosq
+	cld
+	ret
+	operation rep_movsq		# %rdx words from %rsi
+	mov %rdx, %rcx
+	rep movsq
+	ret
+	operation fxsave
+	fxsave64 (%rdi)
+	ret
+
+# --- read-modify-write ---
+
+	operation add
+	add %rsi, (%rdi)
+	ret
+	operation lock_add
+	lock add %rsi, (%rdi)
+	ret
+	operation xchg
+	xchg %rsi, (%rdi)
+	ret
+	operation bts
+	lock bts %rsi, (%rdi)
+	ret
+	operation cmpxchg		# to %rsi, where %rdx is expected
+	mov %rdx, %rax
+	lock cmpxchg %rsi, (%rdi)
+	ret
+	operation cmpxchg16b		# to %rsi, where zeros are expected
+	mov %rbx, %r8
+	xor %eax, %eax
+	xor %edx, %edx
+	mov %rsi, %rbx
+	xor %ecx, %ecx
+	lock cmpxchg16b (%rdi)
+	mov %r8, %rbx
+	ret
+
+# --- what does not write ---
+
+	operation load
+	mov (%rdi), %rax
+	ret
+	operation rep_lodsb		# %rdx bytes
+	mov %rdi, %rsi
+	mov %rdx, %rcx
+	rep lodsb
+	ret
+	operation prefetch
+	prefetcht0 (%rdi)
+	prefetchw (%rdi)
+	ret
+	operation clflush
+	clflush (%rdi)
+	ret
+	operation execute		# the host put a ret there
+	call *%rdi
+	ret
+	operation test
+	testq $1, (%rdi)
+	ret
+	operation store_nothing		# rep without repetitions
+	xor %ecx, %ecx
+	xor %eax, %eax
+	rep stosb
+	ret
+
+# --- string input from port %rsi, %rdx bytes: the data is KVM's to write ---
+
+	operation rep_insb
+	mov %rdx, %rcx
+	mov %esi, %edx
+	rep insb
+	ret
+
+# --- the CPU's own marks in page tables: %rdi is an address whose translation is not cached ---
+
+	operation load_untranslated
+	invlpg (%rdi)
+	mov (%rdi), %rax
+	ret
+	operation store_untranslated
+	invlpg (%rdi)
+	mov %rsi, (%rdi)
+	ret

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A VM whose guest does single writes on demand, with slots that are tracked: for tests of one sentence of the contract.
+
+There are no threads here: the guest runs until it has done what it was asked to, and is out of KVM_RUN whenever KVM is
+asked what it saw.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from lib import uapi
+from lib.arch import current as arch
+from lib.dirty_bitmap import new_bitmap, set_pages
+from lib.guest import GuestError, GuestVm, Ucall, unexpected_exit
+from lib.guest_program import GuestProgram
+from lib.kvm import Kvm
+from lib.log_modes import DirtyRing, LogMode, make_log_mode, reset_all
+from lib.memory import BACKINGS, GIB, GuestMemory
+from lib.vcpu import Vcpu
+from lib.vm import Memslot
+
+PAGE = arch.PAGE_SIZE
+# Guest-virtual address of guest-physical address 0 of the test slots
+GVA_OFFSET = 1 << 40
+# Where the first test slot begins unless told otherwise: above slot 0, on a 2 MiB boundary, and not on a 1 GiB boundary
+FIRST_GPA = GIB + (6 << 20)
+_PAGE_TABLES = 16 << 20  # for some 7 GiB of test memory
+_EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
+_MAX_OPERATIONS = 4096
+_LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that the guest does: the routine ``do_<name>`` of guest_code/<arch>/operations.S, and its arguments."""
+
+    name: str
+    address: int
+    value: int = 0
+    count: int = 0
+
+
+class Reported(dict[int, list[int]]):
+    """The pages that KVM reported, by slot; in a ring's order, and with what it repeats, for rings."""
+
+
+class TrackedVm:
+    """A VM with *vcpus* vCPUs that do operations, and slots whose writes are tracked in *mode*.
+
+    :param mode: a key of :data:`lib.log_modes.LOG_MODES`
+    :param ring_count: entries of a dirty ring, for the ring modes
+    """
+
+    def __init__(self, kvm: Kvm, mode: str, vcpus: int = 1, ring_count: int = 4096) -> None:
+        self.mode: LogMode = make_log_mode(mode, ring_count)
+        self.guest = GuestVm(
+            kvm, GuestProgram.load("operations"), arch.GUEST_MODES["48bit-4k"], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
+        )
+        self.vm = self.guest.vm
+        self._blocks: list[int] = []
+        self._lists: list[int] = []
+        self._entries = ring_count
+        self.mode.create_vm_done(self.vm)
+        for _ in range(vcpus):
+            block, operations = self.guest.allocate(PAGE), self.guest.allocate(_LIST_SIZE)
+            self._words(block)[0] = operations
+            self._lists.append(operations)
+            self.guest.add_vcpu(block)
+
+    def add_slot(self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True) -> Memslot:
+        """Add a slot of *npages* pages, and map it in the guest at ``gpa + GVA_OFFSET``.
+
+        When all pages are dirty at first (KVM_DIRTY_LOG_INITIALLY_SET), that first report is taken here.
+        """
+        memory = GuestMemory(BACKINGS[backing], npages * PAGE, gpa)
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0
+        memslot = self.vm.set_user_memory_region(slot, gpa, memory, flags)
+        self.map(gpa, npages)
+        if tracked and self.mode.initially_set:
+            self.collect()
+        return memslot
+
+    def map(self, gpa: int, npages: int) -> None:
+        """Map *npages* pages at *gpa* in the guest, at ``gpa + GVA_OFFSET``."""
+        self.guest.map_test_memory(gpa + GVA_OFFSET, gpa, npages * PAGE)
+
+    def set_tracking(self, slot: int, on: bool) -> None:
+        """Switch the tracking of a slot on or off."""
+        memslot = self.vm.memslots[slot]
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0
+        self.vm.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
+
+    def address(self, slot: int, page: int, offset: int = 0) -> int:
+        """The guest-virtual address of a byte of a slot."""
+        return self.vm.memslots[slot].gpa + page * PAGE + offset + GVA_OFFSET
+
+    def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
+        """Have a vCPU do *operations*.
+
+        :param on_exit: called when KVM_RUN returns before they are done; true when it dealt with that
+        :raises GuestError: the guest ended in a way that nobody asked for
+        """
+        self._write_list(vcpu, operations)
+        handle = self.vm.vcpus[vcpu]
+        while True:
+            code = handle.kvm_run()
+            if code:
+                continue
+            if on_exit is not None and on_exit(handle):
+                continue
+            run = handle.run
+            if run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR and run.internal.suberror == _EMULATION:
+                raise NotEmulated(f"KVM's emulator does not know the instruction of {operations[0].name}")
+            if self.guest.ucall(handle) is Ucall.SYNC:
+                return
+            raise GuestError(unexpected_exit(handle, code))
+
+    def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
+        """Write a word into each of *pages*."""
+        self.run(*(Operation("store_8", self.address(slot, page), value) for page in pages), vcpu=vcpu)
+
+    def collect(self) -> Reported:
+        """Take from KVM all that it reports, and have it track these pages anew."""
+        if isinstance(self.mode, DirtyRing):
+            return self._harvest()
+        reported = Reported()
+        for slot, memslot in self.vm.memslots.items():
+            if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
+                collected = self.mode.collect_dirty_pages(self.vm, memslot, lambda: None, stopped=True)
+                reported[slot] = collected.pages[0]
+        return reported
+
+    def _harvest(self) -> Reported:
+        reported = Reported(
+            (slot, []) for slot, memslot in self.vm.memslots.items() if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES
+        )
+        harvested = 0
+        for vcpu in self.vm.vcpus:
+            slots, offsets = vcpu.map_dirty_ring(self._entries).harvest()
+            harvested += len(slots)
+            for slot, offset in zip(slots, offsets, strict=True):
+                reported.setdefault(slot, []).append(offset)
+        taken = reset_all(self.vm, harvested)
+        if taken != harvested:
+            raise ContractBroken(f"KVM_RESET_DIRTY_RINGS took {taken} entries of {harvested} that were harvested")
+        return reported
+
+    def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:
+        """Collect, and hold it to what was written: each page once, slots that are tracked and not named: none.
+
+        :param what: what the guest did, for the message
+        :param writes_per_page: how many writes a page got at most. What KVM writes itself, emulating an instruction or
+            for user space, it pushes to a ring each time, for it does not look whether the page is in there already
+            (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c)
+        :raises ContractBroken: KVM reported something else
+        """
+        reported = self.collect()
+        for slot in sorted(reported.keys() | expected.keys()):
+            wanted, found = set(expected.get(slot, ())), Counter(reported.get(slot, []))
+            findings = {
+                "lost": sorted(wanted - found.keys()),
+                "false": sorted(found.keys() - wanted),
+                "repeated": sorted(page for page, count in found.items() if count > writes_per_page),
+            }
+            text = ", ".join(f"{kind} {_some(pages)}" for kind, pages in findings.items() if pages)
+            if text:
+                raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}")
+
+    def read_bitmap(self, slot: int) -> list[int]:
+        """KVM_GET_DIRTY_LOG alone: the pages whose bits are set."""
+        bitmap = new_bitmap(self.vm.memslots[slot].npages)
+        self.vm.get_dirty_log(slot, bitmap)
+        return set_pages(bitmap)
+
+    def _write_list(self, vcpu: int, operations: Sequence[Operation]) -> None:
+        if len(operations) > _MAX_OPERATIONS:
+            raise ValueError(f"{len(operations)} operations, there is room for {_MAX_OPERATIONS}")
+        words = self._words(self._lists[vcpu], (len(operations) + 1) * 32)
+        symbols = self.guest.program.symbols
+        for index, operation in enumerate((*operations, Operation("sync", 0))):
+            words[index * 4] = symbols[f"do_{operation.name}"]
+            words[index * 4 + 1] = operation.address
+            words[index * 4 + 2] = operation.value
+            words[index * 4 + 3] = operation.count
+        words.release()
+
+    def _words(self, address: int, size: int = PAGE) -> memoryview:
+        return self.guest.memory(address, size).cast("Q")
+
+    def close(self) -> None:
+        """Close the VM and give all memory back."""
+        self.guest.close()
+
+    def __enter__(self) -> "TrackedVm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class NotEmulated(Exception):
+    """KVM had to emulate an instruction, and cannot; the text names it."""
+
+
+class ContractBroken(AssertionError):
+    """KVM's answer is not what its contract says; the text says what was done and what came."""
+
+
+def _some(pages: Sequence[int]) -> str:
+    shown = ", ".join(map(str, pages[:8]))
+    return f"pages {shown}" + (f" and {len(pages) - 8} more" if len(pages) > 8 else "")

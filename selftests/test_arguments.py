@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What KVM answers to arguments that it does not take: every documented error of every call, by name."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lib import uapi
+from lib.dirty_ring import ENTRY_SIZE
+from lib.ioctl import errno_name, raw_ioctl
+from lib.kvm import Kvm
+from lib.memory import BACKINGS, GuestMemory
+from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from lib.vm import Vm
+
+SLOT, UNTRACKED, ABSENT = 1, 2, 3
+NPAGES = 3 * 64 + 5
+TOO_HIGH = 0xFFFF
+NO_ADDRESS_SPACE = 9 << 16
+MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
+RINGS = {"ring": uapi.KVM_CAP_DIRTY_LOG_RING, "acq_rel": uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL}
+MOST = 65536 * ENTRY_SIZE
+
+
+def answer(fd: int, request: int, argument: Any = None) -> str:
+    """What an ioctl answers: the name of an errno, or ``0``."""
+    result, code = raw_ioctl(
+        fd, request, ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
+    )
+    return errno_name(code) if result < 0 else "0"
+
+
+def enable(vm: Vm, cap: int, *arguments: int, flags: int = 0) -> str:
+    request = uapi.kvm_enable_cap(cap=cap, flags=flags, args=(ctypes.c_uint64 * 4)(*arguments))
+    return answer(vm.fd, uapi.KVM_ENABLE_CAP, request)
+
+
+@pytest.fixture
+def plain(kvm: Kvm) -> Iterator[Vm]:
+    """A VM with nothing in it."""
+    with kvm.create_vm() as vm:
+        yield vm
+
+
+@pytest.fixture
+def manual(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
+    needs_log_mode("clear-log-unset")
+    with TrackedVm(kvm, "clear-log-unset") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        vm.add_slot(UNTRACKED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
+        yield vm
+
+
+@pytest.fixture
+def ringed(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
+    needs_log_mode("dirty-ring")
+    with TrackedVm(kvm, "dirty-ring") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        yield vm
+
+
+@dataclass(frozen=True)
+class Clear:
+    """A KVM_CLEAR_DIRTY_LOG and its answer."""
+
+    why: str
+    expected: str
+    slot: int = SLOT
+    first: int = 0
+    count: int = NPAGES
+    bitmap: bool = True
+
+
+CLEARS = [
+    Clear("all of it", "0"),
+    Clear("nothing", "0", count=0),
+    Clear("nothing at the last word", "0", first=192, count=0),
+    Clear("whole words", "0", first=64, count=128),
+    Clear("the partial word", "0", first=192, count=5),
+    Clear("a start inside a word", "EINVAL", first=1, count=NPAGES - 1),
+    Clear("a start inside a word of no slot", "EINVAL", slot=ABSENT, first=1, count=64),
+    Clear("an end inside a word", "EINVAL", count=63),
+    Clear("an end inside the partial word", "EINVAL", first=192, count=4),
+    Clear("a page too many", "EINVAL", count=NPAGES + 1),
+    Clear("a word too many", "EINVAL", count=256),
+    Clear("a start beyond the end", "EINVAL", first=256, count=0),
+    Clear("a start that wraps around", "EINVAL", first=(1 << 64) - 64, count=64),
+    Clear("no such slot", "ENOENT", slot=ABSENT, count=64),
+    Clear("a slot that is not tracked", "ENOENT", slot=UNTRACKED, count=64),
+    Clear("a slot number too high", "EINVAL", slot=TOO_HIGH, count=64),
+    Clear("no such address space", "EINVAL", slot=NO_ADDRESS_SPACE | SLOT, count=64),
+    Clear("no bitmap", "EFAULT", bitmap=False),
+]
+
+
+@pytest.mark.parametrize("clear", CLEARS, ids=lambda clear: clear.why.replace(" ", "-"))
+def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
+    """The answer, and a call that fails clears nothing."""
+    manual.write(SLOT, *range(NPAGES))
+    mask = (ctypes.c_char * 64).from_buffer(bytearray(b"\xff" * 64))
+    request = uapi.kvm_clear_dirty_log(
+        slot=clear.slot,
+        num_pages=clear.count,
+        first_page=clear.first,
+        dirty_bitmap=ctypes.addressof(mask) if clear.bitmap else 0,
+    )
+    assert answer(manual.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, request) == clear.expected
+    cleared = range(clear.first, clear.first + clear.count) if clear.expected == "0" else ()
+    assert manual.read_bitmap(SLOT) == [page for page in range(NPAGES) if page not in cleared]
+
+
+@pytest.mark.parametrize(
+    ("slot", "expected"),
+    [
+        (SLOT, "0"),
+        (ABSENT, "ENOENT"),
+        (UNTRACKED, "ENOENT"),
+        (TOO_HIGH, "EINVAL"),
+        (NO_ADDRESS_SPACE | SLOT, "EINVAL"),
+    ],
+)
+def test_get_dirty_log(manual: TrackedVm, slot: int, expected: str) -> None:
+    bitmap = (ctypes.c_char * 64)()
+    request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+    assert answer(manual.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
+
+
+@pytest.mark.parametrize("request_name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"])
+def test_bitmaps_are_not_there_in_ring_mode(ringed: TrackedVm, request_name: str) -> None:
+    """ENXIO, before anything else is looked at: for slots that exist, for such that do not, and without a buffer."""
+    structs = {"KVM_GET_DIRTY_LOG": uapi.kvm_dirty_log, "KVM_CLEAR_DIRTY_LOG": uapi.kvm_clear_dirty_log}
+    for slot in (SLOT, ABSENT, TOO_HIGH):
+        argument = structs[request_name](slot=slot)
+        assert answer(ringed.vm.fd, getattr(uapi, request_name), argument) == "ENXIO"
+
+
+@pytest.mark.parametrize(
+    "name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG", "KVM_ENABLE_CAP", "KVM_SET_USER_MEMORY_REGION"]
+)
+def test_no_struct(plain: Vm, name: str) -> None:
+    assert answer(plain.fd, getattr(uapi, name)) == "EFAULT"
+
+
+def test_reset_without_rings(plain: Vm) -> None:
+    assert answer(plain.fd, uapi.KVM_RESET_DIRTY_RINGS) == "EINVAL"
+
+
+def test_reset_with_nothing_to_take(ringed: TrackedVm) -> None:
+    assert ringed.vm.reset_dirty_rings() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "expected"),
+    [
+        (0, 0, "0"),
+        (0, MANUAL, "0"),
+        (0, MANUAL | INITIALLY_SET, "0"),
+        (0, INITIALLY_SET, "EINVAL"),
+        (0, 4, "EINVAL"),
+        (0, MANUAL | 1 << 63, "EINVAL"),
+        (1, MANUAL, "EINVAL"),
+    ],
+)
+def test_enable_manual_protect(
+    plain: Vm, needs_log_mode: Callable[[str], None], flags: int, value: int, expected: str
+) -> None:
+    needs_log_mode("clear-log")
+    assert enable(plain, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value, flags=flags) == expected
+
+
+@pytest.mark.parametrize("cap", RINGS.values(), ids=list(RINGS))
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (MOST, "0"),
+        (0, "EINVAL"),
+        (MOST - 1, "EINVAL"),
+        (3 << 16, "EINVAL"),
+        (16, "EINVAL"),
+        (2048, "EINVAL"),
+        (MOST * 2, "E2BIG"),
+        (1 << 31, "E2BIG"),
+        (MOST * 3, "EINVAL"),
+    ],
+)
+def test_enable_a_ring(kvm: Kvm, plain: Vm, lacks: Callable[[str], None], cap: int, size: int, expected: str) -> None:
+    """Its size in bytes: a power of two, no smaller than a page and the reserved entries, and no larger than the most."""
+    if not kvm.check_extension(cap):
+        lacks(f"no capability {cap}")
+    assert kvm.check_extension(cap) == MOST
+    assert enable(plain, cap, size) == expected
+
+
+def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:
+    needs_log_mode("dirty-ring")
+    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
+    assert [enable(plain, cap, MOST) for cap in RINGS.values()] == ["EINVAL"] * 2
+    with kvm.create_vm() as other:
+        other.create_vcpu(0)
+        assert enable(other, RINGS["acq_rel"], MOST) == "EINVAL"
+
+
+def test_a_ring_can_be_enabled_when_slots_exist(plain: Vm, needs_log_mode: Callable[[str], None]) -> None:
+    needs_log_mode("dirty-ring")
+    memory = GuestMemory(BACKINGS["anonymous"], PAGE, FIRST_GPA)
+    plain.set_user_memory_region(SLOT, FIRST_GPA, memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A KVM_SET_USER_MEMORY_REGION and its answer, beside the tracked slot of NPAGES pages at FIRST_GPA."""
+
+    why: str
+    expected: str
+    slot: int = ABSENT
+    gpa: int = FIRST_GPA + (64 << 20)
+    size: int = PAGE
+    hva_offset: int = 0
+    flags: int = uapi.KVM_MEM_LOG_DIRTY_PAGES
+
+
+REGIONS = [
+    Region("a new slot", "0"),
+    Region("an unknown flag", "EINVAL", flags=1 << 31),
+    Region("a size that is not whole pages", "EINVAL", size=PAGE + 1),
+    Region("an address inside a page", "EINVAL", gpa=FIRST_GPA + (64 << 20) + 1),
+    Region("a host address inside a page", "EINVAL", hva_offset=1),
+    Region("a slot number too high", "EINVAL", slot=TOO_HIGH),
+    Region("no such address space", "EINVAL", slot=NO_ADDRESS_SPACE),
+    Region("an end beyond all addresses", "EINVAL", gpa=(1 << 64) - PAGE, size=2 * PAGE),
+    Region("deleting what is not there", "EINVAL", size=0),
+    Region("the first page of another slot", "EEXIST", gpa=FIRST_GPA),
+    Region("the last page of another slot", "EEXIST", gpa=FIRST_GPA + (NPAGES - 1) * PAGE),
+    Region("all of another slot and more", "EEXIST", gpa=FIRST_GPA - PAGE, size=(NPAGES + 2) * PAGE),
+    Region("right before another slot", "0", gpa=FIRST_GPA - PAGE),
+    Region("another size of a slot that is there", "EINVAL", slot=SLOT, gpa=FIRST_GPA),
+]
+
+
+@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.why.replace(" ", "-"))
+def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
+    """The answer; and the dirty pages of the slot that is there stay."""
+    manual.vm.set_user_memory_region(UNTRACKED, FIRST_GPA + NPAGES * PAGE, manual.vm.memslots[UNTRACKED].memory)
+    manual.write(SLOT, 7)
+    memory = GuestMemory(BACKINGS["anonymous"], (NPAGES + 2) * PAGE, 0)
+    argument = uapi.kvm_userspace_memory_region(
+        slot=region.slot,
+        flags=region.flags,
+        guest_phys_addr=region.gpa,
+        memory_size=region.size,
+        userspace_addr=memory.hva + region.hva_offset,
+    )
+    try:
+        assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == region.expected
+        assert manual.read_bitmap(SLOT) == [7]
+    finally:
+        argument.memory_size = 0
+        if region.expected == "0":
+            assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == "0"
+        memory.close()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG: which bits they give, which they take, and what they leave alone."""
+
+import ctypes
+import errno
+import mmap
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from lib import uapi
+from lib.dirty_bitmap import new_bitmap, set_pages
+from lib.ioctl import raw_ioctl
+from lib.kvm import Kvm
+from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+
+SLOT, OTHER = 1, 2
+# Three whole words of the bitmap and a partial one
+NPAGES = 3 * 64 + 5
+ALL = list(range(NPAGES))
+GUARD = 0xC3
+GUARD_SIZE = 64
+
+
+def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
+    vm = TrackedVm(kvm, mode)
+    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+    vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
+    return vm
+
+
+@pytest.fixture
+def manual(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
+    """A VM in which GET only reads, and CLEAR clears."""
+    needs_log_mode("clear-log-unset")
+    with make_vm(kvm, "clear-log-unset") as vm:
+        yield vm
+
+
+@pytest.fixture
+def automatic(kvm: Kvm) -> Iterator[TrackedVm]:
+    """A VM in which GET reads and clears."""
+    with make_vm(kvm, "dirty-log") as vm:
+        yield vm
+
+
+def bitmap_of(pages: list[int], npages: int = NPAGES, first: int = 0) -> bytearray:
+    """A bitmap in which *pages* are set, whose bit 0 is page *first*."""
+    bitmap = new_bitmap(npages)
+    for page in pages:
+        bitmap[(page - first) // 8] |= 1 << (page - first) % 8
+    return bitmap
+
+
+def test_get_clears_by_itself(automatic: TrackedVm) -> None:
+    automatic.write(SLOT, 3, 70)
+    assert automatic.read_bitmap(SLOT) == [3, 70]
+    assert automatic.read_bitmap(SLOT) == []
+
+
+def test_manual_mode_keeps_bits_until_they_are_cleared(manual: TrackedVm) -> None:
+    manual.write(SLOT, 3, 70)
+    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3, 70]] * 2
+    manual.write(SLOT, 4)
+    assert manual.read_bitmap(SLOT) == [3, 4, 70]
+    manual.vm.clear_dirty_log(SLOT, bitmap_of([3, 70]), 0, NPAGES)
+    assert manual.read_bitmap(SLOT) == [4]
+
+
+def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:
+    """KVM_DIRTY_LOG_INITIALLY_SET sets the bits of the slot's pages, and none beyond the last."""
+    needs_log_mode("clear-log")
+    with TrackedVm(kvm, "clear-log") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
+        vm.set_tracking(SLOT, on=True)
+        assert vm.read_bitmap(SLOT) == ALL
+        vm.vm.clear_dirty_log(SLOT, bitmap_of([0, 64]), 0, NPAGES)
+        assert vm.read_bitmap(SLOT) == [page for page in ALL if page not in (0, 64)]
+        vm.write(SLOT, 64)
+        assert vm.read_bitmap(SLOT) == ALL[1:]
+
+
+# first_page and num_pages: aligned starts, and lengths that are whole words or reach the slot's end
+RANGES = [
+    (first, count)
+    for first in range(0, NPAGES, 64)
+    for count in (*range(64, NPAGES - first + 1, 64), NPAGES - first)
+    if count
+]
+
+
+@pytest.mark.parametrize(("first", "count"), sorted(set(RANGES)))
+def test_a_range_is_cleared_and_nothing_else(manual: TrackedVm, first: int, count: int) -> None:
+    """Each legal range, all bits of the mask set: its pages are clean and tracked anew, the others stay dirty."""
+    manual.write(SLOT, *ALL)
+    inside = list(range(first, first + count))
+    manual.vm.clear_dirty_log(SLOT, bitmap_of(inside, count, first), first, count)
+    assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in inside]
+    manual.write(SLOT, *inside)
+    assert manual.read_bitmap(SLOT) == ALL
+
+
+MASKS = {
+    "first": [0],
+    "last": [NPAGES - 1],
+    "word-edges": [63, 64, 127, 128],
+    "every-second": ALL[::2],
+    "one-word": list(range(64, 128)),
+    "all-but-one": [page for page in ALL if page != 100],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
+def test_only_the_pages_of_the_mask_are_cleared(manual: TrackedVm, mask: list[int]) -> None:
+    """And only they are tracked anew: at once, from a vCPU that kept its translations."""
+    manual.write(SLOT, *ALL)
+    manual.vm.clear_dirty_log(SLOT, bitmap_of(mask), 0, NPAGES)
+    assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in mask]
+    manual.write(SLOT, *mask)
+    assert manual.read_bitmap(SLOT) == ALL
+
+
+def test_clean_pages_and_bits_beyond_the_slot_are_no_error(manual: TrackedVm) -> None:
+    """Bits of pages that are clean, or that do not exist, change nothing."""
+    manual.write(SLOT, 5, NPAGES - 1)
+    mask = bitmap_of([6, 7])
+    mask[-1] = 0xFF
+    manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
+    assert manual.read_bitmap(SLOT) == [5, NPAGES - 1]
+
+
+@pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
+def test_a_write_right_after_the_clear_is_seen(manual: TrackedVm, page: int) -> None:
+    """Again and again: a translation that stays writable for a moment loses a write."""
+    for _ in range(20):
+        manual.write(SLOT, page)
+        assert manual.read_bitmap(SLOT) == [page]
+        manual.vm.clear_dirty_log(SLOT, bitmap_of([page]), 0, NPAGES)
+
+
+def test_slots_are_not_mixed_up(manual: TrackedVm) -> None:
+    manual.write(SLOT, 1, NPAGES - 1)
+    manual.write(OTHER, 0, 2)
+    manual.vm.clear_dirty_log(OTHER, bitmap_of(ALL), 0, NPAGES)
+    assert manual.read_bitmap(SLOT) == [1, NPAGES - 1]
+    assert manual.read_bitmap(OTHER) == []
+    manual.write(OTHER, 3)
+    assert manual.read_bitmap(SLOT) == [1, NPAGES - 1]
+    assert manual.read_bitmap(OTHER) == [3]
+
+
+def test_get_writes_whole_words_and_nothing_around_them(automatic: TrackedVm) -> None:
+    """What the buffer held before is overwritten, guard bytes before and behind it stay."""
+    automatic.write(SLOT, 0, NPAGES - 1)
+    size = len(new_bitmap(NPAGES))
+    buffer = bytearray([GUARD]) * (size + 2 * GUARD_SIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) + GUARD_SIZE
+    request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=start)
+    assert raw_ioctl(automatic.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (0, 0)
+    assert set_pages(buffer[GUARD_SIZE : GUARD_SIZE + size]) == [0, NPAGES - 1]
+    assert set(buffer[:GUARD_SIZE] + buffer[GUARD_SIZE + size :]) == {GUARD}
+
+
+def test_clear_leaves_its_mask_alone(manual: TrackedVm) -> None:
+    manual.write(SLOT, *ALL)
+    mask = bitmap_of(ALL[::3])
+    before = bytes(mask)
+    manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
+    assert bytes(mask) == before
+
+
+def unmapped_address() -> int:
+    """An address at which this process has no memory."""
+    with mmap.mmap(-1, PAGE) as mapped:
+        return ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+
+
+def test_a_get_that_cannot_write_loses_nothing_in_manual_mode(manual: TrackedVm) -> None:
+    """EFAULT for a buffer that is not there; the bits are there for the next."""
+    manual.write(SLOT, 9)
+    request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
+    assert raw_ioctl(manual.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
+    assert manual.read_bitmap(SLOT) == [9]
