@@ -7,7 +7,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +18,11 @@ import pytest
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
-from lib.guest import GuestError
 from lib.host import EMULATING_BACKENDS, Host, this_host
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
-from lib.memory import BACKINGS, HugePagesMissing
+from lib.memory import BACKINGS, HugePagesMissing, size_text
 from lib.report import Context, context_lines, environment_lines, failure_data, failure_text, this_pytest
 from lib.selection import (
     DEFAULT_VCPUS,
@@ -50,13 +49,14 @@ from runner.kernel_options import (
     tests_in_kernel,
 )
 from runner.qemu import Machine
-from runner.remote import CANNOT_TEST, SUSPECT, RemoteSession
+from runner.remote import CANNOT_TEST, RemoteSession
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, verdict, write_failure
 from runner.target import EMULATION_SIZES, Target, find_target
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
+_LONGEST = 7 * 24 * 3600  # seconds
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
@@ -101,6 +101,10 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
     option = config.option
     if option.kernel is None or (option.kernel == AT_HAND and (why := _why_not_here(option)) is None):
+        if option.kvm_params:
+            raise pytest.UsageError(
+                "--kvm-params is for another kernel (--kernel); here, load KVM with these parameters"
+            )
         return None
     try:
         machine = Machine(
@@ -108,11 +112,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             parse_number("--vm-cpus", option.vm_cpus, 1),
             option.append,
         )
-        limit = parse_number("--time-limit", option.time_limit, 1)
-        target = find_target(option.kernel, option.kvm_params, option.cpu_model, machine, limit)
+        limit = min(parse_number("--time-limit", option.time_limit, 1), _LONGEST)
+        target = find_target(option.kernel, option.kvm_params, option.accel, option.cpu_model, machine, limit)
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
-    except CannotTest as error:
+    except (CannotTest, OSError, RuntimeError) as error:
         if option.kernel == AT_HAND:
             config.stash[_hint_key] = f"to run under emulation instead: {error}"
             return None
@@ -127,6 +131,10 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             if getattr(option, name) is None:
                 setattr(option, name, size)
     _set_results(config, target.label)
+    try:
+        Path(option.results).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--results: {option.results}: {error.strerror}") from None
     if option.xmlpath is None:
         option.xmlpath = f"{option.results}/junit.xml"
     config.stash[_target_key] = target
@@ -145,7 +153,9 @@ def _why_not_here(option: Any) -> str | None:
 def _set_results(config: pytest.Config, label: str) -> None:
     """Settle where the result files go."""
     given = config.option.results
-    default = ROOT / "results" / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (name, *(f"{name}-{number}" for number in range(2, 100)))  # another run may have begun in the same second
+    default = next(path for path in (ROOT / "results" / name for name in names) if not path.exists())
     config.option.results = str(default if given is None else config.invocation_params.dir / given)
 
 
@@ -201,6 +211,7 @@ def _prepare_remote(config: pytest.Config) -> None:
     host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
     facts = Facts(host, asdict(config.stash[_settings_key]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
+    report.must_test, report.nothing_ran_status = True, CANNOT_TEST
     option = config.option
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", *_SETTING_PARSERS], ["full", "require_kvm", "no_known_bugs"]
@@ -222,7 +233,7 @@ def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | 
     bugs = [] if config.option.no_known_bugs else [bug for bug in known_bugs.load() if bug.on(host)]
 
     def explain(splat: Splat) -> str | None:
-        return next((bug.id for bug in bugs if bug.explains_log(splat.lines)), None)
+        return next((bug.id for bug in bugs if bug.explains_log(splat.titles)), None)
 
     try:
         if report is not None:
@@ -285,13 +296,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    option, seed = config.option, f"seed     {config.option.seed}"
+    seed = f"seed     {config.option.seed}"
     if _target_key in config.stash:
         target = config.stash[_target_key]
-        sizes = f"{option.test_mem or '1G'} of test memory, {option.iterations or 32} iterations"
-        chosen = (
-            f"sizes    {sizes}, rings of {option.ring_count or 65536} entries (--test-mem, --iterations, --ring-count)"
-        )
+        settings = config.stash[_settings_key]
+        memory = f"{size_text(settings.test_mem)} of test memory (--test-mem), {settings.iterations} iterations (--iterations)"
+        chosen = f"sizes    {memory}, rings of {settings.ring_count} entries (--ring-count)"
         tests = f"tests    {' '.join(tests_in_kernel(config))}"
         return [*target.lines, chosen, tests, seed]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
@@ -388,17 +398,6 @@ def _one_vm(kvm: Kvm) -> Iterator[None]:
     with kvm.create_vm() as vm:
         vm.create_vcpu(0)
         yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    error = call.excinfo.value if call.excinfo is not None else None
-    if item.config.option.emulated and isinstance(error, GuestError) and "KVM_EXIT_SHUTDOWN" in str(error):
-        report.user_properties.append((SUSPECT, "KVM_EXIT_SHUTDOWN"))
-    return report
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ _RECORD = 8192  # the kernel writes no larger record (Documentation/ABI/testing/
 
 
 class Kind(Enum):
-    """What the kernel reports, the least grave first."""
+    """What the kernel reports."""
 
     LOST = "lost records"
     WARN = "WARN"
@@ -27,8 +27,6 @@ class Kind(Enum):
     OOPS = "Oops"
     PANIC = "panic"
 
-
-_GRAVITY = {kind: index for index, kind in enumerate(Kind)}
 
 # What reports begin with; the first that fits counts. From lib/{bug,ubsan}.c, kernel/{panic,watchdog,hung_task}.c,
 # kernel/locking/lockdep.c, kernel/rcu/tree_stall.h, mm/{kasan,kfence}/report.c, arch/x86/kernel/{dumpstack,traps}.c and
@@ -79,6 +77,11 @@ class Splat:
         """The report's first line."""
         return self.lines[0]
 
+    @property
+    def titles(self) -> list[str]:
+        """Its lines that are titles: of an oops, say, what went wrong and the oops itself."""
+        return [line for line in self.lines if _kind(line) is not None]
+
     def __str__(self) -> str:
         return f"{self.kind.value}: {self.title}"
 
@@ -89,18 +92,22 @@ def find_splats(lines: Iterable[str]) -> list[Splat]:
     current: Splat | None = None
     for line in lines:
         kind = _kind(line)
-        if current is None and kind is not None:
+        if kind is not None and (current is None or not _continues(current.kind, kind)):
             current = Splat(kind, [])
             splats.append(current)
         if current is None:
             continue
         current.lines.append(line)
-        # "BUG: kernel NULL pointer dereference", "Oops: 0002 [#1]" and "Kernel panic" are one report, named after the gravest.
-        if kind is not None and _GRAVITY[kind] > _GRAVITY[current.kind]:
+        if kind is not None:
             current.kind = kind
         if _END.match(line) or len(current.lines) >= _MOST_LINES:
             current = None
     return splats
+
+
+def _continues(current: Kind, kind: Kind) -> bool:
+    """Whether a title belongs to the open report: "BUG: ...", "Oops: ..." and "Kernel panic" are one, named after the last."""
+    return kind in (Kind.OOPS, Kind.PANIC) and current in (Kind.BUG, Kind.OOPS)
 
 
 def _kind(line: str) -> Kind | None:

@@ -55,9 +55,9 @@ class KnownBug:
         kinds = {finding.kind for finding in findings}
         return kinds <= self.findings and bool(kinds & self.needs)
 
-    def explains_log(self, lines: Sequence[str]) -> bool:
-        """Whether a report in the kernel's log, whose title is the first of *lines*, is one that the bug causes."""
-        return any(re.search(pattern, lines[0]) for pattern in self.log)
+    def explains_log(self, titles: Sequence[str]) -> bool:
+        """Whether a report in the kernel's log is one that the bug causes, by all of its titles."""
+        return all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
 
 
 def load(path: Path = PATH) -> list[KnownBug]:

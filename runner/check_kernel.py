@@ -5,14 +5,21 @@
 this (wrong options, nothing selected), which ends a bisection; 130: interrupted.
 """
 
-import subprocess
+import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _USAGE = "usage: check_kernel.py KERNEL [options of pytest]"
 # pytest's own exit statuses that say nothing about the kernel (https://docs.pytest.org/en/stable/reference/exit-codes.html)
-_STATUSES = {2: 130, 3: 128, 4: 128, 5: 128}
+_STATUSES: dict[int, int] = {
+    pytest.ExitCode.INTERRUPTED: 130,
+    pytest.ExitCode.INTERNAL_ERROR: 128,
+    pytest.ExitCode.USAGE_ERROR: 128,
+    pytest.ExitCode.NO_TESTS_COLLECTED: 128,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -21,13 +28,16 @@ def main(arguments: list[str]) -> int:
         print(f"{_USAGE}: no kernel is named", file=sys.stderr)
         return 128
     kernel, *options = arguments
-    if Path(kernel).exists():
-        kernel = str(Path(kernel).absolute())  # seen from where the user is, not from the suite
-    command = [sys.executable, "-m", "pytest", f"--kernel={kernel}", "-v", *options]
-    try:
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+    # Paths are seen from where the user is, tests from the suite, which pytest has to be in to find its settings.
+    if "/" in kernel or os.path.exists(kernel):
+        kernel = os.path.abspath(os.path.expanduser(kernel))
+    for index, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name in ("--results", "--junitxml", "--junit-xml") and equals:
+            options[index] = f"{name}={os.path.abspath(value)}"
+    sys.path[0] = str(ROOT)
+    os.chdir(ROOT)
+    status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
     return _STATUSES.get(status, status)
 
 

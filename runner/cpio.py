@@ -20,11 +20,6 @@ class CpioWriter:
         self._add_parents(name)
         self._write(name, stat.S_IFREG | mode, data, mtime)
 
-    def add_symlink(self, name: str, target: str) -> None:
-        """Add a symbolic link."""
-        self._add_parents(name)
-        self._write(name, stat.S_IFLNK | 0o777, target.encode(), 0)
-
     def add_node(self, name: str, major: int, minor: int) -> None:
         """Add a character device."""
         self._add_parents(name)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,19 +92,18 @@ def version_key(text: str) -> list[tuple[int, str]]:
 
 
 def _unpack(packages: Sequence[Path], target: Path) -> Path:
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for package in packages:
-        done = subprocess.run(
-            ["dpkg-deb", "-x", str(package), str(partial)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            shutil.rmtree(partial)
-            raise CannotTest(f"{package} cannot be unpacked: {_last_line(done.stderr)}")
-    (partial / _COMPLETE).touch()
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        partial = Path(folder) / "root"
+        partial.mkdir()
+        for package in packages:
+            command = ["dpkg-deb", "-x", str(package), str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CannotTest(f"{package} cannot be unpacked: {_last_line(done.stderr)}")
+        (partial / _COMPLETE).touch()
+        if not is_unpacked(target):  # by another run meanwhile
+            partial.rename(target)
     return target
 
 

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lib.kernel_log import Kind, find_splats
+from lib.kernel_log import Kind, Splat, find_splats
+from runner.guest_init import BEGINS
 
 _CONSOLE_LINES = 25
 _REPORT_LINES = 40
 _TIMESTAMP = re.compile(r"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
-
-# Faults of QEMU's emulation, which say nothing about the kernel.
-# int3: a CPU runs into the breakpoint that another one puts where it switches a static key, and the trap is then not
-# recognised as such; with multi-threaded TCG (QEMU 7.2: 3 of 25 boots), never on hardware.
-_EMULATOR_FAULTS = (re.compile(r"Oops: int3|int3: 0000 \[#"),)
 
 
 class Ending(Enum):
@@ -29,6 +25,7 @@ class Ending(Enum):
     NO_KVM = "KVM cannot be tested in this kernel"
     SUITE_DIED = "the suite died in the kernel"
     EMULATOR_FAULT = "the emulator failed"
+    NOT_TESTED = "it cannot be tested"
 
     @property
     def exit_status(self) -> int:
@@ -38,6 +35,7 @@ class Ending(Enum):
             Ending.NO_BOOT: 125,
             Ending.NO_KVM: 125,
             Ending.EMULATOR_FAULT: 125,
+            Ending.NOT_TESTED: 125,
         }.get(self, 1)
 
 
@@ -56,24 +54,19 @@ class End:
         return f"{self.ending.value}: {self.detail}" if self.detail else self.ending.value
 
 
-def judge(console: str, booted: bool, ended: bool, overdue: str | None, emulated: bool) -> End:
-    """How a machine ended that did not say so itself.
+def judge(console: str, booted: bool, overdue: str | None, emulated: bool) -> End:
+    """How a machine ended in which the suite did not come to its end.
 
     :param booted: whether its first program ran
-    :param ended: whether the suite in it came to its end
-    :param overdue: the time limit that it reached, if it did
+    :param overdue: for how long it told nothing, if it was given up
     """
     lines = console.splitlines()
     tail = tuple(line for line in lines[-_CONSOLE_LINES:] if line.strip())
-    splats = find_splats(_TIMESTAMP.sub("", line, count=1) for line in lines)
+    splats = find_splats(_without_timestamps(console))
     gravest = {kind: next((splat for splat in splats if splat.kind is kind), None) for kind in (Kind.PANIC, Kind.OOPS)}
     worst = gravest[Kind.PANIC] or gravest[Kind.OOPS]
-    if emulated and any(fault.search(line) for fault in _EMULATOR_FAULTS for line in lines):
-        return End(
-            Ending.EMULATOR_FAULT, "Oops: int3 at a static key, a known fault of QEMU's multi-threaded TCG", tail
-        )
-    if ended:
-        return End(Ending.FINISHED, "")
+    if emulated and (fault := next(filter(is_emulators_fault, _without_timestamps(console)), None)):
+        return End(Ending.EMULATOR_FAULT, fault, tail)
     why = worst.title if worst else overdue or "it ended before its tests did"
     if not booted:
         return End(Ending.NO_BOOT, why, tail)
@@ -81,6 +74,29 @@ def judge(console: str, booted: bool, ended: bool, overdue: str | None, emulated
         ending = Ending.PANIC if worst.kind is Kind.PANIC else Ending.OOPS
         return End(ending, _panic_reason(worst.lines) or why, tuple(worst.lines[:_REPORT_LINES]))
     return End(Ending.HANG if overdue else Ending.SUITE_DIED, why, tail)
+
+
+def is_emulators_fault(line: str) -> bool:
+    """Whether a line of the kernel's log tells of a fault of QEMU's emulation, which says nothing about the kernel.
+
+    int3: a CPU runs into the breakpoint that another one puts where it switches a static key, and the kernel does not
+    recognise it as its own any more; with multi-threaded TCG (QEMU 7.2: 3 of 25 boots), never on hardware.
+    """
+    return bool(re.search(r"^Oops: int3\b|^int3: 0000 \[#", line))
+
+
+def reports_since_start(console: str) -> list[Splat]:
+    """What the kernel reported since its first program began."""
+    return find_splats(_without_timestamps(console.partition(BEGINS)[2]))
+
+
+def reports_at_boot(console: str) -> list[Splat]:
+    """What it reported before."""
+    return find_splats(_without_timestamps(console.partition(BEGINS)[0]))
+
+
+def _without_timestamps(console: str) -> list[str]:
+    return [_TIMESTAMP.sub("", line, count=1) for line in console.splitlines()]
 
 
 def _panic_reason(lines: Sequence[str]) -> str | None:

@@ -16,6 +16,7 @@ import time
 ORDERS = "/orders.json"
 REPORTS = "/dev/ttyS1"
 OUTPUT = "/run/output"
+BEGINS = "guest_init: begins"  # in the kernel's log, between its boot and its first program
 FINIT_MODULE = {"x86_64": 313}
 
 MOUNTS = (
@@ -40,6 +41,8 @@ def main() -> None:
     for kind, path in MOUNTS:
         os.makedirs(path, exist_ok=True)
         libc.mount(kind.encode(), path.encode(), kind.encode(), 0, None)  # a kernel without debugfs goes without it
+    with open("/dev/kmsg", "w") as log:
+        log.write(BEGINS)
     with open(ORDERS) as file:
         orders = json.load(file)
     tell(hello=os.uname().release)
@@ -106,7 +109,9 @@ def keep_off_cpu_0() -> None:
     #VMEXIT changes that at the same moment, the change is lost: the guest ends in a triple fault, or the host's memory is
     taken for the guest's and the kernel panics ("corrupted stack end detected inside scheduler").
     """
-    os.sched_setaffinity(0, range(1, os.cpu_count() or 1))
+    cpus = os.cpu_count() or 1
+    if cpus > 1:  # with a single one there is no other to do it
+        os.sched_setaffinity(0, range(1, cpus))
 
 
 def run(command: list[str], environment: dict[str, str]) -> None:

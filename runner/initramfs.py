@@ -94,7 +94,7 @@ def _base() -> Path:
             archive.add_tree("", tree)
             archive.finish()
         for old in CACHE.glob("python-*.cpio"):
-            old.unlink()
+            old.unlink(missing_ok=True)
         partial.rename(path)
     return path
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,12 @@ class Kernel:
     """A kernel that can be booted.
 
     :ivar release: as ``uname -r`` will say
-    :ivar modules: the folder with its modules, at any depth; None when KVM is built in
+    :ivar modules: the folder with its modules, at any depth, and with ``modules.builtin``
     """
 
     image: Path
     release: str
-    modules: Path | None
+    modules: Path
 
 
 def find_kernel(name: str) -> Kernel:
@@ -48,7 +49,7 @@ def find_kernel(name: str) -> Kernel:
         return _in_root(debian.fetch(name.removeprefix("debian:"), CACHE))
     path = Path(name).expanduser()
     if path.is_dir():
-        return _in_build_tree(path) if (path / "Kbuild").exists() else _in_root(path)
+        return _in_build_tree(path) if _is_build_tree(path) else _in_root(path)
     if path.suffix == ".deb" and path.is_file():
         return _in_root(debian.unpack(_package_set(path), CACHE))
     if path.is_file():
@@ -60,9 +61,9 @@ def find_kernel(name: str) -> Kernel:
 
 
 def kernels_at_hand() -> list[Kernel]:
-    """The kernels that can be booted without fetching one: those fetched before, then the installed ones, newest first."""
-    roots = [path for path in sorted(CACHE.glob("*")) if debian.is_unpacked(path)]
-    return [kernel for root in (*reversed(roots), Path("/")) for kernel in kernels_under(root)]
+    """The kernels that can be booted without fetching one, newest first: those fetched from Debian, and installed ones."""
+    roots = [path for path in CACHE.glob("[0-9]*") if debian.is_unpacked(path)]
+    return _newest_first(kernel for root in (Path("/"), *roots) for kernel in kernels_under(root))
 
 
 def kernels_under(root: Path) -> list[Kernel]:
@@ -79,7 +80,11 @@ def kernels_under(root: Path) -> list[Kernel]:
         except (CannotTest, PermissionError):
             continue  # a rescue image, one of another architecture, or one that only root may read: not for us
         found.setdefault(kernel.release, kernel)
-    return sorted(found.values(), key=lambda kernel: debian.version_key(kernel.release), reverse=True)
+    return _newest_first(found.values())
+
+
+def _newest_first(kernels: Iterable[Kernel]) -> list[Kernel]:
+    return sorted(kernels, key=lambda kernel: debian.version_key(kernel.release), reverse=True)
 
 
 def _installed(root: Path, release: str) -> Kernel | None:
@@ -104,6 +109,11 @@ def _in_root(root: Path) -> Kernel:
     )
 
 
+def _is_build_tree(path: Path) -> bool:
+    """Whether a kernel is built in *path*, be it with ``O=``, or may be."""
+    return (path / "Kbuild").exists() or ((path / ".config").exists() and (path / "arch").is_dir())
+
+
 def _in_build_tree(tree: Path) -> Kernel:
     image = tree / "arch/x86/boot/bzImage"
     if not image.is_file():
@@ -116,17 +126,10 @@ def _from_image(image: Path) -> Kernel:
     return Kernel(image, release, _find_modules(image, release))
 
 
-def _find_modules(image: Path, release: str) -> Path | None:
-    tree = image.resolve().parents[3] if image.name == "bzImage" and len(image.resolve().parents) > 3 else None
-    if tree is not None and (tree / "Kbuild").exists():
-        config = (tree / ".config").read_text() if (tree / ".config").exists() else ""
-        if "CONFIG_KVM=y" in config:
-            return None
-        if not any(tree.glob("arch/x86/kvm/*.ko")):
-            raise CannotTest(
-                f"{tree} has no KVM modules (arch/x86/kvm/*.ko): set CONFIG_KVM and run make modules there"
-            )
-        return tree
+def _find_modules(image: Path, release: str) -> Path:
+    parents = image.resolve().parents
+    if image.name == "bzImage" and len(parents) > 3 and _is_build_tree(parents[3]):
+        return parents[3]
     folder = image.parent
     for modules in (folder.parent / "lib/modules" / release, folder.parent / "usr/lib/modules" / release):
         if modules.is_dir():
@@ -186,9 +189,7 @@ def _package_set(package: Path) -> list[Path]:
     if fields["Architecture"] != "amd64":
         raise CannotTest(f"{package} is a package for {fields['Architecture']}, this machine is {platform.machine()}")
     release = release.removesuffix("-unsigned")
-    beside = [
-        path for kind in kinds[1:] for path in package.parent.glob(f"{kind}{release}_*_{fields['Architecture']}.deb")
-    ]
+    beside = [path for kind in kinds for path in package.parent.glob(f"{kind}{release}_*_{fields['Architecture']}.deb")]
     return [package, *(path for path in beside if path != package)]
 
 
@@ -197,8 +198,8 @@ def decompress_module(path: Path) -> bytes:
 
     :raises CannotTest: the tool that unpacks it is missing, or the file is damaged
     """
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         if path.suffix == ".xz":
             return lzma.decompress(data)
         if path.suffix == ".gz":

@@ -51,10 +51,14 @@ class RunWatch:
         self._log = log
         self._explain = explain
         self._report = report
+        self._splats: list[Splat] = []
+
+    def pytest_runtest_logreport(self) -> None:
+        self._splats += self._log.new_splats()  # before the log can run over
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        for splat in self._log.new_splats():
+        for splat in self._splats + self._log.new_splats():
             tests = self._report.tests_blamed_for(splat.title)
             known_bug = self._explain(splat)
             self._report.kernel_reports.append(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from runner.qemu import ACCELERATORS
+
 ROOT = Path(__file__).resolve().parent.parent
 AT_HAND = "auto"
 
@@ -14,9 +16,9 @@ AT_HAND = "auto"
 _MACHINE_OPTIONS = {
     "vm_memory": ("3072", "MIB", "memory of the machine"),
     "vm_cpus": ("2", "N", "its CPUs"),
-    "time_limit": ("900", "S", "when the machine is taken to hang"),
+    "time_limit": ("300", "S", "for how long the machine may tell nothing before it is taken to hang"),
 }
-_TEXT_OPTIONS = ("kernel", "kvm_params", "cpu_model", "append")
+_TEXT_OPTIONS = ("kernel", "kvm_params", "accel", "cpu_model", "append")
 # Options of pytest's own that the session in the kernel has to know, and those that make no sense there
 _PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
 _PYTEST_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
@@ -39,6 +41,9 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
     group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
     for name, (default, unit, text) in _MACHINE_OPTIONS.items():
         group.addoption(option_name(name), metavar=unit, default=default, help=f"{text}; default {default}")
+    group.addoption(
+        "--accel", choices=ACCELERATORS, help="QEMU's accelerator; default: kvm where it can be nested, else tcg"
+    )
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
     group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
     group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")

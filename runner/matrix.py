@@ -61,7 +61,11 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
             raise MatrixError(f"{path}: {name} must be {'a list of strings' if _FIELDS[name] is list else 'a string'}")
     if not data.get("kernels"):
         raise MatrixError(f"{path}: it names no kernels")
-    return data["kernels"], data.get("parameters") or [""], shlex.split(data.get("arguments", ""))
+    try:
+        arguments = shlex.split(data.get("arguments", ""))
+    except ValueError as error:
+        raise MatrixError(f"{path}: arguments: {error}") from None
+    return data["kernels"], data.get("parameters") or [""], arguments
 
 
 def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
@@ -70,12 +74,18 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
     options = [f"--kvm-params={parameters}", f"--results={folder}", *arguments]
     command = [sys.executable, str(ROOT / "runner" / "check_kernel.py"), kernel, *options]
     with (folder / "output.txt").open("wb") as output:
-        status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            status = process.wait()  # it got the signal too, and ends in an orderly way
     results = folder / "results.json"
     data = json.loads(results.read_text()) if results.exists() else {"cells": [], "host": {}, "end": {}}
     lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
-    ended = data["end"].get("text", "")
-    reason = "" if status == 0 else ended or ("tests failed" if status == 1 else lines[-1])
+    ended = data["end"].get("text", "finished")
+    reason = "" if status == 0 else "tests failed" if status == 1 and ended == "finished" else ended
+    if status not in (0, 1) and ended == "finished":
+        reason = lines[-1].removeprefix("cannot test: ")
     return Run(kernel, parameters, status, data["cells"], data["host"].get("kernel", kernel), reason)
 
 
@@ -101,11 +111,12 @@ def main(arguments: list[str]) -> int:
         print(f"{_verdict(done)} ({len(done.cells)} cells, {time.monotonic() - start:.0f} s)", flush=True)
         runs.append(done)
         if done.status >= 128:
-            return done.status  # an option that is wrong for all of them, or Ctrl-C
+            break  # an option that is wrong for all of them, or Ctrl-C
     lines = _summary(runs)
     (results / "table.txt").write_text("\n".join(lines) + "\n")
     print("", *lines, f"files: {results.relative_to(ROOT)}", sep="\n")
-    return max((done.status for done in runs), key=lambda status: (status == 1, status))
+    statuses = {done.status for done in runs}
+    return 1 if 1 in statuses else max(statuses)
 
 
 def _verdict(done: Run) -> str:

@@ -9,8 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from runner.errors import CannotTest
 
 _PROGRAM = "qemu-system-x86_64"
-_VENDORS = {"kvm_intel": "Intel", "kvm_amd": "AMD"}
+_VENDORS = ("kvm_intel", "kvm_amd")
+ACCELERATORS = ("auto", "tcg", "kvm")
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 INSTALL = "apt install qemu-system-x86"
@@ -62,10 +62,12 @@ class Machine:
     append: str
 
 
-def find_qemu(cpu_model: str | None = None) -> Qemu:
+def find_qemu(cpu_model: str | None, accel: str, wanted: Collection[str]) -> Qemu:
     """The QEMU of this host, with nested virtualization where the host offers it, else with emulation of AMD's.
 
     :param cpu_model: as QEMU's ``-cpu`` takes it; None for the one that is known to work
+    :param accel: one of ACCELERATORS; auto is kvm where the host has the nested virtualization that is asked for
+    :param wanted: modules that are asked for by their parameters: ``kvm_amd`` can be emulated on any host
     :raises CannotTest: there is none
     """
     path = shutil.which(_PROGRAM)
@@ -76,7 +78,10 @@ def find_qemu(cpu_model: str | None = None) -> Qemu:
     if match is None:
         raise CannotTest(f"{path} does not run: {(done.stderr.strip().splitlines() or ['it says nothing'])[-1]}")
     nested = _nested_vendor()
-    if nested:
+    if accel == "kvm" and nested is None:
+        raise CannotTest("--accel kvm: this host offers no nested virtualization (kvm_intel.nested, kvm_amd.nested)")
+    others = {vendor for vendor in _VENDORS if vendor in wanted and vendor != nested}
+    if nested and accel != "tcg" and (accel == "kvm" or not others):
         return Qemu(path, match[1], "kvm", cpu_model or "host", nested)
     # TCG emulates SVM with nested paging, and no VMX.
     return Qemu(path, match[1], "tcg,thread=multi", cpu_model or "max", "kvm_amd")
@@ -94,28 +99,25 @@ def _nested_vendor() -> str | None:
 
 
 class Deadline(Exception):
-    """The machine had not ended when its time was over."""
+    """The machine has told nothing for too long."""
 
 
 class RunningMachine:
     """A machine from its start to its end.
 
     :param console: where the first serial port's output goes
-    :ivar deadline: when it must have ended, in seconds since its start
     :raises CannotTest: QEMU does not start
     """
 
     def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: Path, console: Path) -> None:
         # All that the kernel says goes to the console: it is the log that a panic leaves. -1: end at once on a panic.
         # Huge pages are for the hugetlb backings; those of 1 GiB can only be had at boot.
-        huge_pages = "hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40"
-        command_line = f"console=ttyS0 ignore_loglevel panic=-1 {huge_pages} {machine.append}".strip()
-        self.deadline = 3600.0
+        huge_pages = "hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40" if qemu.emulated else ""
+        command_line = f"console=ttyS0 ignore_loglevel panic=-1 {huge_pages} {machine.append}"
         # One more than the tests get; see guest_init.
         cpus = machine.cpus + 1 if qemu.emulated else machine.cpus
         self._console = console
         self._errors = console.with_name("qemu.log")
-        self._started = time.monotonic()
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
@@ -130,33 +132,43 @@ class RunningMachine:
                 preexec_fn=_end_with_parent,
             )
 
-    def messages(self) -> Iterator[dict[str, Any]]:
+    def messages(self, patience: float) -> Iterator[dict[str, Any]]:
         """What the programs in the machine tell, until it ends.
 
-        :raises Deadline: it has not ended by then
+        :param patience: for how long it may tell nothing, in seconds
+        :raises Deadline: it told nothing for so long
         """
         assert self._process.stdout is not None
         port = self._process.stdout.fileno()
         rest = b""
         while True:
-            left = self._started + self.deadline - time.monotonic()
-            if left <= 0 or not select.select([port], [], [], left)[0]:
+            if not select.select([port], [], [], patience)[0]:
                 raise Deadline
             data = os.read(port, 1 << 16)
             if not data:
                 return
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    raise CannotTest(f"the machine's report is garbled: {line[:80]!r}") from None
 
     def console(self) -> str:
         """What the console has shown so far."""
         text = self._console.read_text(errors="replace") if self._console.exists() else ""
         return re.sub(r"\x1b\[[0-9;?=]*[A-Za-z]|\x1bc|\r", "", text)
 
-    def errors(self) -> str:
-        """What QEMU itself complained about."""
-        return self._errors.read_text(errors="replace").strip()
+    def check_emulator(self) -> None:
+        """After the machine has ended: make sure that it did so by itself.
+
+        :raises CannotTest: QEMU failed, or something ended it
+        """
+        status = self._process.wait()
+        if status:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            lines = self._errors.read_text(errors="replace").strip().splitlines()
+            raise CannotTest(f"QEMU ended with {how}: {lines[-1] if lines else 'it said nothing'}")
 
     def stop(self) -> None:
         """End the machine, if it has not ended yet."""

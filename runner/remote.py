@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
-import sys
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from runner import initramfs
-from runner.ending import End, Ending, judge, kernel_log
+from runner.ending import End, Ending, is_emulators_fault, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import REPORTS
 from runner.qemu import Deadline, RunningMachine
@@ -16,11 +17,12 @@ from runner.run_report import Facts, KernelReport, RunReport, write_failure
 from runner.target import Target
 
 CANNOT_TEST = 125
-# Time for a kernel to come up and start its first program
-_BOOT_LIMIT = 120.0
-# A fault of the emulator strikes at random, one of the kernel again and again: what fails so often in a row is the kernel's.
-_MOST_TRIES = 3
-SUSPECT = "emulator_suspect"
+_MOST_BOOTS = 3
+# How pytest says that it was stopped before its end, or could not begin (its exit statuses)
+_STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+_DONE = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+# Ends that say nothing about the test that was running
+_NOT_THE_TESTS = (Ending.EMULATOR_FAULT, Ending.NOT_TESTED)
 
 
 class RemoteSession:
@@ -38,12 +40,10 @@ class RemoteSession:
         self._report = report
         self._items: dict[str, tuple[Any, Any]] = {}
         self._left: list[str] = []
-        self._tries: dict[str, int] = {}
         self._running: str | None = None
-        self._again: list[str] = []
-        self._status: int | None = None
+        self._status: int = pytest.ExitCode.OK
         self._output = ""
-        self.end = End(Ending.NO_BOOT, "it was not tried")
+        self.end: End | None = None
 
     def pytest_collection(self) -> bool:
         """Nothing is collected here."""
@@ -53,33 +53,36 @@ class RemoteSession:
         """Boot the kernel, as often as the emulator's faults make it necessary."""
         self._session = session
         self._config = session.config
+        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            self._results.mkdir(parents=True, exist_ok=True)
-            self._boot_until_done()
+            self.end = self._boot_until_done()
         except (CannotTest, OSError) as error:
-            raise pytest.exit.Exception(f"cannot test: {error}", CANNOT_TEST) from None
-        self._close()
+            self.end = End(Ending.NOT_TESTED, str(error))
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        self._close(self.end)
         return True
-
-    def _boot_until_done(self) -> None:
-        for boot in range(1, _MOST_TRIES + 1):
-            self._again = []
-            self.end = self._boot(boot)
-            if self.end.ending is Ending.EMULATOR_FAULT:
-                self._say(
-                    f"EMULATOR FAULT: {self.end.detail}" + ("; what is left runs again" if boot < _MOST_TRIES else "")
-                )
-            elif self._again:
-                self._left = self._again
-            else:
-                break
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.end.ending is not Ending.FINISHED and session.exitstatus != pytest.ExitCode.INTERRUPTED:
-            session.exitstatus = self.end.ending.exit_status
-        elif self._status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
+        if self.end is None or session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+            return
+        if self.end.ending is not Ending.FINISHED:
+            # What failed before is no better for what came then.
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else self.end.ending.exit_status
+        elif self._status in _STOPPED:
             session.exitstatus = self._status
+
+    def _boot_until_done(self) -> End:
+        for boot in range(1, _MOST_BOOTS + 1):
+            end = self._boot(boot)
+            if end.ending is not Ending.EMULATOR_FAULT:
+                break
+            if self._items and not self._left:
+                return End(Ending.FINISHED, "")  # it came after the last test
+            self._say(f"EMULATOR FAULT: {end.detail}" + ("; what is left runs again" if boot < _MOST_BOOTS else ""))
+            self._report.remarks.append(f"emulator fault in boot {boot}: {end.detail}")
+        return end
 
     def _boot(self, boot: int) -> End:
         """Boot once, and run what is left to run."""
@@ -88,22 +91,19 @@ class RemoteSession:
         archive = self._results / "initramfs.cpio"
         self._running = None
         try:
-            initramfs.build(archive, self._target.modules, self._orders())
-            machine = RunningMachine(
-                self._target.qemu, self._target.machine, self._target.kernel.image, archive, console
-            )
-        except BaseException:
-            archive.unlink(missing_ok=True)
-            raise
-        try:
-            return self._follow(machine)
+            target = self._target
+            initramfs.build(archive, target.modules, self._orders())
+            machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive, console)
+            try:
+                return self._follow(machine, archive)
+            finally:
+                machine.stop()
+                (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
         finally:
-            machine.stop()
             archive.unlink(missing_ok=True)
-            (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
 
     def _orders(self) -> dict[str, Any]:
-        tests = self._left or self._tests
+        tests = self._left if self._items else self._tests
         return {
             "parameters": self._target.parameters,
             "keep_off_cpu_0": self._target.qemu.emulated,
@@ -111,38 +111,65 @@ class RemoteSession:
             "environment": {"PYTHONPATH": initramfs.SITE, "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
         }
 
-    def _follow(self, machine: RunningMachine) -> End:
+    def _follow(self, machine: RunningMachine, archive: Path) -> End:
         """Take up what the machine tells, to its end."""
-        booted, ended, overdue = False, False, None
-        boot_limit = min(_BOOT_LIMIT, self._target.time_limit)
-        machine.deadline = boot_limit
+        booted, overdue = False, None
         try:
-            for message in machine.messages():
+            for message in machine.messages(self._target.time_limit):
+                if not booted:
+                    booted = True
+                    archive.unlink()  # QEMU has read it
                 if "cannot" in message:
                     return End(Ending.NO_KVM, message["cannot"], tuple(machine.console().splitlines()[-12:]))
-                booted, machine.deadline = True, self._target.time_limit
                 if "ended" in message:
                     self._status, self._output = message["ended"], message["output"]
-                    ended = message["ended"] >= 0  # else a signal ended it: the kernel's, when it oopsed
-                    break
+                    return self._finished(machine.console())
                 self._take(message)
         except Deadline:
-            overdue = (
-                f"no end after {self._target.time_limit:g} s (--time-limit)"
-                if booted
-                else f"nothing after {boot_limit:g} s"
-            )
-        end = judge(machine.console(), booted, ended, overdue, self._target.qemu.emulated)
-        if not booted and (errors := machine.errors()):
-            raise CannotTest(f"QEMU: {errors.splitlines()[-1]}")
+            overdue = f"it told nothing for {self._target.time_limit:g} s (--time-limit)"
+        except _EmulatorFault as fault:
+            return End(Ending.EMULATOR_FAULT, str(fault))
+        else:
+            machine.check_emulator()
+        return self._died(machine.console(), booted, overdue)
+
+    def _finished(self, console: str) -> End:
+        """How the kernel ended in which pytest came to its end."""
+        if self._status < 0:
+            return self._died(console, booted=True, overdue=None)  # by a signal: the kernel's, when it oopsed
+        self.add_reports(console)
+        if oops := next((one for one in self._report.kernel_reports if one.kind == "Oops"), None):
+            return End(Ending.OOPS, oops.title, tuple(oops.lines))
+        most = self._config.option.maxfail
+        stopped_early = most and self._session.testsfailed >= most
+        if self._status not in (*_DONE, *_STOPPED) or (self._status in _DONE and self._left and not stopped_early):
+            detail = f"pytest ended with status {self._status}, before {len(self._left)} of its tests had run"
+            return End(Ending.SUITE_DIED, detail, tuple(self._output.splitlines()[-12:]))
+        return End(Ending.FINISHED, "")
+
+    def _died(self, console: str, booted: bool, overdue: str | None) -> End:
+        end = judge(console, booted, overdue, self._target.qemu.emulated)
+        if end.ending is not Ending.EMULATOR_FAULT:
+            self.add_reports(console)
         return end
+
+    def add_reports(self, console: str) -> None:
+        """Add what the kernel reported without a test having seen it: as KVM was loaded, at the end, or as it died."""
+        known = {report.title for report in self._report.kernel_reports}
+        tests = [] if self._running is None else [self._running]
+        for splat in reports_since_start(console):
+            if splat.title not in known:
+                self._report.kernel_reports.append(
+                    KernelReport(splat.kind.value, splat.title, splat.lines, None, tests)
+                )
+        for splat in reports_at_boot(console):
+            self._report.remarks.append(f"the kernel reported while it booted, before KVM was loaded: {splat.title}")
 
     def _take(self, message: dict[str, Any]) -> None:
         """Take up one message of the session in the kernel."""
         if "environment" in message:
             facts = Facts(**message["environment"])
-            facts.place = str(self._target.qemu)
-            facts.machine = self._target.data
+            facts.place, facts.machine = str(self._target.qemu), self._target.data
             self._report.facts = facts
         elif "items" in message and not self._items:
             self._items = message["items"]
@@ -167,64 +194,38 @@ class RemoteSession:
             return
         if isinstance(report.longrepr, list):
             report.longrepr = tuple(report.longrepr)  # JSON has no tuples, and pytest's skips are told by one
-        if self._is_emulators(report):
-            return
+        for name, value in report.user_properties:
+            if name == "kernel_log" and self._target.qemu.emulated and is_emulators_fault(str(value)):
+                raise _EmulatorFault(str(value))
         self._config.hook.pytest_runtest_logreport(report=report)
         if report.when == "teardown":
-            if report.nodeid not in self._again and report.nodeid in self._left:
+            if report.nodeid in self._left:
                 self._left.remove(report.nodeid)
             self._running = None
             self._config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
 
-    def _is_emulators(self, report: pytest.TestReport) -> bool:
-        """Whether a failure looks like the emulator's, and its test is run again for that."""
-        suspicion = dict(report.user_properties).get(SUSPECT)
-        if not report.failed or suspicion is None or not self._target.qemu.emulated:
-            return False
-        tries = self._tries[report.nodeid] = self._tries.get(report.nodeid, 0) + 1
-        if tries >= _MOST_TRIES:
-            return False
-        self._again.append(report.nodeid)
-        self._report.remarks.append(f"emulator fault in {report.nodeid}: {suspicion}; it ran again")
-        self._say(f"EMULATOR FAULT: {suspicion}; the test runs again")
-        return True
-
-    def _close(self) -> None:
+    def _close(self, end: End) -> None:
         """Tell how it ended, and what was not run for that."""
         report = self._report
-        if self.end.ending is Ending.FINISHED and (oops := self._oops()):
-            self.end = End(Ending.OOPS, oops.title, tuple(oops.lines))
-        if self.end.ending is not Ending.FINISHED:
-            if self._running is not None:
-                self._fail_running()
+        if end.ending is not Ending.FINISHED:
+            if self._running is not None and end.ending not in _NOT_THE_TESTS:
+                text = f"{end}, while this test ran (the last of the kernel's console is shown below)"
+                self._forward(self._running, "call", "failed", text)
+                self._left = [nodeid for nodeid in self._left if nodeid != self._running]
             for nodeid in self._left:
-                self._forward(nodeid, "setup", "skipped", (nodeid, 0, f"Skipped: not run: {self.end.ending.value}"))
-        elif self._status not in (0, 1, pytest.ExitCode.NO_TESTS_COLLECTED):
+                self._forward(nodeid, "setup", "skipped", (nodeid, 0, f"Skipped: not run: {end.ending.value}"))
+        elif self._status in _STOPPED:
             report.remarks += [
                 "",
                 f"pytest in the kernel ended with status {self._status}:",
                 *self._output.splitlines(),
             ]
-        report.end = {"ending": self.end.ending.name, "text": str(self.end), "console": list(self.end.console)}
-        report.remarks += self._closing_lines()
-
-    def _oops(self) -> KernelReport | None:
-        return next((one for one in self._report.kernel_reports if one.kind == "Oops"), None)
-
-    def _closing_lines(self) -> list[str]:
-        lines = [f"console and kernel log: {self._report.shown_results}"]
-        if self.end.ending is not Ending.FINISHED:
-            lines += ["", f"KERNEL {self._target.kernel.release}: {self.end}"]
-            if self.end.console:
-                lines += ["the last of its console:", *(f"  {line}" for line in self.end.console)]
-        return lines
-
-    def _fail_running(self) -> None:
-        assert self._running is not None
-        nodeid = self._running
-        if nodeid in self._left:
-            self._left.remove(nodeid)
-        self._forward(nodeid, "call", "failed", f"{self.end}, while this test ran (its console is shown below)")
+        report.end = {"ending": end.ending.name, "text": str(end), "console": list(end.console)}
+        report.remarks.append(f"console and kernel log: {report.shown_results}")
+        if end.ending is not Ending.FINISHED:
+            report.remarks += ["", f"KERNEL {self._target.kernel.release}: {end}"]
+            if end.console:
+                report.remarks += ["the last of its console:", *(f"  {line}" for line in end.console)]
 
     def _forward(self, nodeid: str, when: Any, outcome: Any, longrepr: Any) -> None:
         """Report a test that cannot do so itself."""
@@ -238,9 +239,15 @@ class RemoteSession:
         return tuple(self._items[nodeid][0])
 
     def _say(self, text: str) -> None:
-        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.ensure_newline()
-            reporter.write_line(text)
-        else:
-            print(text, file=sys.stderr)
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        reporter.ensure_newline()
+        reporter.write_line(text)
+
+
+class _EmulatorFault(Exception):
+    """The kernel reported what only a fault of the emulator makes it report."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End the run in an orderly way, as Ctrl-C does."""
+    raise KeyboardInterrupt

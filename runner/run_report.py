@@ -52,6 +52,8 @@ class RunReport:
 
     :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
     :ivar remarks: lines that end the summary
+    :ivar must_test: whether a run without a test on KVM is no success even if none asked for it
+    :ivar nothing_ran_status: the exit status of such a run
     """
 
     def __init__(self, results: Path, facts: Facts) -> None:
@@ -60,6 +62,8 @@ class RunReport:
         self.kernel_reports: list[KernelReport] = []
         self.remarks: list[str] = []
         self.end: dict[str, Any] = {}
+        self.must_test = False
+        self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
         self._results = results
         self._rows: dict[str, dict[str, Any]] = {}
         self._on_kvm = 0
@@ -108,7 +112,7 @@ class RunReport:
             (self._results / "results.json").write_text(json.dumps(data, indent=1))
         if session.exitstatus == pytest.ExitCode.OK:
             if self._nothing_ran:
-                session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+                session.exitstatus = self.nothing_ran_status
             elif self._unexplained:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -133,7 +137,7 @@ class RunReport:
         if self.kernel_reports:
             self._show_kernel_reports(terminalreporter)
         if self._nothing_ran:
-            reasons = "; ".join(dict.fromkeys(self._not_on_kvm))
+            reasons = "; ".join(dict.fromkeys(self._not_on_kvm)) or "none that was selected needs it"
             terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)
         for line in self.remarks:
             terminalreporter.line(line)
@@ -154,7 +158,7 @@ class RunReport:
 
     @property
     def _nothing_ran(self) -> bool:
-        return bool(self._not_on_kvm) and not self._on_kvm
+        return not self._on_kvm and (bool(self._not_on_kvm) or self.must_test)
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the plan: workers finish in any."""

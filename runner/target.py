@@ -2,7 +2,7 @@
 """What a run under another kernel needs, found and checked before anything is booted."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import CannotTest
@@ -20,7 +20,7 @@ class Target:
     """A kernel, and the machine to boot it in.
 
     :ivar parameters: those of KVM's modules that are asked for
-    :ivar time_limit: in seconds, for all from the machine's start to its end
+    :ivar time_limit: for how long the machine may tell nothing, in seconds
     """
 
     kernel: Kernel
@@ -35,6 +35,12 @@ class Target:
         """A name for kernel and parameters that can be part of a path."""
         parameters = ",".join(f"{name}={value}" for name, value in self.parameters.items()) or "defaults"
         return re.sub(r"[^\w.,=+-]", "_", f"{self.kernel.release}-{parameters}")
+
+    @property
+    def booted_machine(self) -> Machine:
+        """The machine with all of the kernel's command line: the parameters are there too, for a KVM that is built in."""
+        parameters = (f"{name}={value}" for name, value in self.parameters.items())
+        return replace(self.machine, append=" ".join((*parameters, self.machine.append)))
 
     @property
     def lines(self) -> list[str]:
@@ -65,14 +71,16 @@ class Target:
         }
 
 
-def find_target(kernel: str, parameters: str, cpu_model: str | None, machine: Machine, time_limit: float) -> Target:
+def find_target(
+    kernel: str, parameters: str, accel: str | None, cpu_model: str | None, machine: Machine, time_limit: float
+) -> Target:
     """Find and check all that is needed to test *kernel*.
 
     :param kernel: as :func:`~runner.kernel.find_kernel` takes it, or ``auto`` for one that is at hand
     :raises CannotTest: something is missing or does not fit
     """
     wanted = parse_parameters(parameters)
-    qemu = find_qemu(cpu_model)
+    qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted})
     if kernel == AT_HAND:
         found = next(iter(kernels_at_hand()), None)
         if found is None:
@@ -83,5 +91,5 @@ def find_target(kernel: str, parameters: str, cpu_model: str | None, machine: Ma
     if machine.memory > free:
         raise CannotTest(f"--vm-memory: {machine.memory} MiB are not there, the host has {free} MiB free")
     modules = kvm_modules(found, qemu.vendor)
-    check_parameters(wanted, modules)
+    check_parameters(wanted, modules, qemu.vendor)
     return Target(found, modules, wanted, qemu, machine, time_limit)

@@ -2,9 +2,14 @@
 """Testing another kernel, from the command line: what comes of good, broken and unusable ones. Most of these boot one."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +18,12 @@ from xml.etree import ElementTree
 import pytest
 
 from runner.errors import CannotTest
+from runner.guest_init import BEGINS
 from runner.kernel import Kernel, kernels_at_hand
 from runner.qemu import find_qemu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS = 0, 1, 125, 128
+GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
 BREAKING = "selftests/unit/broken_kernel.py"
 ONE_CELL = [
     "--log-mode=dirty-ring",
@@ -54,19 +60,26 @@ class CheckKernel:
         environment: dict[str, str] | None = None,
         largest_file: int | None = None,
     ) -> Checked:
-        command = [
-            sys.executable,
-            str(ROOT / "runner/check_kernel.py"),
-            str(kernel),
-            f"--results={self.results}",
-            *arguments,
-        ]
+        command = self._command(kernel, *arguments)
         if largest_file is not None:
             command = ["prlimit", f"--fsize={largest_file}", *command]
         done = subprocess.run(
             command, cwd=self.results.parent, env=environment, capture_output=True, text=True, check=False
         )
         return Checked(done.returncode, done.stdout + done.stderr, self.results)
+
+    @contextmanager
+    def started(self, kernel: str | Path, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        """The same, to be interfered with."""
+        process = subprocess.Popen(
+            self._command(kernel, *arguments), cwd=self.results.parent, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with process:
+            yield process
+
+    def _command(self, kernel: str | Path, *arguments: str) -> list[str]:
+        program = str(ROOT / "runner/check_kernel.py")
+        return [sys.executable, program, str(kernel), f"--results={self.results}", "--accel=tcg", *arguments]
 
 
 @pytest.fixture
@@ -78,7 +91,7 @@ def check_kernel(tmp_path: Path) -> CheckKernel:
 def kernel() -> Kernel:
     """A kernel that can be booted here."""
     try:
-        find_qemu()
+        find_qemu(None, "tcg", ())
     except CannotTest as error:
         pytest.skip(str(error))
     # The table of WARN()s has another shape from 6.18 on, which broken_kernel.py does not know.
@@ -114,7 +127,7 @@ def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
 BROKEN = {
     "panic": ("PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
     "oops": ("OOPS", "the kernel oopsed: Oops: invalid opcode"),
-    "hang": ("HANG", "the kernel hung: no end after 60 s (--time-limit)"),
+    "hang": ("HANG", "the kernel hung: it told nothing for 30 s (--time-limit)"),
     "killed": ("SUITE_DIED", "the suite died in the kernel"),
 }
 
@@ -122,7 +135,7 @@ BROKEN = {
 @pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
 def test_a_kernel_that_dies(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
     """Each way has its name, is tied to the test that ran, is bad, and leaves all files with what was done before."""
-    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=60")
+    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=30")
     assert done.status == BAD, done.output
     assert f"KERNEL {kernel.release}: {text}" in done.output
     assert "test_before PASSED" in done.output
@@ -164,25 +177,75 @@ def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert done.data["end"]["ending"] == "FINISHED"
 
 
-def test_a_triple_fault_under_emulation_runs_again(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """It may be the emulator's; three times in a row is no chance any more, and the kernel's."""
-    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_triple_fault or test_after")
+def test_a_session_that_ends_too_early(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """It says that all is well, with tests left."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
     assert done.status == BAD, done.output
-    assert done.output.count("EMULATOR FAULT: KVM_EXIT_SHUTDOWN; the test runs again") == 2
-    assert done.output.count("test_before PASSED") == 1
-    assert done.output.count("test_after PASSED") == 1
-    assert "1 failed, 2 passed" in done.output
-    assert f"emulator fault in {BREAKING}::test_triple_fault: KVM_EXIT_SHUTDOWN; it ran again" in done.output
+    assert "the suite died in the kernel: pytest ended with status 0, before 2 of its tests had run" in done.output
 
 
-def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """It is named, what is left runs again, and when it comes each time the kernel cannot be tested."""
-    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_int3 or test_after")
-    assert done.status == CANNOT_TEST, done.output
+@pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
+def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
+    """It is named, what is left runs again; when it comes each time the kernel cannot be tested, but a failure stays one."""
+    done = check_kernel(
+        kernel.image, BREAKING, "-k", f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
+    )
+    assert done.status == (BAD if failure else CANNOT_TEST), done.output
     assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
     assert done.output.count("what is left runs again") == 2
     assert done.output.count("test_before PASSED") == 1
     assert (done.results / "console-3.log").exists()
+
+
+def test_qemu_that_is_killed(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """As the host does when it runs out of memory: that is not the kernel's doing."""
+    with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
+        wait_until_booted(check_kernel.results)
+        kill_children(process.pid)
+        output = process.stdout.read() if process.stdout else ""
+    assert process.returncode == CANNOT_TEST, output
+    assert "it cannot be tested: QEMU ended with signal SIGKILL" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
+    """QEMU is gone, and so is the initramfs; the logs are there."""
+    with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
+        wait_until_booted(check_kernel.results)
+        children = children_of(process.pid)
+        assert children
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not list(check_kernel.results.glob("*.cpio"))
+    assert (check_kernel.results / "kernel.log").exists()
+
+
+def wait_until_booted(results: Path) -> None:
+    console = results / "console.log"
+    deadline = time.monotonic() + 120
+    while not (console.exists() and BEGINS in console.read_text(errors="replace")):
+        assert time.monotonic() < deadline, "the kernel did not come up"
+        time.sleep(0.1)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_children(pid: int) -> None:
+    for child in children_of(pid):
+        os.kill(child, signal.SIGKILL)
+
+
+def test_only_a_test_on_kvm_makes_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Tests that need no KVM pass anywhere; and a selection that is empty tests nothing at all."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before")
+    assert done.status == CANNOT_TEST, done.output
+    assert "NOTHING WAS TESTED: no test ran on KVM" in done.output
+    done = check_kernel(kernel.image, "-k", "no_such_test")
+    assert done.status == NOT_LIKE_THIS, done.output
 
 
 def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
@@ -199,7 +262,7 @@ def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) 
 def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     done = check_kernel(kernel.image, "--time-limit=1")
     assert done.status == CANNOT_TEST
-    assert "the kernel does not boot: nothing after 1 s" in done.output
+    assert "the kernel does not boot: it told nothing for 1 s (--time-limit)" in done.output
 
 
 def test_a_cpu_without_virtualization(check_kernel: CheckKernel, kernel: Kernel) -> None:
@@ -268,7 +331,7 @@ def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> No
     done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
     assert done.status == CANNOT_TEST
     assert (
-        f"cannot test: the initramfs cannot be made: {done.results / 'initramfs.cpio'}: File too large" in done.output
+        f"it cannot be tested: the initramfs cannot be made: {done.results / 'initramfs.cpio'}: File too large" in done.output
     )
     assert "Traceback" not in done.output
     assert not (done.results / "initramfs.cpio").exists()
@@ -350,7 +413,7 @@ def test_a_host_without_kvm_runs_emulated(tmp_path: Path) -> None:
 
 def test_a_host_without_kvm_and_qemu_says_what_to_install(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", "--kernel=auto", *ONE_CELL, "--vcpus=1"]
-    command += ["--kvm-device=/nonexistent", f"--results={tmp_path}"]
+    command += ["--accel=tcg", "--kvm-device=/nonexistent", f"--results={tmp_path}"]
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("as", "ld"):

@@ -68,6 +68,14 @@ def test_an_oops_with_all_its_lines_is_one_report() -> None:
     assert splat.title == lines[0]
 
 
+def test_a_graver_report_is_not_hidden_in_a_lesser_one() -> None:
+    """Another one may begin before the first has ended; a known bug then explains the first alone."""
+    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 kvm_dirty_ring_push", "Call Trace:", "BUG: KASAN: use-after-free in f"]
+    assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.KASAN]
+    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "Kernel panic - not syncing: kernel: panic_on_warn set ..."]
+    assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.PANIC]
+
+
 def test_two_reports_are_two() -> None:
     lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "---[ end trace 0 ]---", "WARNING: CPU: 0 PID: 1 at b.c:2 g"]
     assert [splat.title for splat in find_splats(lines)] == [lines[0], lines[2]]
@@ -139,7 +147,7 @@ def test_a_report_fails_its_test_and_the_run(tmp_path: Path, workers: list[str],
     )
     if explained:
         plugin += "lib.known_bugs.KnownBug.on = lambda self, host: True\n"
-        plugin += "lib.known_bugs.KnownBug.explains_log = lambda self, lines: 'kvm_arch_thing' in lines[0]\n"
+        plugin += "lib.known_bugs.KnownBug.explains_log = lambda self, titles: 'kvm_arch_thing' in titles[0]\n"
     (tmp_path / "plugin.py").write_text(plugin)
     command = [
         sys.executable,

@@ -8,18 +8,22 @@ import stat
 import struct
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from runner import debian
 from runner.cpio import CpioWriter
-from runner.ending import Ending, judge, kernel_log
+from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
-from runner.guest_init import comparable
+from runner.guest_init import BEGINS, comparable
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
+from runner.remote import RemoteSession
+from runner.run_report import Facts, KernelReport, RunReport
 from runner.table import cross_table
+from runner.target import Target
 
 RELEASE = "6.12.0-test"
 
@@ -76,20 +80,16 @@ def test_what_cannot_be_booted_is_not_at_hand(tmp_path: Path) -> None:
     assert [kernel.release for kernel in kernels_under(root)] == ["6.1.10", "6.1.9"]
 
 
-def test_a_build_tree(tmp_path: Path) -> None:
-    """Modules come from the tree itself; none are needed where KVM is built in; without an image it is not built."""
-    (tmp_path / "Kbuild").touch()
+@pytest.mark.parametrize("marker", ["Kbuild", ".config"], ids=["in-place", "O="])
+def test_a_build_tree(tmp_path: Path, marker: str) -> None:
+    """Modules come from the tree itself; without an image it is not built."""
+    (tmp_path / "arch/x86/boot").mkdir(parents=True)
+    (tmp_path / marker).touch()
     with pytest.raises(CannotTest, match="without arch/x86/boot/bzImage: build it"):
         find_kernel(str(tmp_path))
-    (tmp_path / "arch/x86/boot").mkdir(parents=True)
     (tmp_path / "arch/x86/boot/bzImage").write_bytes(bzimage())
-    with pytest.raises(CannotTest, match="has no KVM modules"):
-        find_kernel(str(tmp_path))
-    (tmp_path / "arch/x86/kvm").mkdir()
-    (tmp_path / "arch/x86/kvm/kvm.ko").touch()
     assert find_kernel(str(tmp_path)).modules == tmp_path
-    (tmp_path / ".config").write_text("CONFIG_KVM=y\nCONFIG_KVM_AMD=y\n")
-    assert find_kernel(str(tmp_path / "arch/x86/boot/bzImage")).modules is None
+    assert find_kernel(str(tmp_path / "arch/x86/boot/bzImage")).modules == tmp_path
 
 
 def make_package(folder: Path, name: str, architecture: str, root: Path | None) -> Path:
@@ -129,8 +129,9 @@ def test_a_kernel_in_two_packages(tmp_path: Path, cache: Path) -> None:
     package = make_package(tmp_path, f"linux-image-{RELEASE}", "amd64", root)
     with pytest.raises(CannotTest, match="no modules for"):
         find_kernel(str(package))
-    make_package(tmp_path, f"linux-modules-{RELEASE}", "amd64", tmp_path / "modules")
+    other = make_package(tmp_path, f"linux-modules-{RELEASE}", "amd64", tmp_path / "modules")
     assert find_kernel(str(package)).release == RELEASE
+    assert find_kernel(str(other)).release == RELEASE
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,6 @@ def test_packed_modules(tmp_path: Path) -> None:
 
 
 def test_no_modules_are_needed_when_kvm_is_built_in(tmp_path: Path) -> None:
-    assert kvm_modules(Kernel(tmp_path, RELEASE, None), "kvm_amd") == []
     (tmp_path / "modules.builtin").write_text("kernel/arch/x86/kvm/kvm.ko\nkernel/arch/x86/kvm/kvm-amd.ko\n")
     assert kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd") == []
     with pytest.raises(CannotTest, match="no module kvm_intel under"):
@@ -196,9 +196,10 @@ def test_parameters_are_read_and_checked() -> None:
     modules = [Module("kvm", b"", (), frozenset({"tdp_mmu"})), Module("kvm_amd", b"", (), frozenset({"npt"}))]
     parameters = parse_parameters(" kvm.tdp_mmu=0  kvm-amd.npt=1 ")
     assert parameters == {"kvm.tdp_mmu": "0", "kvm_amd.npt": "1"}
-    check_parameters(parameters, modules)
+    check_parameters(parameters, modules, "kvm_amd")
+    check_parameters({"kvm.any": "1"}, modules[1:], "kvm_amd")  # built in: the booted kernel will tell
     with pytest.raises(CannotTest, match=r"no parameter nptt \(did you mean npt\?\)"):
-        check_parameters({"kvm_amd.nptt": "1"}, modules)
+        check_parameters({"kvm_amd.nptt": "1"}, modules, "kvm_amd")
     for text in ("kvm", "kvm.npt", "npt=1", "=", "kvm.=1"):
         with pytest.raises(CannotTest, match=r"write it as module\.parameter=value"):
             parse_parameters(text)
@@ -227,29 +228,52 @@ INT3 = ["[    5.0] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"]
 
 
 @pytest.mark.parametrize(
-    ("lines", "booted", "ended", "overdue", "ending"),
+    ("lines", "booted", "overdue", "ending"),
     [
-        ([], True, True, None, Ending.FINISHED),
-        (OOPS, True, True, None, Ending.FINISHED),  # the session in the kernel told of the oops itself
-        (OOPS, True, False, None, Ending.OOPS),
-        (OOPS, True, False, "too late", Ending.OOPS),
-        ([*OOPS, *PANIC], True, False, None, Ending.PANIC),
-        (PANIC, True, False, None, Ending.PANIC),
-        (PANIC, False, False, None, Ending.NO_BOOT),
-        ([], False, False, "too late", Ending.NO_BOOT),
-        ([], True, False, "too late", Ending.HANG),
-        ([], True, False, None, Ending.SUITE_DIED),
-        (INT3, True, False, None, Ending.EMULATOR_FAULT),
-        ([*INT3, *PANIC], False, False, None, Ending.EMULATOR_FAULT),
+        (OOPS, True, None, Ending.OOPS),
+        (OOPS, True, "too late", Ending.OOPS),
+        ([*OOPS, *PANIC], True, None, Ending.PANIC),
+        (PANIC, True, None, Ending.PANIC),
+        (PANIC, False, None, Ending.NO_BOOT),
+        ([], False, "too late", Ending.NO_BOOT),
+        ([], True, "too late", Ending.HANG),
+        ([], True, None, Ending.SUITE_DIED),
+        (INT3, True, None, Ending.EMULATOR_FAULT),
+        ([*INT3, *PANIC], False, None, Ending.EMULATOR_FAULT),
     ],
 )
-def test_how_a_machine_ended(lines: list[str], booted: bool, ended: bool, overdue: str | None, ending: Ending) -> None:
-    end = judge("\n".join(["[    0.0] Linux version 6.12", *lines]), booted, ended, overdue, emulated=True)
+def test_how_a_machine_ended(lines: list[str], booted: bool, overdue: str | None, ending: Ending) -> None:
+    end = judge("\n".join(["[    0.0] Linux version 6.12", *lines]), booted, overdue, emulated=True)
     assert end.ending is ending
 
 
 def test_a_breakpoint_oops_on_real_hardware_is_the_kernels() -> None:
-    assert judge("\n".join(INT3), True, False, None, emulated=False).ending is Ending.OOPS
+    assert judge("\n".join(INT3), True, None, emulated=False).ending is Ending.OOPS
+
+
+def test_reports_at_boot_are_told_apart() -> None:
+    """What comes before the first program is not the suite's; what comes when KVM is loaded is."""
+    console = [
+        "[    1.0] WARNING: early",
+        "[    1.1] ---[ end trace 0 ]---",
+        f"[    2.0] {BEGINS}",
+        "[    3.0] WARNING: late",
+    ]
+    assert [splat.title for splat in reports_at_boot("\n".join(console))] == ["WARNING: early"]
+    assert [splat.title for splat in reports_since_start("\n".join(console))] == ["WARNING: late"]
+
+
+def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
+    """A WARN as KVM is loaded fails the run; what a test saw is there once; what came at boot is only remarked."""
+    report = RunReport(tmp_path, Facts({}, {}, []))
+    report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
+    session = RemoteSession(cast(Target, None), [], [], tmp_path, report)
+    titles = ("early", BEGINS, "loading", "seen")
+    lines = [f"[    1.0] {'' if title == BEGINS else 'WARNING: '}{title}" for title in titles]
+    session.add_reports("\n".join(lines))
+    assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
+    assert report.kernel_reports[1].known_bug is None
+    assert report.remarks == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
 
 
 def test_statuses_are_those_of_a_bisection() -> None:
@@ -270,19 +294,18 @@ def test_an_archive_that_cpio_reads(tmp_path: Path) -> None:
     file = io.BytesIO()
     archive = CpioWriter(file)
     archive.add_file("/a/b/c.txt", b"hello", 0o755)
-    archive.add_symlink("/a/link", "b/c.txt")
     archive.finish()
     data = file.getvalue()
     assert len(data) % 4 == 0
     assert data.startswith(b"070701")
-    assert data.count(b"070701") == 5  # a, a/b, the file, the link, the trailer
+    assert data.count(b"070701") == 4  # a, a/b, the file, the trailer
     mode = int(data[data.index(b"a/b/c.txt\0") - 110 + 14 :][:8], 16)
     assert stat.S_ISREG(mode)
     assert stat.S_IMODE(mode) == 0o755
     if shutil.which("cpio"):
         (tmp_path / "out").mkdir()
         subprocess.run(["cpio", "-id", "--quiet"], input=data, cwd=tmp_path / "out", check=True)
-        assert (tmp_path / "out/a/link").read_text() == "hello"
+        assert (tmp_path / "out/a/b/c.txt").read_text() == "hello"
 
 
 def matrix_file(tmp_path: Path, text: str) -> Path:
@@ -309,6 +332,7 @@ def test_a_matrix_file(tmp_path: Path) -> None:
         ("kernels = [6.1]", "kernels must be a list of strings"),
         ('kernels = ["a"]\nkernel = 1', "no such field: kernel"),
         ('kernels = ["a"]\narguments = ["-v"]', "arguments must be a string"),
+        ('kernels = ["a"]\narguments = "-k \'x"', "arguments: No closing quotation"),
     ],
 )
 def test_a_wrong_matrix_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
