@@ -108,6 +108,9 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, 
             handle.kvm_run()
             assert handle.run.exit_reason != uapi.KVM_EXIT_DIRTY_RING_FULL
             rest = vm.collect()[SLOT]
+            # The vCPU may have left with the last page in the ring, and its store to be done again after the reset.
+            if rest[:1] == [taken[-1][1]]:
+                del rest[0]
             assert rest == [(first + len(taken) + index) % NPAGES for index in range(len(rest))]
             first += len(taken) + len(rest)
 
