@@ -160,7 +160,8 @@ def test_reading_a_string_is_not_reported(tracked: TrackedVm) -> None:
 
 def test_executing_is_not_reported(tracked: TrackedVm) -> None:
     """Once the page is mapped: the host's write of the code unmaps it, and KVM then maps it writable at the first access of
-    any kind, for which it counts as dirty from then on (make_spte(), arch/x86/kvm/mmu/spte.c)."""
+    any kind, for which it counts as dirty from then on (make_spte(), arch/x86/kvm/mmu/spte.c).
+    """
     tracked.vm.memslots[SLOT].memory.view[WRITTEN * PAGE] = RET
     call = Operation("execute", tracked.address(SLOT, WRITTEN))
     tracked.run(call)
