@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -38,7 +38,7 @@ from lib.selection import (
     plan,
     workers_in_memory,
 )
-from runner.errors import CannotTest
+from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
     AT_HAND,
@@ -48,11 +48,11 @@ from runner.kernel_options import (
     options_in_kernel,
     tests_in_kernel,
 )
-from runner.qemu import Machine
-from runner.remote import CANNOT_TEST, RemoteSession
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, verdict, write_failure
-from runner.target import EMULATION_SIZES, Target, find_target
+
+if TYPE_CHECKING:
+    from runner.target import Target
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
@@ -60,7 +60,7 @@ _LONGEST = 7 * 24 * 3600  # seconds
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
-_target_key = pytest.StashKey[Target]()
+_target_key: "pytest.StashKey[Target]" = pytest.StashKey()
 _hint_key = pytest.StashKey[str]()
 
 
@@ -106,6 +106,10 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
                 "--kvm-params is for another kernel (--kernel); here, load KVM with these parameters"
             )
         return None
+    # Imported here: in the other kernel, where this file is loaded too, it would cost a second or two of emulated time.
+    from runner.qemu import Machine
+    from runner.target import EMULATION_SIZES, find_target
+
     try:
         machine = Machine(
             parse_number("--vm-memory", option.vm_memory, 256),
@@ -205,6 +209,8 @@ def _prepare(config: pytest.Config) -> None:
 
 def _prepare_remote(config: pytest.Config) -> None:
     """Have the tests run by a session in the kernel that was found."""
+    from runner.remote import RemoteSession  # see pytest_cmdline_main()
+
     target = config.stash[_target_key]
     results = Path(config.option.results)
     # What is known of it before it was booted; the session in there will tell more.

@@ -46,6 +46,9 @@ def main() -> None:
     with open(ORDERS) as file:
         orders = json.load(file)
     tell(hello=os.uname().release)
+    if orders["keep_off_cpu_0"]:
+        keep_off_cpu_0()
+    suite = start(orders["command"], orders["environment"])
     try:
         for path, arguments in orders["modules"]:
             load(path, arguments)
@@ -56,9 +59,7 @@ def main() -> None:
     except CannotTest as error:
         tell(cannot=str(error))
     else:
-        if orders["keep_off_cpu_0"]:
-            keep_off_cpu_0()
-        run(orders["command"], orders["environment"])
+        finish(suite)
     while True:
         time.sleep(60)
 
@@ -114,14 +115,19 @@ def keep_off_cpu_0() -> None:
         os.sched_setaffinity(0, range(1, cpus))
 
 
-def run(command: list[str], environment: dict[str, str]) -> None:
-    """Run pytest, which reports to the host itself, and tell how it ended."""
+def start(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start pytest, which waits for a line before it begins."""
     with open(OUTPUT, "wb") as output:
-        status = subprocess.call(
-            command, cwd="/suite", env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        return subprocess.Popen(
+            command, cwd="/suite", env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
         )
+
+
+def finish(suite: "subprocess.Popen[bytes]") -> None:
+    """Let pytest begin, which reports to the host itself, and tell how it ended."""
+    suite.communicate(b"\n")
     with open(OUTPUT, errors="replace") as output:
-        tell(ended=status, output=output.read()[-20000:])
+        tell(ended=suite.returncode, output=output.read()[-20000:])
 
 
 def tell(**message: object) -> None:

@@ -69,6 +69,8 @@ def build(path: Path, modules: Sequence[Module], orders: Mapping[str, Any]) -> N
             file.write(_overlay(modules, orders))
     except OSError as error:
         raise CannotTest(f"the initramfs cannot be made: {error.filename or path}: {error.strerror}") from None
+    except subprocess.CalledProcessError as error:
+        raise CannotTest(f"the initramfs cannot be made: {error.stderr.decode(errors='replace').strip()}") from None
 
 
 def base_digest() -> str:
@@ -115,7 +117,8 @@ def _collect_python(tree: Path) -> None:
     for shared in _shared_libraries([binary, *(tree / _LIBRARY[1:]).rglob("*.so")]):
         target = tree / str(shared)[1:]
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(shared, target)
+        # binutils are there: they assemble the guest programs. What they strip need not be unpacked.
+        subprocess.run(["strip", "--strip-debug", "-o", str(target), str(shared)], check=True, capture_output=True)
     for folder in (_LIBRARY, SITE):
         # Without the sources there is half as much to unpack into the machine's memory.
         _compile(tree, folder, legacy=True)
@@ -132,6 +135,11 @@ def _compile(tree: Path, folder: str, legacy: bool = False) -> None:
     compileall.compile_dir(
         tree / folder[1:], quiet=2, legacy=legacy, workers=0, invalidation_mode=unchecked, stripdir=tree, prependdir="/"
     )
+
+
+def _ignore_compiled(_folder: str, names: list[str]) -> list[str]:
+    """Of what is compiled only what pytest did itself goes along: test modules with their assertions rewritten."""
+    return [name for name in names if name.endswith(".pyc") and "-pytest-" not in name]
 
 
 def _packages() -> list[Distribution]:
@@ -180,7 +188,10 @@ def _overlay(modules: Sequence[Module], orders: Mapping[str, Any]) -> bytes:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         tree = Path(folder)
         for name in _SUITE_FOLDERS:
-            shutil.copytree(ROOT / name, tree / "suite" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, tree / "suite" / name, ignore=_ignore_compiled)
+        for path in (ROOT / "__pycache__").glob("conftest.*-pytest-*.pyc"):
+            (tree / "suite/__pycache__").mkdir(exist_ok=True)
+            shutil.copy2(path, tree / "suite/__pycache__")
         for name in _SUITE_FILES:
             shutil.copy2(ROOT / name, tree / "suite")
         _compile(tree, "/suite")

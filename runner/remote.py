@@ -16,8 +16,19 @@ from runner.qemu import Deadline, RunningMachine
 from runner.run_report import Facts, KernelReport, RunReport, write_failure
 from runner.target import Target
 
-CANNOT_TEST = 125
 _MOST_BOOTS = 3
+# Of pytest's plugins few are of use there, and each costs time.
+_NEEDLESS = [
+    f"-pno:{name}" for name in ("doctest", "legacypath", "logging", "unittest", "subtests", "junitxml", "pastebin")
+]
+_ENVIRONMENT = {
+    "PYTHONPATH": initramfs.SITE,
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+}
 # How pytest says that it was stopped before its end, or could not begin (its exit statuses)
 _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 _DONE = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
@@ -107,8 +118,15 @@ class RemoteSession:
         return {
             "parameters": self._target.parameters,
             "keep_off_cpu_0": self._target.qemu.emulated,
-            "command": [initramfs.PYTHON, "-m", "pytest", f"--report-to={REPORTS}", *self._options, *tests],
-            "environment": {"PYTHONPATH": initramfs.SITE, "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
+            "command": [
+                initramfs.PYTHON,
+                "runner/guest_pytest.py",
+                *_NEEDLESS,
+                f"--report-to={REPORTS}",
+                *self._options,
+                *tests,
+            ],
+            "environment": _ENVIRONMENT,
         }
 
     def _follow(self, machine: RunningMachine, archive: Path) -> End:
