@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import CannotTest
-from runner.kernel import Kernel, find_kernel, kernels_at_hand
+from runner.kernel import ROOT, Kernel, find_kernel, kernels_at_hand
 from runner.kernel_options import AT_HAND
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import INSTALL, Machine, Qemu, available_memory, find_qemu
@@ -45,11 +45,13 @@ class Target:
     @property
     def lines(self) -> list[str]:
         """What a run's header tells of it."""
+        image = self.kernel.image
+        shown = image.relative_to(ROOT) if image.is_relative_to(ROOT) else image
         asked = " ".join(f"{name}={value}" for name, value in self.parameters.items()) or "none asked for"
         spare = " and a spare one" if self.qemu.emulated else ""
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
-            f"kernel   {self.kernel.release} ({self.kernel.image})",
+            f"kernel   {self.kernel.release} ({shown})",
             f"machine  {self.qemu}, {self.machine.cpus} CPUs{spare}, {self.machine.memory} MiB{append}",
             f"params   {asked}",
         ]
