@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from runner import debian
+from runner import debian, matrix
 from runner.cpio import CpioWriter
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
@@ -22,7 +22,7 @@ from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
-from runner.table import cross_table
+from runner.table import DIMENSIONS, cross_table
 from runner.target import Target
 
 RELEASE = "6.12.0-test"
@@ -339,6 +339,39 @@ def test_a_wrong_matrix_file_is_one_line(tmp_path: Path, text: str, message: str
     with pytest.raises(MatrixError, match=message) as error:
         load(matrix_file(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+def test_a_run_of_the_matrix_that_cannot_be(tmp_path: Path) -> None:
+    done = matrix.run("/nonexistent/bzImage", "", tmp_path / "01", [])
+    assert (done.status, done.cells) == (125, [])
+    assert "/nonexistent/bzImage" in done.reason or "no qemu" in done.reason
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [([0, 0], 0), ([0, 1], 1), ([1, 125], 1), ([0, 125], 125), ([0, 128], 128), ([130, 0], 130)],
+)
+def test_the_matrix_ends_with_a_table_and_a_status(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    statuses: list[int],
+    expected: int,
+) -> None:
+    """Bad before anything else, then what could not be tested; an interrupted one shows what it has."""
+    cell = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
+    answers = iter(statuses)
+
+    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
+        folder.mkdir(parents=True)
+        return matrix.Run(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], kernel, "")
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    assert matrix.main([str(matrix_file(tmp_path, 'kernels = ["a", "b"]'))]) == expected
+    shown = capsys.readouterr().out
+    assert "dirty-log  48bit-4k    shmem    forced  sparse   1      pass" in shown
+    assert (tmp_path / next(iter(tmp_path.glob("results/matrix-*/table.txt")))).exists()
 
 
 def test_the_table_of_several_runs() -> None:
