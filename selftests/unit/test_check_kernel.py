@@ -73,6 +73,7 @@ class CheckKernel:
         """The same, to be interfered with."""
         process = subprocess.Popen(
             self._command(kernel, *arguments), cwd=self.results.parent, stdout=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored in the background
         )  # fmt: skip
         with process:
             yield process

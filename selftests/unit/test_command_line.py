@@ -25,6 +25,11 @@ ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--
 USAGE_ERROR, NOTHING_RAN, INTERRUPTED = 4, 5, 2
 
 
+def heed_ctrl_c() -> None:
+    """In a new process: a shell that started these tests in the background has them ignore SIGINT, and all they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Suite:
     """Runs the matrix in a process of its own, with results in a folder of the test."""
 
@@ -171,6 +176,7 @@ def test_ctrl_c_ends_the_run_at_once(suite: Suite, workers: list[str]) -> None:
     process = subprocess.Popen(
         suite.command(*ONE_CELL, "--log-mode=dirty-log,clear-log", "--test-mem=4M", "--iterations=1000000", *workers),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     time.sleep(4)
     os.killpg(process.pid, signal.SIGINT)
