@@ -42,8 +42,8 @@ class Operation:
     count: int = 0
 
 
-class Reported(dict[int, list[int]]):
-    """The pages that KVM reported, by slot; in a ring's order, and with what it repeats, for rings."""
+# The pages that KVM reported, by slot; in a ring's order, and with what it repeats, for rings
+Reported = dict[int, list[int]]
 
 
 class TrackedVm:
@@ -59,7 +59,6 @@ class TrackedVm:
             kvm, GuestProgram.load("operations"), arch.GUEST_MODES["48bit-4k"], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
         )
         self.vm = self.guest.vm
-        self._blocks: list[int] = []
         self._lists: list[int] = []
         self._entries = ring_count
         self.mode.create_vm_done(self.vm)
@@ -125,7 +124,7 @@ class TrackedVm:
         """Take from KVM all that it reports, and have it track these pages anew."""
         if isinstance(self.mode, DirtyRing):
             return self._harvest()
-        reported = Reported()
+        reported: Reported = {}
         for slot, memslot in self.vm.memslots.items():
             if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
                 collected = self.mode.collect_dirty_pages(self.vm, memslot, lambda: None, stopped=True)

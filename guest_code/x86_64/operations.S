@@ -163,14 +163,3 @@ do_\name:
 	mov %esi, %edx
 	rep insb
 	ret
-
-# --- the CPU's own marks in page tables: %rdi is an address whose translation is not cached ---
-
-	operation load_untranslated
-	invlpg (%rdi)
-	mov (%rdi), %rax
-	ret
-	operation store_untranslated
-	invlpg (%rdi)
-	mov %rsi, (%rdi)
-	ret
