@@ -87,6 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--phys-offset", metavar="GPA", help="where the test memory begins; default: at the top [-p]")
     group.addoption("--test-mem", metavar="SIZE", help="test memory, with K, M or G; 3 pages are added; default 1G")
     group.addoption("--seed", metavar="N", help="decides what is written and when it is collected; default: a new one")
+    group.addoption("--thorough", action="store_true", help="the long form of each test that has one")
     group.addoption("--kvm-device", metavar="PATH", default=DEFAULT_DEVICE, help=f"default {DEFAULT_DEVICE}")
     group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
     group.addoption(
@@ -220,7 +221,7 @@ def _prepare_remote(config: pytest.Config) -> None:
     report.must_test, report.nothing_ran_status = True, CANNOT_TEST
     option = config.option
     options = options_in_kernel(
-        option, [*DIMENSIONS, "vcpus", *_SETTING_PARSERS], ["full", "require_kvm", "no_known_bugs"]
+        option, [*DIMENSIONS, "vcpus", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )
     options.append(f"--repeat-with={this_pytest()} {shlex.join(kernel_options(option))}")
     if target.qemu.emulated:
@@ -376,6 +377,12 @@ def settings(pytestconfig: pytest.Config) -> Settings:
 def host() -> Host:
     """The facts of this host."""
     return this_host()
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether tests that have a long form take it."""
+    return bool(pytestconfig.option.thorough)
 
 
 @pytest.fixture(scope="session")
