@@ -194,10 +194,12 @@ def lose_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entri
 
 
 def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    """As often as the page was ever written: each write since the last reap may have an entry of its own."""
     if planter.fresh and pages:
         at = planter.draw.randrange(len(pages))
+        again = planter.run.streams[0].between(0, planter.run.published()[0] + 1).tolist().count(pages[at])
         planter.plant()
-        return slots[: at + 1] + slots[at:], pages[: at + 1] + pages[at:]
+        return slots[:at] + slots[at : at + 1] * again + slots[at:], pages[:at] + pages[at : at + 1] * again + pages[at:]
     return slots, pages
 
 
