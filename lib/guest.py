@@ -62,7 +62,7 @@ class GuestVm:
             )
             self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
             self._tables = self.allocate(arch.PAGE_SIZE)
-            arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols["exception_stubs"])
+            arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols)
             self._commands = {program.symbols[call.value]: call for call in Ucall}
         except BaseException:
             self.vm.close()

@@ -12,7 +12,7 @@ _SIZESHIFT = _TYPESHIFT + _TYPEBITS
 _DIRSHIFT = _SIZESHIFT + _SIZEBITS
 _NONE, _WRITE, _READ = 0, 1, 2
 
-Struct = type[ctypes.Structure]
+Struct = type[ctypes.Structure | ctypes.c_uint64]
 
 
 def _ioc(direction: int, kind: int, number: int, size: int) -> int:

@@ -19,7 +19,7 @@ from lib.kvm import Kvm
 from lib.log_modes import DirtyRing, LogMode, make_log_mode, reset_all
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.vcpu import Vcpu
-from lib.vm import Memslot
+from lib.vm import Memslot, Vm
 
 PAGE = arch.PAGE_SIZE
 # Guest-virtual address of guest-physical address 0 of the test slots
@@ -51,9 +51,12 @@ class TrackedVm:
 
     :param mode: a key of :data:`lib.log_modes.LOG_MODES`
     :param ring_count: entries of a dirty ring, for the ring modes
+    :param prepare: called with the VM before it has vCPUs
     """
 
-    def __init__(self, kvm: Kvm, mode: str, vcpus: int = 1, ring_count: int = 4096) -> None:
+    def __init__(
+        self, kvm: Kvm, mode: str, vcpus: int = 1, ring_count: int = 4096, prepare: Callable[[Vm], None] | None = None
+    ) -> None:
         self.mode: LogMode = make_log_mode(mode, ring_count)
         self.guest = GuestVm(
             kvm, GuestProgram.load("operations"), arch.GUEST_MODES["48bit-4k"], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
@@ -62,19 +65,23 @@ class TrackedVm:
         self._lists: list[int] = []
         self._entries = ring_count
         self.mode.create_vm_done(self.vm)
+        if prepare is not None:
+            prepare(self.vm)
         for _ in range(vcpus):
             block, operations = self.guest.allocate(PAGE), self.guest.allocate(_LIST_SIZE)
             self._words(block)[0] = operations
             self._lists.append(operations)
             self.guest.add_vcpu(block)
 
-    def add_slot(self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True) -> Memslot:
+    def add_slot(
+        self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True, readonly: bool = False
+    ) -> Memslot:
         """Add a slot of *npages* pages, and map it in the guest at ``gpa + GVA_OFFSET``.
 
         When all pages are dirty at first (KVM_DIRTY_LOG_INITIALLY_SET), that first report is taken here.
         """
         memory = GuestMemory(BACKINGS[backing], npages * PAGE, gpa)
-        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0
+        flags = (uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0) | (uapi.KVM_MEM_READONLY if readonly else 0)
         memslot = self.vm.set_user_memory_region(slot, gpa, memory, flags)
         self.map(gpa, npages)
         if tracked and self.mode.initially_set:

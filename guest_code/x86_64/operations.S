@@ -7,6 +7,7 @@
 
 	.globl OPERATION_SIZE
 	.set OPERATION_SIZE, 32		# routine, %rdi, %rsi, %rdx
+	.set CR4_OSXSAVE, 1 << 18
 
 # The vCPU's block: where its list begins. The list ends with do_sync.
 	.globl guest_main
@@ -50,6 +51,12 @@ do_\name:
 	ret
 	operation store_16		# whatever is in the register
 	movups %xmm0, (%rdi)
+	ret
+	operation store_32		# after enable_xsave
+	vmovups %ymm0, (%rdi)
+	ret
+	operation store_64		# after enable_xsave
+	vmovups %zmm0, (%rdi)
 	ret
 	operation store_nontemporal
 	movnti %rsi, (%rdi)
@@ -98,6 +105,24 @@ do_\name:
 	operation fxsave
 	fxsave64 (%rdi)
 	ret
+	operation xsave			# after enable_xsave; the header and all components that are enabled
+	mov $-1, %eax
+	mov %eax, %edx
+	xsave64 (%rdi)
+	ret
+	operation sgdt			# 10 bytes
+	sgdt (%rdi)
+	ret
+	operation load_segment		# selector %rsi of the descriptor table that (%rdi) describes
+	lgdt (%rdi)
+	mov %esi, %fs
+	ret
+	operation interrupt		# its frame is pushed below %rdi
+	mov %rsp, %rax
+	mov %rdi, %rsp
+	int $INTERRUPT_VECTOR
+	mov %rax, %rsp
+	ret
 
 # --- read-modify-write ---
 
@@ -127,6 +152,52 @@ do_\name:
 	mov %r8, %rbx
 	ret
 
+# --- the same by KVM's emulator, where the module parameter force_emulation_prefix allows it ---
+
+	.macro emulated instruction:vararg
+	ud2
+	.ascii "kvm"
+	\instruction
+	.endm
+
+	operation emulated_store_1
+	emulated mov %sil, (%rdi)
+	ret
+	operation emulated_store_2
+	emulated mov %si, (%rdi)
+	ret
+	operation emulated_store_4
+	emulated mov %esi, (%rdi)
+	ret
+	operation emulated_store_8
+	emulated mov %rsi, (%rdi)
+	ret
+	operation emulated_store_16
+	emulated movups %xmm0, (%rdi)
+	ret
+	operation emulated_push
+	mov %rsp, %rax
+	lea 8(%rdi), %rsp
+	emulated push %rsi
+	mov %rax, %rsp
+	ret
+	operation emulated_lock_add
+	emulated lock add %rsi, (%rdi)
+	ret
+	operation emulated_xchg
+	emulated xchg %rsi, (%rdi)
+	ret
+	operation emulated_cmpxchg	# to %rsi, where %rdx is expected
+	mov %rdx, %rax
+	emulated lock cmpxchg %rsi, (%rdi)
+	ret
+	operation emulated_fxsave
+	emulated fxsave64 (%rdi)
+	ret
+	operation emulated_load
+	emulated mov (%rdi), %rax
+	ret
+
 # --- what does not write ---
 
 	operation load
@@ -154,6 +225,36 @@ do_\name:
 	xor %ecx, %ecx
 	xor %eax, %eax
 	rep stosb
+	ret
+
+# --- the CPU's own state ---
+
+	operation wrmsr			# %rsi to register %rdi
+	mov %edi, %ecx
+	mov %esi, %eax
+	mov %rsi, %rdx
+	shr $32, %rdx
+	wrmsr
+	ret
+	operation enable_xsave		# with the components %rsi
+	mov %cr4, %rax
+	or $CR4_OSXSAVE, %rax
+	mov %rax, %cr4
+	xor %ecx, %ecx
+	mov %esi, %eax
+	xor %edx, %edx
+	xsetbv
+	ret
+	operation take_interrupts	# those that are pending
+	sti
+	nop
+	cli
+	ret
+	operation interruptible_load	# with interrupts enabled
+	sti
+	nop
+	mov (%rdi), %rax
+	cli
 	ret
 
 # --- string input from port %rsi, %rdx bytes: the data is KVM's to write ---

@@ -14,6 +14,7 @@ from lib.arch.x86_64.vcpu_state import (
     get_regs,
     init_descriptor_tables,
     init_vcpu,
+    set_msr,
 )
 
 NAME = "x86_64"
@@ -45,4 +46,5 @@ __all__ = [
     "guest_phys_limit",
     "init_descriptor_tables",
     "init_vcpu",
+    "set_msr",
 ]

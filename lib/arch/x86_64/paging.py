@@ -50,7 +50,7 @@ GUEST_MODES = {
 class PageTables:
     """Page tables in guest memory.
 
-    :param levels: 4 or 5
+    :param levels: 4 or 5; fewer for tables that others are attached to
     :param allocate: gives the guest-physical address of a fresh, zeroed page
     :param words: gives the 512 entries of the table at a guest-physical address
     """
@@ -61,7 +61,7 @@ class PageTables:
         self._words = words
         self.root = allocate()
 
-    def map(self, gva: int, gpa: int, size: int, page_size: int = PAGE_SIZE) -> None:
+    def map(self, gva: int, gpa: int, size: int, page_size: int = PAGE_SIZE, writable: bool = True) -> None:
         """Map *size* bytes at *gva* to *gpa* with pages of *page_size*.
 
         Both addresses are rounded down, and the end up, to whole pages, so they must be congruent modulo *page_size*.
@@ -69,16 +69,22 @@ class PageTables:
         if (gva - gpa) % page_size:
             raise ValueError(f"gva {gva:#x} and gpa {gpa:#x} are not congruent modulo {page_size:#x}")
         start = align_down(gva, page_size)
-        self._map(self.root, self._levels, start, gva + size, gpa - (gva - start), page_size)
+        access = _PRESENT | (_WRITABLE if writable else 0)
+        self._map(self.root, self._levels, start, gva + size, gpa - (gva - start), page_size, access)
 
-    def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int) -> None:
+    def attach(self, gva: int, below: "PageTables") -> None:
+        """Have *below*, tables with a level less that may lie anywhere, translate the part of the space that holds *gva*."""
+        span = PAGE_SIZE * _ENTRIES ** (self._levels - 1)
+        self._words(self.root)[gva // span % _ENTRIES] = below.root | _PRESENT | _WRITABLE
+
+    def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int, access: int) -> None:
         """Fill the part of *table* that translates [start, end); the tables below are made as they are needed."""
         words = self._words(table)
         span = PAGE_SIZE * _ENTRIES ** (level - 1)
         if span == page_size:
             first = start // span % _ENTRIES
             count = -(-(end - start) // span)
-            flags = _PRESENT | _WRITABLE | (_PAGE_SIZE_BIT if level > 1 else 0)
+            flags = access | (_PAGE_SIZE_BIT if level > 1 else 0)
             base = gpa | flags
             words[first : first + count] = memoryview(array("Q", range(base, base + count * span, span)))
             return
@@ -87,6 +93,6 @@ class PageTables:
             part_end = min(end, align_down(start, span) + span)
             if not words[index]:
                 words[index] = self._allocate() | _PRESENT | _WRITABLE
-            self._map(words[index] & _ADDRESS_MASK, level - 1, start, part_end, gpa, page_size)
+            self._map(words[index] & _ADDRESS_MASK, level - 1, start, part_end, gpa, page_size, access)
             gpa += part_end - start
             start = part_end

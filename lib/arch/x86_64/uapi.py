@@ -3,7 +3,7 @@
 
 from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
 
-from lib.ioctl import _IOR, _IOW, _IOWR
+from lib.ioctl import _IO, _IOR, _IOW, _IOWR
 from lib.uapi import KVMIO
 
 # <asm/kvm.h>: the ring of a vCPU is mapped at this page of the vCPU's file
@@ -70,9 +70,51 @@ class kvm_cpuid2(Structure):
     _fields_ = (("nent", c_uint32), ("padding", c_uint32))
 
 
+class kvm_msr_entry(Structure):
+    _fields_ = (("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64))
+
+
+class kvm_msrs(Structure):
+    """The header of a variable-length table; *nmsrs* entries of ``kvm_msr_entry`` follow it."""
+
+    _fields_ = (("nmsrs", c_uint32), ("pad", c_uint32))
+
+
+class kvm_vapic_addr(Structure):
+    _fields_ = (("vapic_addr", c_uint64),)
+
+
+class kvm_xen_hvm_config(Structure):
+    _fields_ = (
+        ("flags", c_uint32),
+        ("msr", c_uint32),
+        ("blob_addr_32", c_uint64),
+        ("blob_addr_64", c_uint64),
+        ("blob_size_32", c_uint8),
+        ("blob_size_64", c_uint8),
+        ("pad2", c_uint8 * 30),
+    )
+
+
+KVM_CAP_IRQCHIP = 0
+KVM_CAP_VAPIC = 6
+KVM_CAP_XEN_HVM = 38
+KVM_CAP_KVMCLOCK_CTRL = 76
+KVM_CAP_X86_SMM = 117
+
+KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL = 1 << 1
+
 KVM_GET_SUPPORTED_CPUID = _IOWR(KVMIO, 0x05, kvm_cpuid2)
+KVM_SET_TSS_ADDR = _IO(KVMIO, 0x47)
+KVM_SET_IDENTITY_MAP_ADDR = _IOW(KVMIO, 0x48, c_uint64)
+KVM_CREATE_IRQCHIP = _IO(KVMIO, 0x60)
+KVM_XEN_HVM_CONFIG = _IOW(KVMIO, 0x7A, kvm_xen_hvm_config)
 KVM_GET_REGS = _IOR(KVMIO, 0x81, kvm_regs)
 KVM_SET_REGS = _IOW(KVMIO, 0x82, kvm_regs)
 KVM_GET_SREGS = _IOR(KVMIO, 0x83, kvm_sregs)
 KVM_SET_SREGS = _IOW(KVMIO, 0x84, kvm_sregs)
+KVM_SET_MSRS = _IOW(KVMIO, 0x89, kvm_msrs)
 KVM_SET_CPUID2 = _IOW(KVMIO, 0x90, kvm_cpuid2)
+KVM_SET_VAPIC_ADDR = _IOW(KVMIO, 0x93, kvm_vapic_addr)
+KVM_KVMCLOCK_CTRL = _IO(KVMIO, 0xAD)
+KVM_SMI = _IO(KVMIO, 0xB7)

@@ -3,7 +3,7 @@
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lib import uapi
@@ -12,8 +12,11 @@ from lib.arch.x86_64.uapi import (
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_SET_CPUID2,
+    KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SREGS,
+    kvm_msr_entry,
+    kvm_msrs,
     kvm_regs,
     kvm_segment,
     kvm_sregs,
@@ -29,7 +32,8 @@ _CODE_DESCRIPTOR, _DATA_DESCRIPTOR = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFF
 _INTERRUPT_GATE = 0x8E
 _GATE_SIZE = 16
 _IDT_OFFSET = 0x100  # in the page that holds the GDT and, from here on, the IDT
-_VECTORS = 32
+_EXCEPTIONS = 32
+_VECTORS = _EXCEPTIONS + 1  # and the one for interrupts, INTERRUPT_VECTOR of guest.inc
 _STUB_SPACING = 16
 _TSS_SIZE = 0x68
 _TSS_IST1 = 0x24
@@ -85,15 +89,16 @@ class GuestException:
         return text
 
 
-def init_descriptor_tables(page: memoryview, exception_stubs: int) -> None:
+def init_descriptor_tables(page: memoryview, symbols: Mapping[str, int]) -> None:
     """Write the GDT and, behind it, the IDT whose gates lead to the program's stubs, into a zeroed page.
 
-    The gates use IST entry 1, so that a guest that lost its stack can still report.
+    The gates of exceptions use IST entry 1, so that a guest that lost its stack can still report.
     """
     struct.pack_into("<3Q", page, 0, 0, _CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
-    for vector in range(_VECTORS):
-        stub = exception_stubs + vector * _STUB_SPACING
-        gate = (stub & 0xFFFF, _CODE_SELECTOR, 1, _INTERRUPT_GATE, stub >> 16 & 0xFFFF, stub >> 32, 0)
+    stubs = symbols["exception_stubs"]
+    targets = [(stubs + vector * _STUB_SPACING, 1) for vector in range(_EXCEPTIONS)] + [(symbols["interrupt_handler"], 0)]
+    for vector, (target, ist) in enumerate(targets):
+        gate = (target & 0xFFFF, _CODE_SELECTOR, ist, _INTERRUPT_GATE, target >> 16 & 0xFFFF, target >> 32, 0)
         struct.pack_into("<HHBBHII", page, _IDT_OFFSET + vector * _GATE_SIZE, *gate)
 
 
@@ -149,6 +154,17 @@ def get_sregs(vcpu_fd: int) -> kvm_sregs:
     sregs = kvm_sregs()
     ioctl(vcpu_fd, KVM_GET_SREGS, "KVM_GET_SREGS", ctypes.byref(sregs))
     return sregs
+
+
+def set_msr(vcpu_fd: int, index: int, value: int) -> None:
+    """KVM_SET_MSRS for one register; the vCPU must not be running.
+
+    :raises KvmError: the ioctl failed
+    :raises ValueError: KVM does not take the register, or not that value
+    """
+    request = bytes(kvm_msrs(nmsrs=1)) + bytes(kvm_msr_entry(index=index, data=value))
+    if not ioctl(vcpu_fd, KVM_SET_MSRS, "KVM_SET_MSRS", request, f"index={index:#x}, data={value:#x}"):
+        raise ValueError(f"KVM_SET_MSRS: KVM does not take {value:#x} for MSR {index:#x}")
 
 
 def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
