@@ -199,7 +199,9 @@ def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Ent
         at = planter.draw.randrange(len(pages))
         again = planter.run.streams[0].between(0, planter.run.published()[0] + 1).tolist().count(pages[at])
         planter.plant()
-        return slots[:at] + slots[at : at + 1] * again + slots[at:], pages[:at] + pages[at : at + 1] * again + pages[at:]
+        return slots[:at] + slots[at : at + 1] * again + slots[at:], pages[:at] + pages[at : at + 1] * again + pages[
+            at:
+        ]
     return slots, pages
 
 

@@ -2,25 +2,31 @@
 """What KVM itself writes into a guest's memory, for the guest's sake or for user space's, is reported like a store."""
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from lib import uapi as kvm_uapi
 from lib.arch import current as arch
 from lib.arch.x86_64 import msr, uapi
 from lib.guest import GuestError
-from lib.ioctl import KvmError, ioctl
+from lib.ioctl import ioctl
 from lib.kvm import Kvm
-from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from lib.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
+from lib.userfault import MissingPages, UserfaultUnavailable
+from lib.vcpu import Vcpu
 from lib.vm import Vm
 
-SLOT, NEIGHBOUR = 1, 2
+SLOT, NEIGHBOUR, LATE = 1, 2, 3
 NPAGES = 24
 AREA, DATA = 5, 9
 AREA_GPA = FIRST_GPA + AREA * PAGE
 # KVM pushes each of its own writes to a ring, so one event may have several entries (mark_page_dirty_in_slot())
 MANY = 1000
+XEN_REGISTER = 0x40000200  # any that nothing else has
+DEADLINE = 10.0  # seconds
 
 
 def create_irqchip(vm: Vm) -> None:
@@ -87,7 +93,7 @@ def test_an_area_that_a_register_names_is_reported(
 ) -> None:
     """The page, and no other; it holds what KVM wrote."""
     vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
-    vm.write(SLOT, *range(AREA * 0, NPAGES), value=(1 << 64) - 1)
+    vm.write(SLOT, *range(NPAGES), value=(1 << 64) - 1)
     vm.expect("stores to all pages", {SLOT: range(NPAGES)})
     before = area(vm)
     try:
@@ -102,3 +108,137 @@ def test_an_area_that_a_register_names_is_reported(
     vm.run()
     assert area(vm) != before
     vm.expect(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
+
+
+def test_the_clock_is_reported_whenever_it_is_written(
+    kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]
+) -> None:
+    """Again and again, here as user space tells the guest that it was stopped."""
+    if not kvm.check_extension(uapi.KVM_CAP_KVMCLOCK_CTRL):
+        lacks("no KVM_CAP_KVMCLOCK_CTRL")
+    (vcpu,) = tracked.vm.vcpus
+    tracked.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
+    tracked.run()
+    tracked.expect("kvmclock", {SLOT: [AREA]}, MANY)
+    for _ in range(3):
+        before = area(tracked)
+        ioctl(vcpu.fd, uapi.KVM_KVMCLOCK_CTRL, "KVM_KVMCLOCK_CTRL")
+        tracked.run()
+        assert area(tracked) != before
+        tracked.expect("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
+
+
+def test_steal_time_is_reported_at_each_run(tracked: TrackedVm) -> None:
+    """KVM writes it as the vCPU begins to run, and where it stops."""
+    tracked.run(Operation("wrmsr", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED))
+    for _ in range(3):
+        tracked.collect()
+        tracked.run()
+        tracked.expect("steal time", {SLOT: [AREA]}, MANY)
+
+
+def test_the_pv_eoi_area_is_reported(with_irqchip: TrackedVm) -> None:
+    """KVM writes it as it injects an interrupt, and takes that back at the next exit."""
+    with_irqchip.run(
+        Operation("wrmsr", msr.MSR_IA32_APICBASE, 0xFEE00000 | 1 << 8 | msr.X2APIC_ENABLE),
+        Operation("wrmsr", msr.X2APIC_SPIV, msr.APIC_SPIV_APIC_ENABLED | 0xFF),
+        Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED),
+    )
+    with_irqchip.expect("switching PV EOI on", {})
+    vector = with_irqchip.guest.program.symbols["INTERRUPT_VECTOR"]
+    with_irqchip.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts", 0))
+    with_irqchip.expect("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
+
+
+def test_the_apic_page_that_user_space_names_is_reported(
+    kvm: Kvm, with_irqchip: TrackedVm, lacks: Callable[[str], None]
+) -> None:
+    """KVM_SET_VAPIC_ADDR: KVM writes the task priority there before each entry."""
+    if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
+        lacks("no KVM_CAP_VAPIC")
+    (vcpu,) = with_irqchip.vm.vcpus
+    request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
+    ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
+    for _ in range(2):
+        with_irqchip.run()
+        with_irqchip.expect("an entry with a virtual APIC page", {SLOT: [AREA]}, MANY)
+
+
+def test_async_page_faults_are_reported(with_irqchip: TrackedVm, lacks: Callable[[str], None]) -> None:
+    """KVM writes the area when a page is missing on the host, and again when it is there."""
+    vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
+    late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, tracked=False)
+    vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
+    flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
+    vm.run(
+        Operation("wrmsr", msr.MSR_IA32_APICBASE, 0xFEE00000 | 1 << 8 | msr.X2APIC_ENABLE),
+        Operation("wrmsr", msr.X2APIC_SPIV, msr.APIC_SPIV_APIC_ENABLED | 0xFF),
+        Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_INT, vector),
+        Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_EN, AREA_GPA | flags),
+    )
+    vm.expect("switching asynchronous page faults on", {})
+    try:
+        missing = MissingPages(late.memory.hva, PAGE)
+    except UserfaultUnavailable as error:
+        lacks(str(error))
+    with missing:
+        with pytest.raises(GuestError, match="#PF"):
+            vm.run(Operation("interruptible_load", vm.address(LATE, 0)))
+        assert area(vm)[:4] != bytes(4)
+        vm.expect("a page that is not there", {SLOT: [AREA]}, MANY)
+        missing.give(missing.wait(DEADLINE))
+        until = time.monotonic() + DEADLINE
+        while area(vm)[4:8] == bytes(4) and time.monotonic() < until:
+            vcpu.kvm_run()
+    assert area(vm)[4:8] != bytes(4), f"KVM did not say within {DEADLINE} s that the page is there"
+    vm.expect("a page that is there now", {SLOT: [AREA]}, MANY)
+
+
+def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]) -> None:
+    """KVM fills the page that the guest names in the register that user space chose (api.rst, KVM_XEN_HVM_CONFIG)."""
+    if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
+        lacks("KVM_CAP_XEN_HVM does not offer KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
+    config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_REGISTER)
+    ioctl(tracked.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
+    tracked.run(Operation("wrmsr", XEN_REGISTER, AREA_GPA))
+    assert area(tracked) != bytes(PAGE)
+    tracked.expect("the hypercall page", {SLOT: [AREA]}, MANY)
+
+
+@pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
+def test_a_copy_from_a_device_is_reported(tracked: TrackedVm, offset: int) -> None:
+    """A string move out of an address without memory: user space gives the data, and KVM's emulator stores them."""
+    device = FIRST_GPA + 64 * NPAGES * PAGE
+    tracked.map(device, 1)
+    words = 4
+
+    def answer(vcpu: Vcpu) -> bool:
+        run = vcpu.run
+        if run.exit_reason != kvm_uapi.KVM_EXIT_MMIO or run.mmio.is_write:
+            return False
+        ctypes.memset(ctypes.addressof(run.mmio.data), 0x5A, run.mmio.len)
+        return True
+
+    move = Operation("rep_movsq", tracked.address(SLOT, DATA, offset), device + GVA_OFFSET, words)
+    tracked.run(move, on_exit=answer)
+    first = DATA * PAGE + offset
+    assert bytes(tracked.vm.memslots[SLOT].memory.view[first : first + 8 * words]) == b"\x5a" * 8 * words
+    tracked.expect("rep movsq from a device", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
+
+
+def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str) -> None:
+    """The TSS and the identity map for real mode lie in slots that are KVM's own, and no vCPU runs when they are made.
+
+    That must not end in a ring, or in a WARN: "KVM: X86: Don't track dirty for KVM_SET_[TSS_ADDR|IDENTITY_MAP_ADDR]".
+    """
+
+    def set_addresses(vm: Vm) -> None:
+        identity = ctypes.c_uint64(0xFEFFC000)
+        ioctl(vm.fd, uapi.KVM_SET_IDENTITY_MAP_ADDR, "KVM_SET_IDENTITY_MAP_ADDR", ctypes.byref(identity))
+        ioctl(vm.fd, uapi.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", 0xFEFFD000)
+
+    with TrackedVm(kvm, log_mode, prepare=set_addresses) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        vm.expect("KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR", {})
+        vm.write(SLOT, DATA)
+        vm.expect("a store", {SLOT: [DATA]})

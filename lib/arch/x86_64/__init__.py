@@ -3,7 +3,7 @@
 
 from lib.arch.x86_64.cpuid import Cpuid, cpu_model, cpu_vendor, get_supported_cpuid, guest_phys_limit
 from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
-from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET
+from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET, SYS_USERFAULTFD
 from lib.arch.x86_64.vcpu_state import (
     UCALL_PORT_SYMBOL,
     GuestException,
@@ -29,6 +29,7 @@ __all__ = [
     "KVM_DIRTY_LOG_PAGE_OFFSET",
     "NAME",
     "PAGE_SIZE",
+    "SYS_USERFAULTFD",
     "TOTAL_STORE_ORDER",
     "UCALL_PORT_SYMBOL",
     "Cpuid",

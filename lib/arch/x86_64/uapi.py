@@ -6,6 +6,9 @@ from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
 from lib.ioctl import _IO, _IOR, _IOW, _IOWR
 from lib.uapi import KVMIO
 
+# <asm/unistd_64.h>
+SYS_USERFAULTFD = 323
+
 # <asm/kvm.h>: the ring of a vCPU is mapped at this page of the vCPU's file
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
 

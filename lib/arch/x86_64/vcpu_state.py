@@ -96,7 +96,9 @@ def init_descriptor_tables(page: memoryview, symbols: Mapping[str, int]) -> None
     """
     struct.pack_into("<3Q", page, 0, 0, _CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
     stubs = symbols["exception_stubs"]
-    targets = [(stubs + vector * _STUB_SPACING, 1) for vector in range(_EXCEPTIONS)] + [(symbols["interrupt_handler"], 0)]
+    targets = [(stubs + vector * _STUB_SPACING, 1) for vector in range(_EXCEPTIONS)] + [
+        (symbols["interrupt_handler"], 0)
+    ]
     for vector, (target, ist) in enumerate(targets):
         gate = (target & 0xFFFF, _CODE_SELECTOR, ist, _INTERRUPT_GATE, target >> 16 & 0xFFFF, target >> 32, 0)
         struct.pack_into("<HHBBHII", page, _IDT_OFFSET + vector * _GATE_SIZE, *gate)
