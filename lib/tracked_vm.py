@@ -5,10 +5,13 @@ There are no threads here: the guest runs until it has done what it was asked to
 asked what it saw.
 """
 
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from lib import uapi
 from lib.arch import current as arch
@@ -29,6 +32,8 @@ FIRST_GPA = GIB + (6 << 20)
 _PAGE_TABLES = 16 << 20  # for some 7 GiB of test memory
 _EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
 _MAX_OPERATIONS = 4096
+# For how many seconds a list of operations may run
+_DEADLINE = 60.0
 _LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
 
 
@@ -110,9 +115,10 @@ class TrackedVm:
         """
         self._write_list(vcpu, operations)
         handle = self.vm.vcpus[vcpu]
+        until = time.monotonic() + _DEADLINE
         while True:
-            code = handle.kvm_run()
-            if code:
+            code = self._kvm_run(handle)
+            if code and time.monotonic() < until:
                 continue
             if on_exit is not None and on_exit(handle):
                 continue
@@ -122,6 +128,18 @@ class TrackedVm:
             if self.guest.ucall(handle) is Ucall.SYNC:
                 return
             raise GuestError(unexpected_exit(handle, code))
+
+    @staticmethod
+    def _kvm_run(handle: Vcpu) -> int:
+        """KVM_RUN, which a signal ends every now and then: a guest that hangs shall not hang the test."""
+        if threading.current_thread() is not threading.main_thread():
+            return handle.kvm_run()
+        signal.signal(signal.SIGALRM, _nothing)
+        signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
+        try:
+            return handle.kvm_run()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
         """Write a word into each of *pages*."""
@@ -214,6 +232,10 @@ class NotEmulated(Exception):
 
 class ContractBroken(AssertionError):
     """KVM's answer is not what its contract says; the text says what was done and what came."""
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """A signal's handler; the signal does its work by coming."""
 
 
 def _some(pages: Sequence[int]) -> str:
