@@ -42,7 +42,7 @@ class Operation:
     """One thing that the guest does: the routine ``do_<name>`` of guest_code/<arch>/operations.S, and its arguments."""
 
     name: str
-    address: int
+    address: int = 0
     value: int = 0
     count: int = 0
 
@@ -95,7 +95,11 @@ class TrackedVm:
 
     def map(self, gpa: int, npages: int) -> None:
         """Map *npages* pages at *gpa* in the guest, at ``gpa + GVA_OFFSET``."""
-        self.guest.map_test_memory(gpa + GVA_OFFSET, gpa, npages * PAGE)
+        self.map_at(gpa + GVA_OFFSET, gpa, npages)
+
+    def map_at(self, gva: int, gpa: int, npages: int) -> None:
+        """Map *npages* pages at *gpa* in the guest, at *gva*."""
+        self.guest.map_test_memory(gva, gpa, npages * PAGE)
 
     def set_tracking(self, slot: int, on: bool) -> None:
         """Switch the tracking of a slot on or off."""

@@ -4,14 +4,16 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from lib import uapi
+from lib.arch import current as arch
+from lib.guest import GuestError
+from lib.host import Host
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
-from lib.tracked_vm import FIRST_GPA, PAGE, NotEmulated, Operation, TrackedVm
+from lib.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, NotEmulated, Operation, TrackedVm
 from lib.vcpu import Vcpu
 
 SLOT, NEIGHBOUR = 1, 2
@@ -21,11 +23,10 @@ PORT = 0xE0
 RET = 0xC3
 
 
-@pytest.fixture(params=list(LOG_MODES))
-def tracked(kvm: Kvm, request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
+@pytest.fixture
+def tracked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
     """Two tracked slots side by side, all of whose pages the guest has read."""
-    needs_log_mode(request.param)
-    with TrackedVm(kvm, request.param) as vm:
+    with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
         vm.run(*(Operation("load", vm.address(slot, page)) for slot in (SLOT, NEIGHBOUR) for page in range(NPAGES)))
@@ -83,6 +84,16 @@ STORES = [
     Store("bts", 8, value=3),
     Store("cmpxchg", 8),
     Store("cmpxchg16b", 16, aligned=True),
+    Store("sgdt", 10),
+]
+# The same done by KVM's emulator, whatever the backend
+EMULATED = [
+    *(Store(f"emulated_store_{size}", size) for size in (1, 2, 4, 8, 16)),
+    Store("emulated_push", 8),
+    Store("emulated_lock_add", 8),
+    Store("emulated_xchg", 8),
+    Store("emulated_cmpxchg", 8),
+    Store("emulated_fxsave", 512, aligned=True),
 ]
 
 
@@ -106,6 +117,151 @@ def test_a_store_that_straddles_two_pages_is_reported_in_both(tracked: TrackedVm
     tracked.expect(f"{store.name} over a page's end", {SLOT: [WRITTEN, WRITTEN + 1]}, store.writes)
     tracked.run(Operation(store.name, tracked.address(NEIGHBOUR, 0, -(store.size // 2)), store.value, store.count))
     tracked.expect(f"{store.name} over a slot's end", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, store.writes)
+
+
+@pytest.fixture
+def forced(tracked: TrackedVm, host: Host, lacks: Callable[[str], None]) -> TrackedVm:
+    """A VM whose guest may have KVM emulate an instruction."""
+    if host.parameters.get("kvm.force_emulation_prefix", "0") in ("0", "N"):
+        lacks("KVM's module parameter force_emulation_prefix is off (load kvm with force_emulation_prefix=1)")
+    return tracked
+
+
+@pytest.mark.parametrize("store", EMULATED, ids=lambda store: store.name)
+def test_a_store_that_kvm_emulates_is_reported(forced: TrackedVm, store: Store) -> None:
+    """Inside a page, over its end where the instruction allows that, and again after a collection."""
+    places = [(0, [WRITTEN]), (PAGE - store.size, [WRITTEN])]
+    if store.size > 1 and not store.aligned:
+        places.append((PAGE - store.size // 2, [WRITTEN, WRITTEN + 1]))
+    for offset, pages in places:
+        for repetition in ("first", "second"):
+            forced.run(Operation(store.name, forced.address(SLOT, WRITTEN, offset), store.value, store.count))
+            # KVM writes what straddles two pages in two pieces, and a page each time (emulator_write_emulated()).
+            forced.expect(f"{repetition} {store.name} at offset {offset}", {SLOT: pages}, 2)
+
+
+def test_an_emulated_compare_and_exchange_that_fails_is_a_write(forced: TrackedVm) -> None:
+    """As the CPU's: commit 910c57dfa4d1, "KVM: x86: Mark target gfn of emulated atomic instruction as dirty"."""
+    forced.run(Operation("emulated_cmpxchg", forced.address(SLOT, WRITTEN), 1, count=77))
+    forced.expect("emulated cmpxchg that fails", {SLOT: [WRITTEN]}, 2)
+
+
+def test_an_emulated_load_is_not_reported(forced: TrackedVm) -> None:
+    forced.run(*(Operation("emulated_load", forced.address(SLOT, page)) for page in range(NPAGES)))
+    forced.expect("emulated loads", {})
+
+
+def test_vector_stores_are_reported(tracked: TrackedVm, emulated: Emulated, lacks: Callable[[str], None]) -> None:
+    """Of 32 and 64 bytes, as far as the CPU has them, inside a page and over its end."""
+    offered = arch.vector_stores(tracked.guest.cpuid)
+    if not offered:
+        lacks("KVM offers no AVX here (CPUID)")
+    with emulated("enable_xsave"):
+        tracked.run(Operation("enable_xsave", 0, max(components for _, components in offered)))
+    for size, _ in offered:
+        for offset, pages in ((64, [WRITTEN]), (PAGE - size, [WRITTEN]), (PAGE - 5, [WRITTEN, WRITTEN + 1])):
+            with emulated(f"store_{size}"):
+                tracked.run(Operation(f"store_{size}", tracked.address(SLOT, WRITTEN, offset)))
+            tracked.expect(f"store of {size} bytes at offset {offset}", {SLOT: pages}, size)
+
+
+def test_xsave_is_reported(tracked: TrackedVm, emulated: Emulated, lacks: Callable[[str], None]) -> None:
+    """In one page, and where its area lies in two."""
+    if not arch.has_xsave(tracked.guest.cpuid):
+        lacks("KVM offers no XSAVE here (CPUID)")
+    with emulated("xsave"):
+        tracked.run(Operation("enable_xsave", 0, 3), Operation("xsave", tracked.address(SLOT, WRITTEN)))
+    tracked.expect("xsave", {SLOT: [WRITTEN]})
+    tracked.run(Operation("xsave", tracked.address(SLOT, WRITTEN, PAGE - 512)))
+    tracked.expect("xsave, with its header in the next page", {SLOT: [WRITTEN, WRITTEN + 1]})
+
+
+def test_the_frame_of_an_interrupt_is_reported(tracked: TrackedVm, emulated: Emulated) -> None:
+    """The CPU pushes it, while it delivers the interrupt: in one page, and over the end of two."""
+    frame = 40
+    for below, pages in ((PAGE - 16, [WRITTEN]), (PAGE + 16, [WRITTEN, WRITTEN + 1])):
+        for _ in range(2):
+            with emulated("interrupt"):
+                tracked.run(Operation("interrupt", tracked.address(SLOT, WRITTEN, below)))
+            tracked.expect(f"an interrupt's frame of {frame} bytes below offset {below}", {SLOT: pages}, frame)
+
+
+def test_the_accessed_bit_of_a_segment_is_reported(tracked: TrackedVm, emulated: Emulated) -> None:
+    """The CPU sets it in the descriptor table; loaded again, there is nothing to set."""
+    selector = 0x18
+    table = tracked.address(SLOT, WRITTEN, 64)
+    descriptors = [0, *arch.SEGMENT_DESCRIPTORS, arch.SEGMENT_NOT_ACCESSED]
+    slot = tracked.vm.memslots[SLOT].memory
+    first = WRITTEN * PAGE // 8
+    slot.words[first] = (table << 16 | len(descriptors) * 8 - 1) & (1 << 64) - 1
+    slot.words[first + 1] = table >> 48
+    for index, descriptor in enumerate(descriptors):
+        slot.words[first + 8 + index] = descriptor
+    # The host's writes unmapped the page: see test_executing_is_not_reported().
+    tracked.run(Operation("load", tracked.address(SLOT, WRITTEN)))
+    tracked.collect()
+    load = Operation("load_segment", tracked.address(SLOT, WRITTEN), selector)
+    with emulated("load_segment"):
+        tracked.run(load)
+    assert slot.words[first + 8 + selector // 8] != arch.SEGMENT_NOT_ACCESSED
+    tracked.expect("loading a segment that was not accessed", {SLOT: [WRITTEN]})
+    tracked.run(load)
+    tracked.expect("loading it again", {})
+
+
+FAULTING = {
+    "store": Operation("store_8", 0, 0xA5),
+    "locked-add": Operation("lock_add", 0, 1),
+    "compare-and-exchange": Operation("cmpxchg", 0, 1, 77),
+    "push": Operation("push", 0, 1),
+    "string-store": Operation("rep_stosq", 0, 1, 4),
+}
+
+
+@pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
+def test_a_store_that_faults_is_not_reported(tracked: TrackedVm, emulated: Emulated, operation: Operation) -> None:
+    """The guest's own page tables do not let it write: nothing changes, and nothing is reported."""
+    readonly = FIRST_GPA + GVA_OFFSET + (1 << 36)
+    tracked.guest.page_tables.map(readonly, FIRST_GPA, NPAGES * PAGE, writable=False)
+    before = bytes(tracked.vm.memslots[SLOT].memory.view)
+    with emulated(operation.name), pytest.raises(GuestError, match="#PF"):
+        tracked.run(replace(operation, address=readonly + WRITTEN * PAGE))
+    tracked.expect(f"{operation.name} to a page that is read-only in the guest", {})
+    assert bytes(tracked.vm.memslots[SLOT].memory.view) == before
+
+
+def test_a_string_store_is_reported_as_far_as_it_came(tracked: TrackedVm, emulated: Emulated) -> None:
+    """It runs from the last two pages of what is mapped into what is not."""
+    end = FIRST_GPA + GVA_OFFSET + (1 << 36)
+    tracked.map_at(end - 2 * PAGE, FIRST_GPA + WRITTEN * PAGE, 2)
+    with emulated("rep_stosq"), pytest.raises(GuestError, match="#PF"):
+        tracked.run(Operation("rep_stosq", end - PAGE - 16, 1, PAGE))
+    tracked.expect("rep stosq into a page that is not mapped", {SLOT: [WRITTEN, WRITTEN + 1]}, PAGE)
+
+
+def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> None:
+    """It is no write: user space gets KVM_EXIT_MMIO, and memory stays as it is."""
+    if not kvm.check_extension(uapi.KVM_CAP_READONLY_MEM):
+        lacks("no KVM_CAP_READONLY_MEM")
+    exits = []
+
+    def write_exit(vcpu: Vcpu) -> bool:
+        run = vcpu.run
+        if run.exit_reason != uapi.KVM_EXIT_MMIO or not run.mmio.is_write:
+            return False
+        exits.append(run.mmio.phys_addr)
+        return True
+
+    with TrackedVm(kvm, log_mode) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES, readonly=True)
+        vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
+        vm.run(*(Operation("load", vm.address(SLOT, page)) for page in range(NPAGES)))
+        stores = [Operation("store_8", vm.address(SLOT, page), 0xA5) for page in (0, WRITTEN, NPAGES - 1)]
+        vm.run(*stores, on_exit=write_exit)
+        assert exits == [FIRST_GPA + page * PAGE for page in (0, WRITTEN, NPAGES - 1)]
+        vm.write(NEIGHBOUR, 0)
+        vm.expect("stores to a read-only slot, and one to its neighbour", {NEIGHBOUR: [0]})
+        assert not any(vm.vm.memslots[SLOT].memory.view)
 
 
 def test_a_compare_and_exchange_that_fails_is_a_write(tracked: TrackedVm) -> None:

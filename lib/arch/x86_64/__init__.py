@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """x86-64: the names that the rest of the library takes from an architecture."""
 
-from lib.arch.x86_64.cpuid import Cpuid, cpu_model, cpu_vendor, get_supported_cpuid, guest_phys_limit
+from lib.arch.x86_64.cpuid import (
+    Cpuid,
+    cpu_model,
+    cpu_vendor,
+    get_supported_cpuid,
+    guest_phys_limit,
+    has_xsave,
+    vector_stores,
+)
 from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
 from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET, SYS_USERFAULTFD
 from lib.arch.x86_64.vcpu_state import (
+    SEGMENT_DESCRIPTORS,
+    SEGMENT_NOT_ACCESSED,
     UCALL_PORT_SYMBOL,
     GuestException,
     abort_arguments,
@@ -29,6 +39,8 @@ __all__ = [
     "KVM_DIRTY_LOG_PAGE_OFFSET",
     "NAME",
     "PAGE_SIZE",
+    "SEGMENT_DESCRIPTORS",
+    "SEGMENT_NOT_ACCESSED",
     "SYS_USERFAULTFD",
     "TOTAL_STORE_ORDER",
     "UCALL_PORT_SYMBOL",
@@ -45,7 +57,9 @@ __all__ = [
     "get_regs",
     "get_supported_cpuid",
     "guest_phys_limit",
+    "has_xsave",
     "init_descriptor_tables",
     "init_vcpu",
     "set_msr",
+    "vector_stores",
 ]

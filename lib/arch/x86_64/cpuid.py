@@ -11,6 +11,9 @@ from lib.memory import GIB
 
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 _HYPERTRANSPORT_SIZE = 12 * GIB
+# x87, SSE and AVX; and the three states of AVX-512
+_XCR0_AVX = 7
+_XCR0_AVX512 = _XCR0_AVX | 7 << 5
 
 
 class Cpuid:
@@ -56,6 +59,21 @@ class Cpuid:
     def has_nx(self) -> bool:
         """No-execute page protection."""
         return bool(self.leaf(0x80000001).edx >> 20 & 1)
+
+
+def has_xsave(cpuid: Cpuid) -> bool:
+    """XSAVE and its like."""
+    return bool(cpuid.leaf(1).ecx >> 26 & 1)
+
+
+def vector_stores(cpuid: Cpuid) -> list[tuple[int, int]]:
+    """The vector stores beyond 16 bytes: size in bytes, and the components of XCR0 that it needs (Intel SDM, "XCR0")."""
+    offered = []
+    if has_xsave(cpuid) and cpuid.leaf(1).ecx >> 28 & 1:
+        offered.append((32, _XCR0_AVX))
+        if cpuid.leaf(7).ebx >> 16 & 1:
+            offered.append((64, _XCR0_AVX512))
+    return offered
 
 
 def get_supported_cpuid(kvm_fd: int) -> Cpuid:

@@ -29,6 +29,9 @@ UCALL_PORT_SYMBOL = "UCALL_PORT"
 _CODE_SELECTOR, _DATA_SELECTOR, _TSS_SELECTOR = 0x08, 0x10, 0x18
 _CODE_TYPE, _DATA_TYPE, _BUSY_TSS_TYPE = 0xB, 0x3, 0xB
 _CODE_DESCRIPTOR, _DATA_DESCRIPTOR = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
+# What the first selectors of a descriptor table must hold to go on as before, and a data segment not accessed so far
+SEGMENT_DESCRIPTORS = (_CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
+SEGMENT_NOT_ACCESSED = 0x00CF_9200_0000_FFFF
 _INTERRUPT_GATE = 0x8E
 _GATE_SIZE = 16
 _IDT_OFFSET = 0x100  # in the page that holds the GDT and, from here on, the IDT

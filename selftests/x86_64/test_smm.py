@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""System management mode has an address space of its own: its slots, bits and ring entries are never taken for others."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from lib import uapi as kvm_uapi
+from lib.arch.x86_64 import uapi
+from lib.ioctl import ioctl
+from lib.kvm import Kvm
+from lib.memory import BACKINGS, GuestMemory
+from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from lib.vm import Vm
+
+SLOT = 1
+SMM = 1 << 16  # the address space's number, in the upper half of a slot's
+SMRAM_SLOT, SMM_SLOT = SMM | 2, SMM | SLOT
+NPAGES = 16
+# Where a processor that was not told otherwise keeps its state (Intel SDM volume 3, "SMRAM"): the handler begins at
+# SMBASE + 0x8000, and the state is saved at the end of the 64 KiB
+SMBASE, SMRAM_SIZE = 0x30000, 0x10000
+HANDLER = SMBASE + 0x8000
+STATE_PAGE = SMRAM_SIZE // PAGE - 1
+PORT = 0xE1
+FIRST, SECOND = 3, 7
+
+
+def handler() -> bytes:
+    """Real-mode code: a byte into pages FIRST and SECOND of the slot at FIRST_GPA, a call to the host, and the way back."""
+    code = b""
+    for page in (FIRST, SECOND):
+        address = FIRST_GPA + page * PAGE
+        code += b"\x66\xb8" + address.to_bytes(4, "little")  # mov $address, %eax
+        code += b"\x67\xc6\x00\x5a"  # movb $0x5a, (%eax)
+    return code + bytes((0xE6, PORT)) + b"\x0f\xaa"  # out %al, $PORT; rsm
+
+
+@pytest.fixture
+def with_smm(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> Iterator[TrackedVm]:
+    """A tracked slot in each address space, at the same addresses and with the same id, and SMRAM."""
+    if not kvm.check_extension(uapi.KVM_CAP_X86_SMM):
+        lacks("no KVM_CAP_X86_SMM: this backend or kernel has no system management mode")
+    assert kvm.check_extension(kvm_uapi.KVM_CAP_MULTI_ADDRESS_SPACE) == 2
+    with TrackedVm(kvm, log_mode, prepare=create_irqchip) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        vm.add_slot(SMM_SLOT, FIRST_GPA, NPAGES)
+        smram = GuestMemory(BACKINGS["anonymous"], SMRAM_SIZE, SMBASE)
+        smram.view[HANDLER - SMBASE : HANDLER - SMBASE + len(handler())] = handler()
+        vm.vm.set_user_memory_region(SMRAM_SLOT, SMBASE, smram, kvm_uapi.KVM_MEM_LOG_DIRTY_PAGES)
+        vm.collect()
+        yield vm
+
+
+def create_irqchip(vm: Vm) -> None:
+    """KVM delivers an SMI through its own local APIC."""
+    ioctl(vm.fd, uapi.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
+
+
+def smi(vm: TrackedVm) -> None:
+    """Have the vCPU take a system management interrupt, and come back from it."""
+    (vcpu,) = vm.vm.vcpus
+    ioctl(vcpu.fd, uapi.KVM_SMI, "KVM_SMI")
+    calls = []
+
+    def called() -> bool:
+        run = vcpu.run
+        if run.exit_reason == kvm_uapi.KVM_EXIT_IO and run.io.port == PORT:
+            calls.append(run.flags)
+            return True
+        return False
+
+    vm.run(on_exit=lambda _vcpu: called())
+    assert len(calls) == 1, "the handler did not run"
+
+
+def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) -> None:
+    """The handler's, and the state that KVM saves; in the other address space nothing was written."""
+    vm = with_smm
+    for _ in range(2):
+        smi(vm)
+        reported = vm.collect()
+        assert {slot: set(pages) for slot, pages in reported.items() if slot != SMRAM_SLOT} == {
+            SLOT: set(),
+            SMM_SLOT: {FIRST, SECOND},
+        }
+        assert STATE_PAGE in reported[SMRAM_SLOT]
+    assert vm.vm.memslots[SMM_SLOT].memory.view[FIRST * PAGE] == 0x5A
+    assert vm.vm.memslots[SLOT].memory.view[FIRST * PAGE] == 0
+
+
+def test_writes_outside_are_reported_outside(with_smm: TrackedVm) -> None:
+    with_smm.write(SLOT, 1, FIRST)
+    with_smm.expect("stores outside of SMM", {SLOT: [1, FIRST]})
+
+
+def test_what_is_reported_for_one_stays_for_the_other(with_smm: TrackedVm) -> None:
+    """Both write the same page number of the same slot id; each is told of its own, whichever is asked first."""
+    vm = with_smm
+    vm.write(SLOT, FIRST, 9)
+    smi(vm)
+    reported = vm.collect()
+    assert {slot: set(pages) for slot, pages in reported.items() if slot != SMRAM_SLOT} == {
+        SLOT: {FIRST, 9},
+        SMM_SLOT: {FIRST, SECOND},
+    }
