@@ -196,7 +196,10 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_INT, vector),
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_EN, AREA_GPA | flags),
     )
-    vm.expect("switching asynchronous page faults on", {})
+    vm.run()
+    vm.expect("switching asynchronous page faults on, which has KVM wake all", {SLOT: [AREA]}, MANY)
+    vm.run(Operation("store_8", vm.address(SLOT, AREA)), Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_ACK, 1))
+    vm.expect("the guest's answer to that", {SLOT: [AREA]})
     try:
         missing = MissingPages(late.memory.hva, PAGE)
     except UserfaultUnavailable as error:
