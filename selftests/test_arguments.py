@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lib import uapi
+from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE
 from lib.ioctl import errno_name, raw_ioctl
 from lib.kvm import Kvm
@@ -184,6 +185,9 @@ def test_enable_manual_protect(
         (MOST * 2, "E2BIG"),
         (1 << 31, "E2BIG"),
         (MOST * 3, "EINVAL"),
+        # KVM takes the size as 32 bits, and does not look at the others (kvm_vm_ioctl_enable_dirty_log_ring()).
+        (1 << 32, "EINVAL"),
+        (1 << 32 | MOST, "0"),
     ],
 )
 def test_enable_a_ring(kvm: Kvm, plain: Vm, lacks: Callable[[str], None], cap: int, size: int, expected: str) -> None:
@@ -210,6 +214,29 @@ def test_a_ring_can_be_enabled_when_slots_exist(plain: Vm, needs_log_mode: Calla
     assert enable(plain, RINGS["acq_rel"], MOST) == "0"
 
 
+@pytest.mark.parametrize("cap", RINGS.values(), ids=list(RINGS))
+def test_the_flags_of_a_ring_are_not_looked_at(plain: Vm, kvm: Kvm, lacks: Callable[[str], None], cap: int) -> None:
+    """Unlike those of the other capabilities."""
+    if not kvm.check_extension(cap):
+        lacks(f"no capability {cap}")
+    assert enable(plain, cap, MOST, flags=1) == "0"
+
+
+def test_a_ring_with_a_bitmap_is_not_offered(plain: Vm, kvm: Kvm) -> None:
+    """Where no device of KVM's writes without a vCPU (CONFIG_NEED_KVM_DIRTY_RING_WITH_BITMAP)."""
+    assert kvm.check_extension(uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == int(arch.RING_WITH_BITMAP)
+    assert enable(plain, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == "EINVAL"
+    if kvm.check_extension(RINGS["acq_rel"]):
+        assert enable(plain, RINGS["acq_rel"], MOST) == "0"
+        assert enable(plain, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == ("0" if arch.RING_WITH_BITMAP else "EINVAL")
+
+
+def test_a_slot_of_a_ring_mode_vm_is_tracked_or_not_as_its_flags_say(ringed: TrackedVm) -> None:
+    """Switching it on again with the same flags, and off, is no error."""
+    for on in (True, False, False, True):
+        ringed.set_tracking(SLOT, on)
+
+
 @dataclass(frozen=True)
 class Region:
     """A KVM_SET_USER_MEMORY_REGION and its answer, beside the tracked slot of NPAGES pages at FIRST_GPA."""
@@ -220,6 +247,7 @@ class Region:
     gpa: int = FIRST_GPA + (64 << 20)
     size: int = PAGE
     hva_offset: int = 0
+    own_memory: bool = False
     flags: int = uapi.KVM_MEM_LOG_DIRTY_PAGES
 
 
@@ -238,13 +266,26 @@ REGIONS = [
     Region("all of another slot and more", "EEXIST", gpa=FIRST_GPA - PAGE, size=(NPAGES + 2) * PAGE),
     Region("right before another slot", "0", gpa=FIRST_GPA - PAGE),
     Region("another size of a slot that is there", "EINVAL", slot=SLOT, gpa=FIRST_GPA),
+    Region("another host address of a slot that is there", "EINVAL", slot=SLOT, gpa=FIRST_GPA, size=NPAGES * PAGE),
+    Region(
+        "another READONLY of a slot that is there",
+        "EINVAL",
+        slot=UNTRACKED,
+        gpa=FIRST_GPA + NPAGES * PAGE,
+        size=64 * PAGE,
+        flags=uapi.KVM_MEM_READONLY,
+        own_memory=True,
+    ),
+    Region("a move onto another slot", "EEXIST", slot=UNTRACKED, gpa=FIRST_GPA, size=64 * PAGE, own_memory=True),
+    Region("a host address that no process can have", "EINVAL", hva_offset=1 << 63),
 ]
 
 
 @pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.why.replace(" ", "-"))
 def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
     """The answer; and the dirty pages of the slot that is there stay."""
-    manual.vm.set_user_memory_region(UNTRACKED, FIRST_GPA + NPAGES * PAGE, manual.vm.memslots[UNTRACKED].memory)
+    own = manual.vm.memslots[UNTRACKED].memory
+    manual.vm.set_user_memory_region(UNTRACKED, FIRST_GPA + NPAGES * PAGE, own)
     manual.write(SLOT, 7)
     memory = GuestMemory(BACKINGS["anonymous"], (NPAGES + 2) * PAGE, 0)
     argument = uapi.kvm_userspace_memory_region(
@@ -252,7 +293,7 @@ def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
         flags=region.flags,
         guest_phys_addr=region.gpa,
         memory_size=region.size,
-        userspace_addr=memory.hva + region.hva_offset,
+        userspace_addr=(own.hva if region.own_memory else memory.hva) + region.hva_offset,
     )
     try:
         assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == region.expected

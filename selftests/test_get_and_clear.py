@@ -20,6 +20,7 @@ NPAGES = 3 * 64 + 5
 ALL = list(range(NPAGES))
 GUARD = 0xC3
 GUARD_SIZE = 64
+PROT_NONE = 0  # <linux/mman.h>
 
 
 def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
@@ -182,3 +183,48 @@ def test_a_get_that_cannot_write_loses_nothing_in_manual_mode(manual: TrackedVm)
     request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
     assert raw_ioctl(manual.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
     assert manual.read_bitmap(SLOT) == [9]
+
+
+def test_a_get_that_cannot_write_loses_its_bits_in_automatic_mode(automatic: TrackedVm) -> None:
+    """It has cleared them by the time it finds out (kvm_get_dirty_log_protect()); but the pages are tracked anew."""
+    automatic.write(SLOT, 9)
+    request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
+    assert raw_ioctl(automatic.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
+    assert automatic.read_bitmap(SLOT) == []
+    automatic.write(SLOT, 9, 10)
+    assert automatic.read_bitmap(SLOT) == [9, 10]
+
+
+def test_a_clear_that_cannot_read_its_mask_clears_nothing(manual: TrackedVm) -> None:
+    """Also where only the mask's second half is not there."""
+    manual.write(SLOT, *ALL)
+    # The kernel reads the mask as a whole before it clears the first bit.
+    with mmap.mmap(-1, 2 * PAGE) as mapped:
+        mapped[:] = b"\xff" * len(mapped)
+        end = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + PAGE
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), PAGE, PROT_NONE)
+        for start in (end - 8, end):
+            request = uapi.kvm_clear_dirty_log(slot=SLOT, first_page=0, num_pages=NPAGES, dirty_bitmap=start)
+            answer = raw_ioctl(manual.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request))
+            assert answer == (-1, errno.EFAULT)
+    assert manual.read_bitmap(SLOT) == ALL
+
+
+def test_manual_mode_can_be_switched_off_again(manual: TrackedVm) -> None:
+    """KVM_ENABLE_CAP with no flags: GET clears by itself from then on (api.rst, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
+    manual.write(SLOT, 3)
+    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
+    manual.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0)
+    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3], []]
+    manual.write(SLOT, 3)
+    assert manual.read_bitmap(SLOT) == [3]
+
+
+def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+    """KVM has CLEAR wherever it has the capability, enabled or not (api.rst 4.117)."""
+    if not kvm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
+        lacks("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+    automatic.write(SLOT, 3, 70)
+    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3]), 0, NPAGES)
+    automatic.write(SLOT, 5)
+    assert automatic.read_bitmap(SLOT) == [5, 70]

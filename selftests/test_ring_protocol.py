@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The dirty ring's protocol (api.rst 8.29): filling, harvesting, resetting, and what may be done with its memory."""
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -12,6 +15,7 @@ from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
+from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.selection import smallest_ring
 from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from lib.vcpu import Vcpu
@@ -196,6 +200,104 @@ def test_the_ring_can_be_mapped_shared_only_and_not_for_execution(ringed: Tracke
         # (SB_I_NOEXEC in fs/anon_inodes.c).
         with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
             ring_map(handle, entries, mmap.MAP_SHARED, read | mmap.PROT_EXEC, first)
+
+
+def can_be_read(mapped: mmap.mmap, offset: int) -> bool:
+    """Whether there is memory at *offset* of a mapping: write(2) answers EFAULT where a load would be a SIGBUS."""
+    reader, writer = os.pipe()
+    try:
+        with memoryview(mapped) as view, view[offset : offset + 8] as part:
+            os.write(writer, part)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return False
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return True
+
+
+def test_a_mapping_that_is_longer_than_the_ring_ends_with_it(ringed: TrackedVm) -> None:
+    """Behind the last entry there is nothing."""
+    offset, size = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE, 4096 * ENTRY_SIZE
+    with mmap.mmap(ringed.vm.vcpus[0].fd, 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as mapped:
+        assert can_be_read(mapped, 0)
+        assert can_be_read(mapped, size - 8)
+        assert not can_be_read(mapped, size)
+
+
+def test_without_a_ring_there_is_none_to_read(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm:
+        offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+        with mmap.mmap(vm.create_vcpu(0).fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as mapped:
+            assert not can_be_read(mapped, 0)
+
+
+def test_all_mappings_of_a_ring_are_one(ringed: TrackedVm) -> None:
+    """What is harvested through one is harvested."""
+    handle = ringed.vm.vcpus[0]
+    ringed.write(SLOT, 5)
+    offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+    with mmap.mmap(handle.fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as other:
+        assert harvest(handle, 10) == [(SLOT, 5)]
+        assert int.from_bytes(other[:4], "little") == KVM_DIRTY_GFN_F_BOTH
+        assert ringed.vm.reset_dirty_rings() == 1
+        assert int.from_bytes(other[:4], "little") == 0
+
+
+def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> None:
+    """User space owns a harvested entry until the reset: what it writes there is what KVM acts on.
+
+    A slot that is not there, and a page that the slot does not have, are taken as an entry and nothing else is done.
+    """
+    handle = ringed.vm.vcpus[0]
+    for slot, offset in ((77, 5), (SLOT | 9 << 16, 5), (SLOT, NPAGES), (SLOT, (1 << 64) - 1)):
+        ringed.write(SLOT, 5)
+        ring = handle.map_dirty_ring(4096)
+        assert harvest(handle, 10)[-1] == (SLOT, 5)
+        last = uapi.kvm_dirty_gfn.from_address(ring.address + (ring.next - 1) % 4096 * ENTRY_SIZE)
+        last.slot, last.offset = slot, offset
+        assert ringed.vm.reset_dirty_rings() > 0
+        ringed.write(SLOT, 6)
+        assert harvest(handle, 10)[-1] == (SLOT, 6)
+        assert ringed.vm.reset_dirty_rings() > 0
+        # Page 5 is still mapped writable: switch its tracking off and on.
+        ringed.set_tracking(SLOT, on=False)
+        ringed.set_tracking(SLOT, on=True)
+
+
+def test_a_reset_does_not_look_at_the_dirty_bit(ringed: TrackedVm) -> None:
+    """An entry that KVM never dirtied, but that says RESET, is taken (kvm_dirty_gfn_harvested())."""
+    handle = ringed.vm.vcpus[0]
+    ring = handle.map_dirty_ring(4096)
+    uapi.kvm_dirty_gfn.from_address(ring.address).flags = uapi.KVM_DIRTY_GFN_F_RESET
+    assert ringed.vm.reset_dirty_rings() == 1
+    assert ringed.vm.reset_dirty_rings() == 0
+
+
+def vmalloc_used() -> int:
+    """What the kernel has in use of the memory that large bitmaps come from, in bytes."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("VmallocUsed:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> None:
+    """Tracking 64 GiB takes 4 MiB of bitmaps in the bitmap modes, and nothing with rings (commit 044c59c409b7)."""
+    npages = 64 * GIB // PAGE
+    taken: dict[str, list[int]] = {}
+    for mode in ("dirty-log", ring_mode):
+        with TrackedVm(kvm, mode) as vm:
+            memory = GuestMemory(BACKINGS["anonymous"], npages * PAGE, 4 * GIB)
+            vm.vm.set_user_memory_region(SLOT, 4 * GIB, memory)
+            for _ in range(5):
+                before = vmalloc_used()
+                vm.set_tracking(SLOT, on=True)
+                taken.setdefault(mode, []).append(vmalloc_used() - before)
+                vm.set_tracking(SLOT, on=False)
+    # Others use the kernel's memory too, so of several measurements the middle one counts.
+    assert median(taken["dirty-log"]) >= 2 * npages // 8
+    assert median(taken[ring_mode]) < npages // 8
 
 
 def test_the_ring_lies_beyond_the_vcpus_own_mapping(kvm: Kvm) -> None:

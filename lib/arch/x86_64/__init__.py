@@ -34,11 +34,15 @@ NAME = "x86_64"
 # store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
 TOTAL_STORE_ORDER = True
 
+# Whether KVM writes guest memory without a vCPU, so that a bitmap may be kept beside the rings (api.rst 8.29)
+RING_WITH_BITMAP = False
+
 __all__ = [
     "GUEST_MODES",
     "KVM_DIRTY_LOG_PAGE_OFFSET",
     "NAME",
     "PAGE_SIZE",
+    "RING_WITH_BITMAP",
     "SEGMENT_DESCRIPTORS",
     "SEGMENT_NOT_ACCESSED",
     "SYS_USERFAULTFD",

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Accessed and dirty bits that the page walker sets are writes to the guest's page tables, and are reported as such."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from lib.arch.x86_64.paging import PageTables
+from lib.kvm import Kvm
+from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
+
+TABLES, DATA = 1, 2
+NPAGES = 24
+# Far from all other mappings: its own entry in the top table
+WINDOW = 1 << 42
+
+
+@pytest.fixture
+def walked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    """Pages 0 to 2 of a tracked slot are page tables that map the other slot at WINDOW, with no bit set yet."""
+    with TrackedVm(kvm, log_mode) as vm:
+        vm.add_slot(TABLES, FIRST_GPA, NPAGES)
+        vm.add_slot(DATA, FIRST_GPA + NPAGES * PAGE, NPAGES)
+        vm.write(DATA, *range(NPAGES))
+        vm.write(TABLES, *range(NPAGES), value=0)
+        pages = iter(range(NPAGES))
+        words = vm.vm.memslots[TABLES].memory.words
+
+        def table(gpa: int) -> memoryview:
+            first = (gpa - FIRST_GPA) // 8
+            return words[first : first + PAGE // 8]
+
+        tables = PageTables(vm.guest.guest_mode.levels - 1, lambda: FIRST_GPA + next(pages) * PAGE, table)
+        tables.map(WINDOW, FIRST_GPA + NPAGES * PAGE, NPAGES * PAGE)
+        vm.guest.page_tables.attach(WINDOW, tables)
+        vm.collect()
+        yield vm
+
+
+def changed(vm: TrackedVm, before: bytes) -> list[int]:
+    """The pages of the tables that are not as they were."""
+    view = vm.vm.memslots[TABLES].memory.view
+    return [page for page in range(NPAGES) if view[page * PAGE : (page + 1) * PAGE] != before[page * PAGE :][:PAGE]]
+
+
+def access(vm: TrackedVm, name: str, page: int, data: list[int]) -> list[int]:
+    """Have the guest access DATA's *page* through the tables, and hold KVM to what it changed in them and to *data*."""
+    before = bytes(vm.vm.memslots[TABLES].memory.view)
+    vm.run(Operation(name, WINDOW + page * PAGE))
+    tables = changed(vm, before)
+    reported = vm.collect()
+    lost = set(tables) - set(reported[TABLES])
+    # A page walk needs its tables writable under nested paging, whether there is a bit to set or not (AMD APM volume 2,
+    # "Nested versus Guest Page Faults": a walk's accesses count as writes). So tables that were only read may be there.
+    false = set(reported[TABLES]) - {0, 1, 2}
+    if lost or false or set(reported[DATA]) != set(data):
+        raise ContractBroken(f"{name} of page {page}: tables {tables} changed, and KVM reports {reported}")
+    return tables
+
+
+def test_accessed_and_dirty_bits_are_reported(walked: TrackedVm) -> None:
+    """The first access sets a bit in each table, the next ones in the last only, and the first store the dirty bit."""
+    assert access(walked, "load", 3, []) == [0, 1, 2]
+    assert access(walked, "load", 4, []) == [2]
+    assert access(walked, "store_8", 3, [3]) == [2]
+    assert access(walked, "store_8", 5, [5]) == [2]
+
+
+def test_what_sets_no_bit_changes_no_table(walked: TrackedVm) -> None:
+    access(walked, "store_8", 3, [3])
+    assert access(walked, "load", 3, []) == []
+    assert access(walked, "store_8", 3, [3]) == []
