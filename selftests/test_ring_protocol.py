@@ -133,7 +133,7 @@ def test_a_high_slot_is_named_right(kvm: Kvm, ring_mode: str) -> None:
     with TrackedVm(kvm, ring_mode) as vm:
         vm.add_slot(HIGH, FIRST_GPA, 64)
         vm.write(HIGH, 63)
-        assert harvest(vm.vm.vcpus[0], 10) == [(HIGH, 63)]
+        vm.expect("a store to a slot with a high number", {HIGH: [63]})
 
 
 def test_a_reset_takes_what_was_harvested_and_no_more(ringed: TrackedVm) -> None:
@@ -295,8 +295,8 @@ def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> 
                 vm.set_tracking(SLOT, on=True)
                 taken.setdefault(mode, []).append(vmalloc_used() - before)
                 vm.set_tracking(SLOT, on=False)
-    # Others use the kernel's memory too, so of several measurements the middle one counts.
-    assert median(taken["dirty-log"]) >= 2 * npages // 8
+    # Others use the kernel's memory too: so the middle of several measurements, against half of the 4 MiB.
+    assert median(taken["dirty-log"]) > npages // 8
     assert median(taken[ring_mode]) < npages // 8
 
 

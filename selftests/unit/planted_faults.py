@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A pytest plugin that falsifies what KVM answered, for a whole run: ``-p selftests.unit.planted_faults --planted NAME``.
+
+It keeps each test's outcome in the file that ``--outcomes`` names.
+"""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import ioctl
+from lib.dirty_bitmap import set_pages
+from lib.dirty_ring import DirtyRing
+from lib.vm import Vm
+
+Entries = tuple[list[int], list[int]]
+
+
+def _falsify_reports(bitmap_fault: Callable[[bytearray], None], ring_fault: Callable[[Entries], Entries]) -> None:
+    get_dirty_log, harvest = Vm.get_dirty_log, DirtyRing.harvest
+
+    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        get_dirty_log(vm, slot, bitmap)
+        bitmap_fault(bitmap)
+
+    Vm.get_dirty_log = falsified  # type: ignore[method-assign]
+    DirtyRing.harvest = lambda ring: ring_fault(harvest(ring))  # type: ignore[method-assign]
+
+
+def lose_reports() -> None:
+    """The last page of each report is missing from it."""
+
+    def lose_a_bit(bitmap: bytearray) -> None:
+        for page in set_pages(bitmap)[-1:]:
+            bitmap[page // 8] &= ~(1 << page % 8)
+
+    _falsify_reports(lose_a_bit, lambda taken: (taken[0][:-1], taken[1][:-1]))
+
+
+def add_reports() -> None:
+    """Each report has a page more: the first that is not in it; in rings a page of slot 1 that no test uses."""
+
+    def add_a_bit(bitmap: bytearray) -> None:
+        pages = set(set_pages(bitmap))
+        page = next((page for page in range(len(bitmap) * 8) if page not in pages), 0)
+        bitmap[page // 8] |= 1 << page % 8
+
+    _falsify_reports(add_a_bit, lambda taken: ([*taken[0], 1], [*taken[1], 1 << 30]))
+
+
+def do_not_track_anew() -> None:
+    """CLEAR and RESET are not passed on, and said to be done; and CLEAR changes the mask that it only is to read."""
+
+    def falsified(_vm: Vm, _slot: int, bitmap: bytearray, *_range: int) -> None:
+        bitmap[:] = bytes(len(bitmap))
+
+    Vm.clear_dirty_log = falsified  # type: ignore[method-assign]
+    Vm.reset_dirty_rings = lambda _vm: 0  # type: ignore[method-assign]
+
+
+def miscount_resets() -> None:
+    """KVM_RESET_DIRTY_RINGS says one entry more than it took."""
+    reset = Vm.reset_dirty_rings
+    Vm.reset_dirty_rings = lambda vm: reset(vm) + 1  # type: ignore[method-assign]
+
+
+def mistake_errors() -> None:
+    """What a test calls itself fails, with an error that no test can expect; see pytest_collection_modifyitems()."""
+
+
+def falsified_ioctl(fd: int, request: int, arg: Any = None) -> tuple[int, int]:
+    """As :func:`lib.ioctl.raw_ioctl`."""
+    ioctl.raw_ioctl(fd, request, arg)
+    return -1, errno.EXDEV
+
+
+FAULTS = {
+    fault.__name__: fault for fault in (lose_reports, add_reports, do_not_track_anew, miscount_resets, mistake_errors)
+}
+_outcomes: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--planted", choices=["none", *FAULTS])
+    parser.addoption("--outcomes", type=Path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.planted in FAULTS:
+        FAULTS[config.option.planted]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.planted != mistake_errors.__name__:
+        return
+    for item in items:
+        module = getattr(item, "module", None)
+        if hasattr(module, "raw_ioctl"):
+            module.raw_ioctl = falsified_ioctl
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes[report.nodeid] = report.outcome
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.option.outcomes.write_text(json.dumps(_outcomes))
