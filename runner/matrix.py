@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.table import cross_table
+from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
 _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
+# In place of a kernel: the one that runs here, with its own KVM as it is loaded
+_HOST = "host"
+_CONTRACT = ["selftests", "--ignore=selftests/unit"]
 _VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
 
 
@@ -31,6 +34,7 @@ class Run:
     """One kernel with one set of parameters, tested.
 
     :ivar cells: the rows of its results
+    :ivar tests: those of the tests that are no cells
     :ivar reason: why it could not be tested, or how the kernel ended
     """
 
@@ -38,6 +42,7 @@ class Run:
     parameters: str
     status: int
     cells: list[dict[str, Any]]
+    tests: list[dict[str, Any]]
     release: str
     reason: str
 
@@ -71,8 +76,12 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
 def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
     """Test one kernel, with all files in *folder*."""
     folder.mkdir(parents=True)
-    options = [f"--kvm-params={parameters}", f"--results={folder}", *arguments]
-    command = [sys.executable, str(ROOT / "runner" / "check_kernel.py"), kernel, *options]
+    options = [f"--results={folder}", *arguments]
+    if kernel == _HOST:
+        command = [sys.executable, "-m", "pytest", "-v", *_CONTRACT, *options]
+    else:
+        program = str(ROOT / "runner" / "check_kernel.py")
+        command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -80,13 +89,14 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
         except KeyboardInterrupt:
             status = process.wait()  # it got the signal too, and ends in an orderly way
     results = folder / "results.json"
-    data = json.loads(results.read_text()) if results.exists() else {"cells": [], "host": {}, "end": {}}
+    data = json.loads(results.read_text()) if results.exists() else {"cells": [], "tests": [], "host": {}, "end": {}}
     lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
     ended = data["end"].get("text", "finished")
     reason = "" if status == 0 else "tests failed" if status == 1 and ended == "finished" else ended
     if status not in (0, 1) and ended == "finished":
         reason = lines[-1].removeprefix("cannot test: ")
-    return Run(kernel, parameters, status, data["cells"], data["host"].get("kernel", kernel), reason)
+    release = data["host"].get("kernel", kernel)
+    return Run(kernel, parameters, status, data["cells"], data["tests"], release, reason)
 
 
 def main(arguments: list[str]) -> int:
@@ -102,13 +112,16 @@ def main(arguments: list[str]) -> int:
     # One seed for all, so that they can be compared; the last --seed counts.
     options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *options, *arguments[1:]]
     results = ROOT / "results" / f"matrix-{time.strftime('%Y%m%d-%H%M%S')}"
-    pairs = [(kernel, parameters) for kernel in kernels for parameters in sets]
+    pairs = [(kernel, parameters) for kernel in kernels for parameters in (sets if kernel != _HOST else [""])]
     runs = []
     for number, (kernel, parameters) in enumerate(pairs, 1):
         print(f"[{number}/{len(pairs)}] {kernel} {parameters} ... ", end="", flush=True)
         start = time.monotonic()
         done = run(kernel, parameters, results / f"{number:02}", options)
-        print(f"{_verdict(done)} ({len(done.cells)} cells, {time.monotonic() - start:.0f} s)", flush=True)
+        print(
+            f"{_verdict(done)} ({len(done.cells)} cells, {len(done.tests)} tests, {time.monotonic() - start:.0f} s)",
+            flush=True,
+        )
         runs.append(done)
         if done.status >= 128:
             break  # an option that is wrong for all of them, or Ctrl-C
@@ -129,7 +142,11 @@ def _summary(runs: list[Run]) -> list[str]:
         f"{name}  {done.release}  {done.parameters or 'defaults'}: {_verdict(done)}"
         for name, done in zip(names, runs, strict=True)
     ]
-    return [*cross_table(names, [done.cells for done in runs]), "", *legend]
+    tests = [done.tests for done in runs]
+    lines = [*cross_table(names, [done.cells for done in runs]), "", *cross_table_of_tests(names, tests), "", *legend]
+    if nowhere := skipped_everywhere(tests):
+        lines += ["", f"{len(nowhere)} tests were skipped everywhere:", *(f"  {test}" for test in nowhere)]
+    return lines
 
 
 if __name__ == "__main__":

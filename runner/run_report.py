@@ -66,6 +66,7 @@ class RunReport:
         self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
         self._results = results
         self._rows: dict[str, dict[str, Any]] = {}
+        self._tests: dict[str, dict[str, str]] = {}
         self._on_kvm = 0
         self._not_on_kvm: list[str] = []
         self._caught: dict[str, list[str]] = {}
@@ -87,6 +88,10 @@ class RunReport:
         if "fault" in properties:
             within = f"{properties['fault_in']} {properties['caught_within']}"
             self._caught.setdefault(properties["fault"], []).append(within)
+        if properties.get("kvm") and "log_mode" not in properties:
+            before = self._tests.get(report.nodeid, {}).get("verdict")
+            shown = "FAIL" if before == "FAIL" else outcome
+            self._tests[report.nodeid] = {"test": report.nodeid, "verdict": shown, "reason": reason}
         if "log_mode" in properties:
             row = properties | {"verdict": outcome, "reason": reason}
             if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
@@ -98,7 +103,7 @@ class RunReport:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._rows or self.end:
+        if self._rows or self._tests or self.end:
             self._results.mkdir(parents=True, exist_ok=True)
             data = {
                 "host": self.facts.host,
@@ -108,6 +113,7 @@ class RunReport:
                 "end": self.end,
                 "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
                 "cells": self._ordered_rows(),
+                "tests": list(self._tests.values()),
             }
             (self._results / "results.json").write_text(json.dumps(data, indent=1))
         if session.exitstatus == pytest.ExitCode.OK:

@@ -57,7 +57,41 @@ def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str
             cell = tuple(str(row[dimension]) for dimension in DIMENSIONS)
             cells.setdefault(cell, {})[name] = _SHORT.get(str(row["verdict"]), str(row["verdict"]))
     lines = [[name.replace("_", " ") for name in DIMENSIONS] + list(names)]
-    lines += [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()]
+    return _left(lines + [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()])
+
+
+def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
+    """Which tests really ran where: a line per test function, and a column per run with how many of its cases passed.
+
+    ``12 2s 1F`` says: 12 passed, 2 were skipped, 1 failed.
+    """
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for name, rows in zip(names, runs, strict=True):
+        for row in rows:
+            function = str(row["test"]).partition("[")[0].removeprefix("selftests/")
+            counts.setdefault(function, {}).setdefault(name, Counter())[str(row["verdict"])] += 1
+    lines = [["test", *names]]
+    lines += [[function, *(_cases(columns.get(name)) for name in names)] for function, columns in counts.items()]
+    return _left(lines)
+
+
+def skipped_everywhere(runs: Sequence[Sequence[Row]]) -> list[str]:
+    """The tests that ran in none of several runs, with the reason that the first one gave."""
+    reasons = {str(row["test"]): str(row["reason"]) for rows in reversed(runs) for row in rows}
+    ran = {str(row["test"]) for rows in runs for row in rows if row["verdict"] != "skipped"}
+    return [f"{test}: {reason}" for test, reason in reasons.items() if test not in ran]
+
+
+def _cases(verdicts: Counter[str] | None) -> str:
+    if verdicts is None:
+        return "-"
+    passed = sum(verdicts.values()) - verdicts["skipped"] - verdicts["FAIL"]
+    others = [f"{verdicts[name]}{letter}" for name, letter in (("skipped", "s"), ("FAIL", "F")) if verdicts[name]]
+    return " ".join([str(passed), *others] if passed else others)
+
+
+def _left(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines with all columns aligned to the left."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 

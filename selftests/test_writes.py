@@ -93,7 +93,6 @@ EMULATED = [
     Store("emulated_lock_add", 8),
     Store("emulated_xchg", 8),
     Store("emulated_cmpxchg", 8),
-    Store("emulated_fxsave", 512, aligned=True),
 ]
 
 

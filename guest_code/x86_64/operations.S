@@ -191,9 +191,6 @@ do_\name:
 	mov %rdx, %rax
 	emulated lock cmpxchg %rsi, (%rdi)
 	ret
-	operation emulated_fxsave
-	emulated fxsave64 (%rdi)
-	ret
 	operation emulated_load
 	emulated mov (%rdi), %rax
 	ret

@@ -17,6 +17,7 @@ from lib.dirty_bitmap import set_pages
 from lib.dirty_ring import DirtyRing
 from lib.vm import Vm
 
+PATCH = pytest.MonkeyPatch()  # never undone: the whole run is falsified
 Entries = tuple[list[int], list[int]]
 
 
@@ -27,8 +28,8 @@ def _falsify_reports(bitmap_fault: Callable[[bytearray], None], ring_fault: Call
         get_dirty_log(vm, slot, bitmap)
         bitmap_fault(bitmap)
 
-    Vm.get_dirty_log = falsified  # type: ignore[method-assign]
-    DirtyRing.harvest = lambda ring: ring_fault(harvest(ring))  # type: ignore[method-assign]
+    PATCH.setattr(Vm, "get_dirty_log", falsified)
+    PATCH.setattr(DirtyRing, "harvest", lambda ring: ring_fault(harvest(ring)))
 
 
 def lose_reports() -> None:
@@ -58,14 +59,14 @@ def do_not_track_anew() -> None:
     def falsified(_vm: Vm, _slot: int, bitmap: bytearray, *_range: int) -> None:
         bitmap[:] = bytes(len(bitmap))
 
-    Vm.clear_dirty_log = falsified  # type: ignore[method-assign]
-    Vm.reset_dirty_rings = lambda _vm: 0  # type: ignore[method-assign]
+    PATCH.setattr(Vm, "clear_dirty_log", falsified)
+    PATCH.setattr(Vm, "reset_dirty_rings", lambda _vm: 0)
 
 
 def miscount_resets() -> None:
     """KVM_RESET_DIRTY_RINGS says one entry more than it took."""
     reset = Vm.reset_dirty_rings
-    Vm.reset_dirty_rings = lambda vm: reset(vm) + 1  # type: ignore[method-assign]
+    PATCH.setattr(Vm, "reset_dirty_rings", lambda vm: reset(vm) + 1)
 
 
 def mistake_errors() -> None:
@@ -100,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         module = getattr(item, "module", None)
         if hasattr(module, "raw_ioctl"):
-            module.raw_ioctl = falsified_ioctl
+            PATCH.setattr(module, "raw_ioctl", falsified_ioctl)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -22,7 +22,7 @@ from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
-from runner.table import DIMENSIONS, cross_table
+from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere
 from runner.target import Target
 
 RELEASE = "6.12.0-test"
@@ -364,7 +364,7 @@ def test_the_matrix_ends_with_a_table_and_a_status(
 
     def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
         folder.mkdir(parents=True)
-        return matrix.Run(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], kernel, "")
+        return matrix.Run(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], [], kernel, "")
 
     monkeypatch.setattr(matrix, "run", run)
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
@@ -388,3 +388,35 @@ def test_the_table_of_several_runs() -> None:
         ["A", "B"], [[one | {"verdict": "pass"}, two | {"verdict": "skipped"}], [one | {"verdict": "FAIL"}]]
     )
     assert [line.split()[5:] for line in lines[1:]] == [["1", "pass", "FAIL"], ["2", "skip", "-"]]
+
+
+def test_the_table_of_tests_says_where_each_ran() -> None:
+    """A line per function, its cases counted; and what ran nowhere is named with its reason."""
+
+    def row(test: str, verdict: str, reason: str = "") -> dict[str, str]:
+        return {"test": f"selftests/test_a.py::{test}", "verdict": verdict, "reason": reason}
+
+    one = [row("test_b[x]", "pass"), row("test_b[y]", "skipped", "no SMM"), row("test_c", "skipped", "no AVX")]
+    two = [row("test_b[x]", "FAIL"), row("test_b[y]", "pass")]
+    lines = cross_table_of_tests(["A", "B"], [one, two])
+    assert [line.split("  ") for line in lines] == [
+        ["test", "            A", "   B"],
+        ["test_a.py::test_b", "1 1s", "1 1F"],
+        ["test_a.py::test_c", "1s", "   -"],
+    ]
+    assert skipped_everywhere([one, two]) == ["selftests/test_a.py::test_c: no AVX"]
+
+
+def test_the_host_is_a_kernel_of_the_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are for kernels that are booted."""
+    asked = []
+
+    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
+        asked.append((kernel, parameters))
+        folder.mkdir(parents=True)
+        return matrix.Run(kernel, parameters, 0, [], [], kernel, "")
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    matrix.main([str(matrix_file(tmp_path, 'kernels = ["host", "b"]\nparameters = ["npt=0", "npt=1"]'))])
+    assert asked == [("host", ""), ("b", "npt=0"), ("b", "npt=1")]
