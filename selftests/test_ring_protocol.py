@@ -267,6 +267,22 @@ def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> Non
         ringed.set_tracking(SLOT, on=True)
 
 
+@pytest.mark.usefixtures("throwaway_kernel")
+def test_an_offset_that_wraps_around_is_ignored(ringed: TrackedVm) -> None:
+    """Joined with the next entry, it would lie in the slot again: commit 577a8d3bae05, an access out of bounds before."""
+    handle = ringed.vm.vcpus[0]
+    ring = handle.map_dirty_ring(4096)
+    for first in ((1 << 64) - 63, (1 << 64) - 1):
+        ringed.write(SLOT, 5, 6)
+        start = ring.next
+        assert len(harvest(handle, 2)) == 2
+        for index, offset in enumerate((first, 0)):
+            uapi.kvm_dirty_gfn.from_address(ring.address + (start + index) * ENTRY_SIZE).offset = offset
+        assert ringed.vm.reset_dirty_rings() == 2
+        ringed.set_tracking(SLOT, on=False)
+        ringed.set_tracking(SLOT, on=True)
+
+
 def test_a_reset_does_not_look_at_the_dirty_bit(ringed: TrackedVm) -> None:
     """An entry that KVM never dirtied, but that says RESET, is taken (kvm_dirty_gfn_harvested())."""
     handle = ringed.vm.vcpus[0]
