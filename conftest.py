@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -435,6 +435,12 @@ def cell(lacks: Lacks, kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
     backing = BACKINGS[planned_cell.cell.backing]
     with _huge_page_pool() if backing.hugetlb else nullcontext():
         yield planned_cell.cell
+
+
+@pytest.fixture(scope="session")
+def huge_page_pool() -> Callable[[], AbstractContextManager[None]]:
+    """Call it for a context in which no other test takes pages from the pools of huge pages."""
+    return _huge_page_pool
 
 
 @contextmanager

@@ -54,6 +54,20 @@ def uses_pml(host: Host) -> bool:
     return host.parameters.get("kvm_intel.pml") == "Y"
 
 
+def uses_tdp(host: Host) -> bool:
+    """Whether the CPU itself translates guest-physical addresses (EPT, NPT), and KVM has no page tables to shadow."""
+    return any(host.parameters.get(name) in ("Y", "1") for name in ("kvm_intel.ept", "kvm_amd.npt"))
+
+
+def splits_eagerly(host: Host) -> bool:
+    """Whether KVM splits all huge pages when it begins to track them, and not each when it is written.
+
+    That is for the TDP MMU only (``kvm_mmu_slot_try_split_huge_pages()``, arch/x86/kvm/mmu/mmu.c).
+    """
+    parameters = host.parameters
+    return uses_tdp(host) and parameters.get("kvm.tdp_mmu") == "Y" and parameters.get("kvm.eager_page_split") == "Y"
+
+
 def _backend() -> str:
     """The vendor module that is in use: one that was loaded, rather than one built in, for this CPU's vendor if several."""
     found = [path for path in _MODULES.glob("kvm_*") if (path / "parameters").is_dir()]

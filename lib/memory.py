@@ -117,23 +117,23 @@ class GuestMemory:
                 ) from error
             return
         transparent = self.backing.page_size and not self.backing.hugetlb
-        if transparent and self.size >= 2 * self.backing.page_size and not self._has_huge_pages():
+        if transparent and self.size >= 2 * self.backing.page_size and not self.transparent_huge_size():
             raise HugePagesMissing(
                 f"{self.backing.name}: the host gave no huge page, its memory is fragmented"
                 " (echo 1 > /proc/sys/vm/compact_memory)"
             )
 
-    def _has_huge_pages(self) -> bool:
-        """Whether some of this memory is in transparent huge pages (``AnonHugePages`` of its mapping in smaps)."""
-        inside = False
+    def transparent_huge_size(self) -> int:
+        """How many bytes of this memory are in transparent huge pages (``AnonHugePages`` of its mappings in smaps)."""
+        inside, found = False, 0
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name = line.split(None, 1)[0]
             if not name.endswith(":"):
                 start, end = (int(part, 16) for part in name.split("-"))
                 inside = start < self.hva + self.size and self.hva < end
-            elif inside and name == "AnonHugePages:" and int(line.split()[1]):
-                return True
-        return False
+            elif inside and name == "AnonHugePages:":
+                found += int(line.split()[1]) * KIB
+        return found
 
     def close(self) -> None:
         """Give the memory back to the host; views taken from :attr:`view` must be released before."""

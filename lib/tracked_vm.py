@@ -56,15 +56,22 @@ class TrackedVm:
 
     :param mode: a key of :data:`lib.log_modes.LOG_MODES`
     :param ring_count: entries of a dirty ring, for the ring modes
+    :param guest_mode: a key of ``GUEST_MODES``: the size of the guest's own pages, which bounds what shadow paging can map
     :param prepare: called with the VM before it has vCPUs
     """
 
     def __init__(
-        self, kvm: Kvm, mode: str, vcpus: int = 1, ring_count: int = 4096, prepare: Callable[[Vm], None] | None = None
+        self,
+        kvm: Kvm,
+        mode: str,
+        vcpus: int = 1,
+        ring_count: int = 4096,
+        guest_mode: str = "48bit-4k",
+        prepare: Callable[[Vm], None] | None = None,
     ) -> None:
         self.mode: LogMode = make_log_mode(mode, ring_count)
         self.guest = GuestVm(
-            kvm, GuestProgram.load("operations"), arch.GUEST_MODES["48bit-4k"], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
+            kvm, GuestProgram.load("operations"), arch.GUEST_MODES[guest_mode], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
         )
         self.vm = self.guest.vm
         self._lists: list[int] = []
@@ -92,6 +99,12 @@ class TrackedVm:
         if tracked and self.mode.initially_set:
             self.collect()
         return memslot
+
+    def remove_slot(self, slot: int) -> None:
+        """Delete a slot, and give its memory back."""
+        memory = self.vm.memslots[slot].memory
+        self.vm.delete_memory_region(slot)
+        memory.close()
 
     def map(self, gpa: int, npages: int) -> None:
         """Map *npages* pages at *gpa* in the guest, at ``gpa + GVA_OFFSET``."""

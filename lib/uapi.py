@@ -5,7 +5,7 @@ Names are the header's own, lower-case structs included; ``selftests/unit/test_u
 against the machine's header.
 """
 
-from ctypes import Structure, Union, c_char, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Structure, Union, c_char, c_int16, c_uint8, c_uint16, c_uint32, c_uint64
 
 from lib.ioctl import _IO, _IOW, _IOWR
 
@@ -38,6 +38,7 @@ KVM_CAP_MULTI_ADDRESS_SPACE = 118
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_DIRTY_LOG_RING = 192
+KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225
 
@@ -46,6 +47,13 @@ KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+
+KVM_STATS_TYPE_MASK = 0xF
+KVM_STATS_TYPE_CUMULATIVE = 0
+KVM_STATS_TYPE_INSTANT = 1
+KVM_STATS_TYPE_PEAK = 2
+KVM_STATS_TYPE_LINEAR_HIST = 3
+KVM_STATS_TYPE_LOG_HIST = 4
 
 KVM_DIRTY_GFN_F_DIRTY = 1 << 0
 KVM_DIRTY_GFN_F_RESET = 1 << 1
@@ -79,6 +87,31 @@ class kvm_dirty_gfn(Structure):
     """One entry of a dirty ring; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot."""
 
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
+
+
+class kvm_stats_header(Structure):
+    """What the file of KVM_GET_STATS_FD begins with; the offsets are from the file's start (api.rst 4.133)."""
+
+    _fields_ = (
+        ("flags", c_uint32),
+        ("name_size", c_uint32),
+        ("num_desc", c_uint32),
+        ("id_offset", c_uint32),
+        ("desc_offset", c_uint32),
+        ("data_offset", c_uint32),
+    )
+
+
+class kvm_stats_desc(Structure):
+    """One statistic; its name follows, in ``kvm_stats_header.name_size`` bytes."""
+
+    _fields_ = (
+        ("flags", c_uint32),
+        ("exponent", c_int16),
+        ("size", c_uint16),
+        ("offset", c_uint32),
+        ("bucket_size", c_uint32),
+    )
 
 
 class _run_io(Structure):
@@ -147,6 +180,7 @@ KVM_SET_USER_MEMORY_REGION = _IOW(KVMIO, 0x46, kvm_userspace_memory_region)
 KVM_ENABLE_CAP = _IOW(KVMIO, 0xA3, kvm_enable_cap)
 KVM_CLEAR_DIRTY_LOG = _IOWR(KVMIO, 0xC0, kvm_clear_dirty_log)
 KVM_RESET_DIRTY_RINGS = _IO(KVMIO, 0xC7)
+KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # of a VM, or of a vCPU
 
 # vCPU ioctls
 KVM_RUN = _IO(KVMIO, 0x80)

@@ -90,6 +90,10 @@ class Vm:
         """KVM_RESET_DIRTY_RINGS: hand back what was harvested; returns how many entries KVM took (api.rst 8.29)."""
         return ioctl(self.fd, uapi.KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS")
 
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a file with the VM's statistics, which is the caller's to close (api.rst 4.133)."""
+        return ioctl(self.fd, uapi.KVM_GET_STATS_FD, "KVM_GET_STATS_FD")
+
     def close(self) -> None:
         """Close the VM's vCPUs, the VM, and then the memory of its slots. No vCPU may be running."""
         for vcpu in self.vcpus:

@@ -226,7 +226,7 @@ def test_guest_memory_lies_congruent_to_its_gpa(name: str, gpa: int) -> None:
 def test_memory_without_the_huge_pages_it_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """MADV_HUGEPAGE is a wish: a cell that got base pages must not pass as one with huge pages."""
     memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
-    monkeypatch.setattr(GuestMemory, "_has_huge_pages", lambda _: False)
+    monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
     with pytest.raises(HugePagesMissing, match="gave no huge page"):
         memory.populate()
     memory.close()
@@ -241,7 +241,7 @@ def test_huge_pages_are_seen(name: str) -> None:
         memory.populate()
     except HugePagesMissing as error:
         pytest.skip(str(error))
-    assert memory._has_huge_pages() is (name == "anonymous_thp")
+    assert bool(memory.transparent_huge_size()) is (name == "anonymous_thp")
     memory.close()
 
 

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Memory in huge pages: reported by 4 KiB pages all the same, mapped huge before and after tracking, and split for it."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+
+from lib import uapi
+from lib.arch import current as arch
+from lib.binary_stats import BinaryStats
+from lib.cell import Settings
+from lib.dirty_bitmap import new_bitmap
+from lib.host import Host, splits_eagerly, uses_tdp
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES
+from lib.mapped_pages import Mapped, huge_pages
+from lib.memory import BACKINGS, GIB, MIB, HugePagesMissing, size_text
+from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
+
+Lacks = Callable[[str], None]
+
+SLOT = 1
+MANUAL_MODES = ["clear-log", "clear-log-unset"]
+RET = 0xC3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a slot lies: *size* is that of the largest pages that KVM can map it with, in bytes."""
+
+    backing: str
+    gpa: int
+    npages: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.backing}+{self.gpa % self.size // PAGE}"
+
+
+def two_mib(backing: str, shift: int) -> Layout:
+    """Three huge pages of 2 MiB and a part of one, or two and two parts: *shift* is the base gfn's in its huge page."""
+    return Layout(backing, FIRST_GPA + shift * PAGE, 3 * 512 + 7, 2 * MIB)
+
+
+def within_one_gib(shift: int) -> Layout:
+    """Behind the beginning of a page of 1 GiB, so that KVM can map it with pages of 2 MiB only."""
+    return Layout("anonymous_hugetlb_1gb", 2 * GIB + shift * PAGE, 3 * 512 + 7, 2 * MIB)
+
+
+ONE_GIB = Layout("anonymous_hugetlb_1gb", 2 * GIB, GIB // PAGE, GIB)
+LAYOUTS = [
+    two_mib("anonymous_thp", 0),
+    two_mib("anonymous_thp", 3),
+    two_mib("anonymous_hugetlb_2mb", 0),
+    two_mib("anonymous_hugetlb_2mb", 511),
+    within_one_gib(3),
+    ONE_GIB,
+]
+# Any page of a word of the bitmap can be the first of a huge page, by the base gfn; with a shift of 1 it is the last one.
+EDGE_SHIFTS = (0, 1, 3, 63)
+
+
+@pytest.fixture(params=list(LOG_MODES))
+def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+Make = Callable[..., AbstractContextManager[TrackedVm]]
+
+
+@pytest.fixture
+def make(kvm: Kvm, host: Host, lacks: Lacks, huge_page_pool: Callable[[], AbstractContextManager[None]]) -> Make:
+    """Call it with a mode and a layout for a VM with that slot, untracked, all of it in the host's huge pages.
+
+    Unless a guest mode is given, it is one in which KVM can map the slot huge.
+    """
+
+    @contextmanager
+    def make(mode: str, layout: Layout, guest_mode: str | None = None) -> Iterator[TrackedVm]:
+        backing = BACKINGS[layout.backing]
+        guest_mode = guest_mode or huge_guest_mode(kvm, host, layout)
+        with huge_page_pool() if backing.hugetlb else nullcontext():
+            if reason := backing.missing(layout.npages * PAGE + layout.gpa % backing.alignment):
+                lacks(reason)
+            with TrackedVm(kvm, mode, guest_mode=guest_mode) as vm:
+                memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, tracked=False)
+                try:
+                    memslot.memory.populate()
+                except HugePagesMissing as error:
+                    lacks(str(error))
+                needed = len(huge_pages(memslot, layout.size)) * layout.size
+                if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
+                    lacks(f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)")
+                yield vm
+
+    return make
+
+
+def huge_guest_mode(kvm: Kvm, host: Host, layout: Layout) -> str:
+    """The guest mode in which KVM maps *layout* huge: shadow page tables have pages no larger than the guest's own."""
+    if uses_tdp(host):
+        return "48bit-4k"
+    if layout.size == GIB and not arch.GUEST_MODES["48bit-1g"].missing(arch.get_supported_cpuid(kvm.fd)):
+        return "48bit-1g"
+    return "48bit-2m"
+
+
+@pytest.fixture
+def stats_of(kvm: Kvm, host: Host, emulates: bool, lacks: Lacks) -> Callable[[TrackedVm], BinaryStats]:
+    """Call it for the statistics of a VM that maps memory."""
+    if emulates:
+        lacks(f"{host.backend} emulates each instruction of this guest, and maps no page")
+    if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
+        lacks("this KVM has no KVM_CAP_BINARY_STATS_FD")
+    return lambda vm: BinaryStats(vm.vm.get_stats_fd())
+
+
+def touched(vm: TrackedVm, layout: Layout) -> list[int]:
+    """A page in each huge page, and in what the slot has of others: writing these maps all as large as KVM can."""
+    whole = [page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size)]
+    return sorted({0, *whole, layout.npages - 1})
+
+
+def switch_on(vm: TrackedVm) -> None:
+    """Switch tracking on, and take the first report where all pages are dirty at first."""
+    vm.set_tracking(SLOT, on=True)
+    if vm.mode.initially_set:
+        vm.expect("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
+
+
+def edges(vm: TrackedVm, layout: Layout) -> list[int]:
+    """The pages on both sides of each huge page's edge, and the slot's first and last."""
+    starts = [page for huge in huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[:3] for page in (huge[0], huge[-1] + 1)]
+    return sorted(
+        {0, layout.npages - 1, *(page + side for page in starts for side in (-1, 0))} & set(range(layout.npages))
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "guest_mode"), [*((one, "48bit-4k") for one in LAYOUTS), (LAYOUTS[1], "48bit-2m")], ids=str
+)
+def test_huge_pages_are_reported_page_by_page(
+    make: Make, mode: str, layout: Layout, guest_mode: str, settings: Settings, thorough: bool
+) -> None:
+    """Of memory that was mapped huge before tracking began, each page that is written, and no other; again and again."""
+    with make(mode, layout, guest_mode) as vm:
+        check_reports(vm, layout, settings.seed, rounds=5 if thorough else 1)
+
+
+def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None:
+    """Map the slot huge, track it, write in patterns, and again after tracking was off."""
+    vm.write(SLOT, *touched(vm, layout))
+    switch_on(vm)
+    first = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[0]
+    chance = random.Random(seed)
+    patterns = {
+        "both sides of each edge": edges(vm, layout),
+        "one page": [first[100]],
+        "the same edges again": edges(vm, layout),
+        "sparse ones": sorted(chance.sample(range(layout.npages), 20)),
+        "a whole huge page and its neighbours": [page for page in range(first[0] - 1, first[-1] + 2) if page >= 0],
+    }
+    for _ in range(rounds):
+        for what, pages in patterns.items():
+            vm.write(SLOT, *pages)
+            vm.expect(what, {SLOT: pages})
+    vm.run(Operation("store_8", vm.address(SLOT, first[-1], PAGE - 4)))
+    vm.expect("a store across the edge of a huge page", {SLOT: [first[-1], first[-1] + 1]})
+    vm.set_tracking(SLOT, on=False)
+    vm.write(SLOT, *edges(vm, layout))
+    switch_on(vm)
+    vm.expect("nothing since tracking began again", {})
+    vm.write(SLOT, first[-1])
+    vm.expect("a write into memory that may be mapped huge again", {SLOT: [first[-1]]})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_split_when_tracked_and_merged_when_not(
+    make: Make, stats_of: Callable[[TrackedVm], BinaryStats], host: Host, mode: str, layout: Layout
+) -> None:
+    """Mapped huge until tracking begins, or the first CLEAR; then split, all at once or by writes; huge again after it."""
+    with make(mode, layout) as vm, stats_of(vm) as stats:
+        check_sizes(vm, stats, host, layout)
+
+
+def check_sizes(vm: TrackedVm, stats: BinaryStats, host: Host, layout: Layout) -> None:
+    """Twice: map the slot huge, track it, write it, and have tracking end."""
+    size = mapped_size(vm, host, layout)
+    pages = touched(vm, layout)
+    count = len(huge_pages(vm.vm.memslots[SLOT], size)) if size == layout.size else GIB // size
+    for turn in range(2):
+        vm.write(SLOT, *(pages if size == layout.size else range(0, layout.npages, size // PAGE)))
+        huge = Mapped.now(stats)
+        check_huge(huge, size, count, f"turn {turn}: untracked, touched")
+        vm.set_tracking(SLOT, on=True)
+        if vm.mode.initially_set:
+            assert Mapped.now(stats) == huge, "no page has to be split before the first CLEAR"
+            vm.expect("switching tracking on", {SLOT: range(layout.npages)})
+        armed = Mapped.now(stats)
+        if splits_eagerly(host):
+            split = Mapped(huge.pages_4k + count * size // PAGE, 0, 0)
+            assert armed == split, f"all {count} huge pages were to be split: {huge}, then {armed}"
+        else:
+            assert armed == huge, f"huge pages are to be split when they are written: {huge}, then {armed}"
+        page = pages[1]
+        vm.run(Operation("load", vm.address(SLOT, page)))
+        vm.expect("a load", {})
+        check_huge(Mapped.now(stats), size, armed.huge(size), "a load splits no huge page")
+        vm.write(SLOT, page)
+        vm.expect("a write", {SLOT: [page]})
+        check_huge(Mapped.now(stats), size, 0 if splits_eagerly(host) else count - 1, "after a write into one of them")
+        vm.set_tracking(SLOT, on=False)
+
+
+def mapped_size(vm: TrackedVm, host: Host, layout: Layout) -> int:
+    """The size of the pages that KVM maps the slot with, while it is not tracked."""
+    return layout.size if uses_tdp(host) else min(layout.size, vm.guest.guest_mode.page_size)
+
+
+def check_huge(found: Mapped, size: int, count: int, when: str) -> None:
+    """Hold KVM's statistics to *count* mapped pages of *size* bytes."""
+    if found.huge(size) != count:
+        raise ContractBroken(f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
+
+
+@pytest.mark.parametrize("backing", ["anonymous_thp", "anonymous_hugetlb_2mb"])
+@pytest.mark.parametrize("mode", MANUAL_MODES)
+def test_a_clear_at_a_huge_page_edge(
+    make: Make, needs_log_mode: Callable[[str], None], mode: str, backing: str, thorough: bool
+) -> None:
+    """Whichever pages a CLEAR names at the edge of a huge page: their next writes are seen, the others' bits stay."""
+    needs_log_mode(mode)
+    for shift in range(64) if thorough else EDGE_SHIFTS:
+        with make(mode, two_mib(backing, shift)) as vm:
+            edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
+            for mask in masks_at(edge):
+                check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
+
+
+def masks_at(edge: int) -> list[list[int]]:
+    """Pages of one word of the bitmap, or of two, around the page *edge*."""
+    word = edge // 64 * 64
+    candidates = (
+        [edge], [edge - 1], [edge - 1, edge], [edge, edge + 1], [edge - 2, edge], [edge - 64, edge], [edge - 1, edge + 1],
+        list(range(word, word + 64)), list(range(word, edge + 1)), list(range(edge, word + 64)), [word, word + 63],
+    )  # fmt: skip
+    return [mask for index, mask in enumerate(candidates) if mask and mask not in candidates[:index]]
+
+
+def check_clear(vm: TrackedVm, mask: list[int], what: str) -> None:
+    """From huge mappings and a slot that is dirty around *mask*: clear these pages, and write them."""
+    memslot = vm.vm.memslots[SLOT]
+    first = min(mask) // 64 * 64
+    count = min(memslot.npages, (max(mask) // 64 + 1) * 64) - first
+    vm.set_tracking(SLOT, on=False)
+    vm.write(SLOT, *(page[100] for page in huge_pages(memslot, 2 * MIB)))
+    vm.set_tracking(SLOT, on=True)
+    around = list(range(first, first + count))
+    if not vm.mode.initially_set:
+        vm.write(SLOT, *around)
+    dirty = list(range(memslot.npages)) if vm.mode.initially_set else around
+    bitmap = new_bitmap(count)
+    for page in mask:
+        bitmap[(page - first) // 8] |= 1 << (page - first) % 8
+    vm.vm.clear_dirty_log(SLOT, bitmap, first, count)
+    expect_bits(vm, sorted(set(dirty) - set(mask)), f"{what}: left after it")
+    vm.write(SLOT, *mask)
+    expect_bits(vm, dirty, f"{what}: its pages written")
+
+
+def expect_bits(vm: TrackedVm, expected: list[int], what: str) -> None:
+    """Hold KVM_GET_DIRTY_LOG in manual mode to *expected*."""
+    found = vm.read_bitmap(SLOT)
+    if found != expected:
+        lost, false = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise ContractBroken(f"{vm.mode.name}: {what}: lost {lost[:8]}, false {false[:8]}")
