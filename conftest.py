@@ -38,6 +38,7 @@ from lib.selection import (
     plan,
     workers_in_memory,
 )
+from lib.tracked_vm import ContractBroken
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
@@ -491,6 +492,22 @@ class Outcome:
         except Exception as error:
             error.add_note("\n".join(context_lines(cell, context)))
             raise
+        self._passed(bug)
+
+    @contextmanager
+    def contract(self) -> Iterator[None]:
+        """Run the body of a test without a cell, which a known bug may break."""
+        bug = self._known_bug(None)
+        try:
+            yield
+        except ContractBroken as error:
+            if bug is not None and bug.explains_kinds(error.kinds):
+                self._node.user_properties.append(("findings", str(error)))
+                pytest.xfail(bug.id)
+            raise
+        self._passed(bug)
+
+    def _passed(self, bug: known_bugs.KnownBug | None) -> None:
         if bug is not None and bug.always:
             pytest.fail(
                 f"known bug {bug.id} did not show: is it fixed? Then its entry in known_bugs.toml has to go",
@@ -503,12 +520,14 @@ class Outcome:
         """Put a run's figures into the results: the table, and JUnit's properties."""
         self._node.user_properties += asdict(figures).items()
 
-    def _known_bug(self, cell: Cell) -> known_bugs.KnownBug | None:
+    def _known_bug(self, cell: Cell | None) -> known_bugs.KnownBug | None:
         if self._config.option.no_known_bugs:
             return None
         matrix = "planned_cell" in self._node.fixturenames
         for bug in known_bugs.load():
-            if bug.on(self._host) and (bug.concerns_cell(cell) if matrix else self._node.originalname in bug.tests):
+            if bug.on(self._host) and (
+                bug.concerns_cell(cell) if matrix and cell else self._node.originalname in bug.tests
+            ):
                 return bug
         return None
 

@@ -3,7 +3,7 @@
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ class KnownBug:
 
     def explains(self, findings: Sequence[Finding]) -> bool:
         """Whether all of *findings* are of kinds that the bug causes, and one of them tells that it is this bug."""
-        kinds = {finding.kind for finding in findings}
+        return self.explains_kinds({finding.kind for finding in findings})
+
+    def explains_kinds(self, kinds: Set[Kind]) -> bool:
+        """The same for the *kinds* of findings."""
         return kinds <= self.findings and bool(kinds & self.needs)
 
     def explains_log(self, titles: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -21,6 +21,7 @@ from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
 from lib.log_modes import DirtyRing, LogMode, make_log_mode, reset_all
 from lib.memory import BACKINGS, GIB, GuestMemory
+from lib.oracle import Kind
 from lib.vcpu import Vcpu
 from lib.vm import Memslot, Vm
 
@@ -248,7 +249,14 @@ class NotEmulated(Exception):
 
 
 class ContractBroken(AssertionError):
-    """KVM's answer is not what its contract says; the text says what was done and what came."""
+    """KVM's answer is not what its contract says; the text says what was done and what came.
+
+    :param kinds: what is wrong with it, where that is to be held against the list of known bugs
+    """
+
+    def __init__(self, text: str, kinds: Iterable[Kind] = ()) -> None:
+        super().__init__(text)
+        self.kinds = frozenset(kinds)
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
