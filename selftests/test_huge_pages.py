@@ -236,6 +236,40 @@ def check_huge(found: Mapped, size: int, count: int, when: str) -> None:
         raise ContractBroken(f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
 
 
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_memory_that_was_only_read_before(make: Make, mode: str) -> None:
+    """Mapped huge by loads alone: later loads are not reported, and the first store into each huge page is."""
+    layout = two_mib("anonymous_thp", 3)
+    with make(mode, layout) as vm:
+        pages = touched(vm, layout)
+        loads = [Operation("load", vm.address(SLOT, page)) for page in pages]
+        vm.run(*loads)
+        switch_on(vm)
+        vm.run(*loads)
+        vm.expect("loads", {})
+        vm.write(SLOT, *pages)
+        vm.expect("stores", {SLOT: pages})
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_memory_that_is_executed(make: Make, mode: str) -> None:
+    """Huge pages are split for it where kvm.nx_huge_pages is on; what is written in them is reported all the same."""
+    layout = two_mib("anonymous_thp", 3)
+    with make(mode, layout) as vm:
+        code, *_ = (page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size))
+        vm.write(SLOT, code, code + 1)
+        vm.write(SLOT, code, value=RET)
+        execute = Operation("execute", vm.address(SLOT, code))
+        vm.run(execute)
+        switch_on(vm)
+        vm.run(execute)
+        vm.expect("an execution", {})
+        for pages in ([code + 1], [code], [code, code + 1]):
+            vm.write(SLOT, *pages, value=RET)
+            vm.run(execute)
+            vm.expect("stores and an execution", {SLOT: pages})
+
+
 @pytest.mark.parametrize("backing", ["anonymous_thp", "anonymous_hugetlb_2mb"])
 @pytest.mark.parametrize("mode", MANUAL_MODES)
 def test_a_clear_at_a_huge_page_edge(make: Make, mode: str, backing: str, thorough: bool) -> None:
