@@ -397,7 +397,9 @@ def thorough(pytestconfig: pytest.Config) -> bool:
 def throwaway_kernel(lacks: Lacks, pytestconfig: pytest.Config) -> None:
     """For what may harm the kernel it runs on, if that has a bug: skips unless the kernel was booted for the test."""
     if not pytestconfig.option.emulated:
-        lacks("could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)")
+        lacks(
+            "could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)"
+        )
 
 
 @pytest.fixture(scope="session")
