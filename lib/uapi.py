@@ -35,18 +35,22 @@ KVM_EXIT_IO_OUT = 1
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_MULTI_ADDRESS_SPACE = 118
+KVM_CAP_MAX_VCPU_ID = 128
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_DIRTY_LOG_RING = 192
 KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225
+KVM_CAP_GUEST_MEMFD = 234
+KVM_CAP_GUEST_MEMFD_FLAGS = 244
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
 
 KVM_STATS_TYPE_MASK = 0xF
 KVM_STATS_TYPE_CUMULATIVE = 0
@@ -67,6 +71,29 @@ class kvm_userspace_memory_region(Structure):
         ("memory_size", c_uint64),
         ("userspace_addr", c_uint64),
     )
+
+
+# Debian 12's header does not have these two, of Linux 6.8; the underscore keeps them from being looked for there.
+class _kvm_userspace_memory_region2(Structure):
+    """``struct kvm_userspace_memory_region2``."""
+
+    _fields_ = (
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+        ("guest_memfd_offset", c_uint64),
+        ("guest_memfd", c_uint32),
+        ("pad1", c_uint32),
+        ("pad2", c_uint64 * 14),
+    )
+
+
+class _kvm_create_guest_memfd(Structure):
+    """``struct kvm_create_guest_memfd``."""
+
+    _fields_ = (("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6))
 
 
 class kvm_enable_cap(Structure):
@@ -177,9 +204,11 @@ KVM_GET_VCPU_MMAP_SIZE = _IO(KVMIO, 0x04)
 KVM_CREATE_VCPU = _IO(KVMIO, 0x41)
 KVM_GET_DIRTY_LOG = _IOW(KVMIO, 0x42, kvm_dirty_log)
 KVM_SET_USER_MEMORY_REGION = _IOW(KVMIO, 0x46, kvm_userspace_memory_region)
+KVM_SET_USER_MEMORY_REGION2 = _IOW(KVMIO, 0x49, _kvm_userspace_memory_region2)
 KVM_ENABLE_CAP = _IOW(KVMIO, 0xA3, kvm_enable_cap)
 KVM_CLEAR_DIRTY_LOG = _IOWR(KVMIO, 0xC0, kvm_clear_dirty_log)
 KVM_RESET_DIRTY_RINGS = _IO(KVMIO, 0xC7)
+KVM_CREATE_GUEST_MEMFD = _IOWR(KVMIO, 0xD4, _kvm_create_guest_memfd)
 KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # of a VM, or of a vCPU
 
 # vCPU ioctls

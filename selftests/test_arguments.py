@@ -2,6 +2,7 @@
 """What KVM answers to arguments that it does not take: every documented error of every call, by name."""
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from lib import uapi
 from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE
-from lib.ioctl import errno_name, raw_ioctl
+from lib.ioctl import errno_name, ioctl, raw_ioctl
 from lib.kvm import Kvm
 from lib.memory import BACKINGS, GuestMemory
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
@@ -302,4 +303,39 @@ def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
         argument.memory_size = 0
         if region.expected == "0":
             assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == "0"
+        memory.close()
+
+
+def test_a_vcpu_that_cannot_be(ringed: TrackedVm, kvm: Kvm) -> None:
+    """Its ring changes nothing about which ids KVM takes."""
+    assert answer(ringed.vm.fd, uapi.KVM_CREATE_VCPU, 0) == "EEXIST"
+    assert answer(ringed.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
+
+
+def test_private_memory_cannot_be_tracked(plain: Vm, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+    """A slot with a guest_memfd may not have KVM_MEM_LOG_DIRTY_PAGES, at first or later (api.rst 4.140)."""
+    if not ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
+        lacks("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
+    size = 4 * PAGE
+    # All flags that there are: one of them has ordinary VMs map the file, which others may not have as memory.
+    flags = ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
+    create = uapi._kvm_create_guest_memfd(size=size, flags=flags)
+    request = uapi.KVM_CREATE_GUEST_MEMFD
+    file = ioctl(plain.fd, request, "KVM_CREATE_GUEST_MEMFD", ctypes.byref(create), f"size={size:#x}")
+    memory = GuestMemory(BACKINGS["anonymous"], size, FIRST_GPA)
+    try:
+        region = uapi._kvm_userspace_memory_region2(
+            slot=SLOT, guest_phys_addr=FIRST_GPA, memory_size=size, userspace_addr=memory.hva, guest_memfd=file
+        )
+        region.flags = uapi.KVM_MEM_GUEST_MEMFD
+        if (refused := answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region)) != "0":
+            lacks(f"ordinary VMs get no slots with a guest_memfd here: KVM_SET_USER_MEMORY_REGION2: {refused}")
+        region.flags |= uapi.KVM_MEM_LOG_DIRTY_PAGES
+        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
+        region.memory_size = 0
+        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
+        region.memory_size = size
+        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
+    finally:
+        os.close(file)
         memory.close()
