@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from lib.oracle import Reap
-from lib.vcpu_thread import State, VcpuHang, VcpuThread
+from lib.vcpu_thread import State, VcpuThread
 
 
 class Collector(threading.Thread):
     """Reaps for the vCPUs of *threads*, whose condition variable it shares.
 
     :param collect: makes a reap of the given iteration, with the vCPUs stopped or not
-    :param timeout: how many seconds a kicked vCPU may take to leave the guest
     :ivar stuck: vCPUs whose ring was full twice in a row with nothing to harvest in between
     :ivar failure: what ended the thread, if anything did
     """
@@ -23,7 +22,6 @@ class Collector(threading.Thread):
         threads: Sequence[VcpuThread],
         cond: threading.Condition,
         collect: Callable[[int, bool], Reap],
-        timeout: float,
     ) -> None:
         super().__init__(name="collector", daemon=True)
         self.stuck: list[int] = []
@@ -31,7 +29,6 @@ class Collector(threading.Thread):
         self._threads = threads
         self._cond = cond
         self._collect = collect
-        self._timeout = timeout
         self._iteration = 0
         self._reap_at: float | None = None
         self._final_requested = False
@@ -66,24 +63,6 @@ class Collector(threading.Thread):
         with self._cond:
             self._quit = True
             self._cond.notify_all()
-
-    def kick_running(self) -> None:
-        """Make every running vCPU leave the guest once, and wait until it did.
-
-        :raises VcpuHang: one did not
-        """
-        with self._cond:
-            running = [(thread, thread.exits) for thread in self._threads if thread.state is State.RUNNING]
-            for thread, _ in running:
-                thread.kick()
-
-            def left() -> bool:
-                return all(thread.exits != exits or thread.state is not State.RUNNING for thread, exits in running)
-
-            if not self._cond.wait_for(left, self._timeout):
-                raise VcpuHang(
-                    f"no exit within {self._timeout:g} s of a kick, of one of vCPUs {[t.name for t, _ in running]}"
-                )
 
     def run(self) -> None:
         """The thread's own code; not to be called."""

@@ -17,7 +17,7 @@
 	.set BLOCK_TABLE, 16		# the table: an address per write
 	.set BLOCK_TABLE_END, 24	# its end, WRITES_PER_BATCH-aligned
 	.set BLOCK_TABLE_LOOP, 32	# where to go on after its end
-	.set BLOCK_SPARSE, 40		# not 0: at least 20 instructions per write
+	.set BLOCK_SPARSE, 40		# instructions per write: 0: few; 1: at least 20; 2: at least 40
 	.set BLOCK_WRITES, 64		# published: writes done
 	.set BLOCK_STOP, 128		# not 0: sync after this batch
 	.set BLOCK_SIZE, 192
@@ -26,6 +26,7 @@
 	.set PAGE_SIZE, 4096
 	.set FILL_UNROLL, 32
 	.set PADDING, 15		# with the 5 others: 20 instructions per write
+	.set MORE_PADDING, 35
 
 	.macro store_and_publish
 	inc %rdx
@@ -38,19 +39,19 @@
 	store_and_publish
 	.endm
 
-	.macro sparse_write
+	.macro sparse_write padding
 	mov (%rsi), %rax		# the next address; two instructions, since these are to be many
 	add $8, %rsi
 	store_and_publish
-	.rept PADDING
+	.rept \padding
 	nop
 	.endr
 	.endm
 
-	.macro batches name, one_write
+	.macro batches name, one_write, padding
 \name:
 	.rept WRITES_PER_BATCH
-	\one_write
+	\one_write \padding
 	.endr
 	cmp BLOCK_TABLE_END(%rdi), %rsi
 	jne 1f
@@ -86,7 +87,9 @@ fill_rest:
 filled:
 	ucall UCALL_SYNC
 	mov BLOCK_TABLE(%rdi), %rsi
-	cmpq $0, BLOCK_SPARSE(%rdi)
-	jne sparse_writes
+	cmpq $1, BLOCK_SPARSE(%rdi)
+	je sparse_writes
+	ja sparser_writes
 	batches dense_writes, dense_write
-	batches sparse_writes, sparse_write
+	batches sparse_writes, sparse_write, PADDING
+	batches sparser_writes, sparse_write, MORE_PADDING

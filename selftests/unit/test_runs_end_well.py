@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import dirty_log_run
+from lib import writers
 from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun, DirtyTrackingError
@@ -102,7 +102,7 @@ def test_a_guest_that_writes_elsewhere_is_reported(kvm: Kvm) -> None:
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_a_vcpu_that_hangs_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, vcpus: int) -> None:
     """A guest that spins without writing is kicked, and its registers are shown."""
-    monkeypatch.setattr(dirty_log_run, "HANG_TIMEOUT", 0.5)
+    monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=vcpus), SETTINGS) as run:
         spot = run.guest.program.symbols["sparse_writes"]
         run.guest.memory(spot, 2)[:] = SPIN
@@ -112,7 +112,7 @@ def test_a_vcpu_that_hangs_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 
 def test_one_vcpu_that_hangs_beside_a_busy_one_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """The progress of one vCPU does not hide that another makes none."""
-    monkeypatch.setattr(dirty_log_run, "HANG_TIMEOUT", 0.5)
+    monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=2), SETTINGS) as run:
         symbols = run.guest.program.symbols
         block = arch.get_regs(run.guest.vm.vcpus[1].fd).rdi
@@ -124,12 +124,12 @@ def test_one_vcpu_that_hangs_beside_a_busy_one_is_reported(kvm: Kvm, monkeypatch
 
 def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that does not heed the stop flag is a hang too, and its thread still ends."""
-    monkeypatch.setattr(dirty_log_run, "HANG_TIMEOUT", 0.5)
+    monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
         spot = run.guest.program.symbols["sparse_writes"]
         monkeypatch.setattr(
-            run,
-            "_set_stop_flags",
+            run.writers,
+            "set_stop_flags",
             lambda value: run.guest.memory(spot, 2).__setitem__(slice(None), SPIN) if value else None,
         )
         with pytest.raises(VcpuHang, match=r"no progress in 0\.5 s of stopping"):
@@ -179,7 +179,7 @@ def test_ctrl_c_in_the_middle_stops_everything(
                 raise KeyboardInterrupt
             return [0, 0]
 
-        monkeypatch.setattr(run, "published", interrupted)
+        monkeypatch.setattr(run.writers, "published", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run.run()
 
