@@ -518,6 +518,20 @@ class Outcome:
         if bug is not None:
             self._node.user_properties.append(("verdict", "known bug, not seen"))
 
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Run the body of a test that is no cell: an error gets the seed, and the command that repeats it."""
+        try:
+            yield
+        except Exception as error:
+            pytest_command = self._config.option.repeat_with or this_pytest()
+            thorough = ["--thorough"] if self._config.option.thorough else []
+            seed = str(self._settings.seed)
+            arguments = shlex.join([self._node.nodeid, "--seed", seed, *thorough])
+            lines = [*environment_lines(self._host), f"seed     {seed}", f"repeat   {pytest_command} {arguments}"]
+            error.add_note("\n".join(lines))
+            raise
+
     def record(self, figures: Any) -> None:
         """Put a run's figures into the results: the table, and JUnit's properties."""
         self._node.user_properties += asdict(figures).items()

@@ -39,6 +39,7 @@ class Writers:
 
     :ivar cond: guards the state of all threads; notified at every change
     :ivar helpers: other threads of the run, which end with it
+    :ivar started: whether the threads were started
     """
 
     def __init__(self, guest: GuestVm, mode: LogMode) -> None:
@@ -47,6 +48,7 @@ class Writers:
         self.streams: list[WriteStream] = []
         self.threads: list[VcpuThread] = []
         self.helpers: list[Helper] = []
+        self.started = False
         self._mode = mode
         self._symbols = guest.program.symbols
         self._published: list[memoryview] = []
@@ -104,6 +106,7 @@ class Writers:
         """Start the threads; :meth:`end` has to follow. On the main thread."""
         # A handler must exist for the signal to interrupt KVM_RUN; what it does is of no interest.
         self._previous_handler = signal.signal(KICK_SIGNAL, lambda _number, _frame: None)
+        self.started = True
         for thread in self.threads:
             thread.start()
 

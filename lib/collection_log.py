@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What several collectors got while vCPUs wrote and tracking was switched on and off, and whether that can be right.
+
+lib/oracle.py holds one collection after the other to the writes in between. Here they overlap. Each has a start and an end on
+one clock, and the numbers of writes that each vCPU was known to have done at its start (*before*) and at its end (*after*).
+Then
+
+- of what was written before a complete collection began, each page has to be in it, or in another one that began before it
+  ended and ended after the write may have been made;
+- nothing may be in a collection but what may have been written since the start of the last complete one that had
+  ended when it began; and nothing that was certainly written while tracking was off.
+
+Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
+
+- With a page that two vCPUs write, KVM may make it writable for the one, and only then log it: ``fast_pf_fix_direct_spte()``,
+  arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
+  vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
+  the same page; then it has to be in the next.
+- What a bitmap had not told when tracking was switched off is gone with the bitmap.
+- With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lib.oracle import Kind
+from lib.tracked_vm import ContractBroken
+from lib.write_stream import WriteStream
+
+_SHOWN = 8
+
+
+@dataclass
+class Event:
+    """Something that lasted from *start* to *end*, with each vCPU's number of writes before and after it.
+
+    :ivar exact: all vCPUs were out of their guests, and the numbers are exact
+    """
+
+    start: int
+    before: list[int]
+    exact: bool
+    end: int = 0
+    after: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Toggle(Event):
+    """Tracking of the pages *first* to *last* - 1 was switched on or off."""
+
+    on: bool = False
+    first: int = 0
+    last: int = 0
+
+
+@dataclass
+class Collection(Event):
+    """What was collected of the pages *first* to *last* - 1.
+
+    :ivar reported: pages from each source: one bitmap for all vCPUs, or one ring per vCPU
+    :ivar complete: whether all was taken that was logged when it began
+    :ivar refused: KVM said that the slot is not tracked (ENOENT)
+    """
+
+    first: int = 0
+    last: int = 0
+    reported: list[list[int]] = field(default_factory=list)
+    complete: bool = True
+    refused: bool = False
+
+    def __post_init__(self) -> None:
+        self.pages: set[int] = set()
+
+    def covers(self, other: "Collection") -> bool:
+        """Whether it was asked for all that *other* was."""
+        return self.first <= other.first and other.last <= self.last
+
+
+class CollectionLog:
+    """The log of one VM's collections and toggles; *begin* and *end* may be called by any thread.
+
+    :param streams: what each vCPU writes
+    :param per_vcpu: whether each vCPU has a ring of its own
+    :param initially_set: whether all pages are dirty when tracking is switched on
+    :param may_log_twice: whether one write may make two ring entries (PML)
+    :ivar demanded: writes that had to be reported, so far
+    """
+
+    def __init__(
+        self, streams: Sequence[WriteStream], per_vcpu: bool, initially_set: bool, may_log_twice: bool = False
+    ) -> None:
+        self.demanded = 0
+        self._streams = streams
+        self._vcpus = range(len(streams))
+        self._per_vcpu = per_vcpu
+        self._initially_set = initially_set
+        self._entries_per_write = 2 if may_log_twice else 1
+        self._lock = threading.Lock()
+        self._clock = 0
+        self._collections: list[Collection] = []
+        self._last: dict[tuple[int, int], Collection] = {}
+        self._toggles: list[Toggle] = []
+        self._findings: list[str] = []
+
+    def now(self) -> int:
+        """The next moment."""
+        with self._lock:
+            self._clock += 1
+            return self._clock
+
+    def add(self, event: Collection | Toggle) -> None:
+        """Add what has ended."""
+        with self._lock:
+            if isinstance(event, Toggle):
+                self._toggles.append(event)
+            else:
+                event.pages = set().union(*event.reported)
+                self._collections.append(event)
+
+    def check(self, areas: Iterable[tuple[int, int]]) -> None:
+        """Hold all that was collected to the writes; the last collections must have been exact, and complete.
+
+        :param areas: the slots, by first page and end
+        :raises ContractBroken: something cannot be right
+        """
+        for first, last in areas:
+            self._check_area(
+                [one for one in self._collections if one.first < last and first < one.last],
+                [one for one in self._last.values() if one.first < last and first < one.last],
+                [one for one in self._toggles if one.first == first],
+                range(first, last),
+            )
+        self._last |= {
+            (one.first, one.last): one for one in self._collections if one.exact and one.complete and not one.refused
+        }
+        self._collections = []
+        latest = {toggle.first: toggle for toggle in sorted(self._toggles, key=lambda toggle: toggle.end)}
+        self._toggles = [*latest.values()]
+        if self._findings:
+            shown = "\n".join(self._findings[:_SHOWN])
+            count = len(self._findings)
+            self._findings = []
+            raise ContractBroken(shown + (f"\nand {count - _SHOWN} findings more" if count > _SHOWN else ""))
+
+    def _check_area(
+        self, collections: list[Collection], checked: list[Collection], toggles: list[Toggle], area: range
+    ) -> None:
+        """Check what was collected since the last check of a slot; what was *checked* before is known to be right."""
+        toggles.sort(key=lambda toggle: toggle.start)
+        collections.sort(key=lambda one: one.end)
+        on_ranges = [self._surely_on(vcpu, toggles) for vcpu in self._vcpus]
+        off_ranges = [self._surely_off(vcpu, toggles) for vcpu in self._vcpus]
+        owed: list[tuple[int, int, int]] = []
+        for one in collections:
+            if not self._per_vcpu and not self._check_refusal(one, toggles):
+                continue
+            since = self._tracked_since(one, toggles)
+            self._check_false(one, checked, toggles, off_ranges, area)
+            if self._is_complete(one, toggles):
+                owed = self._check_lost(one, collections, checked, since, on_ranges, owed, area)
+                checked.append(one)
+
+    def _check_refusal(self, one: Collection, toggles: Sequence[Toggle]) -> bool:
+        """Whether KVM answered; a finding when its answer does not fit to the tracking's being on or off."""
+        if not self._overlaps(one, toggles) and one.refused == self._is_on(one, toggles):
+            state = "on" if one.refused else "off"
+            answer = "ENOENT" if one.refused else "a bitmap"
+            self._findings.append(f"collection at {one.start}: KVM answered with {answer} while tracking was {state}")
+        return not one.refused
+
+    def _check_false(
+        self, one: Collection, checked: Sequence[Collection], toggles: Sequence[Toggle],
+        off_ranges: Sequence[Sequence[tuple[int, int]]], area: range,
+    ) -> None:  # fmt: skip
+        """Nothing is reported but what may have been written since it was collected last."""
+        free = self._pages_still_set(one, checked, toggles, area)
+        since = self._tracked_since(one, toggles)
+        for source, entries in enumerate(one.reported):
+            pages = [page for page in entries if page in area]
+            may: Counter[int] = Counter()
+            for vcpu in (source,) if self._per_vcpu else self._vcpus:
+                start = max(
+                    (last.before[vcpu] for last in checked if last.end < one.start and last.covers(one)), default=0
+                )
+                if since is not None and not self._per_vcpu:
+                    start = max(start, since.before[vcpu])
+                may.update(self._written(vcpu, start, one.after[vcpu] + 1, off_ranges[vcpu]))
+            if false := set(pages) - may.keys() - free:
+                self._find(Kind.FALSE, one, source if self._per_vcpu else None, false)
+            if self._per_vcpu:
+                each = self._entries_per_write
+                counts = Counter(pages)
+                excess = {page for page, count in counts.items() if page in may and count > may[page] * each}
+                if excess:
+                    self._find(Kind.DUPLICATE, one, source, excess)
+
+    def _check_lost(
+        self, one: Collection, collections: Sequence[Collection], checked: Sequence[Collection], since: Toggle | None,
+        on_ranges: Sequence[Sequence[tuple[int, int]]], owed: list[tuple[int, int, int]], area: range,
+    ) -> list[tuple[int, int, int]]:  # fmt: skip
+        """All that was written before *one* began is reported; returns what may come in the next collection only."""
+        if since is not None and self._initially_set and not any(last.start > since.end for last in checked):
+            told = set().union(
+                *(other.pages for other in collections if since.start < other.end and other.start < one.end)
+            )
+            if absent := {page for page in area if one.first <= page < one.last} - told:
+                self._find(Kind.LOST, one, None, absent, "all pages are dirty at first")
+        still_owed: list[tuple[int, int, int]] = []
+        for vcpu in self._vcpus:
+            start = max((last.before[vcpu] for last in checked if last.covers(one)), default=0)
+            # With its bitmap, what was owed goes too.
+            oldest = since.after[vcpu] if since is not None and not self._per_vcpu else 0
+            due = [(write, page) for its, write, page in owed if its == vcpu and write >= oldest]
+            for first, end in on_ranges[vcpu]:
+                if since is not None and not self._per_vcpu and end <= since.after[vcpu]:
+                    continue
+                low, high = max(start, first), min(end, one.before[vcpu])
+                if low < high:
+                    due += enumerate(self._streams[vcpu].between(low, high), low)
+            lost: set[int] = set()
+            for write, page in due:
+                if page not in area:
+                    continue
+                if not one.first <= page < one.last:
+                    if (vcpu, write, page) in owed:
+                        still_owed.append((vcpu, write, page))
+                    continue
+                self.demanded += 1
+                if page in one.pages or self._reported_elsewhere(vcpu, write, page, one, collections):
+                    continue
+                if self._about_to_be_written(vcpu, page, one):
+                    still_owed.append((vcpu, write, page))
+                else:
+                    lost.add(page)
+            if lost:
+                self._find(Kind.LOST, one, vcpu, lost)
+        return still_owed
+
+    def _reported_elsewhere(
+        self, vcpu: int, write: int, page: int, one: Collection, collections: Sequence[Collection]
+    ) -> bool:
+        """Whether another collection has the page, one that ended after the write may have been made."""
+        return any(
+            page in other.pages
+            and other.start < one.end
+            and (write < other.after[vcpu] or (write == other.after[vcpu] and not other.exact))
+            for other in collections
+        )
+
+    def _about_to_be_written(self, vcpu: int, page: int, one: Collection) -> bool:
+        """Whether another vCPU may have been making the page writable when *one* began: see the exemptions."""
+        if one.exact:
+            return False
+        return any(
+            self._streams[other].between(one.before[other], one.before[other] + 1)[0] == page
+            for other in self._vcpus
+            if other != vcpu
+        )
+
+    def _pages_still_set(
+        self, one: Collection, checked: Sequence[Collection], toggles: Sequence[Toggle], area: range
+    ) -> set[int]:
+        """The pages that may be dirty since tracking was switched on, and not cleared since."""
+        if not self._initially_set:
+            return set()
+        since = self._tracked_since(one, toggles)
+        if since is None or any(toggle.on and self._overlap(one, toggle) for toggle in toggles):
+            return set(area)
+        free = set(area)
+        for last in checked:
+            if since.end < last.start and last.end < one.start:
+                free.difference_update(range(last.first, last.last))
+        return free
+
+    def _is_complete(self, one: Collection, toggles: Sequence[Toggle]) -> bool:
+        if not one.complete:
+            return False
+        return self._per_vcpu or not self._overlaps(one, toggles)
+
+    @staticmethod
+    def _overlap(one: Event, other: Event) -> bool:
+        return one.start < other.end and other.start < one.end
+
+    def _overlaps(self, one: Event, toggles: Sequence[Toggle]) -> bool:
+        return any(self._overlap(one, toggle) for toggle in toggles)
+
+    @staticmethod
+    def _is_on(one: Event, toggles: Sequence[Toggle]) -> bool:
+        """Whether tracking is on when *one* begins."""
+        before = [toggle for toggle in toggles if toggle.end < one.start]
+        return bool(before) and before[-1].on
+
+    @staticmethod
+    def _tracked_since(one: Event, toggles: Sequence[Toggle]) -> Toggle | None:
+        """The last time before *one* that tracking was switched on."""
+        return next((toggle for toggle in reversed(toggles) if toggle.on and toggle.end < one.start), None)
+
+    def _surely_on(self, vcpu: int, toggles: Sequence[Toggle]) -> list[tuple[int, int]]:
+        """The writes of *vcpu* that were certainly made while tracking was on, as ranges [first, end)."""
+        ranges = []
+        for index, toggle in enumerate(toggles):
+            if toggle.on:
+                end = toggles[index + 1].before[vcpu] if index + 1 < len(toggles) else 1 << 62
+                ranges.append((toggle.after[vcpu] + (not toggle.exact), end))
+        return ranges
+
+    def _surely_off(self, vcpu: int, toggles: Sequence[Toggle]) -> list[tuple[int, int]]:
+        """The writes of *vcpu* that were certainly made while tracking was off, as ranges [first, end)."""
+        ranges = [(0, toggles[0].before[vcpu])] if toggles and toggles[0].on else []
+        for index, toggle in enumerate(toggles):
+            if not toggle.on:
+                end = toggles[index + 1].before[vcpu] if index + 1 < len(toggles) else 1 << 62
+                ranges.append((toggle.after[vcpu] + 1, end))
+        return ranges
+
+    def _written(self, vcpu: int, start: int, end: int, without: Sequence[tuple[int, int]]) -> list[int]:
+        """The pages of the writes *start* to *end* - 1, but for some ranges of them."""
+        pages: list[int] = []
+        for first, last in without:
+            if start < min(first, end):
+                pages += self._streams[vcpu].between(start, min(first, end))
+            if first < end:
+                start = max(start, last)
+        if start < end:
+            pages += self._streams[vcpu].between(start, end)
+        return pages
+
+    def _find(self, kind: Kind, one: Collection, vcpu: int | None, pages: set[int], why: str = "") -> None:
+        whose = "" if vcpu is None else f", vCPU {vcpu}"
+        some = ", ".join(map(str, sorted(pages)[:_SHOWN]))
+        writes = f"writes {one.before} to {one.after}" + (", all vCPUs stopped" if one.exact else "")
+        self._findings.append(
+            f"{kind.name} ({kind.value}{': ' + why if why else ''}): collection at {one.start} to {one.end} of pages"
+            f" {one.first} to {one.last - 1}{whose}, {writes}: {len(pages)} pages: {some}"
+        )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A VM whose vCPUs write pages of several slots without end: for what has to hold while a VM runs.
+
+The pages of all test slots are numbered through, in the order of the slots: a vCPU's stream runs over these numbers. In the
+guest they lie side by side, while between the slots' guest-physical addresses there are holes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from lib import uapi
+from lib.arch import current as arch
+from lib.cell import PAGE
+from lib.guest import PROGRAM_SLOT, GuestVm
+from lib.guest_program import GuestProgram
+from lib.kvm import Kvm
+from lib.log_modes import make_log_mode
+from lib.memory import BACKINGS, GIB, MIB, GuestMemory, align_up
+from lib.oracle import WORDS_PER_PAGE
+from lib.vm import Memslot
+from lib.write_stream import WriteStream
+from lib.writers import SPARSE, Writers
+
+_GVA = 1 << 40
+_FIRST_GPA = GIB + 6 * MIB
+_VCPU_DATA = 1 << 20
+
+
+@dataclass(frozen=True)
+class Area:
+    """A test slot: its pages have the numbers from *first* to *end* - 1."""
+
+    memslot: Memslot
+    first: int
+    end: int
+
+    @property
+    def slot(self) -> int:
+        return self.memslot.slot
+
+
+class WritersVm:
+    """A VM with a vCPU for each of *streams*, and a slot for each of *shapes*.
+
+    :param mode: a key of :data:`lib.log_modes.LOG_MODES`
+    :param shapes: number of pages and backing of each slot
+    :param ring_count: entries of a dirty ring, for the ring modes
+    :param pace: see :mod:`lib.writers`
+    :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        mode: str,
+        shapes: Sequence[tuple[int, str]],
+        streams: Sequence[WriteStream],
+        ring_count: int = 4096,
+        pace: int = SPARSE,
+    ) -> None:
+        self.mode = make_log_mode(mode, ring_count)
+        self.ring_count = ring_count
+        npages = sum(count for count, _ in shapes)
+        data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
+        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), arch.GUEST_MODES["48bit-4k"], data)
+        self.vm = self.guest.vm
+        try:
+            self.mode.create_vm_done(self.vm)
+            self.areas: list[Area] = []
+            gpa, first = _FIRST_GPA, 0
+            for slot, (count, backing) in enumerate(shapes, PROGRAM_SLOT + 1):
+                self._add_area(slot, gpa, first, count, backing)
+                first += count
+                gpa = align_up(gpa + count * PAGE, 2 * MIB) + 2 * MIB
+            self.writers = Writers(self.guest, self.mode)
+            for vcpu, stream in enumerate(streams):
+                self.writers.add(stream, _GVA, npages * PAGE if vcpu == 0 else 0, pace)
+        except BaseException:
+            self.guest.close()
+            raise
+
+    def number(self, slot: int, offset: int) -> int | None:
+        """The number of a page of a slot; None for one that no test slot has."""
+        for area in self.areas:
+            if area.slot == slot:
+                return area.first + offset if offset < area.end - area.first else None
+        return None
+
+    def set_tracking(self, slot: int, on: bool) -> None:
+        """Switch the logging of a slot on or off."""
+        memslot = self.vm.memslots[slot]
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0
+        self.vm.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
+
+    def start(self) -> None:
+        """Start the vCPUs' threads and have the guest touch all pages: all are mapped writable then."""
+        self.writers.start()
+        self.writers.let_go()
+        self.writers.wait(self.writers.all_stopped, "touching all pages")
+
+    def stop(self) -> None:
+        """Stop all vCPUs wherever they are, and find out how many writes they have done."""
+        self.writers.force_stop()
+        self.writers.settle([True for _ in self.writers.threads], self._done)
+
+    def close(self) -> None:
+        """End all threads, and give all memory back."""
+        try:
+            if self.writers.started:
+                self.writers.end()
+        finally:
+            self.writers.close()
+
+    def _add_area(self, slot: int, gpa: int, first: int, count: int, backing: str) -> None:
+        memory = GuestMemory(BACKINGS[backing], count * PAGE, gpa)
+        try:
+            memory.populate()
+            memslot = self.vm.set_user_memory_region(slot, gpa, memory)
+        except BaseException:
+            memory.close()
+            raise
+        self.guest.map_test_memory(_GVA + first * PAGE, gpa, count * PAGE)
+        self.areas.append(Area(memslot, first, first + count))
+
+    def _done(self, vcpu: int, published: int) -> int:
+        """How many writes *vcpu*, out of its guest, has done: *published*, and one more when its value is in memory."""
+        page = self.writers.streams[vcpu].between(published, published + 1)[0]
+        area = next(area for area in self.areas if page < area.end)
+        word = area.memslot.memory.words[(page - area.first) * WORDS_PER_PAGE + vcpu]
+        return published + (word == published + 1)
+
+    def __enter__(self) -> "WritersVm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is not None and self.writers.started:
+            value.add_note(self.writers.last_exits())
+        self.close()

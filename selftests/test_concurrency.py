@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Several vCPUs write while several threads collect, clear, reset and switch tracking: no write is ever lost.
+
+After each round all vCPUs are stopped, what is left is collected, and everything that was collected is held to what each vCPU
+is known to have written, and when (lib/collection_log.py).
+"""
+
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from lib.cell import Settings
+from lib.collectors import Collectors, Operation, Worker, work_together
+from lib.dirty_bitmap import BITS_PER_WORD
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES, ClearLog
+from lib.write_stream import WriteStream, make_stream
+from lib.writers_vm import WritersVm
+
+# Slots that end within a word of their bitmaps, and one that is smaller than a word
+SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
+NPAGES = sum(count for count, _ in SHAPES)
+# Fewer than the slots have pages: rings fill
+RING = 512
+BATCH = 64
+PAUSE = 400
+SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
+
+
+@pytest.fixture(params=list(LOG_MODES))
+def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
+    return random.Random(f"{settings.seed}/{request.node.name}")
+
+
+def streams(sharing: str, vcpus: int, seed: int) -> list[WriteStream]:
+    """What the vCPUs write: all of them everything, each its share, or all the same few pages and now and then others."""
+    if sharing == "same-pages":
+        return [make_stream("random", NPAGES, vcpu, vcpus, seed, BATCH) for vcpu in range(vcpus)]
+    result = []
+    for vcpu in range(vcpus):
+        draw = random.Random(f"{seed}/{sharing}/{vcpu}")
+        if sharing == "own-pages":
+            pages = [draw.randrange(vcpu, NPAGES, vcpus) for _ in range(64 * BATCH)]
+        else:
+            few = [0, SHAPES[0][0] - 1, SHAPES[0][0], NPAGES - 1]
+            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(NPAGES) for _ in range(64 * BATCH)]
+        result.append(WriteStream(array("I", pages), 0))
+    return result
+
+
+def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """What one collector does: collections of all kinds that the mode has."""
+    for _ in range(count):
+        area = draw.choice(of.vm.areas)
+        if of.ledger is not None:
+            kinds: Sequence[Operation] = (
+                of.harvest,
+                of.harvest,
+                lambda: of.harvest(most=draw.randint(1, 40)),
+                of.reset,
+            )
+            yield draw.choice(kinds)
+        elif isinstance(of.vm.mode, ClearLog) and draw.random() < 0.5:
+            npages = area.end - area.first
+            first = draw.randrange(0, npages, BITS_PER_WORD)
+            last = draw.choice([*range(first + BITS_PER_WORD, npages, BITS_PER_WORD), npages])
+            yield lambda area=area, first=first, last=last: of.collect_range(area, first, last - first)  # type: ignore[misc]
+        else:
+            yield lambda area=area: of.collect(area)  # type: ignore[misc]
+
+
+def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
+    """Switch the tracking of one slot after the other, on or off; *state* has which are on."""
+    for _ in range(count):
+        area = draw.choice(of.vm.areas)
+        state[area.slot] = not state.get(area.slot, False)
+        yield lambda area=area, on=state[area.slot]: of.switch(area, on)  # type: ignore[misc]
+
+
+def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
+    """One round: each of *jobs* in a thread of its own; then what is left, and the check."""
+    workers = [
+        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
+    ]
+    work_together(of.vm, workers)
+    of.check()
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_collectors_beside_writers(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
+) -> None:
+    """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
+    vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 12, 2)
+    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+        of = Collectors(vm)
+        vm.start()
+        for area in vm.areas:
+            of.switch(area, on=True, stopped=True)
+        for _ in range(rounds):
+            work(of, draw, [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)])
+        assert of.log.demanded
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_toggling_beside_writers(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
+) -> None:
+    """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+        of = Collectors(vm)
+        vm.start()
+
+        def job() -> Iterator[Operation]:
+            for _ in range(count):
+                for area in vm.areas:
+                    yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+                yield lambda: of.collect_all(stopped=False)
+                yield lambda: of.collect_all(stopped=False)
+                for area in vm.areas:
+                    yield lambda area=area: of.switch(area, on=False)  # type: ignore[misc]
+            for area in vm.areas:
+                yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+
+        for _ in range(rounds):
+            work(of, draw, [job()])
+            for area in vm.areas:
+                of.switch(area, on=False, stopped=True)
+        assert of.log.demanded
+
+
+def test_all_at_once(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str
+) -> None:
+    """Two collectors, and one that switches tracking on and off in between."""
+    vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 3, 15, 2)
+    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
+        of = Collectors(vm)
+        vm.start()
+        state: dict[int, bool] = {}
+        for area in vm.areas[1:]:
+            of.switch(area, on=True, stopped=True)
+            state[area.slot] = True
+        for _ in range(rounds):
+            jobs = [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)]
+            work(of, draw, [*jobs, some_toggles(of, random.Random(draw.random()), count, state)])
+        assert of.log.demanded
