@@ -85,7 +85,7 @@ class CollectionLog:
     :param per_vcpu: whether each vCPU has a ring of its own
     :param initially_set: whether all pages are dirty when tracking is switched on
     :param may_log_twice: whether one write may make two ring entries (PML)
-    :ivar demanded: writes that had to be reported, so far
+    :ivar demanded: how many pages had to be reported, summed over collections and vCPUs
     """
 
     def __init__(
@@ -179,20 +179,22 @@ class CollectionLog:
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
-            may: Counter[int] = Counter()
+            may: list[int] = []
             for vcpu in (source,) if self._per_vcpu else self._vcpus:
                 start = max(
                     (last.before[vcpu] for last in checked if last.end < one.start and last.covers(one)), default=0
                 )
                 if since is not None and not self._per_vcpu:
                     start = max(start, since.before[vcpu])
-                may.update(self._written(vcpu, start, one.after[vcpu] + 1, off_ranges[vcpu]))
-            if false := set(pages) - may.keys() - free:
+                may += self._written(vcpu, start, one.after[vcpu] + 1, off_ranges[vcpu])
+            reported = set(pages)
+            if false := reported.difference(may, free):
                 self._find(Kind.FALSE, one, source if self._per_vcpu else None, false)
-            if self._per_vcpu:
+            if self._per_vcpu and len(reported) < len(pages):
+                writes = Counter(may)
                 each = self._entries_per_write
-                counts = Counter(pages)
-                excess = {page for page, count in counts.items() if page in may and count > may[page] * each}
+                counts = Counter(pages).items()
+                excess = {page for page, count in counts if writes[page] and count > writes[page] * each}
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
 
@@ -212,28 +214,28 @@ class CollectionLog:
             start = max((last.before[vcpu] for last in checked if last.covers(one)), default=0)
             # With its bitmap, what was owed goes too.
             oldest = since.after[vcpu] if since is not None and not self._per_vcpu else 0
-            due = [(write, page) for its, write, page in owed if its == vcpu and write >= oldest]
+            # Of each page the last write is enough: what has that one has those before.
+            due = {page: write for its, write, page in owed if its == vcpu and write >= oldest}
             for first, end in on_ranges[vcpu]:
                 if since is not None and not self._per_vcpu and end <= since.after[vcpu]:
                     continue
                 low, high = max(start, first), min(end, one.before[vcpu])
                 if low < high:
-                    due += enumerate(self._streams[vcpu].between(low, high), low)
+                    due |= zip(self._streams[vcpu].between(low, high), range(low, high), strict=True)
             lost: set[int] = set()
-            for write, page in due:
+            for page in due.keys() - one.pages:
                 if page not in area:
                     continue
+                write = due[page]
                 if not one.first <= page < one.last:
                     if (vcpu, write, page) in owed:
                         still_owed.append((vcpu, write, page))
-                    continue
-                self.demanded += 1
-                if page in one.pages or self._reported_elsewhere(vcpu, write, page, one, collections):
-                    continue
-                if self._about_to_be_written(vcpu, page, one):
-                    still_owed.append((vcpu, write, page))
-                else:
-                    lost.add(page)
+                elif not self._reported_elsewhere(vcpu, write, page, one, collections):
+                    if self._about_to_be_written(vcpu, page, one):
+                        still_owed.append((vcpu, write, page))
+                    else:
+                        lost.add(page)
+            self.demanded += len(due)
             if lost:
                 self._find(Kind.LOST, one, vcpu, lost)
         return still_owed
