@@ -179,19 +179,24 @@ class CollectionLog:
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
-            may: list[int] = []
+            reported = set(pages)
+            may: set[int] = set()
+            ranges: list[tuple[int, int, int]] = []
             for vcpu in (source,) if self._per_vcpu else self._vcpus:
                 start = max(
                     (last.before[vcpu] for last in checked if last.end < one.start and last.covers(one)), default=0
                 )
                 if since is not None and not self._per_vcpu:
                     start = max(start, since.before[vcpu])
-                may += self._written(vcpu, start, one.after[vcpu] + 1, off_ranges[vcpu])
-            reported = set(pages)
+                ranges += ((vcpu, *part) for part in _without(start, one.after[vcpu] + 1, off_ranges[vcpu]))
+            for vcpu, first, end in ranges:
+                may.update(self._streams[vcpu].last_writes(first, end))
             if false := reported.difference(may, free):
                 self._find(Kind.FALSE, one, source if self._per_vcpu else None, false)
             if self._per_vcpu and len(reported) < len(pages):
-                writes = Counter(may)
+                writes: Counter[int] = Counter()
+                for vcpu, first, end in ranges:
+                    writes.update(self._streams[vcpu].between(first, end))
                 each = self._entries_per_write
                 counts = Counter(pages).items()
                 excess = {page for page, count in counts if writes[page] and count > writes[page] * each}
@@ -221,7 +226,7 @@ class CollectionLog:
                     continue
                 low, high = max(start, first), min(end, one.before[vcpu])
                 if low < high:
-                    due |= zip(self._streams[vcpu].between(low, high), range(low, high), strict=True)
+                    due |= self._streams[vcpu].last_writes(low, high)
             lost: set[int] = set()
             for page in due.keys() - one.pages:
                 if page not in area:
@@ -317,18 +322,6 @@ class CollectionLog:
                 ranges.append((toggle.after[vcpu] + 1, end))
         return ranges
 
-    def _written(self, vcpu: int, start: int, end: int, without: Sequence[tuple[int, int]]) -> list[int]:
-        """The pages of the writes *start* to *end* - 1, but for some ranges of them."""
-        pages: list[int] = []
-        for first, last in without:
-            if start < min(first, end):
-                pages += self._streams[vcpu].between(start, min(first, end))
-            if first < end:
-                start = max(start, last)
-        if start < end:
-            pages += self._streams[vcpu].between(start, end)
-        return pages
-
     def _find(self, kind: Kind, one: Collection, vcpu: int | None, pages: set[int], why: str = "") -> None:
         whose = "" if vcpu is None else f", vCPU {vcpu}"
         some = ", ".join(map(str, sorted(pages)[:_SHOWN]))
@@ -337,3 +330,13 @@ class CollectionLog:
             f"{kind.name} ({kind.value}{': ' + why if why else ''}): collection at {one.start} to {one.end} of pages"
             f" {one.first} to {one.last - 1}{whose}, {writes}: {len(pages)} pages: {some}"
         )
+
+
+def _without(start: int, end: int, holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of the range *start* to *end* - 1 without *holes*, which are in order."""
+    left = []
+    for first, last in (*holes, (end, end)):
+        if start < min(first, end):
+            left.append((start, min(first, end)))
+        start = max(start, last)
+    return left

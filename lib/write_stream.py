@@ -36,6 +36,18 @@ class WriteStream:
             index += len(part)
         return result
 
+    def last_writes(self, first: int, end: int) -> dict[int, int]:
+        """The pages of writes *first* to *end* - 1, each with the index of the last of its writes."""
+        # Of the loop, the last time around has every page.
+        tail = max(first, end - (len(self.pages) - self.loop))
+        head_end = min(self.loop, tail)
+        last: dict[int, int] = {}
+        if first < head_end:
+            last |= zip(self.between(first, head_end), range(first, head_end), strict=True)
+        if tail < end:
+            last |= zip(self.between(tail, end), range(tail, end), strict=True)
+        return last
+
     def addresses(self, base: int, page_size: int) -> "array[int]":
         """The stream as the guest's table: the address of each write, page 0 being at *base*."""
         return array("Q", [base + page * page_size for page in self.pages])

@@ -17,7 +17,7 @@ from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, ClearLog
-from lib.write_stream import WriteStream, make_stream
+from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
 
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
@@ -25,7 +25,8 @@ SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
 NPAGES = sum(count for count, _ in SHAPES)
 # Fewer than the slots have pages: rings fill
 RING = 512
-BATCH = 64
+# Before a vCPU's writes repeat themselves; a multiple of the guest's batch
+WRITES = 1024
 PAUSE = 400
 SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
 
@@ -43,16 +44,16 @@ def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
 
 def streams(sharing: str, vcpus: int, seed: int) -> list[WriteStream]:
     """What the vCPUs write: all of them everything, each its share, or all the same few pages and now and then others."""
-    if sharing == "same-pages":
-        return [make_stream("random", NPAGES, vcpu, vcpus, seed, BATCH) for vcpu in range(vcpus)]
     result = []
     for vcpu in range(vcpus):
         draw = random.Random(f"{seed}/{sharing}/{vcpu}")
-        if sharing == "own-pages":
-            pages = [draw.randrange(vcpu, NPAGES, vcpus) for _ in range(64 * BATCH)]
+        if sharing == "same-pages":
+            pages = [draw.randrange(NPAGES) for _ in range(WRITES)]
+        elif sharing == "own-pages":
+            pages = [draw.randrange(vcpu, NPAGES, vcpus) for _ in range(WRITES)]
         else:
             few = [0, SHAPES[0][0] - 1, SHAPES[0][0], NPAGES - 1]
-            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(NPAGES) for _ in range(64 * BATCH)]
+            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(NPAGES) for _ in range(WRITES)]
         result.append(WriteStream(array("I", pages), 0))
     return result
 
