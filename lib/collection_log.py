@@ -194,12 +194,12 @@ class CollectionLog:
             if false := reported.difference(may, free):
                 self._find(Kind.FALSE, one, source if self._per_vcpu else None, false)
             if self._per_vcpu and len(reported) < len(pages):
-                writes: Counter[int] = Counter()
-                for vcpu, first, end in ranges:
-                    writes.update(self._streams[vcpu].between(first, end))
-                each = self._entries_per_write
-                counts = Counter(pages).items()
-                excess = {page for page, count in counts if writes[page] and count > writes[page] * each}
+                excess = set()
+                for page, count in Counter(pages).items():
+                    if count > 1 and page in may:
+                        writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
+                        if count > writes * self._entries_per_write:
+                            excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
 

@@ -48,6 +48,13 @@ class WriteStream:
             last |= zip(self.between(tail, end), range(tail, end), strict=True)
         return last
 
+    def count(self, page: int, first: int, end: int) -> int:
+        """How many of the writes *first* to *end* - 1 go to *page*."""
+        head = self.between(first, min(self.loop, end)).count(page) if first < self.loop else 0
+        start, loop = max(first, self.loop), self.pages[self.loop :]
+        rounds, rest = divmod(max(0, end - start), len(loop))
+        return head + rounds * loop.count(page) + self.between(start, start + rest).count(page)
+
     def addresses(self, base: int, page_size: int) -> "array[int]":
         """The stream as the guest's table: the address of each write, page 0 being at *base*."""
         return array("Q", [base + page * page_size for page in self.pages])

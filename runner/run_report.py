@@ -70,6 +70,7 @@ class RunReport:
         self._on_kvm = 0
         self._not_on_kvm: list[str] = []
         self._caught: dict[str, list[str]] = {}
+        self._migrations: dict[str, dict[str, Any]] = {}
         self._tests_by_title: dict[str, list[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -92,6 +93,9 @@ class RunReport:
             before = self._tests.get(report.nodeid, {}).get("verdict")
             shown = "FAIL" if before == "FAIL" else outcome
             self._tests[report.nodeid] = {"test": report.nodeid, "verdict": shown, "reason": reason}
+        if "rounds" in properties:
+            name = properties["migration"]
+            self._migrations[report.nodeid] = {"name": name, "rounds": properties["rounds"], "verdict": outcome}
         if "log_mode" in properties:
             row = properties | {"verdict": outcome, "reason": reason}
             if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
@@ -114,6 +118,7 @@ class RunReport:
                 "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
                 "cells": self._ordered_rows(),
                 "tests": list(self._tests.values()),
+                "migrations": self._migrations,
             }
             (self._results / "results.json").write_text(json.dumps(data, indent=1))
         if session.exitstatus == pytest.ExitCode.OK:
@@ -136,6 +141,10 @@ class RunReport:
                 terminalreporter.line(line)
             terminalreporter.line(table.summary(rows))
             terminalreporter.line(f"files: {self.shown_results}")
+        if self._migrations:
+            terminalreporter.section("migrations: pages that each round copied, and milliseconds it took")
+            for line in table.migration_lines([*self._migrations.values()]):
+                terminalreporter.line(line)
         if self._caught:
             terminalreporter.section("planted faults: within how many iterations each was caught")
             for fault, within in sorted(self._caught.items()):

@@ -46,6 +46,16 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{len(rows)} cells: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
+def migration_lines(migrations: Sequence[Row]) -> list[str]:
+    """A line per migration: its name, verdict, and what each round copied and took."""
+    width = max(len(str(one["name"])) for one in migrations)
+    return [
+        f"{one['name']:<{width}}  {one['verdict']:<4}  "
+        + ", ".join(f"{done['copied']} in {done['ms']:.1f}" for done in one["rounds"])
+        for one in migrations
+    ]
+
+
 _SHORT = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip"}
 
 

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Pre-copy live migration as a VMM does it: copy all memory, then again and again what KVM reports, and the rest once all is stopped.
+
+What is reported is tracked anew (CLEAR, reset, or GET itself) **before** the pages are read while the vCPUs run: a write in
+between then is reported again (api.rst 8.29; the same holds for a bitmap).
+"""
+
+import mmap
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lib.cell import PAGE
+from lib.host import this_host, uses_pml
+from lib.log_modes import DirtyRing
+from lib.tracked_vm import ContractBroken
+from lib.writers_vm import WritersVm
+
+_SHOWN = 8
+
+# Pages by slot
+Pages = dict[int, set[int]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a migration.
+
+    :ivar reported: what KVM reported: bits, or ring entries
+    :ivar copied: different pages among them
+    :ivar remaining: pages written since, when the copy was made: what the next round will find at least; slot 0 not counted
+    :ivar writes: the guest's writes to test memory during the round
+    :ivar ms: how long it took
+    """
+
+    round: int
+    reported: int
+    copied: int
+    remaining: int
+    writes: int
+    ms: float
+
+
+class Migration:
+    """Copies the memory of *vm*, all slots of it, while its vCPUs run.
+
+    :param enough: stop the vCPUs when a round copied no more than so many pages
+    :param most_rounds: or after so many rounds
+    :param without: slots whose logging is left off, and that are copied while the vCPUs are stopped
+    """
+
+    def __init__(self, vm: WritersVm, enough: int, most_rounds: int, without: Iterable[int] = ()) -> None:
+        self.vm = vm
+        self.rounds: list[Round] = []
+        self._enough = enough
+        self._most_rounds = most_rounds
+        self._slots = dict(vm.vm.memslots)
+        self._without = set(without)
+        self._copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
+        # With a log in the CPU itself (PML) the vCPUs have to leave their guests before a collection: lib/log_modes.py
+        self._kick = vm.writers.kick_running if uses_pml(this_host()) else lambda: None
+
+    def run(self) -> list[Round]:
+        """Migrate; the vCPUs have to be running, and are stopped afterwards."""
+        for slot in self._slots.keys() - self._without:
+            self.vm.set_tracking(slot, on=True)
+        self._round(0, {slot: set(range(memslot.npages)) for slot, memslot in self._slots.items()})
+        while len(self.rounds) <= self._most_rounds:
+            self._round(len(self.rounds), None)
+            if self.rounds[-1].copied <= self._enough:
+                break
+        self.vm.stop()
+        self._round(len(self.rounds), None, stopped=True)
+        for slot in self._without:
+            self.copy({slot: set(range(self._slots[slot].npages))})
+        return self.rounds
+
+    def compare(self) -> None:
+        """Hold the copy to the source.
+
+        :raises ContractBroken: a page is different
+        """
+        wrong = []
+        for slot, memslot in self._slots.items():
+            source, copy = memslot.memory.view, memoryview(self._copies[slot])
+            if memslot.memory.words != copy.cast("Q"):
+                pages = [
+                    page
+                    for page in range(memslot.npages)
+                    if source[page * PAGE : (page + 1) * PAGE] != copy[page * PAGE : (page + 1) * PAGE]
+                ]
+                wrong.append(
+                    f"slot {slot}: {len(pages)} pages of {memslot.npages}: {', '.join(map(str, pages[:_SHOWN]))}"
+                )
+        if wrong:
+            raise ContractBroken(
+                f"{self.vm.mode.name}: after {len(self.rounds)} rounds the copy differs from the source in {'; '.join(wrong)}"
+            )
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The rounds as plain data."""
+        return [asdict(one) for one in self.rounds]
+
+    def collect(self, stopped: bool) -> tuple[int, Pages]:
+        """Take what KVM reports, and have these pages tracked anew; returns how much it was, and the pages.
+
+        :raises ContractBroken: it is of no page of the VM's, or KVM takes back another number of ring entries
+        """
+        vm, mode = self.vm.vm, self.vm.mode
+        reported, pages = 0, Pages()
+        if isinstance(mode, DirtyRing):
+            collected = mode.collect_dirty_pages(vm, self._slots[0], self._kick, stopped)
+            reported = sum(map(len, collected.pages))
+            if collected.reset != reported:
+                raise ContractBroken(
+                    f"KVM_RESET_DIRTY_RINGS took {collected.reset} entries of {reported} that were harvested"
+                )
+            for slots, offsets in zip(collected.slots, collected.pages, strict=True):
+                for slot, offset in zip(slots, offsets, strict=True):
+                    pages.setdefault(slot, set()).add(offset)
+            self.vm.writers.rings_were_reset()
+        else:
+            for slot in self._slots.keys() - self._without:
+                pages[slot] = set(mode.collect_dirty_pages(vm, self._slots[slot], self._kick, stopped).pages[0])
+                reported += len(pages[slot])
+        for slot, its in pages.items():
+            if its and (slot not in self._slots or max(its) >= self._slots[slot].npages):
+                raise ContractBroken(f"page {max(its)} of slot {slot} was reported: there is no such page")
+        return reported, pages
+
+    def copy(self, pages: Pages) -> None:
+        """Copy pages from the source."""
+        for slot, its in pages.items():
+            source, copy = self._slots[slot].memory.view, memoryview(self._copies[slot])
+            for page in its:
+                copy[page * PAGE : (page + 1) * PAGE] = source[page * PAGE : (page + 1) * PAGE]
+
+    def close(self) -> None:
+        """Give the copy's memory back."""
+        for copy in self._copies.values():
+            copy.close()
+
+    def transfer(self, stopped: bool) -> tuple[int, Pages]:
+        """Collect and copy, in this order."""
+        reported, pages = self.collect(stopped)
+        self.copy(pages)
+        return reported, pages
+
+    def _round(self, number: int, everything: Pages | None, stopped: bool = False) -> None:
+        started, writes = time.monotonic(), self.vm.writers.published()
+        if everything is None:
+            reported, pages = self.transfer(stopped)
+        else:
+            reported, pages = 0, everything
+            self.copy(pages)
+        now = self.vm.writers.published()
+        remaining: set[int] = set()
+        for vcpu, stream in enumerate(self.vm.writers.streams):
+            remaining.update(stream.last_writes(writes[vcpu], now[vcpu]))
+        copied = sum(map(len, pages.values()))
+        ms = (time.monotonic() - started) * 1000
+        self.rounds.append(Round(number, reported, copied, len(remaining), sum(now) - sum(writes), round(ms, 2)))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Live migration end to end: after a pre-copy like a VMM's, source and copy are byte-identical (lib/migration.py)."""
+
+import random
+from array import array
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NoReturn
+
+import pytest
+
+from lib.cell import Settings
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES
+from lib.memory import BACKINGS, HugePagesMissing
+from lib.migration import Migration
+from lib.write_stream import WriteStream
+from lib.writers import SPARSER
+from lib.writers_vm import WritersVm
+
+WRITES = 4096
+HOT = 16
+PATTERNS = ["random", "sequential"]
+
+
+@pytest.fixture(params=list(LOG_MODES))
+def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
+    """A few hot pages, the same for all vCPUs, and now and then a cold one, in order or not."""
+    hot = draw.sample(range(npages), HOT)
+    result = []
+    for vcpu in range(vcpus):
+        cold = npages * vcpu // vcpus
+        pages = array("I")
+        for _ in range(WRITES):
+            if draw.random() < 0.9:
+                pages.append(draw.choice(hot))
+            else:
+                cold = (cold + 1) % npages if pattern == "sequential" else draw.randrange(npages)
+                pages.append(cold)
+        result.append(WriteStream(pages, 0))
+    return result
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_migration(
+    kvm: Kvm, request: pytest.FixtureRequest, settings: Settings, outcome: Any, lacks: Callable[[str], NoReturn],
+    thorough: bool, mode: str, vcpus: int, pattern: str,
+) -> None:  # fmt: skip
+    """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
+    own_properties = list(request.node.user_properties)
+    draw = random.Random(f"{settings.seed}/{mode}/{vcpus}/{pattern}")
+    shapes = (
+        [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
+        if thorough
+        else [(700, "shmem"), (300, "anonymous")]
+    )
+    for count, backing in shapes:
+        if reason := BACKINGS[backing].missing(count * 4096):
+            lacks(reason)
+    npages = sum(count for count, _ in shapes)
+    for _ in range(10 if thorough else 1):
+        with outcome.repeatable():
+            try:
+                vm = WritersVm(kvm, mode, shapes, streams(vcpus, npages, pattern, draw), 1024, SPARSER)
+            except HugePagesMissing as error:
+                lacks(str(error))
+            with vm, closing(Migration(vm, enough=HOT + 8, most_rounds=20 if thorough else 6)) as migration:
+                vm.start()
+                vm.writers.let_go()
+                migration.run()
+                request.node.user_properties[:] = [
+                    *own_properties,
+                    ("migration", f"{mode}, {vcpus} vCPUs, {pattern}"),
+                    ("rounds", migration.figures()),
+                ]
+                migration.compare()

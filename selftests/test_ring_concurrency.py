@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Dirty rings that fill, wrap around and are reset while vCPUs run, from several threads, and under storms of signals.
+
+Each test is of the same form: all is held to what the vCPUs wrote (lib/collection_log.py), each ring to its own vCPU's writes,
+and the sum of what KVM_RESET_DIRTY_RINGS took to what was harvested.
+"""
+
+import itertools
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from lib.cell import Settings
+from lib.collectors import Collectors, Operation, Worker, storm_at, storm_at_vcpus, work_together
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES, DirtyRing
+from lib.selection import smallest_ring
+from lib.write_stream import WriteStream
+from lib.writers_vm import WritersVm
+
+SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
+NPAGES = sum(count for count, _ in SHAPES)
+WRITES = 1024
+RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
+SIZES = [1 << bit for bit in range(5, 17)]
+# The largest ring that the short form fills
+MOST_ENTRIES = 4096
+# Writes between two operations at most
+PAUSE, STORM_PAUSE = 400, 20
+
+
+@pytest.fixture(params=RING_MODES)
+def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
+    return random.Random(f"{settings.seed}/{request.node.name}")
+
+
+def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[WriteStream]:
+    """All vCPUs write all pages."""
+    return [WriteStream(array("I", [draw.randrange(npages) for _ in range(WRITES)]), 0) for _ in range(vcpus)]
+
+
+def tracked(vm: WritersVm) -> Collectors:
+    """Start the vCPUs, and track all slots."""
+    of = Collectors(vm)
+    vm.start()
+    for area in vm.areas:
+        of.switch(area, on=True, stopped=True)
+    return of
+
+
+def workers(
+    of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]], pause: int = PAUSE
+) -> list[Worker]:
+    return [
+        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)
+    ]
+
+
+def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """Harvests of whole rings and of some entries, in turn, so that the rings fill in between."""
+    for _ in range(count):
+        yield lambda: of.harvest(most=draw.randint(1, 60))
+        yield of.harvest
+
+
+def test_reset_from_another_thread(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
+) -> None:
+    """One thread harvests, another one resets all the time, at any moment of the harvest."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
+            resetter = workers(of, draw, [itertools.repeat(of.reset)], STORM_PAUSE)
+            work_together(vm, harvester, resetter)
+            of.check()
+        assert of.log.demanded
+
+
+def test_two_threads_reset_at_once(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
+) -> None:
+    """Two threads harvest and reset: what they took together is what they harvested together."""
+    vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 12, 2)
+    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
+            work_together(vm, workers(of, draw, jobs))
+            of.check()
+        assert of.log.demanded
+
+
+@pytest.mark.parametrize("at", ["resetters", "vcpus", "both"])
+def test_under_a_storm_of_signals(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, at: str
+) -> None:
+    """Signals end KVM_RUN anywhere, and KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), 1024) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            work_draws = [random.Random(draw.random()) for _ in range(2)]
+            resetters = workers(of, draw, [harvests(of, one, count) for one in work_draws])
+            storms = []
+            if at != "vcpus":
+                storms.append(itertools.repeat(storm_at(resetters, random.Random(draw.random()))))
+            if at != "resetters":
+                storms.append(itertools.repeat(storm_at_vcpus(vm, random.Random(draw.random()))))
+            work_together(vm, resetters, workers(of, draw, storms, STORM_PAUSE))
+            of.check()
+        assert of.log.demanded
+
+
+@pytest.mark.parametrize("entries", SIZES)
+def test_each_size_several_times_around(
+    kvm: Kvm, settings: Settings, outcome: Any, lacks: Callable[[str], None], thorough: bool, draw: random.Random,
+    ring_mode: str, entries: int,
+) -> None:  # fmt: skip
+    """Rings of every size that KVM has, from which each entry comes out once, in its place, for several laps."""
+    smallest = smallest_ring(kvm)
+    if entries < smallest:
+        lacks(f"{ring_mode}: the smallest ring is one of {smallest} entries")
+    laps = 3 if thorough or entries <= MOST_ENTRIES else 1
+    # Enough pages for the ring to fill, but with the largest ones in the short form, which are emptied before.
+    npages = entries + 70 if thorough or entries <= MOST_ENTRIES else MOST_ENTRIES
+    pages = array("I", range(npages))
+    pages.extend(range(-npages % 64))
+    shapes = [(npages, "anonymous")]
+    with outcome.repeatable(), WritersVm(kvm, ring_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
+        of = tracked(vm)
+        assert of.ledger is not None
+        while of.ledger.harvested < laps * entries:
+            before = of.ledger.harvested
+            work_together(vm, workers(of, draw, [iter([of.harvest])], npages))
+            of.check()
+            assert of.ledger.harvested > before, "writes were made, and none is in the ring"
+        assert of.log.demanded
