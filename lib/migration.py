@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Pre-copy live migration as a VMM does it: copy all memory, then again and again what KVM reports, and the rest once all is stopped.
+"""Pre-copy live migration as a VMM does it: all memory, again and again what KVM reports, and the rest when all is stopped.
 
 What is reported is tracked anew (CLEAR, reset, or GET itself) **before** the pages are read while the vCPUs run: a write in
 between then is reported again (api.rst 8.29; the same holds for a bitmap).

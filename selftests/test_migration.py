@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from lib.cell import Settings
+from lib.cell import PAGE, Settings
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, HugePagesMissing
@@ -20,6 +20,11 @@ from lib.writers_vm import WritersVm
 
 WRITES = 4096
 HOT = 16
+# Pages of a round after which the vCPUs are stopped: the hot ones, and a few of the guest's own
+ENOUGH = HOT + 8
+RING = 1024
+SMALL = [(700, "shmem"), (300, "anonymous")]
+LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
 PATTERNS = ["random", "sequential"]
 
 
@@ -54,29 +59,23 @@ def test_migration(
 ) -> None:  # fmt: skip
     """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
     own_properties = list(request.node.user_properties)
-    draw = random.Random(f"{settings.seed}/{mode}/{vcpus}/{pattern}")
-    shapes = (
-        [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
-        if thorough
-        else [(700, "shmem"), (300, "anonymous")]
-    )
+    name = f"{mode}, {vcpus} vCPUs, {pattern}"
+    draw = random.Random(f"{settings.seed}/{name}")
+    shapes = LARGE if thorough else SMALL
     for count, backing in shapes:
-        if reason := BACKINGS[backing].missing(count * 4096):
+        if reason := BACKINGS[backing].missing(count * PAGE):
             lacks(reason)
     npages = sum(count for count, _ in shapes)
     for _ in range(10 if thorough else 1):
         with outcome.repeatable():
             try:
-                vm = WritersVm(kvm, mode, shapes, streams(vcpus, npages, pattern, draw), 1024, SPARSER)
+                vm = WritersVm(kvm, mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
             except HugePagesMissing as error:
                 lacks(str(error))
-            with vm, closing(Migration(vm, enough=HOT + 8, most_rounds=20 if thorough else 6)) as migration:
+            with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
                 vm.start()
                 vm.writers.let_go()
                 migration.run()
-                request.node.user_properties[:] = [
-                    *own_properties,
-                    ("migration", f"{mode}, {vcpus} vCPUs, {pattern}"),
-                    ("rounds", migration.figures()),
-                ]
+                figures = [("migration", name), ("rounds", migration.figures())]
+                request.node.user_properties[:] = [*own_properties, *figures]
                 migration.compare()
