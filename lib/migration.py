@@ -7,7 +7,6 @@ between then is reported again (api.rst 8.29; the same holds for a bitmap).
 
 import mmap
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,25 +44,24 @@ class Round:
 class Migration:
     """Copies the memory of *vm*, all slots of it, while its vCPUs run.
 
+    :ivar copies: the copied memory, by slot
     :param enough: stop the vCPUs when a round copied no more than so many pages
     :param most_rounds: or after so many rounds
-    :param without: slots whose logging is left off, and that are copied while the vCPUs are stopped
     """
 
-    def __init__(self, vm: WritersVm, enough: int, most_rounds: int, without: Iterable[int] = ()) -> None:
+    def __init__(self, vm: WritersVm, enough: int, most_rounds: int) -> None:
         self.vm = vm
         self.rounds: list[Round] = []
         self._enough = enough
         self._most_rounds = most_rounds
         self._slots = dict(vm.vm.memslots)
-        self._without = set(without)
-        self._copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
+        self.copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
         # With a log in the CPU itself (PML) the vCPUs have to leave their guests before a collection: lib/log_modes.py
         self._kick = vm.writers.kick_running if uses_pml(this_host()) else lambda: None
 
     def run(self) -> list[Round]:
         """Migrate; the vCPUs have to be running, and are stopped afterwards."""
-        for slot in self._slots.keys() - self._without:
+        for slot in self._slots:
             self.vm.set_tracking(slot, on=True)
         self._round(0, {slot: set(range(memslot.npages)) for slot, memslot in self._slots.items()})
         while len(self.rounds) <= self._most_rounds:
@@ -72,8 +70,6 @@ class Migration:
                 break
         self.vm.stop()
         self._round(len(self.rounds), None, stopped=True)
-        for slot in self._without:
-            self.copy({slot: set(range(self._slots[slot].npages))})
         return self.rounds
 
     def compare(self) -> None:
@@ -83,7 +79,7 @@ class Migration:
         """
         wrong = []
         for slot, memslot in self._slots.items():
-            source, copy = memslot.memory.view, memoryview(self._copies[slot])
+            source, copy = memslot.memory.view, memoryview(self.copies[slot])
             if memslot.memory.words != copy.cast("Q"):
                 pages = [
                     page
@@ -121,7 +117,7 @@ class Migration:
                     pages.setdefault(slot, set()).add(offset)
             self.vm.writers.rings_were_reset()
         else:
-            for slot in self._slots.keys() - self._without:
+            for slot in self._slots:
                 pages[slot] = set(mode.collect_dirty_pages(vm, self._slots[slot], self._kick, stopped).pages[0])
                 reported += len(pages[slot])
         for slot, its in pages.items():
@@ -132,13 +128,13 @@ class Migration:
     def copy(self, pages: Pages) -> None:
         """Copy pages from the source."""
         for slot, its in pages.items():
-            source, copy = self._slots[slot].memory.view, memoryview(self._copies[slot])
+            source, copy = self._slots[slot].memory.view, memoryview(self.copies[slot])
             for page in its:
                 copy[page * PAGE : (page + 1) * PAGE] = source[page * PAGE : (page + 1) * PAGE]
 
     def close(self) -> None:
         """Give the copy's memory back."""
-        for copy in self._copies.values():
+        for copy in self.copies.values():
             copy.close()
 
     def transfer(self, stopped: bool) -> tuple[int, Pages]:

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The checks of concurrent collections and of migrations can fail: real KVM's answers are falsified, and that is found."""
+
+import random
+from array import array
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from lib import reset_ledger
+from lib.cell import PAGE
+from lib.collection_log import Collection, CollectionLog, Toggle
+from lib.collectors import Collectors, Worker, work_together
+from lib.dirty_ring import DirtyRing
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES
+from lib.migration import Migration, Pages
+from lib.tracked_vm import ContractBroken
+from lib.vm import Vm
+from lib.write_stream import WriteStream
+from lib.writers import SPARSER
+from lib.writers_vm import WritersVm
+
+SHAPES = [(130, "anonymous"), (70, "anonymous")]
+NPAGES = 200
+BITMAP_MODES = ["dirty-log", "clear-log", "clear-log-unset"]
+RING_MODES = ["dirty-ring", "dirty-ring-plain"]
+NeedsLogMode = Callable[[str], None]
+Taken = tuple[list[int], list[int]]
+
+
+def streams(vcpus: int = 2) -> list[WriteStream]:
+    """Each vCPU writes pages of its own, so that a lost page is not reported for the other one."""
+    draw = random.Random(1)
+    return [WriteStream(array("I", [draw.randrange(vcpu, 150, vcpus) for _ in range(256)]), 0) for vcpu in range(vcpus)]
+
+
+def one_round(of: Collectors) -> None:
+    collect = of.harvest if of.ledger is not None else lambda: [of.collect(area) for area in of.vm.areas]
+    workers = [Worker(of.vm, f"worker{number}", [collect] * 3, random.Random(number), 300) for number in range(2)]
+    work_together(of.vm, workers)
+    of.check()
+
+
+def check_fails(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], match: str) -> None:
+    """A sound round passes, the falsified one does not."""
+    with WritersVm(kvm, mode, SHAPES, streams(), 1024) as vm:
+        of = Collectors(vm)
+        vm.start()
+        for area in vm.areas:
+            of.switch(area, on=True, stopped=True)
+        one_round(of)
+        falsify(of)
+        with pytest.raises(ContractBroken, match=match):
+            one_round(of)
+
+
+def drop_a_bit(of: Collectors, bitmap: bytearray) -> None:
+    if of.vm.writers.all_stopped():
+        index = next((index for index, byte in enumerate(bitmap) if byte), None)
+        if index is not None:
+            bitmap[index] &= bitmap[index] - 1
+
+
+def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
+    bitmap[0] = 0
+
+
+@pytest.mark.parametrize("fault", [drop_a_bit, drop_bits_all_the_time], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("mode", BITMAP_MODES)
+def test_a_bitmap_that_lacks_pages(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Collectors, bytearray], None],
+) -> None:  # fmt: skip
+    needs_log_mode(mode)
+    honest = Vm.get_dirty_log
+
+    def falsify(of: Collectors) -> None:
+        def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+            honest(vm, slot, bitmap)
+            fault(of, bitmap)
+
+        monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+
+    check_fails(kvm, mode, falsify, "LOST")
+
+
+@pytest.mark.parametrize("mode", BITMAP_MODES)
+def test_a_bitmap_with_a_page_too_many(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The last page of the second slot, which nobody writes."""
+    needs_log_mode(mode)
+    honest = Vm.get_dirty_log
+
+    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        honest(vm, slot, bitmap)
+        if slot == 2:
+            bitmap[69 // 8] |= 1 << 69 % 8
+
+    check_fails(kvm, mode, lambda _of: monkeypatch.setattr(Vm, "get_dirty_log", falsified), "FALSE")
+
+
+@pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
+def test_a_clear_of_more_than_was_asked(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Pages written between GET and CLEAR lose their bits: the guest is given the time to write some."""
+    needs_log_mode(mode)
+    honest = Vm.clear_dirty_log
+
+    def falsify(of: Collectors) -> None:
+        def falsified(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+            goal = sum(of.vm.writers.published()) + 600
+            if not of.vm.writers.all_stopped():
+                of.vm.writers.wait(lambda: sum(of.vm.writers.published()) >= goal, "writing")
+            honest(vm, slot, bytearray(b"\xff" * len(bitmap)), first_page, num_pages)
+
+        monkeypatch.setattr(Vm, "clear_dirty_log", falsified)
+
+    check_fails_alone(kvm, mode, falsify, "LOST")
+
+
+def check_fails_alone(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], match: str) -> None:
+    """As check_fails(), with one collector, one collection, and pages that are written once each."""
+    pages = array("I", range(192))
+    with WritersVm(
+        kvm, mode, SHAPES, [WriteStream(array("I", [0] * 64) + pages + array("I", [0] * 64), 256)], 1024
+    ) as vm:
+        of = Collectors(vm)
+        vm.start()
+        for area in vm.areas:
+            of.switch(area, on=True, stopped=True)
+        of.collect_all(stopped=True)
+        falsify(of)
+        work_together(vm, [Worker(vm, "worker", [lambda: of.collect(vm.areas[0])], random.Random(1), 0)])
+        with pytest.raises(ContractBroken, match=match):
+            of.check()
+
+
+RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
+    "loses an entry": (lambda taken: (taken[0][1:], taken[1][1:]), "LOST|KVM_RESET_DIRTY_RINGS took"),
+    "adds an entry": (lambda taken: ([*taken[0], 2], [*taken[1], 69]), "FALSE|KVM_RESET_DIRTY_RINGS took"),
+    "names no slot": (lambda taken: ([77 for _ in taken[0]], taken[1]), "has an entry of slot 0x4d"),
+}
+
+
+@pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_falsified_ring(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: tuple[Callable[[Taken], Taken], str],
+) -> None:  # fmt: skip
+    needs_log_mode(mode)
+    falsified, match = fault
+    honest = DirtyRing.harvest
+    check_fails(
+        kvm, mode, lambda _of: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: falsified(honest(ring))), match
+    )
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_entries_in_another_vcpus_ring(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Nothing is lost, but the first vCPU's ring has what the second one wrote, and the other way round."""
+    needs_log_mode(mode)
+    honest = reset_ledger.ResetLedger.harvest
+
+    def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
+        return honest(ledger, 1 - vcpu, most)
+
+    def positions(ledger: reset_ledger.ResetLedger, asked: Any) -> None:
+        reset_up_to(ledger, asked[::-1])
+
+    reset_up_to = reset_ledger.ResetLedger.reset_up_to
+
+    def falsify(_of: Collectors) -> None:
+        monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified)
+        monkeypatch.setattr(reset_ledger.ResetLedger, "reset_up_to", positions)
+
+    check_fails(kvm, mode, falsify, "FALSE")
+
+
+@pytest.mark.parametrize("answer", ["nothing", "all"])
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_reset_that_is_not_made(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str, answer: str
+) -> None:
+    """Whether KVM says that it took nothing, or all."""
+    needs_log_mode(mode)
+    monkeypatch.setattr(reset_ledger, "HANG_TIMEOUT", 0.5)
+
+    def falsify(of: Collectors) -> None:
+        ledger = of.ledger
+        assert ledger is not None
+        monkeypatch.setattr(
+            Vm, "reset_dirty_rings", lambda _vm: ledger.harvested - ledger.taken if answer == "all" else 0
+        )
+
+    check_fails(kvm, mode, falsify, "leaves harvested entries")
+
+
+@pytest.mark.parametrize("wrong_by", [-1, 1])
+def test_a_wrong_reset_count(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, wrong_by: int
+) -> None:
+    needs_log_mode("dirty-ring")
+    honest = Vm.reset_dirty_rings
+    check_fails(
+        kvm, "dirty-ring", lambda _of: monkeypatch.setattr(Vm, "reset_dirty_rings", lambda vm: honest(vm) + wrong_by),
+        "KVM_RESET_DIRTY_RINGS took",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_tracking_that_is_not_switched_on(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    needs_log_mode(mode)
+
+    def falsify(of: Collectors) -> None:
+        for area in of.vm.areas:
+            of.switch(area, on=False, stopped=True)
+        monkeypatch.setattr(of.vm, "set_tracking", lambda *_arguments, **_named: None)
+        for area in of.vm.areas:
+            of.switch(area, on=True, stopped=True)
+
+    check_fails(kvm, mode, falsify, "LOST" if mode in RING_MODES else "ENOENT while tracking was on")
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_tracking_that_is_not_switched_off(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    needs_log_mode(mode)
+
+    def falsify(of: Collectors) -> None:
+        monkeypatch.setattr(of.vm, "set_tracking", lambda *_arguments, **_named: None)
+        for area in of.vm.areas:
+            of.switch(area, on=False, stopped=True)
+
+    check_fails(kvm, mode, falsify, "FALSE" if mode in RING_MODES else "a bitmap while tracking was off")
+
+
+# --- the log, without KVM: what real timing shows now and then only ------------------------------------------------------
+
+LINE = WriteStream(array("I", range(64)), 0)
+
+
+def collection(
+    start: int, end: int, before: int, after: int, pages: list[int], exact: bool = False, complete: bool = True
+) -> Collection:
+    return Collection(start, [before], exact, end, [after], 0, 64, [pages], complete)
+
+
+def judged(*collections: Collection, streams: list[WriteStream] | None = None) -> None:
+    log = CollectionLog(streams or [LINE], per_vcpu=False, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    for one in collections:
+        log.add(one)
+    log.check([(0, 64)])
+
+
+def test_a_write_that_an_overlapping_collection_has_is_not_lost() -> None:
+    """Two collections at once: the second one lacks what the first one took, and that is right."""
+    judged(
+        collection(2, 5, 4, 8, [0, 1, 2, 3, 4]),
+        collection(3, 4, 5, 6, []),
+        collection(6, 7, 8, 8, [5, 6, 7], exact=True),
+    )
+
+
+def test_a_write_after_the_end_of_the_collection_that_has_its_page_is_lost() -> None:
+    """Page 0 is in the first, but was written again since (write 64), and is not in the last."""
+    with pytest.raises(ContractBroken, match="LOST"):
+        judged(collection(2, 3, 64, 64, [*range(64)]), collection(4, 5, 66, 66, [1], exact=True))
+
+
+def test_a_page_that_a_complete_collection_had_is_false_in_the_next() -> None:
+    with pytest.raises(ContractBroken, match="FALSE"):
+        judged(collection(2, 3, 4, 4, [0, 1, 2, 3]), collection(4, 5, 5, 5, [3, 4], exact=True))
+
+
+def test_a_page_that_was_left_by_a_partial_collection_is_not_false() -> None:
+    judged(collection(2, 3, 4, 4, [0, 1], complete=False), collection(4, 5, 5, 5, [2, 3, 4], exact=True))
+
+
+# --- migrations ---------------------------------------------------------------------------------------------------------
+
+
+class CopiesTooEarly(Migration):
+    """Copies the pages as they were before they are tracked anew: a write in between is in no round."""
+
+    def transfer(self, stopped: bool) -> tuple[int, Pages]:
+        early = {slot: bytes(memslot.memory.view) for slot, memslot in self.vm.vm.memslots.items()}
+        writers = self.vm.writers
+        if not stopped:
+            goal = writers.published()[0] + 300
+            writers.wait(lambda: writers.published()[0] >= goal, "writing")
+        reported, pages = self.collect(stopped)
+        for slot, its in pages.items():
+            for page in its:
+                where = slice(page * PAGE, (page + 1) * PAGE)
+                self.copies[slot][where] = early[slot][where]
+        return reported, pages
+
+
+def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
+    """The vCPU comes back to a page only after as many writes as it makes in several rounds."""
+    shapes = [(2000, "anonymous")]
+    pages = array("I", range(1984))
+    with (
+        WritersVm(kvm, mode, shapes, [WriteStream(pages, 0)], 4096, SPARSER) as vm,
+        closing(kind(vm, enough=0, most_rounds=2)) as migration,
+    ):
+        vm.start()
+        vm.writers.let_go()
+        migration.run()
+        migration.compare()
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, needs_log_mode: NeedsLogMode, mode: str) -> None:
+    needs_log_mode(mode)
+    migrate(kvm, mode)
+    with pytest.raises(ContractBroken, match="the copy differs from the source in slot"):
+        migrate(kvm, mode, CopiesTooEarly)
+
+
+@pytest.mark.parametrize("mode", BITMAP_MODES)
+def test_a_migration_whose_bitmaps_lack_a_page(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A whole word of pages, always the same."""
+    needs_log_mode(mode)
+    honest = Vm.get_dirty_log
+
+    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        honest(vm, slot, bitmap)
+        if slot == 1:
+            bitmap[8:136] = bytes(128)
+
+    monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+    with pytest.raises(ContractBroken, match="the copy differs from the source in slot 1"):
+        migrate(kvm, mode)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_migration_whose_ring_lacks_entries(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The count of what was reset tells."""
+    needs_log_mode(mode)
+    honest = DirtyRing.harvest
+    monkeypatch.setattr(DirtyRing, "harvest", lambda ring: tuple(part[1:] for part in honest(ring)))
+    with pytest.raises(ContractBroken, match=r"KVM_RESET_DIRTY_RINGS took \d+ entries of \d+"):
+        migrate(kvm, mode)
