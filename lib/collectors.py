@@ -188,7 +188,7 @@ class Worker(threading.Thread):
         writers = self._vm.writers
         goal = sum(writers.published()) + self._draw.randint(0, self._pause)
         while sum(writers.published()) < goal and not self._quit.wait(POLL):
-            if any(thread.state is State.RING_FULL for thread in writers.threads):
+            if writers.any_ring_full():
                 return
 
 

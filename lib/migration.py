@@ -17,6 +17,8 @@ from lib.tracked_vm import ContractBroken
 from lib.writers_vm import WritersVm
 
 _SHOWN = 8
+# How many writes each vCPU makes in a round, at least
+_WRITES = 128
 
 # Pages by slot
 Pages = dict[int, set[int]]
@@ -79,16 +81,14 @@ class Migration:
         """
         wrong = []
         for slot, memslot in self._slots.items():
-            source, copy = memslot.memory.view, memoryview(self.copies[slot])
-            if memslot.memory.words != copy.cast("Q"):
-                pages = [
-                    page
-                    for page in range(memslot.npages)
-                    if source[page * PAGE : (page + 1) * PAGE] != copy[page * PAGE : (page + 1) * PAGE]
-                ]
-                wrong.append(
-                    f"slot {slot}: {len(pages)} pages of {memslot.npages}: {', '.join(map(str, pages[:_SHOWN]))}"
-                )
+            source = memslot.memory.view
+            with memoryview(self.copies[slot]) as copy, copy.cast("Q") as words:
+                if memslot.memory.words == words:
+                    continue
+                where = [slice(page * PAGE, (page + 1) * PAGE) for page in range(memslot.npages)]
+                pages = [page for page, its in enumerate(where) if source[its] != copy[its]]
+            some = ", ".join(map(str, pages[:_SHOWN]))
+            wrong.append(f"slot {slot}: {len(pages)} pages of {memslot.npages}: {some}")
         if wrong:
             raise ContractBroken(
                 f"{self.vm.mode.name}: after {len(self.rounds)} rounds the copy differs from the source in {'; '.join(wrong)}"
@@ -128,9 +128,10 @@ class Migration:
     def copy(self, pages: Pages) -> None:
         """Copy pages from the source."""
         for slot, its in pages.items():
-            source, copy = self._slots[slot].memory.view, memoryview(self.copies[slot])
+            source, copy = self._slots[slot].memory.view, self.copies[slot]
             for page in its:
-                copy[page * PAGE : (page + 1) * PAGE] = source[page * PAGE : (page + 1) * PAGE]
+                where = slice(page * PAGE, (page + 1) * PAGE)
+                copy[where] = bytes(source[where])
 
     def close(self) -> None:
         """Give the copy's memory back."""
@@ -143,6 +144,15 @@ class Migration:
         self.copy(pages)
         return reported, pages
 
+    def _transmit(self, writes: list[int]) -> None:
+        """Take the time that it takes to send the pages: until each vCPU has made some writes since *writes*."""
+        writers = self.vm.writers
+
+        def written() -> bool:
+            return all(now >= then + _WRITES for now, then in zip(writers.published(), writes, strict=True))
+
+        writers.wait(lambda: written() or writers.any_ring_full(), "writing")
+
     def _round(self, number: int, everything: Pages | None, stopped: bool = False) -> None:
         started, writes = time.monotonic(), self.vm.writers.published()
         if everything is None:
@@ -150,6 +160,8 @@ class Migration:
         else:
             reported, pages = 0, everything
             self.copy(pages)
+        if not stopped:
+            self._transmit(writes)
         now = self.vm.writers.published()
         remaining: set[int] = set()
         for vcpu, stream in enumerate(self.vm.writers.streams):

@@ -132,6 +132,10 @@ class Writers:
         """Whether no vCPU is in its guest, or about to enter it."""
         return all(thread.state is State.STOPPED for thread in self.threads)
 
+    def any_ring_full(self) -> bool:
+        """Whether a vCPU waits for its ring."""
+        return any(thread.state is State.RING_FULL for thread in self.threads)
+
     def rings_were_reset(self) -> None:
         """Let all vCPUs go on that wait for their rings."""
         for thread in self.threads:
