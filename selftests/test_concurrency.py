@@ -101,7 +101,7 @@ def test_collectors_beside_writers(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
 ) -> None:
     """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
-    vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 12, 2)
+    vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
     with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
@@ -117,7 +117,7 @@ def test_toggling_beside_writers(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
 ) -> None:
     """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 3)
     with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
@@ -144,7 +144,7 @@ def test_all_at_once(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str
 ) -> None:
     """Two collectors, and one that switches tracking on and off in between."""
-    vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 3, 15, 2)
+    vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
     with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()

@@ -77,7 +77,7 @@ def test_reset_from_another_thread(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
 ) -> None:
     """One thread harvests, another one resets all the time, at any moment of the harvest."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
     with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
         of = tracked(vm)
         for _ in range(rounds):
@@ -92,7 +92,7 @@ def test_two_threads_reset_at_once(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
 ) -> None:
     """Two threads harvest and reset: what they took together is what they harvested together."""
-    vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 12, 2)
+    vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
     with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
         of = tracked(vm)
         for _ in range(rounds):
@@ -107,7 +107,7 @@ def test_under_a_storm_of_signals(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, at: str
 ) -> None:
     """Signals end KVM_RUN anywhere, and KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 12)
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
     with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), 1024) as vm:
         of = tracked(vm)
         for _ in range(rounds):
