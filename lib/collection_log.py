@@ -16,6 +16,8 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
   arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
   the same page; then it has to be in the next.
+- Switching tracking on tracks all pages anew. The write under way then, whose page is in the ring already (from before it was
+  switched off), puts it there once more.
 - What a bitmap had not told when tracking was switched off is gone with the bitmap.
 - With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
 """
@@ -198,7 +200,8 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        if count > writes * self._entries_per_write:
+                        again = sum(1 for toggle in toggles if toggle.on and self._under_way(source, page, toggle))
+                        if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
@@ -265,6 +268,10 @@ class CollectionLog:
             for other in self._vcpus
             if other != vcpu
         )
+
+    def _under_way(self, vcpu: int, page: int, event: Event) -> bool:
+        """Whether *vcpu*'s write to *page* may have been under way during *event*."""
+        return page in self._streams[vcpu].last_writes(event.before[vcpu], event.after[vcpu] + 1)
 
     def _pages_still_set(
         self, one: Collection, checked: Sequence[Collection], toggles: Sequence[Toggle], area: range
