@@ -332,9 +332,9 @@ def test_private_memory_cannot_be_tracked(plain: Vm, kvm: Kvm, lacks: Callable[[
             lacks(f"ordinary VMs get no slots with a guest_memfd here: KVM_SET_USER_MEMORY_REGION2: {refused}")
         region.flags |= uapi.KVM_MEM_LOG_DIRTY_PAGES
         assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
-        region.memory_size = 0
+        region.memory_size, region.flags = 0, 0
         assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
-        region.memory_size = size
+        region.memory_size, region.flags = size, uapi.KVM_MEM_GUEST_MEMFD | uapi.KVM_MEM_LOG_DIRTY_PAGES
         assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
     finally:
         os.close(file)
