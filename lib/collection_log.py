@@ -16,8 +16,8 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
   arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
   the same page; then it has to be in the next.
-- Switching tracking on tracks all pages anew. The write under way then, whose page is in the ring already (from before it was
-  switched off), puts it there once more.
+- With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
+  tracking is switched on, or because another vCPU's entry of the same page is taken back (lib/oracle.py has the same).
 - What a bitmap had not told when tracking was switched off is gone with the bitmap.
 - With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
 """
@@ -74,6 +74,7 @@ class Collection(Event):
 
     def __post_init__(self) -> None:
         self.pages: set[int] = set()
+        self.rings: list[set[int]] = []
 
     def covers(self, other: "Collection") -> bool:
         """Whether it was asked for all that *other* was."""
@@ -118,7 +119,8 @@ class CollectionLog:
             if isinstance(event, Toggle):
                 self._toggles.append(event)
             else:
-                event.pages = set().union(*event.reported)
+                event.rings = [set(pages) for pages in event.reported]
+                event.pages = set().union(*event.rings)
                 self._collections.append(event)
 
     def check(self, areas: Iterable[tuple[int, int]]) -> None:
@@ -159,7 +161,7 @@ class CollectionLog:
             if not self._per_vcpu and not self._check_refusal(one, toggles):
                 continue
             since = self._tracked_since(one, toggles)
-            self._check_false(one, checked, toggles, off_ranges, area)
+            self._check_false(one, [*self._last.values(), *collections], checked, toggles, off_ranges, area)
             if self._is_complete(one, toggles):
                 owed = self._check_lost(one, collections, checked, since, on_ranges, owed, area)
                 checked.append(one)
@@ -173,11 +175,13 @@ class CollectionLog:
         return not one.refused
 
     def _check_false(
-        self, one: Collection, checked: Sequence[Collection], toggles: Sequence[Toggle],
-        off_ranges: Sequence[Sequence[tuple[int, int]]], area: range,
+        self, one: Collection, collections: Sequence[Collection], checked: Sequence[Collection],
+        toggles: Sequence[Toggle], off_ranges: Sequence[Sequence[tuple[int, int]]], area: range,
     ) -> None:  # fmt: skip
         """Nothing is reported but what may have been written since it was collected last."""
         free = self._pages_still_set(one, checked, toggles, area)
+        last_complete = max((last.start for last in checked if last.end < one.start), default=0)
+        others = [other for other in collections if other.start < one.end and last_complete < other.end]
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
@@ -201,6 +205,12 @@ class CollectionLog:
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
                         again = sum(1 for toggle in toggles if toggle.on and self._under_way(source, page, toggle))
+                        again += sum(
+                            1
+                            for other in others
+                            if any(page in ring for vcpu, ring in enumerate(other.rings) if vcpu != source)
+                            and self._under_way(source, page, other)
+                        )
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
                 if excess:

@@ -4,7 +4,7 @@
 import random
 from array import array
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pytest
@@ -289,6 +289,20 @@ def test_a_page_that_a_complete_collection_had_is_false_in_the_next() -> None:
 
 def test_a_page_that_was_left_by_a_partial_collection_is_not_false() -> None:
     judged(collection(2, 3, 4, 4, [0, 1], complete=False), collection(4, 5, 5, 5, [2, 3, 4], exact=True))
+
+
+@pytest.mark.parametrize(("taken_back", "right"), [(True, True), (False, False)])
+def test_a_write_under_way_has_two_entries_only_where_its_page_was_tracked_anew(taken_back: bool, right: bool) -> None:
+    """Here because another vCPU's entry of the page was taken back meanwhile."""
+    streams = [WriteStream(array("I", [3, 5, 1, 1]), 0), WriteStream(array("I", [5, 2, 2, 2]), 0)]
+    log = CollectionLog(streams, per_vcpu=True, initially_set=False)
+    log.add(Toggle(0, [0, 0], True, 1, [0, 0], on=True, first=0, last=64))
+    first, second = ([[3], [5]], [[5, 5], []]) if taken_back else ([[3], []], [[5, 5], [5]])
+    done = 1 if taken_back else 0
+    log.add(Collection(2, [1, done], False, 3, [1, done], 0, 64, first))
+    log.add(Collection(4, [2, 1], True, 5, [2, 1], 0, 64, second))
+    with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
+        log.check([(0, 64)])
 
 
 # --- migrations ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,25 @@ def test_ring_entries(made: Reap, expected: list[Kind]) -> None:
     assert kinds(oracle([3, 1, 3, 9], ring=True).check_reap(made)) == expected
 
 
+@pytest.mark.parametrize(
+    ("others", "exact", "expected"),
+    [([5], False, []), ([], False, [Kind.DUPLICATE]), ([5], True, [Kind.DUPLICATE])],
+    ids=["taken-back", "not-in-the-other-ring", "not-under-way"],
+)
+def test_a_write_under_way_may_come_twice_when_another_entry_of_its_page_was_taken_back(
+    others: list[int], exact: bool, expected: list[Kind]
+) -> None:
+    checks = oracle([3, 5, 1, 1], [5, 2, 2, 2], ring=True)
+
+    def made(first: list[int], second: list[int], before: list[int], exact: bool) -> Reap:
+        slots = [[SLOT] * len(first), [SLOT] * len(second)]
+        collected = Collected([first, second], slots, len(first) + len(second))
+        return Reap(1, before, before, [exact, exact], collected)
+
+    assert not checks.check_reap(made([3], others, [1, len(others)], exact))
+    assert kinds(checks.check_reap(made([5, 5], [] if others else [5], [2, 1], True))) == expected
+
+
 def test_memory_must_hold_the_last_write_of_each_vcpu() -> None:
     """Every page of every vCPU's column is compared, written or not."""
     words = memoryview(array("Q", bytes(8 * NPAGES * WORDS_PER_PAGE)))
