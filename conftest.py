@@ -89,6 +89,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--test-mem", metavar="SIZE", help="test memory, with K, M or G; 3 pages are added; default 1G")
     group.addoption("--seed", metavar="N", help="decides what is written and when it is collected; default: a new one")
     group.addoption("--thorough", action="store_true", help="the long form of each test that has one")
+    group.addoption(
+        "--soak", metavar="S", help="make up random histories for so many seconds in each log mode (test_histories.py)"
+    )
     group.addoption("--kvm-device", metavar="PATH", default=DEFAULT_DEVICE, help=f"default {DEFAULT_DEVICE}")
     group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
     group.addoption(
@@ -118,7 +121,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             parse_number("--vm-cpus", option.vm_cpus, 1),
             option.append,
         )
-        limit = min(parse_number("--time-limit", option.time_limit, 1), _LONGEST)
+        limit = min(parse_number("--time-limit", option.time_limit, 1) + (_soak(option) or 0), _LONGEST)
         target = find_target(option.kernel, option.kvm_params, option.accel, option.cpu_model, machine, limit)
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
@@ -186,6 +189,7 @@ def _prepare(config: pytest.Config) -> None:
         option.seed = str(random.SystemRandom().randrange(1 << 32))
     _set_results(config, os.uname().release)
     settings = config.stash[_settings_key] = _settings(option)
+    _soak(option)  # to have it checked now
     dimensions = _dimensions(option)
     guest_program.assemble_all()
     if _target_key in config.stash:
@@ -222,7 +226,7 @@ def _prepare_remote(config: pytest.Config) -> None:
     report.must_test, report.nothing_ran_status = True, CANNOT_TEST
     option = config.option
     options = options_in_kernel(
-        option, [*DIMENSIONS, "vcpus", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
+        option, [*DIMENSIONS, "vcpus", "soak", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )
     options.append(f"--repeat-with={this_pytest()} {shlex.join(kernel_options(option))}")
     if target.qemu.emulated:
@@ -272,6 +276,10 @@ def pytest_configure_node(node: Any) -> None:
 
 def _vcpus(option: Any) -> tuple[int, ...]:
     return DEFAULT_VCPUS if option.vcpus is None else (parse_number("--vcpus", option.vcpus, 1),)
+
+
+def _soak(option: Any) -> int | None:
+    return None if option.soak is None else parse_number("--soak", option.soak, 1, _LONGEST)
 
 
 _SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
@@ -400,6 +408,12 @@ def throwaway_kernel(lacks: Lacks, pytestconfig: pytest.Config) -> None:
         lacks(
             "could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)"
         )
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> int | None:
+    """For how many seconds a test that makes up what it does goes on; None for its usual number of rounds."""
+    return _soak(pytestconfig.option)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
@@ -37,8 +38,9 @@ class GuestProgram:
         return max(address + size for address, _, size in self.segments)
 
     @classmethod
+    @cache
     def load(cls, name: str) -> "GuestProgram":
-        """Read the assembled program *name*.
+        """Read the assembled program *name*, once.
 
         :raises GuestProgramError: when it has not been assembled
         """
