@@ -6,7 +6,7 @@ write to a slot that is not there, is left out; so every list of steps is a hist
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -26,7 +26,6 @@ from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from lib.vcpu import Vcpu
 
 VCPUS = 2
-SLOTS = (1, 2, 3)
 # Where a slot can be: places side by side, in none of which it begins or ends on a 64-page boundary of guest memory
 PLACES = 4
 MOST_PAGES = 130
@@ -81,16 +80,23 @@ def replay(mode: str, steps: Sequence["Step"], device: str = DEFAULT_DEVICE) -> 
     print(f"{mode}: KVM and the model agree in all of {len(steps)} steps")
 
 
-def run_history(kvm: Kvm, host: Host, mode: str, steps: Sequence["Step"]) -> int:
+def run_history(
+    kvm: Kvm,
+    host: Host,
+    mode: str,
+    steps: Sequence["Step"],
+    leave_out: Callable[["Pair", "Step"], bool] = lambda _pair, _step: False,
+) -> int:
     """Make a history in a VM of its own; returns how many of its steps could be made.
 
+    :param leave_out: steps that are not to be made, although they could
     :raises HistoryFailed: KVM and the model differ
     """
     done: list[Step] = []
     with Pair(kvm, host, mode) as pair:
         for step in steps:
             fitted = step.fitted(pair)
-            if fitted is None:
+            if fitted is None or leave_out(pair, fitted):
                 continue
             done.append(fitted)
             try:
@@ -99,6 +105,19 @@ def run_history(kvm: Kvm, host: Host, mode: str, steps: Sequence["Step"]) -> int
             except (Difference, KvmError, GuestError) as error:
                 raise HistoryFailed(mode, done, error) from error
     return len(done)
+
+
+def shrinks_slot_in_rings(pair: "Pair", step: "Step") -> bool:
+    """Whether a step makes a slot again that is smaller than it was when it got entries that a ring still has.
+
+    Such an entry makes a reset lose others: KVM joins neighbouring entries of a slot to one mask, and drops the whole mask
+    when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and 7.2).
+    selftests/test_histories.py has the shortest history. Where every store is emulated, nothing needs arming.
+    """
+    if pair.emulates or not pair.has_rings or not isinstance(step, Create):
+        return False
+    entries = [entry for ring in pair.rings.rings for entry in (*ring.waiting, *ring.taken)]
+    return any(slot == step.slot and page >= step.npages for slot, page in entries)
 
 
 class Pair:

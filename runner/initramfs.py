@@ -114,7 +114,8 @@ def _collect_python(tree: Path) -> None:
                 target = tree / SITE[1:] / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file.locate(), target)
-    for shared in _shared_libraries([binary, *(tree / _LIBRARY[1:]).rglob("*.so")]):
+    extensions = [path for folder in (_LIBRARY, SITE) for path in (tree / folder[1:]).rglob("*.so")]
+    for shared in _shared_libraries([binary, *extensions]):
         target = tree / str(shared)[1:]
         target.parent.mkdir(parents=True, exist_ok=True)
         # binutils are there: they assemble the guest programs. What they strip need not be unpacked.

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Random histories can fail: what real KVM answered is falsified, and a short history must be found that shows it."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import uapi
+from lib.dirty_bitmap import BITS_PER_WORD
+from lib.dirty_model import Entry
+from lib.history import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
+from lib.history_search import shortest_failure
+from lib.host import Host
+from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES, DirtyRing
+from lib.vm import Vm
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = 60  # as in the quick form of test_histories.py
+SEED = 4
+MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
+SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that KVM could get wrong.
+
+    :ivar most: how many steps the shortest history may have
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    target: type
+    method: str
+    falsify: Callable[[Any], Any]
+    most: int
+
+
+BITMAPS = ("dirty-log", "clear-log")
+MANUAL = ("clear-log-unset",)
+RINGS = ("dirty-ring",)
+
+
+def on_bitmap(change: Callable[[bytearray], None]) -> Callable[[Any], Any]:
+    def falsify(honest: Any) -> Any:
+        def get_dirty_log(vm: Vm, slot: int, bitmap: bytearray) -> None:
+            honest(vm, slot, bitmap)
+            change(bitmap)
+
+        return get_dirty_log
+
+    return falsify
+
+
+def drop_last_bit(bitmap: bytearray) -> None:
+    for index in reversed(range(len(bitmap))):
+        if bitmap[index]:
+            bitmap[index] &= ~(1 << bitmap[index].bit_length() - 1)
+            return
+
+
+def add_bit(bitmap: bytearray) -> None:
+    bitmap[0] |= 1
+
+
+def add_bit_behind_end(bitmap: bytearray) -> None:
+    if len(bitmap) * 8 > BITS_PER_WORD:
+        bitmap[-1] |= 0x80
+
+
+def on_entries(change: Callable[[list[Entry]], list[Entry]]) -> Callable[[Any], Any]:
+    return lambda honest: lambda *arguments: change(honest(*arguments))
+
+
+def clear_all_of_range(honest: Any) -> Any:
+    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        honest(vm, slot, bytearray(b"\xff" * len(bitmap)), first_page, num_pages)
+
+    return clear_dirty_log
+
+
+def clear_first_word(honest: Any) -> Any:
+    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        honest(vm, slot, bitmap[:8] + bytes(len(bitmap) - 8), first_page, num_pages)
+
+    return clear_dirty_log
+
+
+def claimed_reset(_honest: Any) -> Any:
+    """As many entries as were harvested, and none of them reset."""
+
+    def reset_dirty_rings(vm: Vm) -> int:
+        taken = 0
+        for vcpu in vm.vcpus:
+            ring = vcpu.map_dirty_ring(256)
+            flags = [uapi.kvm_dirty_gfn.from_address(ring.address + index * 16).flags for index in range(ring.entries)]
+            taken += flags.count(MARKER)
+        return taken
+
+    return reset_dirty_rings
+
+
+def on_region(change: Callable[[Vm, int, int, int], tuple[int, int]]) -> Callable[[Any], Any]:
+    """*change* takes VM, slot, gpa and flags, and returns the gpa and flags that KVM gets to see."""
+
+    def falsify(honest: Any) -> Any:
+        def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
+            seen_gpa, seen_flags = change(vm, slot, gpa, flags)
+            memslot = honest(vm, slot, seen_gpa, memory, seen_flags)
+            memslot.gpa, memslot.flags = gpa, flags
+            return memslot
+
+        return set_user_memory_region
+
+    return falsify
+
+
+def stays_off(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return gpa, 0 if slot in vm.memslots else flags
+
+
+def stays_on(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return gpa, flags or (vm.memslots[slot].flags if slot in vm.memslots else 0)
+
+
+def stays_where_it_is(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return (vm.memslots[slot].gpa if slot in vm.memslots else gpa), flags
+
+
+def move_forgets(honest: Any) -> Any:
+    def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
+        if slot in vm.memslots and vm.memslots[slot].gpa != gpa:
+            honest(vm, slot, vm.memslots[slot].gpa, memory, 0)
+        return honest(vm, slot, gpa, memory, flags)
+
+    return set_user_memory_region
+
+
+FAULTS = [
+    Fault("drops a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(drop_last_bit), 3),
+    Fault("adds a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(add_bit), 4),
+    Fault("adds a bit behind the end", ("dirty-log",), Vm, "get_dirty_log", on_bitmap(add_bit_behind_end), 2),
+    Fault("skips CLEAR", MANUAL, Vm, "clear_dirty_log", lambda _honest: lambda *_arguments: None, 4),
+    Fault("clears what was not asked for", MANUAL, Vm, "clear_dirty_log", clear_all_of_range, 4),
+    Fault("clears the first word only", MANUAL, Vm, "clear_dirty_log", clear_first_word, 4),
+    Fault("stays off", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_off), 4),
+    Fault("stays on", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_on), 5),
+    Fault("does not move", ("clear-log",), Vm, "set_user_memory_region", on_region(stays_where_it_is), 4),
+    Fault("forgets when it moves", ("dirty-log",), Vm, "set_user_memory_region", move_forgets, 4),
+    Fault("does not push an entry", RINGS, RingReader, "news", on_entries(lambda taken: taken[:-1]), 2),
+    Fault("pushes an entry twice", RINGS, RingReader, "news", on_entries(lambda taken: taken[:1] + taken), 2),
+    Fault("changes a slot", RINGS, RingReader, "news", on_entries(lambda taken: [(9, page) for _, page in taken]), 2),
+    Fault("swaps entries", RINGS, RingReader, "news", on_entries(lambda taken: taken[::-1]), 2),
+    Fault("loses an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken[1:]), 3),
+    Fault("repeats an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken + taken[-1:]), 3),
+    Fault("resets nothing", RINGS, Vm, "reset_dirty_rings", lambda _honest: lambda _vm: 0, 4),
+    Fault("resets nothing, and says it did", RINGS, Vm, "reset_dirty_rings", claimed_reset, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode"),
+    [pytest.param(fault, mode, id=f"{mode}-{fault.name}") for fault in FAULTS for mode in fault.modes],
+)
+def test_a_fault_is_found_and_shrunk_to_a_script(
+    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], fault: Fault, mode: str,
+) -> None:  # fmt: skip
+    """Within the quick number of histories; its script fails as long as the fault is there, and passes without it."""
+    needs_log_mode(mode)
+
+    def run(steps: Sequence[Step]) -> None:
+        run_history(kvm, host, mode, steps)
+
+    monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
+    failure = shortest_failure(run, issubclass(LOG_MODES[mode], DirtyRing), SEED, EXAMPLES)
+    assert failure is not None, "not found"
+    assert len(failure.steps) <= fault.most, failure.script
+    with pytest.raises(SystemExit, match=mode):
+        exec(failure.script, {})
+    monkeypatch.undo()
+    exec(failure.script, {})
+    assert f"KVM and the model agree in all of {len(failure.steps)} steps" in capsys.readouterr().out
+
+
+def test_a_script_runs_by_itself(kvm: Kvm) -> None:
+    done = subprocess.run(
+        [sys.executable, "-"], input=script("dirty-log", SOUND), capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
+
+
+def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
+    with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost pages 9$"):
+        run_history(kvm, host, "dirty-log", SOUND)
+
+
+def test_the_seed_alone_decides(tmp_path: Path) -> None:
+    """Not what other modules are loaded; and Hypothesis leaves no files behind."""
+    program = """
+import sys
+for name in sys.argv[1:]: __import__(name)
+from lib.history_search import shortest_failure
+made = []
+shortest_failure(made.append, False, 7, 30)
+print(made)
+"""
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program, *modules], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+            env={"PYTHONPATH": str(ROOT)}, check=True,
+        ).stdout
+        for modules in ((), ("lib.oracle", "runner.qemu", "conftest"))
+    ]  # fmt: skip
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 1000
+    assert not list(tmp_path.iterdir())
