@@ -5,9 +5,9 @@ Hypothesis is imported when it is used: emulated, that takes seconds that no oth
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from lib.history import (
@@ -42,18 +42,29 @@ _BEGINNINGS = (_ONE, _TWO, _TWO, _TWO)
 # At its end nothing may be left untold, nor told again.
 _END = (Collect(), Collect())
 _SLOTS = (1, 1, 2, 3)  # the first is always there at the beginning
+# Histories of a round: as many as Hypothesis makes up freely. From the next on it makes most by repeating parts of one that it
+# had, which finds less here than new ones do.
+_EXAMPLES = 10
+_PARTS = 6
 _EDGES = (0, 1, 62, 63, 64, 65, 69, 127, 128, 129)  # around 64-page words, and the ends of slots
 
 
-def shortest_failure(
-    run: Callable[[Sequence[Step]], object], rings: bool, seed: int, examples: int
-) -> HistoryFailed | None:
-    """Run *examples* histories, and return the shortest that fails; None when none does.
+def search(
+    run: Callable[[Sequence[Step]], object], rings: bool, seeds: Iterable[int]
+) -> tuple[int, HistoryFailed] | None:
+    """Run a round of histories for each seed, until one fails.
 
     :param run: makes a history
     :param rings: the histories are for a mode with rings, not with bitmaps
-    :param seed: decides the histories
+    :returns: the round's seed, and the shortest history that fails; None when none does
     """
+    for seed in seeds:
+        if (failure := _round(run, rings, seed)) is not None:
+            return seed, failure
+    return None
+
+
+def _round(run: Callable[[Sequence[Step]], object], rings: bool, seed: int) -> HistoryFailed | None:
     from hypothesis import Phase, find, settings
     from hypothesis.errors import Flaky, NoSuchExample
 
@@ -67,7 +78,7 @@ def shortest_failure(
             return True
         return False
 
-    how = settings(max_examples=examples, database=None, deadline=None, phases=(Phase.generate, Phase.shrink))
+    how = settings(max_examples=_EXAMPLES, database=None, deadline=None, phases=(Phase.generate, Phase.shrink))
     with _seed_alone_decides():
         try:
             find(histories(rings), fails, settings=how, random=random.Random(seed))
@@ -110,6 +121,12 @@ def histories(rings: bool) -> "SearchStrategy[tuple[Step, ...]]":
     """Histories for modes with rings, or with bitmaps."""
     from hypothesis import strategies as st
 
+    def weighted(*strategies: "tuple[SearchStrategy[Any], int]") -> "SearchStrategy[Any]":
+        # one_of() looks at each of its strategies once, however often it is given.
+        return st.sampled_from([strategy for strategy, weight in strategies for _ in range(weight)]).flatmap(
+            lambda strategy: strategy
+        )
+
     vcpus, slots, places = st.sampled_from(range(VCPUS)), st.sampled_from(_SLOTS), st.sampled_from(range(PLACES))
     one = st.sampled_from(_EDGES) | st.integers(0, MOST_PAGES - 1)
     some = st.lists(one, min_size=1, max_size=8, unique=True).map(tuple)
@@ -125,14 +142,15 @@ def histories(rings: bool) -> "SearchStrategy[tuple[Step, ...]]":
         words = st.sampled_from((64, 128, 192))
         masks = some | st.just(range(MOST_PAGES)) | st.just(range(0, MOST_PAGES, 2))
         clears = st.builds(Clear, slots, st.sampled_from((0, 64, 128)), words, masks)
-        taking = clears | st.builds(Get, slots) | st.builds(Collect)
+        taking = weighted((clears, 2), (st.builds(Get, slots), 1), (st.builds(Collect), 1))
     quiet = st.builds(Load, slots, pages, vcpus) | st.builds(HostWrite, slots, pages)
-    steps = st.lists(st.one_of(writes, writes, taking, taking, life, quiet), max_size=10)
+    steps = st.lists(weighted((writes, 4), (taking, 3), (life, 2), (quiet, 1)), max_size=8)
     # What hardly comes about by chance, and is worth more than its share
     off_and_on = st.builds(lambda write: [SetTracking(write.slot, False), write, SetTracking(write.slot, True)], writes)
     deleted = st.builds(lambda create: [Delete(create.slot), create], creates)
-    # Lists of lists become longer than lists do, and shrink as well.
-    body = st.lists(st.one_of(steps, steps, steps, off_and_on, deleted), max_size=16)
+    # So many parts, each of which may become empty: a list of any length would most often be short.
+    part = weighted((steps, 5), (off_and_on, 1), (deleted, 1))
+    body = st.tuples(*(part for _ in range(_PARTS)))
     return st.builds(
         lambda beginning, parts: (*beginning, *(step for part in parts for step in part), *_END),
         st.sampled_from(_BEGINNINGS),

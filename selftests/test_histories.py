@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Histories that nobody thought of: what guest and VMM do in any order, on KVM and on a model of the contract alike."""
 
-import random
+import itertools
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from lib.cell import Settings
 from lib.history import Collect, Create, Delete, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
-from lib.history_search import shortest_failure
+from lib.history_search import search
 from lib.host import Host
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.report import environment_lines, this_pytest
 
-# How many histories a round has; each round has a seed of its own, which given as --seed makes it the first one
-EXAMPLES, EMULATED_EXAMPLES = 60, 20
-ROUNDS, THOROUGH_ROUNDS = 1, 20
+# Each round of ten histories has a seed of its own, which given as --seed makes it the first one
+ROUNDS, EMULATED_ROUNDS, THOROUGH_FACTOR = 6, 3, 20
+
+
+def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]:
+    """The seeds of so many rounds, or of those that can begin within *soak* seconds."""
+    end = time.monotonic() + (soak or 0)
+    for number in itertools.count():
+        if number and (time.monotonic() >= end if soak else number >= rounds):
+            return
+        yield settings.seed + number
 
 
 def failure_text(failure: HistoryFailed, host: Host, repeat: str) -> str:
@@ -50,20 +58,15 @@ def test_any_history(
     def run(steps: Sequence[Step]) -> None:
         run_history(kvm, host, mode, steps, leave_out=shrinks_slot_in_rings)
 
-    examples = EMULATED_EXAMPLES if pytestconfig.option.emulated else EXAMPLES
-    rings = issubclass(LOG_MODES[mode], DirtyRing)
-    end = time.monotonic() + (soak or 0)
-    rounds = THOROUGH_ROUNDS if thorough else ROUNDS
-    done = 0
-    while (time.monotonic() < end) if soak else (done < rounds):
-        seed = settings.seed + done
-        failure = shortest_failure(run, rings, random.Random(f"{mode} {seed}").getrandbits(64), examples)
-        if failure is not None:
-            command = pytestconfig.option.repeat_with or this_pytest()
-            test = shlex.quote(f"selftests/test_histories.py::test_any_history[{mode}]")
-            text = failure_text(failure, host, f"{command} {test} --seed {seed}")
-            raise pytest.fail.Exception(text, pytrace=False)
-        done += 1
+    rounds = EMULATED_ROUNDS if pytestconfig.option.emulated else ROUNDS
+    seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
+    found = search(run, issubclass(LOG_MODES[mode], DirtyRing), seeds)
+    if found is not None:
+        seed, failure = found
+        command = pytestconfig.option.repeat_with or this_pytest()
+        test = shlex.quote(f"selftests/test_histories.py::test_any_history[{mode}]")
+        text = failure_text(failure, host, f"{command} {test} --seed {seed}")
+        raise pytest.fail.Exception(text, pytrace=False)
 
 
 # What was found: the reset takes entry (1, 69) of the old slot and (1, 60) of the new one as one mask, and arms neither.

@@ -14,15 +14,14 @@ from lib import uapi
 from lib.dirty_bitmap import BITS_PER_WORD
 from lib.dirty_model import Entry
 from lib.history import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
-from lib.history_search import shortest_failure
+from lib.history_search import search
 from lib.host import Host
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.vm import Vm
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = 60  # as in the quick form of test_histories.py
-SEED = 4
+SEEDS = range(6)  # as many as in the quick form of test_histories.py
 MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
 
@@ -179,8 +178,9 @@ def test_a_fault_is_found_and_shrunk_to_a_script(
         run_history(kvm, host, mode, steps)
 
     monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
-    failure = shortest_failure(run, issubclass(LOG_MODES[mode], DirtyRing), SEED, EXAMPLES)
-    assert failure is not None, "not found"
+    found = search(run, issubclass(LOG_MODES[mode], DirtyRing), SEEDS)
+    assert found is not None, "not found"
+    failure = found[1]
     assert len(failure.steps) <= fault.most, failure.script
     with pytest.raises(SystemExit, match=mode):
         exec(failure.script, {})
@@ -207,9 +207,9 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
     program = """
 import sys
 for name in sys.argv[1:]: __import__(name)
-from lib.history_search import shortest_failure
+from lib.history_search import search
 made = []
-shortest_failure(made.append, False, 7, 30)
+search(made.append, False, range(3))
 print(made)
 """
     outputs = [

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The model of the contract: what it demands, what it allows, and what it refuses. No KVM here."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from lib.dirty_model import Access, BitmapModel, Difference, Entry, RingModel
+
+STORE, LOAD, REDONE = Access.STORE, Access.LOAD, Access.REDONE
+
+
+def bitmaps(manual: bool = False, initially_set: bool = False, emulates: bool = False) -> BitmapModel:
+    model = BitmapModel(manual, initially_set, emulates)
+    model.create(1, 70, tracked=True)
+    return model
+
+
+def rings(emulates: bool = False) -> RingModel:
+    model = RingModel(2, 192, emulates)
+    model.create(1, 70, tracked=True)
+    return model
+
+
+def store(model: RingModel, page: int, pushed: Sequence[Entry], vcpu: int = 0) -> None:
+    model.ran(vcpu, 1, [(STORE, page)], pushed)
+
+
+def take(model: RingModel, entries: Sequence[Entry], vcpu: int = 0) -> None:
+    model.harvested(vcpu, len(entries), entries)
+    model.reset(sum(len(ring.taken) for ring in model.rings))
+
+
+def test_a_bitmap_has_what_was_stored_until_it_is_read() -> None:
+    model = bitmaps()
+    model.ran(0, 1, [(STORE, 3), (STORE, 69)], [])
+    model.reported(1, [3, 69])
+    model.reported(1, [])
+    model.ran(1, 1, [(STORE, 3)], [])
+    with pytest.raises(Difference, match="lost pages 3"):
+        model.reported(1, [])
+    with pytest.raises(Difference, match="false pages 4, 70"):
+        model.reported(1, [3, 4, 70])
+
+
+def test_with_manual_protection_it_has_it_until_it_is_cleared() -> None:
+    model = bitmaps(manual=True)
+    model.ran(0, 1, [(STORE, 3), (STORE, 4)], [])
+    model.reported(1, [3, 4])
+    model.cleared(1, [4, 5])
+    model.reported(1, [3])
+    with pytest.raises(Difference, match="false pages 4"):
+        model.reported(1, [3, 4])
+
+
+def test_all_is_dirty_at_first_where_that_is_so() -> None:
+    model = bitmaps(manual=True, initially_set=True)
+    model.reported(1, range(70))
+    model.cleared(1, range(70))
+    model.set_tracking(1, on=False)
+    model.set_tracking(1, on=True)
+    with pytest.raises(Difference, match="lost pages 0, 1, 2, 3, 4, 5, 6, 7 and 62 more"):
+        model.reported(1, [])
+
+
+def test_a_load_may_be_reported_once_where_its_page_is_not_mapped() -> None:
+    for answer in ([], [3]):
+        model = bitmaps()
+        model.ran(0, 1, [(LOAD, 3)], [])
+        model.reported(1, answer)
+        model.ran(0, 1, [(LOAD, 3)], [])
+        with pytest.raises(Difference, match="false pages 3"):
+            model.reported(1, [3])
+    model.create(2, 64, tracked=False)
+    model.delete(2)
+    model.ran(0, 1, [(LOAD, 3)], [])
+    model.reported(1, [3])
+
+
+def test_a_backend_that_emulates_never_reports_a_load() -> None:
+    model = bitmaps(emulates=True)
+    model.ran(0, 1, [(LOAD, 3)], [])
+    with pytest.raises(Difference, match="false pages 3"):
+        model.reported(1, [3])
+
+
+def test_what_becomes_of_bits_in_the_life_of_a_slot() -> None:
+    """The same flags and a move keep them; off and on again, and deletion, lose them."""
+    model = bitmaps()
+    model.ran(0, 1, [(STORE, 3)], [])
+    model.set_tracking(1, on=True)
+    model.move(1)
+    model.reported(1, [3])
+    model.ran(0, 1, [(STORE, 3)], [])
+    model.set_tracking(1, on=False)
+    model.ran(0, 1, [(STORE, 4)], [])
+    model.set_tracking(1, on=True)
+    model.reported(1, [])
+    model.ran(0, 1, [(STORE, 3)], [])
+    model.delete(1)
+    model.create(1, 70, tracked=True)
+    model.reported(1, [])
+
+
+def test_a_ring_gets_a_page_once_until_it_is_reset() -> None:
+    model = rings()
+    with pytest.raises(Difference, match="lacks"):
+        store(model, 3, [])
+    store(model, 3, [(1, 3)])
+    for vcpu in (0, 1):
+        with pytest.raises(Difference, match="nothing it did"):
+            store(model, 3, [(1, 3)], vcpu)
+        store(model, 3, [], vcpu)
+    model.harvested(0, 10, [(1, 3)])
+    store(model, 3, [])
+    model.reset(1)
+    store(model, 3, [(1, 3)], vcpu=1)
+
+
+def test_a_backend_that_emulates_pushes_each_store() -> None:
+    model = rings(emulates=True)
+    store(model, 3, [(1, 3)])
+    store(model, 3, [(1, 3)])
+    with pytest.raises(Difference, match="lacks"):
+        store(model, 3, [])
+    with pytest.raises(Difference, match="nothing it did"):
+        model.ran(0, 1, [(LOAD, 4)], [(1, 4)])
+
+
+def test_entries_come_in_order_and_in_the_ring_of_their_vcpu() -> None:
+    model = rings()
+    with pytest.raises(Difference, match="lacks"):
+        model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 4), (1, 3)])
+    model = rings()
+    model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 3), (1, 4)])
+    with pytest.raises(Difference, match="its ring gave"):
+        model.harvested(1, 10, [(1, 3)])
+    with pytest.raises(Difference, match="its ring gave"):
+        model.harvested(0, 1, [(1, 4)])
+
+
+def test_a_harvest_may_be_partial_and_a_reset_takes_that_much() -> None:
+    model = rings()
+    model.ran(0, 1, [(STORE, page) for page in range(4)], [(1, page) for page in range(4)])
+    take(model, [(1, 0), (1, 1)])
+    assert model.rings[0].used == 2
+    with pytest.raises(Difference, match="took 1 entries back, 0 were harvested"):
+        model.reset(1)
+    store(model, 2, [])
+    store(model, 1, [(1, 1)])
+    take(model, [(1, 2), (1, 3), (1, 1)])
+
+
+def test_a_deleted_slot_may_take_the_mappings_of_others_along() -> None:
+    """A page that was writable may then be pushed once more, and not twice."""
+    for pushed in ([], [(1, 3)]):
+        model = rings()
+        model.create(2, 64, tracked=False)
+        store(model, 3, [(1, 3)])
+        model.delete(2)
+        store(model, 3, pushed)
+        with pytest.raises(Difference, match="nothing it did"):
+            store(model, 3, [(1, 3)])
+
+
+def test_a_moved_slot_is_mapped_anew() -> None:
+    model = rings()
+    store(model, 3, [(1, 3)])
+    model.move(1)
+    with pytest.raises(Difference, match="lacks"):
+        store(model, 3, [])
+
+
+def test_what_filled_the_ring_may_be_pushed_again() -> None:
+    for pushed in ([], [(1, 3)]):
+        model = rings()
+        store(model, 3, [(1, 3)])
+        take(model, [(1, 3)])
+        model.ran(0, 1, [(REDONE, 3), (STORE, 4)], [*pushed, (1, 4)])
+
+
+def test_entries_outlive_their_slot() -> None:
+    """They are harvested and reset as any other."""
+    model = rings()
+    store(model, 69, [(1, 69)])
+    model.delete(1)
+    take(model, [(1, 69)])
