@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Random histories can fail: what real KVM answered is falsified, and a short history must be found that shows it."""
 
+import os
+import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +204,60 @@ def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.Monk
     monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
     with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost pages 9$"):
         run_history(kvm, host, "dirty-log", SOUND)
+
+
+FAULTY_PLUGIN = """
+from lib.vm import Vm
+honest = Vm.get_dirty_log
+def falsified(vm, slot, bitmap):
+    honest(vm, slot, bitmap)
+    bitmap[0] &= 0xFE
+Vm.get_dirty_log = falsified
+"""
+TEST = "selftests/test_histories.py::test_any_history[dirty-log]"
+
+
+def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+    return subprocess.run(
+        f"{command} --results={tmp_path / 'results'}", shell=True, cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path: Path) -> None:
+    """The same history comes of the seed that is told, also where it was a later round of a soak run that failed."""
+    python = shlex.quote(sys.executable)
+    done = run_pytest(f"{python} -m pytest '{TEST}' -p faulty --soak 60 --seed 3", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for expected in (
+        "KVM and the model of its contract differ: dirty-log: step",
+        "lost pages 0",
+        "kernel   ",
+        "python -",
+    ):
+        assert expected in done.stdout
+    script_text = re.search(r"^from lib\.history import .*?^\]\)$", done.stdout, re.MULTILINE | re.DOTALL)
+    command = re.search(r"^repeat   (.*)$", done.stdout, re.MULTILINE)
+    assert script_text and command
+    again = run_pytest(f"{command[1]} -p faulty", tmp_path)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert script_text[0] in again.stdout
+
+
+def test_a_soak_run_ends_in_time(kvm: Kvm, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak 3", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - begin >= 3
+    assert not (ROOT / ".hypothesis").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "x"])
+def test_a_bad_time_to_soak_is_told(value: str, tmp_path: Path) -> None:
+    done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak {value}", tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"--soak: {value}" in done.stderr.replace("'", "")
 
 
 def test_the_seed_alone_decides(tmp_path: Path) -> None:
