@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 _ONE = (Create(1, 0, SIZES[0]),)
 _TWO = (*_ONE, Create(2, 1, MOST_PAGES))
 _BEGINNINGS = (_ONE, _TWO, _TWO, _TWO)
+# A ring in which little is left, which no list of steps comes to by chance
+_NEARLY_FULL = (
+    *_TWO,
+    *(Write(1, range(first, first + 35)) for first in (0, 35)),
+    *(Write(2, range(first, first + MOST_WRITES)) for first in (0, MOST_WRITES, 2 * MOST_WRITES)),
+)
 # At its end nothing may be left untold, nor told again.
 _END = (Collect(), Collect())
 _SLOTS = (1, 1, 2, 3)  # the first is always there at the beginning
@@ -153,6 +159,6 @@ def histories(rings: bool) -> "SearchStrategy[tuple[Step, ...]]":
     body = st.tuples(*(part for _ in range(_PARTS)))
     return st.builds(
         lambda beginning, parts: (*beginning, *(step for part in parts for step in part), *_END),
-        st.sampled_from(_BEGINNINGS),
+        st.sampled_from((*_BEGINNINGS, _NEARLY_FULL) if rings else _BEGINNINGS),
         body,
     )

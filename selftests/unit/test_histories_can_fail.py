@@ -19,15 +19,23 @@ from lib.dirty_bitmap import BITS_PER_WORD
 from lib.dirty_model import Entry
 from lib.history import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
 from lib.history_search import search
-from lib.host import Host
+from lib.host import Host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
+from lib.vcpu import Vcpu
 from lib.vm import Vm
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = range(6)  # as many as in the quick form of test_histories.py
 MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
+
+
+# On 190 entries come ten more, to a ring that takes 192 before it stops its vCPU (1024 and 448 with PML).
+FULL = [
+    Create(1, 0, 70), Create(2, 1, 130), *(Write(1, range(first, first + 35)) for first in (0, 35)),
+    *(Write(2, range(first, first + 30)) for first in (0, 30, 60, 90)), Write(2, range(120, 130)),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,30 @@ def test_a_script_runs_by_itself(kvm: Kvm) -> None:
     assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
 
 
+@pytest.mark.parametrize("exit_reason", [uapi.KVM_EXIT_DIRTY_RING_FULL, uapi.KVM_EXIT_HLT], ids=["too-early", "never"])
+def test_a_full_ring_that_is_told_wrongly(
+    kvm: Kvm, host: Host, lacks: Callable[[str], None], needs_log_mode: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch, exit_reason: int,
+) -> None:  # fmt: skip
+    """KVM_EXIT_DIRTY_RING_FULL comes with the ring full, and does come then."""
+    needs_log_mode("dirty-ring")
+    if uses_pml(host):
+        lacks("with PML the smallest ring has more entries than this history makes")
+    run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+    honest = Vcpu.kvm_run
+    early = exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
+
+    def falsified(vcpu: Vcpu) -> int:
+        code = honest(vcpu)
+        if early or vcpu.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL:
+            vcpu.run.exit_reason = exit_reason
+        return code
+
+    monkeypatch.setattr(Vcpu, "kvm_run", falsified)
+    with pytest.raises(HistoryFailed, match="DIRTY_RING_FULL, with 35 entries used" if early else "its ring|HLT"):
+        run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+
+
 def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
     with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost pages 9$"):
@@ -207,6 +239,7 @@ def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.Monk
 
 
 FAULTY_PLUGIN = """
+from lib.vcpu import Vcpu
 from lib.vm import Vm
 honest = Vm.get_dirty_log
 def falsified(vm, slot, bitmap):
