@@ -90,3 +90,24 @@ def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(
         reason = "ring-reset-drops-mask: kvm_reset_dirty_gfn() arms nothing of a mask that ends beyond the slot"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=HistoryFailed, strict=True))
     run_history(kvm, host, "dirty-ring", STALE_ENTRY)
+
+
+# 190 entries for a ring that takes 192 before it stops its vCPU; the next step brings ten more.
+FILLED_IN_THE_MIDST = [
+    Create(slot=1, place=0, npages=70),
+    Create(slot=2, place=1, npages=130),
+    *(Write(slot=1, pages=range(first, first + 35)) for first in (0, 35)),
+    *(Write(slot=2, pages=range(first, first + 30)) for first in (0, 30, 60, 90)),
+    Write(slot=2, pages=range(110, 130)),
+    Write(slot=1, pages=range(0, 35)),
+    Collect(),
+    Collect(),
+]
+
+
+def test_a_ring_that_gets_full_in_the_midst_of_writes(
+    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None]
+) -> None:
+    """What was done before it was full, and what is done after it was emptied, is all reported."""
+    needs_log_mode("dirty-ring")
+    run_history(kvm, host, "dirty-ring", FILLED_IN_THE_MIDST)
