@@ -99,7 +99,7 @@ FILLED_IN_THE_MIDST = [
     *(Write(slot=1, pages=range(first, first + 35)) for first in (0, 35)),
     *(Write(slot=2, pages=range(first, first + 30)) for first in (0, 30, 60, 90)),
     Write(slot=2, pages=range(110, 130)),
-    Write(slot=1, pages=range(0, 35)),
+    Write(slot=1, pages=range(35)),
     Collect(),
     Collect(),
 ]
