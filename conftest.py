@@ -512,14 +512,20 @@ class Outcome:
 
     @contextmanager
     def contract(self) -> Iterator[None]:
-        """Run the body of a test without a cell, which a known bug may break."""
+        """Run the body of a test that is no cell: an error gets the seed and the command that repeats it."""
         bug = self._known_bug(None)
         try:
             yield
-        except ContractBroken as error:
-            if bug is not None and bug.explains_kinds(error.kinds):
+        except Exception as error:
+            if isinstance(error, ContractBroken) and bug is not None and bug.explains_kinds(error.kinds):
                 self._node.user_properties.append(("findings", str(error)))
                 pytest.xfail(bug.id)
+            pytest_command = self._config.option.repeat_with or this_pytest()
+            thorough = ["--thorough"] if self._config.option.thorough else []
+            seed = str(self._settings.seed)
+            arguments = shlex.join([self._node.nodeid, "--seed", seed, *thorough])
+            lines = [*environment_lines(self._host), f"seed     {seed}", f"repeat   {pytest_command} {arguments}"]
+            error.add_note("\n".join(lines))
             raise
         self._passed(bug)
 
@@ -531,20 +537,6 @@ class Outcome:
             )
         if bug is not None:
             self._node.user_properties.append(("verdict", "known bug, not seen"))
-
-    @contextmanager
-    def repeatable(self) -> Iterator[None]:
-        """Run the body of a test that is no cell: an error gets the seed, and the command that repeats it."""
-        try:
-            yield
-        except Exception as error:
-            pytest_command = self._config.option.repeat_with or this_pytest()
-            thorough = ["--thorough"] if self._config.option.thorough else []
-            seed = str(self._settings.seed)
-            arguments = shlex.join([self._node.nodeid, "--seed", seed, *thorough])
-            lines = [*environment_lines(self._host), f"seed     {seed}", f"repeat   {pytest_command} {arguments}"]
-            error.add_note("\n".join(lines))
-            raise
 
     def record(self, figures: Any) -> None:
         """Put a run's figures into the results: the table, and JUnit's properties."""

@@ -105,7 +105,7 @@ class CollectionLog:
         self._collections: list[Collection] = []
         self._last: dict[tuple[int, int], Collection] = {}
         self._toggles: list[Toggle] = []
-        self._findings: list[str] = []
+        self._findings: list[tuple[Kind, str]] = []
 
     def now(self) -> int:
         """The next moment."""
@@ -143,10 +143,10 @@ class CollectionLog:
         latest = {toggle.first: toggle for toggle in sorted(self._toggles, key=lambda toggle: toggle.end)}
         self._toggles = [*latest.values()]
         if self._findings:
-            shown = "\n".join(self._findings[:_SHOWN])
-            count = len(self._findings)
-            self._findings = []
-            raise ContractBroken(shown + (f"\nand {count - _SHOWN} findings more" if count > _SHOWN else ""))
+            findings, self._findings = self._findings, []
+            more = f"\nand {len(findings) - _SHOWN} findings more" if len(findings) > _SHOWN else ""
+            shown = "\n".join(text for _, text in findings[:_SHOWN])
+            raise ContractBroken(shown + more, {kind for kind, _ in findings})
 
     def _check_area(
         self, collections: list[Collection], checked: list[Collection], toggles: list[Toggle], area: range
@@ -171,7 +171,8 @@ class CollectionLog:
         if not self._overlaps(one, toggles) and one.refused == self._is_on(one, toggles):
             state = "on" if one.refused else "off"
             answer = "ENOENT" if one.refused else "a bitmap"
-            self._findings.append(f"collection at {one.start}: KVM answered with {answer} while tracking was {state}")
+            text = f"collection at {one.start}: KVM answered with {answer} while tracking was {state}"
+            self._findings.append((Kind.LOST if one.refused else Kind.FALSE, text))
         return not one.refused
 
     def _check_false(
@@ -343,10 +344,11 @@ class CollectionLog:
         whose = "" if vcpu is None else f", vCPU {vcpu}"
         some = ", ".join(map(str, sorted(pages)[:_SHOWN]))
         writes = f"writes {one.before} to {one.after}" + (", all vCPUs stopped" if one.exact else "")
-        self._findings.append(
+        text = (
             f"{kind.name} ({kind.value}{': ' + why if why else ''}): collection at {one.start} to {one.end} of pages"
             f" {one.first} to {one.last - 1}{whose}, {writes}: {len(pages)} pages: {some}"
         )
+        self._findings.append((kind, text))
 
 
 def _without(start: int, end: int, holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -35,6 +35,7 @@ _EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
 _MAX_OPERATIONS = 4096
 # For how many seconds a list of operations may run
 _DEADLINE = 60.0
+_WORDS = {Kind.LOST: "lost", Kind.FALSE: "false", Kind.DUPLICATE: "repeated"}
 _LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
 
 
@@ -201,14 +202,15 @@ class TrackedVm:
         reported = self.collect()
         for slot in sorted(reported.keys() | expected.keys()):
             wanted, found = set(expected.get(slot, ())), Counter(reported.get(slot, []))
-            findings = {
-                "lost": sorted(wanted - found.keys()),
-                "false": sorted(found.keys() - wanted),
-                "repeated": sorted(page for page, count in found.items() if count > writes_per_page),
+            wrong = {
+                Kind.LOST: sorted(wanted - found.keys()),
+                Kind.FALSE: sorted(found.keys() - wanted),
+                Kind.DUPLICATE: sorted(page for page, count in found.items() if count > writes_per_page),
             }
-            text = ", ".join(f"{kind} {_some(pages)}" for kind, pages in findings.items() if pages)
-            if text:
-                raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}")
+            findings = {kind: pages for kind, pages in wrong.items() if pages}
+            if findings:
+                text = ", ".join(f"{_WORDS[kind]} {_some(pages)}" for kind, pages in findings.items())
+                raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}", findings)
 
     def read_bitmap(self, slot: int) -> list[int]:
         """KVM_GET_DIRTY_LOG alone: the pages whose bits are set."""

@@ -102,7 +102,7 @@ def test_collectors_beside_writers(
 ) -> None:
     """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
     vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
-    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
         for area in vm.areas:
@@ -118,7 +118,7 @@ def test_toggling_beside_writers(
 ) -> None:
     """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 3)
-    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
 
@@ -145,7 +145,7 @@ def test_all_at_once(
 ) -> None:
     """Two collectors, and one that switches tracking on and off in between."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
-    with outcome.repeatable(), WritersVm(kvm, mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
         state: dict[int, bool] = {}

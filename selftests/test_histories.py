@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from lib.cell import Settings
-from lib.history import Collect, Create, Delete, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
+from lib.history import Collect, Create, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
 from lib.history_search import search
 from lib.host import Host
 from lib.kvm import Kvm
@@ -67,29 +67,6 @@ def test_any_history(
         test = shlex.quote(f"selftests/test_histories.py::test_any_history[{mode}]")
         text = failure_text(failure, host, f"{command} {test} --seed {seed}")
         raise pytest.fail.Exception(text, pytrace=False)
-
-
-# What was found: the reset takes entry (1, 69) of the old slot and (1, 60) of the new one as one mask, and arms neither.
-STALE_ENTRY = [
-    Create(slot=1, place=0, npages=70),
-    Write(slot=1, pages=(69,)),
-    Delete(slot=1),
-    Create(slot=1, place=0, npages=64),
-    Write(slot=1, pages=(60,)),
-    Collect(),
-    Write(slot=1, pages=(60,)),
-]
-
-
-def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(
-    kvm: Kvm, host: Host, request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None], emulates: bool
-) -> None:
-    """A reset arms the pages that are there, whatever else was harvested."""
-    needs_log_mode("dirty-ring")
-    if not emulates and not request.config.option.no_known_bugs:
-        reason = "ring-reset-drops-mask: kvm_reset_dirty_gfn() arms nothing of a mask that ends beyond the slot"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=HistoryFailed, strict=True))
-    run_history(kvm, host, "dirty-ring", STALE_ENTRY)
 
 
 # 190 entries for a ring that takes 192 before it stops its vCPU; the next step brings ten more.

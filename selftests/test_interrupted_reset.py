@@ -29,7 +29,7 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
 
     sender = threading.Thread(target=storm, name="storm", daemon=True)
     try:
-        with outcome.repeatable(), TrackedVm(kvm, "dirty-ring") as vm:
+        with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
             vm.add_slot(SLOT, FIRST_GPA, NPAGES)
             sender.start()
             for _ in range(100 if thorough else 20):

@@ -67,7 +67,7 @@ def test_migration(
             lacks(reason)
     npages = sum(count for count, _ in shapes)
     for _ in range(10 if thorough else 1):
-        with outcome.repeatable():
+        with outcome.contract():
             try:
                 vm = WritersVm(kvm, mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
             except HugePagesMissing as error:

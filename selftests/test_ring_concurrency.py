@@ -78,7 +78,7 @@ def test_reset_from_another_thread(
 ) -> None:
     """One thread harvests, another one resets all the time, at any moment of the harvest."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
@@ -93,7 +93,7 @@ def test_two_threads_reset_at_once(
 ) -> None:
     """Two threads harvest and reset: what they took together is what they harvested together."""
     vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
-    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
@@ -108,7 +108,7 @@ def test_under_a_storm_of_signals(
 ) -> None:
     """Signals end KVM_RUN anywhere, and KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.repeatable(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), 1024) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), 1024) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             work_draws = [random.Random(draw.random()) for _ in range(2)]
@@ -138,7 +138,7 @@ def test_each_size_several_times_around(
     pages = array("I", range(npages))
     pages.extend(range(-npages % 64))
     shapes = [(npages, "anonymous")]
-    with outcome.repeatable(), WritersVm(kvm, ring_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
         of = tracked(vm)
         assert of.ledger is not None
         while of.ledger.harvested < laps * entries:

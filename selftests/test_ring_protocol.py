@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -265,6 +266,19 @@ def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> Non
         # Page 5 is still mapped writable: switch its tracking off and on.
         ringed.set_tracking(SLOT, on=False)
         ringed.set_tracking(SLOT, on=True)
+
+
+def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_mode: str, outcome: Any) -> None:
+    """A reset tracks anew the pages that are there, whatever else was harvested: here one of a slot before it was made again."""
+    with outcome.contract(), TrackedVm(kvm, ring_mode) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, 70)
+        vm.write(SLOT, 69)
+        vm.remove_slot(SLOT)
+        vm.add_slot(SLOT, FIRST_GPA, 64)
+        vm.write(SLOT, 60)
+        vm.expect("writes to the old slot, and to the new one", {SLOT: [60, 69]})
+        vm.write(SLOT, 60)
+        vm.expect("a write to the new one", {SLOT: [60]})
 
 
 @pytest.mark.usefixtures("throwaway_kernel")
