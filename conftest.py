@@ -376,13 +376,6 @@ def needs_log_mode(kvm: Kvm, lacks: Lacks) -> Callable[[str], None]:
     return needs
 
 
-@pytest.fixture(params=list(LOG_MODES))
-def log_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    """Each log mode by name; skips those that KVM does not have."""
-    needs_log_mode(request.param)
-    return str(request.param)
-
-
 @pytest.fixture(scope="session")
 def settings(pytestconfig: pytest.Config) -> Settings:
     """The run's settings, from the command line."""

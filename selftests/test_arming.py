@@ -10,7 +10,6 @@ from lib.arch import current as arch
 from lib.cell import Settings
 from lib.dirty_bitmap import new_bitmap
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
 from lib.memory import GIB, MIB, align_up
 from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, TrackedVm
 
@@ -26,16 +25,10 @@ MORE_SHIFTS = (2, 31, 32, 33, 62, 64, 65, 127, 448, 449, 510)
 DISTANCES = (1, 2, 32, 62, 63, 64, 65, 66, 127, 128, 129)
 
 
-@pytest.fixture(params=list(LOG_MODES))
-def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
-
-
 @pytest.fixture
-def empty(kvm: Kvm, mode: str) -> Iterator[TrackedVm]:
+def empty(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
     """Two vCPUs, and no slot yet."""
-    with TrackedVm(kvm, mode, vcpus=2) as vm:
+    with TrackedVm(kvm, log_mode, vcpus=2) as vm:
         yield vm
 
 

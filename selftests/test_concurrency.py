@@ -7,7 +7,7 @@ is known to have written, and when (lib/collection_log.py).
 
 import random
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from lib.cell import Settings
 from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES, ClearLog
+from lib.log_modes import ClearLog
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
 
@@ -29,17 +29,6 @@ RING = 512
 WRITES = 1024
 PAUSE = 400
 SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
-
-
-@pytest.fixture(params=list(LOG_MODES))
-def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
-    return random.Random(f"{settings.seed}/{request.node.name}")
 
 
 def streams(sharing: str, vcpus: int, seed: int) -> list[WriteStream]:
@@ -98,11 +87,11 @@ def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_collectors_beside_writers(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
 ) -> None:
     """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
     vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
-    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
         for area in vm.areas:
@@ -114,11 +103,11 @@ def test_collectors_beside_writers(
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_toggling_beside_writers(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str, sharing: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
 ) -> None:
     """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 3)
-    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
 
@@ -141,11 +130,11 @@ def test_toggling_beside_writers(
 
 
 def test_all_at_once(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, mode: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str
 ) -> None:
     """Two collectors, and one that switches tracking on and off in between."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
-    with outcome.contract(), WritersVm(kvm, mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
+    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
         state: dict[int, bool] = {}

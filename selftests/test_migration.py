@@ -11,7 +11,6 @@ import pytest
 
 from lib.cell import PAGE, Settings
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, HugePagesMissing
 from lib.migration import Migration
 from lib.write_stream import WriteStream
@@ -26,12 +25,6 @@ RING = 1024
 SMALL = [(700, "shmem"), (300, "anonymous")]
 LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
 PATTERNS = ["random", "sequential"]
-
-
-@pytest.fixture(params=list(LOG_MODES))
-def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
 
 
 def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
@@ -55,11 +48,11 @@ def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[
 @pytest.mark.parametrize("vcpus", [1, 3])
 def test_migration(
     kvm: Kvm, request: pytest.FixtureRequest, settings: Settings, outcome: Any, lacks: Callable[[str], NoReturn],
-    thorough: bool, mode: str, vcpus: int, pattern: str,
+    thorough: bool, log_mode: str, vcpus: int, pattern: str,
 ) -> None:  # fmt: skip
     """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
     own_properties = list(request.node.user_properties)
-    name = f"{mode}, {vcpus} vCPUs, {pattern}"
+    name = f"{log_mode}, {vcpus} vCPUs, {pattern}"
     draw = random.Random(f"{settings.seed}/{name}")
     shapes = LARGE if thorough else SMALL
     for count, backing in shapes:
@@ -69,7 +62,7 @@ def test_migration(
     for _ in range(10 if thorough else 1):
         with outcome.contract():
             try:
-                vm = WritersVm(kvm, mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
+                vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
             except HugePagesMissing as error:
                 lacks(str(error))
             with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:

@@ -16,7 +16,6 @@ import pytest
 from lib.cell import Settings
 from lib.collectors import Collectors, Operation, Worker, storm_at, storm_at_vcpus, work_together
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES, DirtyRing
 from lib.selection import smallest_ring
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
@@ -24,24 +23,12 @@ from lib.writers_vm import WritersVm
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
 NPAGES = sum(count for count, _ in SHAPES)
 WRITES = 1024
-RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
 # With pages of 4 KiB none is smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
 SIZES = [1 << bit for bit in range(8, 17)]
 # The largest ring that the short form fills
 MOST_ENTRIES = 4096
 # Writes between two operations at most
 PAUSE, STORM_PAUSE = 400, 20
-
-
-@pytest.fixture(params=RING_MODES)
-def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
-    return random.Random(f"{settings.seed}/{request.node.name}")
 
 
 def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[WriteStream]:

@@ -4,7 +4,7 @@
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +15,6 @@ from lib import uapi
 from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES, DirtyRing
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.selection import smallest_ring
 from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
@@ -23,16 +22,9 @@ from lib.vcpu import Vcpu
 
 SLOT, OTHER, HIGH = 1, 2, 500
 NPAGES = 1024
-RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
 # KVM may push so many entries beyond the soft limit (KVM_DIRTY_RING_RSVD_ENTRIES, and the CPU's own log with PML)
 MOST_RESERVED = 64 + 512
 KVM_DIRTY_GFN_F_BOTH = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
-
-
-@pytest.fixture(params=RING_MODES)
-def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
 
 
 @pytest.fixture
@@ -269,7 +261,7 @@ def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> Non
 
 
 def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_mode: str, outcome: Any) -> None:
-    """A reset tracks anew the pages that are there, whatever else was harvested: here one of a slot before it was made again."""
+    """A reset tracks anew the pages that are there, whatever was harvested besides: here one of the slot as it was before."""
     with outcome.contract(), TrackedVm(kvm, ring_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, 70)
         vm.write(SLOT, 69)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Tracking through a slot's life: switched on and off, moved, deleted and made again, beside others."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from lib import uapi
 from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
 from lib.memory import MIB
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 
@@ -16,15 +15,9 @@ NPAGES = 64 + 9
 ALL = range(NPAGES)
 
 
-@pytest.fixture(params=list(LOG_MODES))
-def mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
-    needs_log_mode(request.param)
-    return str(request.param)
-
-
 @pytest.fixture
-def empty(kvm: Kvm, mode: str) -> Iterator[TrackedVm]:
-    with TrackedVm(kvm, mode) as vm:
+def empty(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    with TrackedVm(kvm, log_mode) as vm:
         yield vm
 
 

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What many tests of the contract begin with."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from lib.cell import Settings
+from lib.log_modes import LOG_MODES, DirtyRing
+
+
+@pytest.fixture(params=list(LOG_MODES))
+def log_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    """Each log mode by name; skips those that KVM does not have."""
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=[name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)])
+def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
+    """Each log mode with rings, likewise."""
+    needs_log_mode(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
+    """Random numbers that the run's seed and the test's name decide."""
+    return random.Random(f"{settings.seed}/{request.node.name}")
