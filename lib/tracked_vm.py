@@ -201,16 +201,27 @@ class TrackedVm:
         """
         reported = self.collect()
         for slot in sorted(reported.keys() | expected.keys()):
-            wanted, found = set(expected.get(slot, ())), Counter(reported.get(slot, []))
-            wrong = {
-                Kind.LOST: sorted(wanted - found.keys()),
-                Kind.FALSE: sorted(found.keys() - wanted),
-                Kind.DUPLICATE: sorted(page for page, count in found.items() if count > writes_per_page),
-            }
-            findings = {kind: pages for kind, pages in wrong.items() if pages}
-            if findings:
-                text = ", ".join(f"{_WORDS[kind]} {_some(pages)}" for kind, pages in findings.items())
-                raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}", findings)
+            self._compare(what, slot, expected.get(slot, ()), reported.get(slot, []), writes_per_page)
+
+    def expect_bits(self, what: str, slot: int, expected: Iterable[int]) -> None:
+        """Hold KVM_GET_DIRTY_LOG alone to *expected*; in manual mode, where it changes nothing.
+
+        :raises ContractBroken: KVM reported something else
+        """
+        self._compare(what, slot, expected, self.read_bitmap(slot), 1)
+
+    def _compare(self, what: str, slot: int, expected: Iterable[int], reported: Sequence[int], most: int) -> None:
+        """Hold what was reported of a slot to what is expected: each page once, or *most* times at most."""
+        wanted, found = set(expected), Counter(reported)
+        wrong = {
+            Kind.LOST: sorted(wanted - found.keys()),
+            Kind.FALSE: sorted(found.keys() - wanted),
+            Kind.DUPLICATE: sorted(page for page, count in found.items() if count > most),
+        }
+        findings = {kind: pages for kind, pages in wrong.items() if pages}
+        if findings:
+            text = ", ".join(f"{_WORDS[kind]} {_some(pages)}" for kind, pages in findings.items())
+            raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}", findings)
 
     def read_bitmap(self, slot: int) -> list[int]:
         """KVM_GET_DIRTY_LOG alone: the pages whose bits are set."""

@@ -19,7 +19,6 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
 from lib.mapped_pages import Mapped, huge_pages
 from lib.memory import BACKINGS, GIB, MIB, HugePagesMissing, size_text
-from lib.oracle import Kind
 from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
 
 Lacks = Callable[[str], None]
@@ -327,15 +326,6 @@ def check_clear(vm: TrackedVm, mask: list[int], what: str) -> None:
     for page in mask:
         bitmap[(page - first) // 8] |= 1 << (page - first) % 8
     vm.vm.clear_dirty_log(SLOT, bitmap, first, count)
-    expect_bits(vm, sorted(set(dirty) - set(mask)), f"{what}: left after it")
+    vm.expect_bits(f"{what}: left after it", SLOT, set(dirty) - set(mask))
     vm.write(SLOT, *mask)
-    expect_bits(vm, dirty, f"{what}: its pages written")
-
-
-def expect_bits(vm: TrackedVm, expected: list[int], what: str) -> None:
-    """Hold KVM_GET_DIRTY_LOG in manual mode to *expected*."""
-    found = vm.read_bitmap(SLOT)
-    if found != expected:
-        lost, false = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-        kinds = {kind for kind, pages in ((Kind.LOST, lost), (Kind.FALSE, false)) if pages}
-        raise ContractBroken(f"{vm.mode.name}: {what}: lost {lost[:8]}, false {false[:8]}", kinds)
+    vm.expect_bits(f"{what}: its pages written", SLOT, dirty)

@@ -160,7 +160,7 @@ def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vm, "get_dirty_log", get)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("skipping_clear", "false"), ("unarmed_clear", r"lost \[\d")])
+@pytest.mark.parametrize(("fault", "message"), [("skipping_clear", "false"), ("unarmed_clear", r"lost pages \d")])
 def test_a_clear_that_leaves_out_a_page(
     kvm: Kvm,
     needs_log_mode: Callable[[str], None],
