@@ -86,13 +86,12 @@ _outcomes: dict[str, str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--planted", choices=["none", *FAULTS])
+    parser.addoption("--planted", choices=list(FAULTS), required=True)
     parser.addoption("--outcomes", type=Path)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.planted in FAULTS:
-        FAULTS[config.option.planted]()
+    FAULTS[config.option.planted]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -100,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         module = getattr(item, "module", None)
-        if hasattr(module, "raw_ioctl"):
+        if module is not None and hasattr(module, "raw_ioctl"):
             PATCH.setattr(module, "raw_ioctl", falsified_ioctl)
 
 

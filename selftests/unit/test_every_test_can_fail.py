@@ -10,10 +10,13 @@ from lib.kvm import Kvm
 from selftests.unit.planted_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The tests of the matrix, of running threads and of histories: their own proofs plant faults in their own ways.
-ELSEWHERE = ("test_dirty_log.py", "test_known_bugs.py")
+# They have proofs of their own, which plant faults in their own ways.
+ELSEWHERE = ("test_dirty_log.py", "test_known_bugs.py", "test_histories.py")
+# In these nothing but a report may be wrong: with resets that do nothing their threads would wait for each other.
+THREADED = ("test_concurrency.py", "test_interrupted_reset.py", "test_migration.py", "test_ring_concurrency.py")
+REPORT_FAULTS = ("lose_reports", "add_reports")
 FILES = [
-    str(path.relative_to(ROOT))
+    path
     for path in sorted((ROOT / "selftests").rglob("test_*.py"))
     if "unit" not in path.parts and path.name not in ELSEWHERE
 ]
@@ -32,8 +35,9 @@ def outcomes(fault: str, folder: Path) -> dict[str, str]:
     """Each test's outcome with *fault* planted; modes that differ from others only in how they are enabled are left out."""
     path = folder / f"{fault}.json"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-k", "not plain and not clear-log-unset"]
-    command += ["-p", "selftests.unit.planted_faults"]
-    command += ["--planted", fault, "--outcomes", str(path), "--results", str(folder / fault), *FILES]
+    command += ["-p", "selftests.unit.planted_faults", "--planted", fault, "--outcomes", str(path)]
+    command += ["--results", str(folder / fault)]
+    command += [str(file) for file in FILES if fault in REPORT_FAULTS or file.name not in THREADED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert path.exists(), done.stdout + done.stderr
     found: dict[str, str] = json.loads(path.read_text())
@@ -41,16 +45,19 @@ def outcomes(fault: str, folder: Path) -> dict[str, str]:
 
 
 def test_each_test_fails_under_a_planted_fault(kvm: Kvm, tmp_path: Path) -> None:
-    runs = [outcomes(fault, tmp_path) for fault in FAULTS]
-    assert "failed" in runs[0].values() and all(run.keys() == runs[0].keys() for run in runs)
+    verdicts: dict[str, set[str]] = {}
+    for fault in FAULTS:
+        for name, outcome in outcomes(fault, tmp_path).items():
+            verdicts.setdefault(name, set()).add(outcome)
     survivors = [
         name
-        for name in runs[0]
-        if all(run[name] == "passed" for run in runs) and name.partition("::")[2].partition("[")[0] not in OTHERWISE
+        for name, its in verdicts.items()
+        if its == {"passed"} and name.partition("::")[2].partition("[")[0] not in OTHERWISE
     ]
     assert not survivors, f"{len(survivors)} tests pass whatever KVM answers"
+    assert sum("failed" in its for its in verdicts.values()) > 200
 
 
 def test_no_exemption_is_stale() -> None:
-    sources = "".join((ROOT / path).read_text() for path in FILES)
+    sources = "".join(path.read_text() for path in FILES)
     assert [name for name in OTHERWISE if f"def {name}(" not in sources] == []
