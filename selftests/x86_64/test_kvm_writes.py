@@ -177,6 +177,8 @@ def test_the_apic_page_that_user_space_names_is_reported(
     ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
     vector = with_apic.guest.program.symbols["INTERRUPT_VECTOR"]
     for _ in range(2):
+        with_apic.write(SLOT, AREA, value=(1 << 64) - 1)
+        with_apic.collect()
         with_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
         was_written(with_apic, "KVM_SET_VAPIC_ADDR", emulates, lacks)
         with_apic.expect("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
