@@ -26,7 +26,7 @@ class KnownBug:
     id: str
     summary: str
     evidence: str
-    backend: str
+    backend: tuple[str, ...]
     findings: frozenset[Kind]
     always: bool
     needs: frozenset[Kind] = frozenset(Kind)
@@ -40,7 +40,7 @@ class KnownBug:
         """Whether *host* meets the conditions."""
         first, before = self.kernels
         return (
-            host.backend == self.backend
+            host.backend in self.backend
             and (not first or host.kernel_version >= version_numbers(first))
             and (not before or host.kernel_version < version_numbers(before))
             and all(host.parameters.get(name) == value for name, value in self.parameters.items())
@@ -88,7 +88,9 @@ def _parse(entry: dict[str, Any]) -> KnownBug:
     for name in ("findings", "needs"):
         if name in values:
             values[name] = frozenset(Kind[kind] for kind in values[name])
-    for name in ("kernels", "tests", "log"):
+    if isinstance(values.get("backend"), str):
+        values["backend"] = [values["backend"]]
+    for name in ("backend", "kernels", "tests", "log"):
         if name in values:
             values[name] = tuple(values[name])
     return KnownBug(always=shows == "always", **values)

@@ -6,7 +6,6 @@ asked what it saw.
 """
 
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,7 +136,9 @@ class TrackedVm:
         until = time.monotonic() + _DEADLINE
         while True:
             code = self._kvm_run(handle)
-            if code and time.monotonic() < until:
+            if time.monotonic() > until:
+                raise GuestError(f"no end within {_DEADLINE:g} s: {unexpected_exit(handle, code)}")
+            if code:
                 continue
             if on_exit is not None and on_exit(handle):
                 continue
@@ -150,15 +151,14 @@ class TrackedVm:
 
     @staticmethod
     def _kvm_run(handle: Vcpu) -> int:
-        """KVM_RUN, which a signal ends every now and then: a guest that hangs shall not hang the test."""
-        if threading.current_thread() is not threading.main_thread():
-            return handle.kvm_run()
-        signal.signal(signal.SIGALRM, _nothing)
+        """KVM_RUN, which a signal ends in the end: a guest that hangs shall not hang the test. For the main thread only."""
+        previous = signal.signal(signal.SIGALRM, _nothing)
         signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
         try:
             return handle.kvm_run()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
 
     def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
         """Write a word into each of *pages*."""

@@ -91,6 +91,8 @@ def make(
         needs_log_mode(mode)
         backing = BACKINGS[layout.backing]
         guest_mode = guest_mode or huge_guest_mode(kvm, host, layout)
+        if reason := backing.missing(0):
+            lacks(reason)
         with huge_page_pool() if backing.hugetlb else nullcontext():
             if reason := backing.missing(layout.npages * PAGE + layout.gpa % backing.alignment):
                 lacks(reason)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A pytest plugin that falsifies what KVM answered, for a whole run: ``-p selftests.unit.planted_faults --planted NAME``.
+"""A pytest plugin that falsifies what KVM answered, in each test's body: ``-p selftests.unit.planted_faults --planted NAME``.
 
 It keeps each test's outcome in the file that ``--outcomes`` names.
 """
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lib.dirty_bitmap import set_pages
 from lib.dirty_ring import DirtyRing
 from lib.vm import Vm
 
-PATCH = pytest.MonkeyPatch()  # never undone: the whole run is falsified
+PATCH = pytest.MonkeyPatch()  # undone after each test's body
 Entries = tuple[list[int], list[int]]
 
 
@@ -70,7 +70,7 @@ def miscount_resets() -> None:
 
 
 def mistake_errors() -> None:
-    """What a test calls itself fails, with an error that no test can expect; see pytest_collection_modifyitems()."""
+    """What a test calls itself fails, with an error that no test can expect; see pytest_runtest_call()."""
 
 
 def falsified_ioctl(fd: int, request: int, arg: Any = None) -> tuple[int, int]:
@@ -90,17 +90,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    FAULTS[config.option.planted]()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.planted != mistake_errors.__name__:
-        return
-    for item in items:
-        module = getattr(item, "module", None)
-        if module is not None and hasattr(module, "raw_ioctl"):
-            PATCH.setattr(module, "raw_ioctl", falsified_ioctl)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Falsify the test's own body only: a fixture's check that fails proves nothing about the test."""
+    FAULTS[item.config.option.planted]()
+    module = getattr(item, "module", None)
+    if item.config.option.planted == mistake_errors.__name__ and module and hasattr(module, "raw_ioctl"):
+        PATCH.setattr(module, "raw_ioctl", falsified_ioctl)
+    try:
+        yield
+    finally:
+        PATCH.undo()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -52,7 +52,7 @@ def test_each_test_fails_under_a_planted_fault(kvm: Kvm, tmp_path: Path) -> None
     survivors = [
         name
         for name, its in verdicts.items()
-        if its == {"passed"} and name.partition("::")[2].partition("[")[0] not in OTHERWISE
+        if "passed" in its and "failed" not in its and name.partition("::")[2].partition("[")[0] not in OTHERWISE
     ]
     assert not survivors, f"{len(survivors)} tests pass whatever KVM answers"
     assert sum("failed" in its for its in verdicts.values()) > 200
