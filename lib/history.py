@@ -112,7 +112,7 @@ def shrinks_slot_in_rings(pair: "Pair", step: "Step") -> bool:
 
     Such an entry makes a reset lose others: KVM joins neighbouring entries of a slot to one mask, and drops the whole mask
     when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and 7.2).
-    It takes an entry at most 63 pages before that one, right beside it in the ring; what is left out is more, so that the rule is
+    It takes an entry at most 63 pages before that one, right beside it in the ring; what is left out is more, to keep the rule
     simple. selftests/test_ring_protocol.py has the shortest history. Where every store is emulated, nothing needs arming.
     """
     if pair.emulates or not pair.has_rings or not isinstance(step, Create):

@@ -106,7 +106,7 @@ def test_toggling_beside_writers(
     kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
 ) -> None:
     """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 3)
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 1, 4)
     with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
         of = Collectors(vm)
         vm.start()
