@@ -7,7 +7,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
-from lib.host import EMULATING_BACKENDS, Host, this_host
+from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, this_host
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
@@ -422,6 +422,7 @@ def kvm(lacks: Lacks, settings: Settings, pytestconfig: pytest.Config) -> Iterat
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         lacks(str(error))
+    keep_memory_in_place()
     with device, _one_vm(device) if pytestconfig.option.emulated else nullcontext():
         yield device
 
@@ -505,20 +506,14 @@ class Outcome:
 
     @contextmanager
     def contract(self) -> Iterator[None]:
-        """Run the body of a test that is no cell: an error gets the seed and the command that repeats it."""
+        """Run the body of a test that is no cell, and that a known bug may concern."""
         bug = self._known_bug(None)
         try:
             yield
-        except Exception as error:
-            if isinstance(error, ContractBroken) and bug is not None and bug.explains_kinds(error.kinds):
+        except ContractBroken as error:
+            if bug is not None and bug.explains_kinds(error.kinds):
                 self._node.user_properties.append(("findings", str(error)))
                 pytest.xfail(bug.id)
-            pytest_command = self._config.option.repeat_with or this_pytest()
-            thorough = ["--thorough"] if self._config.option.thorough else []
-            seed = str(self._settings.seed)
-            arguments = shlex.join([self._node.nodeid, "--seed", seed, *thorough])
-            lines = [*environment_lines(self._host), f"seed     {seed}", f"repeat   {pytest_command} {arguments}"]
-            error.add_note("\n".join(lines))
             raise
         self._passed(bug)
 
@@ -559,6 +554,21 @@ class Outcome:
 def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings, lacks: Lacks) -> Outcome:
     """How a KVM test ends; see :class:`Outcome`."""
     return Outcome(request, host, settings, lacks)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure tells where it was, and the command that repeats it; the report of a cell does by itself."""
+    report = yield
+    fixtures = getattr(item, "fixturenames", ())
+    if report.failed and "kvm" in fixtures and "planned_cell" not in fixtures:
+        option = item.config.option
+        arguments = [item.nodeid, "--seed", option.seed, *(["--thorough"] if option.thorough else [])]
+        repeat = f"repeat   {option.repeat_with or this_pytest()} {shlex.join(arguments)}"
+        report.sections.append(("where, and how to repeat it", "\n".join([*environment_lines(this_host()), repeat])))
+    return report
 
 
 def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:

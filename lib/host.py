@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What the tests run on: kernel, KVM's modules and their parameters, CPU."""
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from lib.arch import current as arch
 from lib.memory import available_memory
 
 _MODULES = Path("/sys/module")
+_MPOL_LOCAL = 4  # <linux/mempolicy.h>
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ def uses_pml(host: Host) -> bool:
     return host.parameters.get("kvm_intel.pml") == "Y"
 
 
+def rings_keep_order(host: Host) -> bool:
+    """Whether a ring has its entries in the order of the writes.
+
+    With PML a vCPU's exit brought what the CPU had logged in the opposite order until Linux 6.14 ("KVM: VMX: read the PML log
+    in the same order as it was written").
+    """
+    return not uses_pml(host) or host.kernel_version >= (6, 14)
+
+
 def uses_tdp(host: Host) -> bool:
     """Whether the CPU itself translates guest-physical addresses (EPT, NPT), and KVM has no page tables to shadow."""
     return any(host.parameters.get(name) in ("Y", "1") for name in ("kvm_intel.ept", "kvm_amd.npt"))
@@ -66,6 +77,16 @@ def splits_eagerly(host: Host) -> bool:
     """
     parameters = host.parameters
     return uses_tdp(host) and parameters.get("kvm.tdp_mmu") == "Y" and parameters.get("kvm.eager_page_split") == "Y"
+
+
+def keep_memory_in_place() -> None:
+    """Have the kernel leave this process's memory where it is, now and in threads that begin later.
+
+    Automatic NUMA balancing takes pages out of the page tables now and then, to see who comes for them; KVM then maps them
+    anew, and what it maps writable it reports as dirty (make_spte(), arch/x86/kvm/mmu/spte.c). A policy that is set by hand
+    keeps it off (task_numa_work(), kernel/sched/fair.c). Kernels without NUMA do not have the call, and need none.
+    """
+    ctypes.CDLL(None).syscall(arch.SYS_SET_MEMPOLICY, _MPOL_LOCAL, None, 0)
 
 
 def _backend() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lib.cell import Settings
+from lib.host import Host, rings_keep_order
 from lib.log_modes import LOG_MODES, DirtyRing
 
 
@@ -22,6 +23,13 @@ def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], No
     """Each log mode with rings, likewise."""
     needs_log_mode(request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def entries_in_order(host: Host, lacks: Callable[[str], None]) -> None:
+    """For tests that hold a ring to the order of the writes."""
+    if not rings_keep_order(host):
+        lacks("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
 
 
 @pytest.fixture

@@ -50,10 +50,12 @@ def failure_text(failure: HistoryFailed, host: Host, repeat: str) -> str:
 @pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_any_history(
     kvm: Kvm, host: Host, settings: Settings, needs_log_mode: Callable[[str], None], thorough: bool,
-    soak: int | None, pytestconfig: pytest.Config, mode: str,
+    soak: int | None, pytestconfig: pytest.Config, request: pytest.FixtureRequest, mode: str,
 ) -> None:  # fmt: skip
     """Writes, loads, GET, CLEAR, harvests, resets, tracking on and off, slots made, moved, deleted: KVM does as the model."""
     needs_log_mode(mode)
+    if issubclass(LOG_MODES[mode], DirtyRing):
+        request.getfixturevalue("entries_in_order")
 
     def run(steps: Sequence[Step]) -> None:
         run_history(kvm, host, mode, steps, leave_out=shrinks_slot_in_rings)

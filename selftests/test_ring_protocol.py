@@ -20,7 +20,7 @@ from lib.selection import smallest_ring
 from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from lib.vcpu import Vcpu
 
-SLOT, OTHER, HIGH = 1, 2, 500
+SLOT, OTHER = 1, 2
 NPAGES = 1024
 # KVM may push so many entries beyond the soft limit (KVM_DIRTY_RING_RSVD_ENTRIES, and the CPU's own log with PML)
 MOST_RESERVED = 64 + 512
@@ -83,6 +83,7 @@ class _RingFull(Exception):
     pass
 
 
+@pytest.mark.usefixtures("entries_in_order")
 @pytest.mark.parametrize("lap", range(2), ids=["fresh", "used"])
 def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, lap: int) -> None:
     """At the soft limit, again at each KVM_RUN, and not any more after the reset; nothing is lost, for several laps."""
@@ -112,6 +113,7 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, 
             first += len(taken) + len(rest)
 
 
+@pytest.mark.usefixtures("entries_in_order")
 def test_each_vcpu_has_its_own_writes_in_its_own_ring(ringed: TrackedVm) -> None:
     """With the slot of each, in the order of the writes."""
     ringed.run(*(Operation("store_8", ringed.address(slot, page)) for slot, page in ((SLOT, 9), (OTHER, 1), (SLOT, 2))))
@@ -123,12 +125,17 @@ def test_each_vcpu_has_its_own_writes_in_its_own_ring(ringed: TrackedVm) -> None
 
 
 def test_a_high_slot_is_named_right(kvm: Kvm, ring_mode: str) -> None:
+    """The highest that there is, and one in the middle, side by side."""
+    highest = kvm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS) - 1
     with TrackedVm(kvm, ring_mode) as vm:
-        vm.add_slot(HIGH, FIRST_GPA, 64)
-        vm.write(HIGH, 63)
-        vm.expect("a store to a slot with a high number", {HIGH: [63]})
+        for index, slot in enumerate((highest, highest // 2)):
+            vm.add_slot(slot, FIRST_GPA + index * 64 * PAGE, 64)
+        vm.write(highest, 63)
+        vm.write(highest // 2, 0)
+        vm.expect("stores to slots with high numbers", {highest: [63], highest // 2: [0]})
 
 
+@pytest.mark.usefixtures("entries_in_order")
 def test_a_reset_takes_what_was_harvested_and_no_more(ringed: TrackedVm) -> None:
     """Entry by entry: it stops at the first that was not harvested; the others stay where they are."""
     ringed.write(SLOT, *range(10))
@@ -271,6 +278,23 @@ def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_
         vm.expect("writes to the old slot, and to the new one", {SLOT: [60, 69]})
         vm.write(SLOT, 60)
         vm.expect("a write to the new one", {SLOT: [60]})
+
+
+@pytest.mark.parametrize("twins", [(5, 5), (5, 6, 5), (6, 5, 5)], ids=["alone", "around", "behind"])
+def test_an_entry_that_comes_twice_is_taken_twice(ringed: TrackedVm, twins: tuple[int, ...]) -> None:
+    """Its page is tracked anew, and so are the pages beside it."""
+    handle = ringed.vm.vcpus[0]
+    ring = handle.map_dirty_ring(4096)
+    ringed.write(SLOT, *range(5, 5 + len(twins)))
+    start = ring.next
+    count = len(harvest(handle, 4096))
+    for index in range(count):
+        uapi.kvm_dirty_gfn.from_address(ring.address + (start + index) * ENTRY_SIZE).offset = twins[
+            min(index, len(twins) - 1)
+        ]
+    assert ringed.vm.reset_dirty_rings() == count
+    ringed.write(SLOT, *sorted(set(twins)))
+    ringed.expect("writes to pages that were taken twice", {SLOT: sorted(set(twins))})
 
 
 @pytest.mark.usefixtures("throwaway_kernel")

@@ -237,7 +237,7 @@ def test_huge_pages_of_a_slot(kvm: Kvm, shift: int, size: int, expected: int) ->
 def known_bug(request: pytest.FixtureRequest, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A known bug of the test that asks for this, on this host: writes are lost, always."""
     bug = known_bugs.KnownBug(
-        "b", "", "", host.backend, frozenset({Kind.LOST}), always=True, tests=(request.node.originalname,)
+        "b", "", "", (host.backend,), frozenset({Kind.LOST}), always=True, tests=(request.node.originalname,)
     )
     monkeypatch.setattr(known_bugs, "load", lambda: [bug])
 

@@ -11,7 +11,7 @@ from lib.arch.x86_64.cpuid import (
     vector_stores,
 )
 from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
-from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET, SYS_USERFAULTFD
+from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET, SYS_SET_MEMPOLICY, SYS_USERFAULTFD
 from lib.arch.x86_64.vcpu_state import (
     SEGMENT_DESCRIPTORS,
     SEGMENT_NOT_ACCESSED,
@@ -45,6 +45,7 @@ __all__ = [
     "RING_WITH_BITMAP",
     "SEGMENT_DESCRIPTORS",
     "SEGMENT_NOT_ACCESSED",
+    "SYS_SET_MEMPOLICY",
     "SYS_USERFAULTFD",
     "TOTAL_STORE_ORDER",
     "UCALL_PORT_SYMBOL",

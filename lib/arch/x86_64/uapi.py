@@ -7,6 +7,7 @@ from lib.ioctl import _IO, _IOR, _IOW, _IOWR
 from lib.uapi import KVMIO
 
 # <asm/unistd_64.h>
+SYS_SET_MEMPOLICY = 238
 SYS_USERFAULTFD = 323
 
 # <asm/kvm.h>: the ring of a vCPU is mapped at this page of the vCPU's file
