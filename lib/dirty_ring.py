@@ -41,18 +41,18 @@ class DirtyRing:
         self._dirty = array("I", [uapi.KVM_DIRTY_GFN_F_DIRTY]) * _CHUNK
         self._reset = memoryview(array("I", [uapi.KVM_DIRTY_GFN_F_RESET]) * _CHUNK)
 
-    def harvest(self) -> tuple[list[int], list[int]]:
-        """Take the dirty entries in order and mark each as harvested; returns their slots and their offsets."""
+    def harvest(self, most: int | None = None) -> tuple[list[int], list[int]]:
+        """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets."""
         slots: list[int] = []
         offsets: list[int] = []
-        while count := self._harvest_chunk(slots, offsets):
+        while count := self._harvest_chunk(slots, offsets, _CHUNK if most is None else most - len(offsets)):
             self.next += count
         return slots, offsets
 
-    def _harvest_chunk(self, slots: list[int], offsets: list[int]) -> int:
+    def _harvest_chunk(self, slots: list[int], offsets: list[int], most: int) -> int:
         """Harvest what is dirty between the next entry and the end of its chunk; returns how many entries that were."""
         first = self.next % self.entries
-        room = min(_CHUNK, self.entries - first)
+        room = min(_CHUNK, self.entries - first, most)
         flags = self._words[first * _WORDS : (first + room) * _WORDS : _WORDS].tobytes()
         if flags == memoryview(self._dirty)[:room].tobytes():
             count = room

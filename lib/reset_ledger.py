@@ -42,11 +42,8 @@ class ResetLedger:
         """
         ring = self._rings[vcpu]
         with self._harvesting[vcpu]:
-            if most is None:
-                slots, offsets = ring.harvest()
-                taken = list(zip(slots, offsets, strict=True))
-            else:
-                taken = harvest_some(ring, most)
+            slots, offsets = ring.harvest(most)
+            taken = list(zip(slots, offsets, strict=True))
             with self._cond:
                 self.harvested += len(taken)
             return taken, ring.next
@@ -112,16 +109,3 @@ class ResetLedger:
 def entry_at(ring: DirtyRing, position: int) -> uapi.kvm_dirty_gfn:
     """The entry at *position*, counted from the first that there was."""
     return uapi.kvm_dirty_gfn.from_address(ring.address + position % ring.entries * ctypes.sizeof(uapi.kvm_dirty_gfn))
-
-
-def harvest_some(ring: DirtyRing, most: int) -> Harvest:
-    """Take at most *most* entries of a ring, in order, and mark them as harvested."""
-    taken: Harvest = []
-    while len(taken) < most:
-        entry = entry_at(ring, ring.next)
-        if entry.flags != uapi.KVM_DIRTY_GFN_F_DIRTY:
-            break
-        taken.append((entry.slot, entry.offset))
-        entry.flags = uapi.KVM_DIRTY_GFN_F_RESET
-        ring.next += 1
-    return taken

@@ -29,7 +29,7 @@ def _falsify_reports(bitmap_fault: Callable[[bytearray], None], ring_fault: Call
         bitmap_fault(bitmap)
 
     PATCH.setattr(Vm, "get_dirty_log", falsified)
-    PATCH.setattr(DirtyRing, "harvest", lambda ring: ring_fault(harvest(ring)))
+    PATCH.setattr(DirtyRing, "harvest", lambda ring, most=None: ring_fault(harvest(ring, most)))
 
 
 def lose_reports() -> None:

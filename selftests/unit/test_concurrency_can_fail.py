@@ -160,7 +160,10 @@ def test_a_falsified_ring(
     falsified, match = fault
     honest = DirtyRing.harvest
     check_fails(
-        kvm, mode, lambda _of: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: falsified(honest(ring))), match
+        kvm,
+        mode,
+        lambda _of: monkeypatch.setattr(DirtyRing, "harvest", lambda ring, most=None: falsified(honest(ring, most))),
+        match,
     )
 
 
@@ -371,6 +374,6 @@ def test_a_migration_whose_ring_lacks_entries(
     """The count of what was reset tells."""
     needs_log_mode(mode)
     honest = DirtyRing.harvest
-    monkeypatch.setattr(DirtyRing, "harvest", lambda ring: tuple(part[1:] for part in honest(ring)))
+    monkeypatch.setattr(DirtyRing, "harvest", lambda ring, most=None: tuple(part[1:] for part in honest(ring, most)))
     with pytest.raises(ContractBroken, match=r"KVM_RESET_DIRTY_RINGS took \d+ entries of \d+"):
         migrate(kvm, mode)
