@@ -28,15 +28,16 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
             signal.pthread_kill(target, KICK_SIGNAL)
 
     sender = threading.Thread(target=storm, name="storm", daemon=True)
-    sender.start()
-    try:
-        with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
-            vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+    with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        # Not before: to make a VM is no system call that goes on after a signal.
+        sender.start()
+        try:
             for _ in range(100 if thorough else 20):
                 vm.write(SLOT, *range(NPAGES))
                 vm.expect("writes to all pages", {SLOT: range(NPAGES)})
-    finally:
-        over.set()
-        sender.join(10)
-        signal.signal(KICK_SIGNAL, previous)
-        assert not sender.is_alive()
+        finally:
+            over.set()
+            sender.join(10)
+            signal.signal(KICK_SIGNAL, previous)
+            assert not sender.is_alive()
