@@ -24,7 +24,6 @@ ENOUGH = HOT + 8
 RING = 1024
 SMALL = [(700, "shmem"), (300, "anonymous")]
 LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
-PATTERNS = ["random", "sequential"]
 
 
 def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
@@ -44,8 +43,7 @@ def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[
     return result
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("vcpus", [1, 3])
+@pytest.mark.parametrize(("vcpus", "pattern"), [(1, "sequential"), (3, "random")])
 def test_migration(
     kvm: Kvm, request: pytest.FixtureRequest, settings: Settings, outcome: Any, lacks: Callable[[str], NoReturn],
     thorough: bool, log_mode: str, vcpus: int, pattern: str,
