@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from lib import uapi
 from lib.arch import current as arch
 from lib.cell import DENSITIES, MIN_WRITES, Cell, Settings, guest_data_size, place_test_memory
 from lib.collector import Collector
@@ -127,7 +126,7 @@ class DirtyLogRun:
         try:
             self.writers.start()
             self._touch_all_pages()
-            self.guest.vm.set_user_memory_region(TEST_SLOT, self.gpa, self.memslot.memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+            self.guest.vm.set_tracking(TEST_SLOT, on=True)
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)

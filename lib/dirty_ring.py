@@ -65,6 +65,10 @@ class DirtyRing:
         self._words[first * _WORDS : last * _WORDS : _WORDS] = self._reset[:count]
         return count
 
+    def entry(self, number: int) -> uapi.kvm_dirty_gfn:
+        """The memory of the ring's entry *number*, counted from the first that there ever was."""
+        return uapi.kvm_dirty_gfn.from_address(self.address + number % self.entries * ENTRY_SIZE)
+
     def dirty_behind_gap(self) -> int:
         """How many entries are dirty although the next one is not, which KVM's in-order writing rules out.
 

@@ -13,7 +13,6 @@ from types import TracebackType
 from lib import uapi
 from lib.dirty_bitmap import new_bitmap
 from lib.dirty_model import Access, BitmapModel, Difference, Entry, RingModel
-from lib.dirty_ring import ENTRY_SIZE
 from lib.dirty_ring import DirtyRing as RingMemory
 from lib.guest import GuestError
 from lib.guest_program import assemble_all
@@ -301,26 +300,23 @@ class RingReader:
         entries: list[Entry] = []
         while len(entries) < most and self._is_dirty(self._taken):
             entries.append(self._entry(self._taken))
-            self._at(self._taken).flags = _DIRTY_AND_RESET
+            self._ring.entry(self._taken).flags = _DIRTY_AND_RESET
             self._taken += 1
         return entries
 
     def not_handed_back(self) -> int:
         """How many of the harvested entries have not become KVM's again by a reset."""
-        left = sum(1 for number in range(self._handed_back, self._taken) if self._at(number).flags)
+        left = sum(1 for number in range(self._handed_back, self._taken) if self._ring.entry(number).flags)
         self._handed_back = self._taken
         return left
 
     def _is_dirty(self, number: int) -> bool:
-        flags: int = self._at(number).flags
+        flags: int = self._ring.entry(number).flags
         return flags == uapi.KVM_DIRTY_GFN_F_DIRTY
 
     def _entry(self, number: int) -> Entry:
-        entry = self._at(number)
+        entry = self._ring.entry(number)
         return entry.slot, entry.offset
-
-    def _at(self, number: int) -> uapi.kvm_dirty_gfn:
-        return uapi.kvm_dirty_gfn.from_address(self._ring.address + number % self._ring.entries * ENTRY_SIZE)
 
 
 def gpa_of(place: int) -> int:

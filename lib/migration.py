@@ -64,7 +64,7 @@ class Migration:
     def run(self) -> list[Round]:
         """Migrate; the vCPUs have to be running, and are stopped afterwards."""
         for slot in self._slots:
-            self.vm.set_tracking(slot, on=True)
+            self.vm.vm.set_tracking(slot, on=True)
         self._round(0, {slot: set(range(memslot.npages)) for slot, memslot in self._slots.items()})
         while len(self.rounds) <= self._most_rounds:
             self._round(len(self.rounds), None)

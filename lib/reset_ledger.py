@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """KVM_RESET_DIRTY_RINGS from several threads at once: what was harvested, and what the calls took, in all."""
 
-import ctypes
 import threading
 import time
 from collections.abc import Sequence
 
 from lib import uapi
 from lib.cell import HANG_TIMEOUT
-from lib.dirty_ring import DirtyRing
 from lib.tracked_vm import ContractBroken
 from lib.vm import Vm
 
@@ -21,14 +19,12 @@ class ResetLedger:
     :ivar harvested: entries marked as harvested
     :ivar taken: what the calls of KVM_RESET_DIRTY_RINGS returned, summed up
     :ivar calls: how many there were
-    :ivar partial: those that left entries which were harvested before they began
     """
 
     def __init__(self, vm: Vm, entries: int) -> None:
         self.harvested = 0
         self.taken = 0
         self.calls = 0
-        self.partial = 0
         self._vm = vm
         self._rings = [vcpu.map_dirty_ring(entries) for vcpu in vm.vcpus]
         self._harvesting = [threading.Lock() for _ in vm.vcpus]
@@ -84,7 +80,6 @@ class ResetLedger:
                     if self._cond.wait_for(lambda others=others: not others & self._under_way, HANG_TIMEOUT):  # type: ignore[misc]
                         return
                     raise ContractBroken(f"KVM_RESET_DIRTY_RINGS does not return within {HANG_TIMEOUT:g} s")
-                self.partial += 1
             if time.monotonic() > deadline:
                 raise ContractBroken(
                     f"KVM_RESET_DIRTY_RINGS leaves harvested entries in the rings of vCPUs {left} for {HANG_TIMEOUT:g} s,"
@@ -103,9 +98,4 @@ class ResetLedger:
 
     def _is_harvested(self, vcpu: int, position: int) -> bool:
         """Whether the entry at *position* is marked as harvested still: not KVM's yet."""
-        return position >= 0 and bool(entry_at(self._rings[vcpu], position).flags & uapi.KVM_DIRTY_GFN_F_RESET)
-
-
-def entry_at(ring: DirtyRing, position: int) -> uapi.kvm_dirty_gfn:
-    """The entry at *position*, counted from the first that there was."""
-    return uapi.kvm_dirty_gfn.from_address(ring.address + position % ring.entries * ctypes.sizeof(uapi.kvm_dirty_gfn))
+        return position >= 0 and bool(self._rings[vcpu].entry(position).flags & uapi.KVM_DIRTY_GFN_F_RESET)

@@ -117,9 +117,13 @@ class TrackedVm:
 
     def set_tracking(self, slot: int, on: bool) -> None:
         """Switch the tracking of a slot on or off."""
-        memslot = self.vm.memslots[slot]
-        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0
-        self.vm.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
+        self.vm.set_tracking(slot, on)
+
+    def switch_on(self, slot: int) -> None:
+        """Switch the tracking of a slot on, and take the first report where all pages are dirty at first."""
+        self.set_tracking(slot, on=True)
+        if self.mode.initially_set:
+            self.expect("switching tracking on", {slot: range(self.vm.memslots[slot].npages)})
 
     def address(self, slot: int, page: int, offset: int = 0) -> int:
         """The guest-virtual address of a byte of a slot."""

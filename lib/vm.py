@@ -64,6 +64,13 @@ class Vm:
         self.memslots[slot] = Memslot(slot, gpa, memory, flags)
         return self.memslots[slot]
 
+    def set_tracking(self, slot: int, on: bool) -> None:
+        """KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES alone changed: track the writes to a slot, or do not."""
+        memslot = self.memslots[slot]
+        others = memslot.flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES
+        flags = others | (uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        self.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
+
     def delete_memory_region(self, slot: int) -> None:
         """KVM_SET_USER_MEMORY_REGION with size 0: delete slot *slot*; its memory is the caller's from now on."""
         region = uapi.kvm_userspace_memory_region(slot=slot)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from lib import uapi
 from lib.arch import current as arch
 from lib.cell import PAGE
 from lib.guest import PROGRAM_SLOT, GuestVm
@@ -86,12 +85,6 @@ class WritersVm:
             if area.slot == slot:
                 return area.first + offset if offset < area.end - area.first else None
         return None
-
-    def set_tracking(self, slot: int, on: bool) -> None:
-        """Switch the logging of a slot on or off."""
-        memslot = self.vm.memslots[slot]
-        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0
-        self.vm.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
 
     def start(self) -> None:
         """Start the vCPUs' threads and have the guest touch all pages: all are mapped writable then."""

@@ -37,13 +37,6 @@ def chance(settings: Settings) -> random.Random:
     return random.Random(settings.seed)
 
 
-def switch_on(vm: TrackedVm) -> None:
-    """Switch tracking on, and take the first report where all pages are dirty at first."""
-    vm.set_tracking(SLOT, on=True)
-    if vm.mode.initially_set:
-        vm.expect("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
-
-
 def patterns(npages: int, chance: random.Random) -> dict[str, list[int]]:
     """Which pages of a slot to write, by name; those that are the same in a small slot come once."""
     edges = {page for word in range(0, npages + 64, 64) for page in (word - 1, word)}
@@ -66,7 +59,7 @@ def check_slot(vm: TrackedVm, gpa: int, npages: int, chance: random.Random, roun
     where = f"slot of {npages} pages at gfn {gpa // PAGE:#x}"
     vm.add_slot(SLOT, gpa, npages, tracked=False)
     vm.write(SLOT, *range(npages))
-    switch_on(vm)
+    vm.switch_on(SLOT)
     vm.expect(f"{where}, nothing since tracking began", {})
     for name, pages in patterns(npages, chance).items():
         for _ in range(rounds):
@@ -81,7 +74,7 @@ def test_pages_that_were_mapped_before_are_tracked(empty: TrackedVm) -> None:
     npages = 64 + 9
     empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
     empty.write(SLOT, *range(npages))
-    switch_on(empty)
+    empty.switch_on(SLOT)
     empty.expect("nothing since tracking began", {})
     empty.write(SLOT, *range(0, npages, 2))
     empty.expect("writes to every second page", {SLOT: range(0, npages, 2)})
@@ -116,7 +109,7 @@ def test_slots_with_many_pages(empty: TrackedVm, chance: random.Random, npages: 
     fixed = {0, 63, 64, 65535, 65536, 65537, npages // 2, npages - 65, npages - 1}
     pages = sorted({*fixed, *chance.sample(range(npages), 10)})
     empty.write(SLOT, *pages)
-    switch_on(empty)
+    empty.switch_on(SLOT)
     for _ in range(2):
         empty.write(SLOT, *pages)
         empty.expect("sparse writes", {SLOT: pages})
@@ -156,7 +149,7 @@ def test_every_vcpu_loses_its_translation(empty: TrackedVm, thorough: bool) -> N
     for turn in range(10 if thorough else 2):
         for vcpu in (0, 1):
             empty.write(SLOT, *everything, vcpu=vcpu)
-        switch_on(empty)
+        empty.switch_on(SLOT)
         for writer in (0, 1, 1, 0, 1, 0):
             empty.write(SLOT, *everything, vcpu=writer)
             empty.expect(f"turn {turn}: vCPU {writer} wrote after the other", {SLOT: everything})

@@ -135,13 +135,6 @@ def touched(vm: TrackedVm, layout: Layout) -> list[int]:
     return sorted({0, *whole, layout.npages - 1})
 
 
-def switch_on(vm: TrackedVm) -> None:
-    """Switch tracking on, and take the first report where all pages are dirty at first."""
-    vm.set_tracking(SLOT, on=True)
-    if vm.mode.initially_set:
-        vm.expect("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
-
-
 def edges(vm: TrackedVm, layout: Layout) -> list[int]:
     """The pages on both sides of each huge page's edge, and the slot's first and last."""
     starts = [page for huge in huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[:3] for page in (huge[0], huge[-1] + 1)]
@@ -164,7 +157,7 @@ def test_huge_pages_are_reported_page_by_page(
 def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None:
     """Map the slot huge, track it, write in patterns, and again after tracking was off."""
     vm.write(SLOT, *touched(vm, layout))
-    switch_on(vm)
+    vm.switch_on(SLOT)
     first = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[0]
     chance = random.Random(seed)
     patterns = {
@@ -182,7 +175,7 @@ def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None
     vm.expect("a store across the edge of a huge page", {SLOT: [first[-1], first[-1] + 1]})
     vm.set_tracking(SLOT, on=False)
     vm.write(SLOT, *edges(vm, layout))
-    switch_on(vm)
+    vm.switch_on(SLOT)
     vm.expect("nothing since tracking began again", {})
     vm.write(SLOT, first[-1])
     vm.expect("a write into memory that may be mapped huge again", {SLOT: [first[-1]]})
@@ -245,7 +238,7 @@ def test_memory_that_was_only_read_before(make: Make, mode: str) -> None:
         pages = touched(vm, layout)
         loads = [Operation("load", vm.address(SLOT, page)) for page in pages]
         vm.run(*loads)
-        switch_on(vm)
+        vm.switch_on(SLOT)
         vm.run(*loads)
         vm.expect("loads", {})
         vm.write(SLOT, *pages)
@@ -262,7 +255,7 @@ def test_memory_that_is_executed(make: Make, mode: str) -> None:
         vm.write(SLOT, code, value=RET)
         execute = Operation("execute", vm.address(SLOT, code))
         vm.run(execute)
-        switch_on(vm)
+        vm.switch_on(SLOT)
         vm.run(execute)
         vm.expect("an execution", {})
         # Both first: where a write drops a huge page and maps one small page, the next access to another one is a fault,

@@ -240,14 +240,15 @@ def test_all_mappings_of_a_ring_are_one(ringed: TrackedVm) -> None:
 def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> None:
     """User space owns a harvested entry until the reset: what it writes there is what KVM acts on.
 
-    A slot that is not there, and a page that the slot does not have, are taken as an entry and nothing else is done.
+    A slot that is not there, and a page that the slot does not have, are taken as an entry and nothing else is done. Each is
+    the only such entry of its reset: two could be joined, as in test_an_offset_that_wraps_around_is_ignored().
     """
     handle = ringed.vm.vcpus[0]
     for slot, offset in ((77, 5), (SLOT | 9 << 16, 5), (SLOT, NPAGES), (SLOT, (1 << 64) - 1)):
         ringed.write(SLOT, 5)
         ring = handle.map_dirty_ring(4096)
         assert harvest(handle, 10)[-1] == (SLOT, 5)
-        last = uapi.kvm_dirty_gfn.from_address(ring.address + (ring.next - 1) % 4096 * ENTRY_SIZE)
+        last = ring.entry(ring.next - 1)
         last.slot, last.offset = slot, offset
         assert ringed.vm.reset_dirty_rings() > 0
         ringed.write(SLOT, 6)
@@ -280,9 +281,7 @@ def test_an_entry_that_comes_twice_is_taken_twice(ringed: TrackedVm, twins: tupl
     start = ring.next
     count = len(harvest(handle, 4096))
     for index in range(count):
-        uapi.kvm_dirty_gfn.from_address(ring.address + (start + index) * ENTRY_SIZE).offset = twins[
-            min(index, len(twins) - 1)
-        ]
+        ring.entry(start + index).offset = twins[min(index, len(twins) - 1)]
     assert ringed.vm.reset_dirty_rings() == count
     ringed.write(SLOT, *sorted(set(twins)))
     ringed.expect("writes to pages that were taken twice", {SLOT: sorted(set(twins))})
@@ -298,7 +297,7 @@ def test_an_offset_that_wraps_around_is_ignored(ringed: TrackedVm) -> None:
         start = ring.next
         assert len(harvest(handle, 2)) == 2
         for index, offset in enumerate((first, 0)):
-            uapi.kvm_dirty_gfn.from_address(ring.address + (start + index) * ENTRY_SIZE).offset = offset
+            ring.entry(start + index).offset = offset
         assert ringed.vm.reset_dirty_rings() == 2
         ringed.set_tracking(SLOT, on=False)
         ringed.set_tracking(SLOT, on=True)
@@ -308,7 +307,7 @@ def test_a_reset_does_not_look_at_the_dirty_bit(ringed: TrackedVm) -> None:
     """An entry that KVM never dirtied, but that says RESET, is taken (kvm_dirty_gfn_harvested())."""
     handle = ringed.vm.vcpus[0]
     ring = handle.map_dirty_ring(4096)
-    uapi.kvm_dirty_gfn.from_address(ring.address).flags = uapi.KVM_DIRTY_GFN_F_RESET
+    ring.entry(0).flags = uapi.KVM_DIRTY_GFN_F_RESET
     assert ringed.vm.reset_dirty_rings() == 1
     assert ringed.vm.reset_dirty_rings() == 0
 

@@ -21,13 +21,6 @@ def empty(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
         yield vm
 
 
-def switch_on(vm: TrackedVm, slot: int = SLOT) -> None:
-    """Switch tracking on, and take the first report where all pages are dirty at first."""
-    vm.set_tracking(slot, on=True)
-    if vm.mode.initially_set:
-        vm.expect("switching tracking on", {slot: range(vm.vm.memslots[slot].npages)})
-
-
 def test_off_and_on_again(empty: TrackedVm) -> None:
     """What was written while it was off is not told later, nor what was not collected before."""
     empty.add_slot(SLOT, FIRST_GPA, NPAGES)
@@ -36,7 +29,7 @@ def test_off_and_on_again(empty: TrackedVm) -> None:
         empty.expect("a write", {SLOT: [turn]})
         empty.set_tracking(SLOT, on=False)
         empty.write(SLOT, *range(20, 30))
-        switch_on(empty)
+        empty.switch_on(SLOT)
         empty.expect("nothing since tracking began again", {})
 
 

@@ -230,7 +230,7 @@ def test_tracking_that_is_not_switched_on(
     def falsify(of: Collectors) -> None:
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
-        monkeypatch.setattr(of.vm, "set_tracking", lambda *_arguments, **_named: None)
+        monkeypatch.setattr(of.vm.vm, "set_tracking", lambda *_arguments, **_named: None)
         for area in of.vm.areas:
             of.switch(area, on=True, stopped=True)
 
@@ -244,7 +244,7 @@ def test_tracking_that_is_not_switched_off(
     needs_log_mode(mode)
 
     def falsify(of: Collectors) -> None:
-        monkeypatch.setattr(of.vm, "set_tracking", lambda *_arguments, **_named: None)
+        monkeypatch.setattr(of.vm.vm, "set_tracking", lambda *_arguments, **_named: None)
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
 

@@ -31,11 +31,6 @@ XEN_REGISTER = 0x40000200  # any that nothing else has
 DEADLINE = 10.0  # seconds
 
 
-def create_irqchip(vm: Vm) -> None:
-    """Have KVM emulate the interrupt controllers."""
-    ioctl(vm.fd, uapi.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
-
-
 def filled(vm: TrackedVm) -> TrackedVm:
     """Two tracked slots side by side, all of whose pages the guest has read."""
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
@@ -56,7 +51,7 @@ def with_irqchip(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> Itera
     """The same, with the interrupt controllers in the kernel."""
     if not kvm.check_extension(uapi.KVM_CAP_IRQCHIP):
         lacks("no KVM_CAP_IRQCHIP")
-    with TrackedVm(kvm, log_mode, prepare=create_irqchip) as vm:
+    with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         yield filled(vm)
 
 
@@ -171,13 +166,12 @@ def was_written(vm: TrackedVm, what: str, emulates: bool, lacks: Callable[[str],
 
 def test_the_pv_eoi_area_is_reported(software_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:
     """KVM writes it as it injects an interrupt, and takes that back at the next exit."""
-    with_apic = software_apic
-    with_apic.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
-    with_apic.expect("switching PV EOI on", {})
-    vector = with_apic.guest.program.symbols["INTERRUPT_VECTOR"]
-    with_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
-    was_written(with_apic, "PV EOI", emulates, lacks)
-    with_apic.expect("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
+    software_apic.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
+    software_apic.expect("switching PV EOI on", {})
+    vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
+    software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
+    was_written(software_apic, "PV EOI", emulates, lacks)
+    software_apic.expect("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
 def test_the_apic_page_that_user_space_names_is_reported(
@@ -186,16 +180,16 @@ def test_the_apic_page_that_user_space_names_is_reported(
     """KVM_SET_VAPIC_ADDR: KVM writes there what the APIC has pending, when it looks at that before an entry."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
         lacks("no KVM_CAP_VAPIC")
-    with_apic, (vcpu,) = software_apic, software_apic.vm.vcpus
+    (vcpu,) = software_apic.vm.vcpus
     request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
     ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
-    vector = with_apic.guest.program.symbols["INTERRUPT_VECTOR"]
+    vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
     for _ in range(2):
-        with_apic.write(SLOT, AREA, value=(1 << 64) - 1)
-        with_apic.collect()
-        with_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
-        was_written(with_apic, "KVM_SET_VAPIC_ADDR", emulates, lacks)
-        with_apic.expect("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
+        software_apic.write(SLOT, AREA, value=(1 << 64) - 1)
+        software_apic.collect()
+        software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
+        was_written(software_apic, "KVM_SET_VAPIC_ADDR", emulates, lacks)
+        software_apic.expect("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
 def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:

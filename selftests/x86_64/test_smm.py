@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lib import uapi as kvm_uapi
+from lib.arch import current as arch
 from lib.arch.x86_64 import uapi
 from lib.ioctl import ioctl
 from lib.kvm import Kvm
 from lib.memory import BACKINGS, GuestMemory
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
-from lib.vm import Vm
 
 SLOT = 1
 SMM = 1 << 16  # the address space's number, in the upper half of a slot's
@@ -42,7 +42,8 @@ def with_smm(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> Iterator[
     if not kvm.check_extension(uapi.KVM_CAP_X86_SMM):
         lacks("no KVM_CAP_X86_SMM: this backend or kernel has no system management mode")
     assert kvm.check_extension(kvm_uapi.KVM_CAP_MULTI_ADDRESS_SPACE) == 2
-    with TrackedVm(kvm, log_mode, prepare=create_irqchip) as vm:
+    # KVM delivers an SMI through its own local APIC.
+    with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(SMM_SLOT, FIRST_GPA, NPAGES)
         smram = GuestMemory(BACKINGS["anonymous"], SMRAM_SIZE, SMBASE)
@@ -50,11 +51,6 @@ def with_smm(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> Iterator[
         vm.vm.set_user_memory_region(SMRAM_SLOT, SMBASE, smram, kvm_uapi.KVM_MEM_LOG_DIRTY_PAGES)
         vm.collect()
         yield vm
-
-
-def create_irqchip(vm: Vm) -> None:
-    """KVM delivers an SMI through its own local APIC."""
-    ioctl(vm.fd, uapi.KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
 
 
 def smi(vm: TrackedVm) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lib import uapi
 from lib.arch.x86_64.cpuid import Cpuid
 from lib.arch.x86_64.uapi import (
+    KVM_CREATE_IRQCHIP,
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_SET_CPUID2,
@@ -159,6 +160,11 @@ def get_sregs(vcpu_fd: int) -> kvm_sregs:
     sregs = kvm_sregs()
     ioctl(vcpu_fd, KVM_GET_SREGS, "KVM_GET_SREGS", ctypes.byref(sregs))
     return sregs
+
+
+def create_irqchip(vm_fd: int) -> None:
+    """KVM_CREATE_IRQCHIP: have KVM emulate the interrupt controllers of a VM that has no vCPU yet."""
+    ioctl(vm_fd, KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
 
 
 def set_msr(vcpu_fd: int, index: int, value: int) -> None:
