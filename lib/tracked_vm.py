@@ -35,7 +35,7 @@ _MAX_OPERATIONS = 4096
 # For how many seconds a list of operations may run
 _DEADLINE = 60.0
 _WORDS = {Kind.LOST: "lost", Kind.FALSE: "false", Kind.DUPLICATE: "repeated"}
-_LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
+LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrackedVm:
     ) -> None:
         self.mode: LogMode = make_log_mode(mode, ring_count)
         self.guest = GuestVm(
-            kvm, GuestProgram.load("operations"), arch.GUEST_MODES[guest_mode], vcpus * 2 * _LIST_SIZE + _PAGE_TABLES
+            kvm, GuestProgram.load("operations"), arch.GUEST_MODES[guest_mode], vcpus * 2 * LIST_SIZE + _PAGE_TABLES
         )
         self.vm = self.guest.vm
         self._lists: list[int] = []
@@ -81,7 +81,7 @@ class TrackedVm:
         if prepare is not None:
             prepare(self.vm)
         for _ in range(vcpus):
-            block, operations = self.guest.allocate(PAGE), self.guest.allocate(_LIST_SIZE)
+            block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
             self._words(block)[0] = operations
             self._lists.append(operations)
             self.guest.add_vcpu(block)
@@ -135,7 +135,7 @@ class TrackedVm:
         :param on_exit: called when KVM_RUN returns before they are done; true when it dealt with that
         :raises GuestError: the guest ended in a way that nobody asked for
         """
-        self._write_list(vcpu, operations)
+        self.write_list(self._lists[vcpu], operations)
         handle = self.vm.vcpus[vcpu]
         until = time.monotonic() + _DEADLINE
         while True:
@@ -233,12 +233,13 @@ class TrackedVm:
         self.vm.get_dirty_log(slot, bitmap)
         return set_pages(bitmap)
 
-    def _write_list(self, vcpu: int, operations: Sequence[Operation]) -> None:
+    def write_list(self, address: int, operations: Sequence[Operation], end: str = "sync") -> None:
+        """Write a list of *operations*, and of *end*, to LIST_SIZE bytes at *address* of slot 0."""
         if len(operations) > _MAX_OPERATIONS:
             raise ValueError(f"{len(operations)} operations, there is room for {_MAX_OPERATIONS}")
-        words = self._words(self._lists[vcpu], (len(operations) + 1) * 32)
+        words = self._words(address, (len(operations) + 1) * 32)
         symbols = self.guest.program.symbols
-        for index, operation in enumerate((*operations, Operation("sync", 0))):
+        for index, operation in enumerate((*operations, Operation(end))):
             words[index * 4] = symbols[f"do_{operation.name}"]
             words[index * 4 + 1] = operation.address
             words[index * 4 + 2] = operation.value

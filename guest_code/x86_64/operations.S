@@ -254,6 +254,22 @@ do_\name:
 	cli
 	ret
 
+# --- a guest of this guest's own, which does operations as well: %rdi is its VMCB's physical address, %rsi its block ---
+
+	operation vmrun
+	push %rbx
+	push %r15
+	mov %rdi, %rax
+	mov %rsi, %rdi
+	clgi
+	vmrun %rax
+	stgi
+	pop %r15
+	pop %rbx
+	ret
+	operation vmmcall		# the end of the inner guest's list
+	vmmcall
+
 # --- string input from port %rsi, %rdx bytes: the data is KVM's to write ---
 
 	operation rep_insb

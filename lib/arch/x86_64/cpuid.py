@@ -61,6 +61,16 @@ class Cpuid:
         return bool(self.leaf(0x80000001).edx >> 20 & 1)
 
 
+def has_svm(cpuid: Cpuid) -> bool:
+    """AMD's virtualization, for guests that have guests of their own."""
+    return bool(cpuid.leaf(0x80000001).ecx >> 2 & 1)
+
+
+def has_nested_paging(cpuid: Cpuid) -> bool:
+    """Nested page tables for the guest's own guests."""
+    return has_svm(cpuid) and bool(cpuid.leaf(0x8000000A).edx & 1)
+
+
 def has_xsave(cpuid: Cpuid) -> bool:
     """XSAVE and its like."""
     return bool(cpuid.leaf(1).ecx >> 26 & 1)

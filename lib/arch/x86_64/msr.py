@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Model-specific registers by which a guest or user space has KVM write into the guest's memory.
+"""Model-specific registers by which a guest or user space has KVM write into the guest's memory, or have guests of its own.
 
 KVM's own are those of ``<asm/kvm_para.h>`` (Documentation/virt/kvm/x86/msr.rst), Hyper-V's those of its Top Level
 Functional Specification.
@@ -10,6 +10,10 @@ X2APIC_ENABLE = 1 << 11 | 1 << 10
 X2APIC_SPIV = 0x80F
 X2APIC_SELF_IPI = 0x83F
 APIC_SPIV_APIC_ENABLED = 1 << 8
+
+MSR_EFER = 0xC0000080
+MSR_VM_HSAVE_PA = 0xC0010117
+EFER_SVME = 1 << 12
 
 MSR_KVM_WALL_CLOCK_NEW = 0x4B564D00
 MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01

@@ -13,7 +13,7 @@ _ENTRIES = 512
 _ENTRY_SIZE = 8
 
 # Intel SDM volume 3, "Paging"; AMD APM volume 2, "Page translation and protection"
-_PRESENT, _WRITABLE, _PAGE_SIZE_BIT = 1 << 0, 1 << 1, 1 << 7
+_PRESENT, _WRITABLE, _USER, _PAGE_SIZE_BIT = 1 << 0, 1 << 1, 1 << 2, 1 << 7
 _ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
 
 
@@ -53,10 +53,15 @@ class PageTables:
     :param levels: 4 or 5; fewer for tables that others are attached to
     :param allocate: gives the guest-physical address of a fresh, zeroed page
     :param words: gives the 512 entries of the table at a guest-physical address
+    :param nested: for tables that a guest gives a guest of its own: their walks count as a user's accesses (AMD APM
+        volume 2, "Nested Paging")
     """
 
-    def __init__(self, levels: int, allocate: Callable[[], int], words: Callable[[int], memoryview]) -> None:
+    def __init__(
+        self, levels: int, allocate: Callable[[], int], words: Callable[[int], memoryview], nested: bool = False
+    ) -> None:
         self._levels = levels
+        self._table_access = _PRESENT | _WRITABLE | (_USER if nested else 0)
         self._allocate = allocate
         self._words = words
         self.root = allocate()
@@ -69,13 +74,13 @@ class PageTables:
         if (gva - gpa) % page_size:
             raise ValueError(f"gva {gva:#x} and gpa {gpa:#x} are not congruent modulo {page_size:#x}")
         start = align_down(gva, page_size)
-        access = _PRESENT | (_WRITABLE if writable else 0)
+        access = self._table_access if writable else self._table_access & ~_WRITABLE
         self._map(self.root, self._levels, start, gva + size, gpa - (gva - start), page_size, access)
 
     def attach(self, gva: int, below: "PageTables") -> None:
         """Have *below*, tables with a level less that may lie anywhere, translate the part of the space that holds *gva*."""
         span = PAGE_SIZE * _ENTRIES ** (self._levels - 1)
-        self._words(self.root)[gva // span % _ENTRIES] = below.root | _PRESENT | _WRITABLE
+        self._words(self.root)[gva // span % _ENTRIES] = below.root | self._table_access
 
     def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int, access: int) -> None:
         """Fill the part of *table* that translates [start, end); the tables below are made as they are needed."""
@@ -92,7 +97,7 @@ class PageTables:
             index = start // span % _ENTRIES
             part_end = min(end, align_down(start, span) + span)
             if not words[index]:
-                words[index] = self._allocate() | _PRESENT | _WRITABLE
+                words[index] = self._allocate() | self._table_access
             self._map(words[index] & _ADDRESS_MASK, level - 1, start, part_end, gpa, page_size, access)
             gpa += part_end - start
             start = part_end
