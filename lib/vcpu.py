@@ -8,7 +8,7 @@ import os
 
 from lib import uapi
 from lib.dirty_ring import DirtyRing
-from lib.ioctl import KvmError, raw_ioctl
+from lib.ioctl import KvmError, ioctl, raw_ioctl
 
 EXIT_REASONS = {
     value: name
@@ -42,6 +42,11 @@ class Vcpu:
         if result < 0 and code != errno.EINTR:
             raise KvmError(code, "KVM_RUN", f"vCPU {self.id}")
         return code
+
+    def enable_cap(self, cap: int) -> None:
+        """KVM_ENABLE_CAP on the vCPU, without arguments (api.rst section 6)."""
+        request = uapi.kvm_enable_cap(cap=cap)
+        ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), f"vCPU {self.id}, cap={cap}")
 
     def map_dirty_ring(self, entries: int) -> DirtyRing:
         """The vCPU's dirty ring of *entries* entries, mapped at the first call; the VM must have the ring enabled."""

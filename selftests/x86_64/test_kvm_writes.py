@@ -2,6 +2,7 @@
 """What KVM itself writes into a guest's memory, for the guest's sake or for user space's, is reported like a store."""
 
 import ctypes
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from lib.arch import current as arch
 from lib.arch.x86_64 import msr, uapi
 from lib.guest import GuestError
 from lib.host import Host
-from lib.ioctl import ioctl
+from lib.ioctl import KvmError, ioctl
 from lib.kvm import Kvm
 from lib.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
 from lib.userfault import MissingPages, UserfaultUnavailable
@@ -231,15 +232,95 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
     vm.expect("a page that is there now", {SLOT: [AREA]}, MANY)
 
 
-def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]) -> None:
-    """KVM fills the page that the guest names in the register that user space chose (api.rst, KVM_XEN_HVM_CONFIG)."""
-    if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL:
-        lacks("KVM_CAP_XEN_HVM does not offer KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
+def have_xen(kvm: Kvm, vm: TrackedVm, lacks: Callable[[str], None], flag: str) -> None:
+    """Have KVM behave like Xen to the guest; skips where it does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
+    if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & getattr(uapi, flag):
+        lacks(f"KVM_CAP_XEN_HVM does not offer {flag}")
     config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_REGISTER)
-    ioctl(tracked.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
+    ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
+
+
+def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]) -> None:
+    """KVM fills the page that the guest names in the register that user space chose."""
+    have_xen(kvm, tracked, lacks, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
     tracked.run(Operation("wrmsr", XEN_REGISTER, AREA_GPA))
     assert area(tracked) != bytes(PAGE)
     tracked.expect("the hypercall page", {SLOT: [AREA]}, MANY)
+
+
+@dataclass(frozen=True)
+class XenArea:
+    """What KVM keeps up to date for a vCPU at an address that user space names (api.rst, KVM_XEN_VCPU_SET_ATTR).
+
+    :ivar at_each_run: whether KVM writes it at each run, and not only when the clock has changed
+    """
+
+    name: str
+    kind: int
+    needs: str
+    at_each_run: bool = False
+    offset: int = 0
+    pages: tuple[int, ...] = (AREA,)
+
+
+XEN_AREAS = [
+    XenArea("vcpu-info", uapi.KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, "KVM_XEN_HVM_CONFIG_SHARED_INFO"),
+    XenArea("time-info", uapi.KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO, "KVM_XEN_HVM_CONFIG_SHARED_INFO"),
+    XenArea("runstate", uapi.KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, "KVM_XEN_HVM_CONFIG_RUNSTATE", True),
+    XenArea(
+        "runstate-in-two-pages", uapi.KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, "KVM_XEN_HVM_CONFIG_RUNSTATE", True,
+        PAGE - 16, (AREA, AREA + 1),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", XEN_AREAS, ids=lambda what: what.name)
+def test_a_xen_area_is_reported(kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None], what: XenArea) -> None:
+    """Event channels' bits alone are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); none is delivered here."""
+    have_xen(kvm, tracked, lacks, what.needs)
+    (vcpu,) = tracked.vm.vcpus
+    before = area(tracked)
+    attribute = uapi.kvm_xen_vcpu_attr(type=what.kind)
+    attribute.u[0] = AREA_GPA + what.offset
+    try:
+        ioctl(vcpu.fd, uapi.KVM_XEN_VCPU_SET_ATTR, "KVM_XEN_VCPU_SET_ATTR", ctypes.byref(attribute))
+    except KvmError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        lacks(f"Xen's {what.name}: this kernel keeps no times of its tasks (KVM_XEN_VCPU_SET_ATTR: EOPNOTSUPP)")
+    tracked.run()
+    assert area(tracked) != before
+    tracked.expect(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
+    for _ in range(2):
+        tracked.run()
+        tracked.expect(f"Xen's {what.name} at the next run", {SLOT: what.pages if what.at_each_run else ()}, MANY)
+
+
+def test_a_message_of_a_hyperv_timer_is_reported(
+    kvm: Kvm, with_irqchip: TrackedVm, lacks: Callable[[str], None]
+) -> None:
+    """KVM puts it into the message page when the timer expires; a second one has to wait, and a flag says so."""
+    if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC2):
+        lacks("no KVM_CAP_HYPERV_SYNIC2")
+    vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
+    source = 2
+    vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC2)
+    for register, value in (
+        (msr.HV_X64_MSR_SCONTROL, 1),
+        (msr.HV_X64_MSR_SIMP, AREA_GPA | 1),
+        (msr.HV_X64_MSR_SINT0 + source, vm.guest.program.symbols["INTERRUPT_VECTOR"]),
+        # A time that has passed
+        (msr.HV_X64_MSR_STIMER0_COUNT, 1),
+    ):
+        arch.set_msr(vcpu.fd, register, value)
+    vm.run()
+    vm.expect("a message page without a message", {})
+    for what in ("a message", "the flag that another one waits"):
+        before = area(vm)
+        arch.set_msr(vcpu.fd, msr.HV_X64_MSR_STIMER0_CONFIG, source << msr.HV_STIMER_SINT_SHIFT | msr.HV_STIMER_ENABLE)
+        vm.run()
+        assert area(vm) != before
+        vm.expect(what, {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])

@@ -100,13 +100,25 @@ class kvm_xen_hvm_config(Structure):
     )
 
 
+class kvm_xen_vcpu_attr(Structure):
+    """The header's union ``u`` is 64 bytes wide; a guest-physical address is its first word."""
+
+    _fields_ = (("type", c_uint16), ("pad", c_uint16 * 3), ("u", c_uint64 * 8))
+
+
 KVM_CAP_IRQCHIP = 0
 KVM_CAP_VAPIC = 6
 KVM_CAP_XEN_HVM = 38
 KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_X86_SMM = 117
+KVM_CAP_HYPERV_SYNIC2 = 148
 
 KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL = 1 << 1
+KVM_XEN_HVM_CONFIG_SHARED_INFO = 1 << 2
+KVM_XEN_HVM_CONFIG_RUNSTATE = 1 << 3
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO = 0
+KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO = 1
+KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR = 2
 
 KVM_GET_SUPPORTED_CPUID = _IOWR(KVMIO, 0x05, kvm_cpuid2)
 KVM_SET_TSS_ADDR = _IO(KVMIO, 0x47)
@@ -122,3 +134,4 @@ KVM_SET_CPUID2 = _IOW(KVMIO, 0x90, kvm_cpuid2)
 KVM_SET_VAPIC_ADDR = _IOW(KVMIO, 0x93, kvm_vapic_addr)
 KVM_KVMCLOCK_CTRL = _IO(KVMIO, 0xAD)
 KVM_SMI = _IO(KVMIO, 0xB7)
+KVM_XEN_VCPU_SET_ATTR = _IOW(KVMIO, 0xCB, kvm_xen_vcpu_attr)
