@@ -17,7 +17,8 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
   the same page; then it has to be in the next.
 - With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
-  tracking is switched on, or because another vCPU's entry of the same page is taken back (lib/oracle.py has the same).
+  tracking is switched on, because another vCPU's entry of the same page is taken back (lib/oracle.py has the same), or because
+  a slot is moved or deleted, which drops the page tables of all slots (``kvm_mmu_zap_all_fast()``, arch/x86/kvm/mmu/mmu.c).
 - What a bitmap had not told when tracking was switched off is gone with the bitmap.
 - With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
 """
@@ -55,6 +56,11 @@ class Toggle(Event):
     on: bool = False
     first: int = 0
     last: int = 0
+
+
+@dataclass
+class Drop(Event):
+    """A slot that no vCPU writes was moved or deleted, and KVM dropped its page tables for all slots."""
 
 
 @dataclass
@@ -105,6 +111,7 @@ class CollectionLog:
         self._collections: list[Collection] = []
         self._last: dict[tuple[int, int], Collection] = {}
         self._toggles: list[Toggle] = []
+        self._drops: list[Drop] = []
         self._findings: list[tuple[Kind, str]] = []
 
     def now(self) -> int:
@@ -113,11 +120,13 @@ class CollectionLog:
             self._clock += 1
             return self._clock
 
-    def add(self, event: Collection | Toggle) -> None:
+    def add(self, event: Collection | Toggle | Drop) -> None:
         """Add what has ended."""
         with self._lock:
             if isinstance(event, Toggle):
                 self._toggles.append(event)
+            elif isinstance(event, Drop):
+                self._drops.append(event)
             else:
                 event.rings = [set(pages) for pages in event.reported]
                 event.pages = set().union(*event.rings)
@@ -140,6 +149,7 @@ class CollectionLog:
             (one.first, one.last): one for one in self._collections if one.exact and one.complete and not one.refused
         }
         self._collections = []
+        self._drops = []
         latest = {toggle.first: toggle for toggle in sorted(self._toggles, key=lambda toggle: toggle.end)}
         self._toggles = [*latest.values()]
         if self._findings:
@@ -205,7 +215,8 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        again = sum(1 for toggle in toggles if toggle.on and self._under_way(source, page, toggle))
+                        anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
+                        again = sum(1 for event in anew if self._under_way(source, page, event))
                         again += sum(
                             1
                             for other in others

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from lib.collection_log import Collection, CollectionLog, Toggle
+from lib.collection_log import Collection, CollectionLog, Drop, Toggle
 from lib.dirty_bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from lib.host import this_host, uses_pml
 from lib.ioctl import KvmError
@@ -44,6 +44,13 @@ class Collectors:
         self.vm.vm.set_tracking(area.slot, on)
         toggle.after, toggle.end = self._writes(), self.log.now()
         self.log.add(toggle)
+
+    def drop_page_tables(self, change: Operation) -> None:
+        """Move or delete a slot that no vCPU writes: *change* does it."""
+        drop = Drop(self.log.now(), self._writes(), exact=False)
+        change()
+        drop.after, drop.end = self._writes(), self.log.now()
+        self.log.add(drop)
 
     def collect(self, area: Area, stopped: bool = False) -> None:
         """GET all of a slot's bitmap, and clear what was reported."""

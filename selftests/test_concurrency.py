@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from lib.cell import Settings
+from lib import uapi
+from lib.cell import PAGE, Settings
 from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD
 from lib.kvm import Kvm
 from lib.log_modes import ClearLog
+from lib.memory import BACKINGS, GuestMemory
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
 
@@ -28,6 +30,8 @@ RING = 512
 # Before a vCPU's writes repeat themselves; a multiple of the guest's batch
 WRITES = 1024
 PAUSE = 400
+# A slot that no vCPU writes
+OTHER_SLOT, OTHER_PAGES = 100, 70
 SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
 
 
@@ -74,6 +78,32 @@ def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[in
         area = draw.choice(of.vm.areas)
         state[area.slot] = not state.get(area.slot, False)
         yield lambda area=area, on=state[area.slot]: of.switch(area, on)  # type: ignore[misc]
+
+
+def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """Another slot is made, tracked or not, moved and deleted; it always lies right behind a slot that vCPUs write."""
+    vm = of.vm.vm
+    behind = [area.memslot.gpa + area.memslot.npages * PAGE for area in of.vm.areas]
+
+    def make() -> None:
+        gpa = draw.choice(behind)
+        flags = draw.choice((0, uapi.KVM_MEM_LOG_DIRTY_PAGES))
+        vm.set_user_memory_region(OTHER_SLOT, gpa, GuestMemory(BACKINGS["anonymous"], OTHER_PAGES * PAGE, gpa), flags)
+
+    def move() -> None:
+        memslot = vm.memslots[OTHER_SLOT]
+        gpa = draw.choice([gpa for gpa in behind if gpa != memslot.gpa])
+        vm.set_user_memory_region(OTHER_SLOT, gpa, memslot.memory, memslot.flags)
+
+    def delete() -> None:
+        memory = vm.memslots[OTHER_SLOT].memory
+        vm.delete_memory_region(OTHER_SLOT)
+        memory.close()
+
+    for _ in range(count):
+        yield make
+        yield lambda: of.drop_page_tables(move)
+        yield lambda: of.drop_page_tables(delete)
 
 
 def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
@@ -126,6 +156,23 @@ def test_toggling_beside_writers(
             work(of, draw, [job()])
             for area in vm.areas:
                 of.switch(area, on=False, stopped=True)
+        assert of.log.demanded
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_slots_that_come_and_go_beside_writers(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
+) -> None:
+    """KVM drops page tables when a slot is deleted or moved, those of other slots too: what was written there stays known."""
+    vcpus, rounds, count = (4, 20, 30) if thorough else (2, 1, 4)
+    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+        of = Collectors(vm)
+        vm.start()
+        for area in vm.areas:
+            of.switch(area, on=True, stopped=True)
+        for _ in range(rounds):
+            collecting = some_collections(of, random.Random(draw.random()), 2 * count)
+            work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
         assert of.log.demanded
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from lib import reset_ledger
 from lib.cell import PAGE
-from lib.collection_log import Collection, CollectionLog, Toggle
+from lib.collection_log import Collection, CollectionLog, Drop, Toggle
 from lib.collectors import Collectors, Worker, work_together
 from lib.dirty_ring import DirtyRing
 from lib.kvm import Kvm
@@ -305,6 +305,18 @@ def test_a_write_under_way_has_two_entries_only_where_its_page_was_tracked_anew(
     log.add(Collection(2, [1, done], False, 3, [1, done], 0, 64, first))
     log.add(Collection(4, [2, 1], True, 5, [2, 1], 0, 64, second))
     with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
+        log.check([(0, 64)])
+
+
+@pytest.mark.parametrize(("page", "dropped"), [(2, True), (2, False), (1, True)])
+def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(page: int, dropped: bool) -> None:
+    """Write 2, to page 2, was under way as a slot was deleted; that to page 1 was done."""
+    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    if dropped:
+        log.add(Drop(2, [2], False, 3, [2]))
+    log.add(Collection(4, [4], True, 5, [4], 0, 64, [sorted([0, 1, 2, 3, page])]))
+    with nullcontext() if (page, dropped) == (2, True) else pytest.raises(ContractBroken, match="DUPLICATE"):
         log.check([(0, 64)])
 
 
