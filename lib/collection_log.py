@@ -17,7 +17,7 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
   the same page; then it has to be in the next.
 - With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
-  tracking is switched on, because another vCPU's entry of the same page is taken back (lib/oracle.py has the same), or because
+  tracking is switched on, because other entries of the same page are taken back (lib/oracle.py has the same), or because
   a slot is moved or deleted, which drops the page tables of all slots (``kvm_mmu_zap_all_fast()``, arch/x86/kvm/mmu/mmu.c).
 - What a bitmap had not told when tracking was switched off is gone with the bitmap.
 - With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lib.oracle import Kind
+from lib.oracle import Kind, times_protected_again
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
 
@@ -80,7 +80,7 @@ class Collection(Event):
 
     def __post_init__(self) -> None:
         self.pages: set[int] = set()
-        self.rings: list[set[int]] = []
+        self.rings: list[Counter[int]] = []
 
     def covers(self, other: "Collection") -> bool:
         """Whether it was asked for all that *other* was."""
@@ -128,7 +128,7 @@ class CollectionLog:
             elif isinstance(event, Drop):
                 self._drops.append(event)
             else:
-                event.rings = [set(pages) for pages in event.reported]
+                event.rings = [Counter(pages) for pages in event.reported]
                 event.pages = set().union(*event.rings)
                 self._collections.append(event)
 
@@ -218,10 +218,9 @@ class CollectionLog:
                         anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
                         again = sum(1 for event in anew if self._under_way(source, page, event))
                         again += sum(
-                            1
+                            times_protected_again(other.rings, source, page)
                             for other in others
-                            if any(page in ring for vcpu, ring in enumerate(other.rings) if vcpu != source)
-                            and self._under_way(source, page, other)
+                            if self._under_way(source, page, other)
                         )
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)

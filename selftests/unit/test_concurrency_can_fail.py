@@ -320,6 +320,19 @@ def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(p
         log.check([(0, 64)])
 
 
+@pytest.mark.parametrize(("left", "right"), [(2, True), (1, False)])
+def test_a_write_under_way_has_an_entry_for_each_of_its_own_that_is_taken_back(left: int, right: bool) -> None:
+    """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 1 meets both."""
+    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Toggle(2, [2], True, 3, [2], on=False, first=0, last=64))
+    log.add(Toggle(4, [64], True, 5, [64], on=True, first=0, last=64))
+    log.add(Collection(6, [65], False, 7, [65], 0, 64, [[0, 1, 0, 1][: 2 + left]]))
+    log.add(Collection(8, [66], True, 9, [66], 0, 64, [[1, 1]]))
+    with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
+        log.check([(0, 64)])
+
+
 # --- migrations ---------------------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,33 @@ def test_a_write_done_but_not_published_is_reported_once_however_many_reaps_late
     assert (finding.kind, finding.pages) == (Kind.LOST, (4,))
 
 
+@pytest.mark.parametrize(("taken_back", "right"), [([5, 1, 5], True), ([5, 1], False)])
+def test_a_write_under_way_has_an_entry_for_each_of_its_own_that_is_taken_back(
+    taken_back: list[int], right: bool
+) -> None:
+    """The page was twice in the ring that was taken back while its next write was under way: that may have two entries."""
+    checks = oracle([5, 1, 5, 5, 2], ring=True)
+    first = Reap(1, [3], [3], [False], Collected([taken_back], reset=len(taken_back)))
+    assert not checks.check_reap(first)
+    findings = checks.check_reap(Reap(1, [4], [4], [True], Collected([[5, 5]], reset=2)))
+    assert kinds(findings) == ([] if right else [Kind.DUPLICATE])
+
+
+@pytest.mark.parametrize(
+    ("about_to_write", "exact", "then", "right"),
+    [(5, False, [5, 3], True), (5, False, [3], False), (5, True, [5, 3], False), (6, False, [6, 3], False)],
+)
+def test_a_page_that_another_vcpu_is_making_writable_may_come_in_the_next_reap(
+    about_to_write: int, exact: bool, then: list[int], right: bool
+) -> None:
+    """VCPU 0 has written page 5, which is not reported, while vCPU 1 was about to write it, in its guest or out of it."""
+    checks = oracle([5, 1, 1], [about_to_write, 3, 1])
+    first = checks.check_reap(Reap(1, [1, 0], [1, 0], [True, exact], Collected([[]])))
+    second = checks.check_reap(Reap(1, [1, 2], [1, 2], [True, True], Collected([then])))
+    assert (not first and not second) == right
+    assert {finding.kind for finding in (*first, *second)} <= {Kind.LOST}
+
+
 def test_a_vcpu_out_of_its_guest_has_no_benefit_of_the_doubt() -> None:
     """What was under way and reported while it waited with a full ring must be reported again when it is done later."""
     checks = oracle([3, 1, 4, 5, 9])
