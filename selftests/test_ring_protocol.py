@@ -104,6 +104,25 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, 
             first += len(taken) + len(rest)
 
 
+def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, ring_mode: str) -> None:
+    """``immediate_exit``, the race-free way to send one, comes before it; the next KVM_RUN says again that it is full."""
+    entries = max(256, smallest_ring(kvm))
+    with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        fill(vm, 0)
+        (handle,) = vm.vm.vcpus
+        for _ in range(3):
+            handle.run.immediate_exit = 1
+            assert handle.kvm_run() == errno.EINTR
+            handle.run.immediate_exit = 0
+            assert handle.kvm_run() == 0
+            assert handle.exit_reason() == "KVM_EXIT_DIRTY_RING_FULL"
+        taken = harvest(handle, entries, entries)
+        assert vm.vm.reset_dirty_rings() == len(taken) >= entries - MOST_RESERVED
+        handle.kvm_run()
+        assert handle.exit_reason() != "KVM_EXIT_DIRTY_RING_FULL"
+
+
 @pytest.mark.usefixtures("entries_in_order")
 def test_each_vcpu_has_its_own_writes_in_its_own_ring(ringed: TrackedVm) -> None:
     """With the slot of each, in the order of the writes."""

@@ -2,6 +2,7 @@
 """The checks of concurrent collections and of migrations can fail: real KVM's answers are falsified, and that is found."""
 
 import random
+import threading
 from array import array
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib import reset_ledger
+from lib import reset_ledger, writers
 from lib.cell import PAGE
 from lib.collection_log import Collection, CollectionLog, Drop, Toggle
 from lib.collectors import Collectors, Worker, work_together
@@ -249,6 +250,28 @@ def test_tracking_that_is_not_switched_off(
             of.switch(area, on=False, stopped=True)
 
     check_fails(kvm, mode, falsify, "FALSE" if mode in RING_MODES else "a bitmap while tracking was off")
+
+
+def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although another worker does not end in time then."""
+    monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
+    began, over = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        began.wait()
+        raise ContractBroken("what failed first")
+
+    def hang() -> None:
+        began.set()
+        over.wait()
+
+    vm = WritersVm(kvm, "dirty-log", SHAPES, streams())
+    with pytest.raises(ContractBroken, match="what failed first") as caught, vm:
+        vm.start()
+        work_together(vm, [Worker(vm, f"to {do.__name__}", [do], random.Random(1), 0) for do in (fail, hang)])
+    assert any("['to hang'] did not end within 0.2 s" in note for note in caught.value.__notes__)
+    over.set()
+    vm.close()
 
 
 # --- the log, without KVM: what real timing shows now and then only ------------------------------------------------------
