@@ -7,7 +7,8 @@ is known to have written, and when (lib/collection_log.py).
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -115,80 +116,80 @@ def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]
     of.check()
 
 
+Writing = Callable[..., AbstractContextManager[Collectors]]
+
+
+@pytest.fixture
+def writing(kvm: Kvm, settings: Settings, outcome: Any, log_mode: str) -> Writing:
+    """Call it for a context with writers, stopped so far; it ends with the check that KVM had something to report."""
+
+    @contextmanager
+    def of_writers(sharing: str, vcpus: int, on: bool = True) -> Iterator[Collectors]:
+        with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+            of = Collectors(vm)
+            vm.start()
+            if on:
+                switch_all(of, on=True)
+            yield of
+            assert of.log.demanded
+
+    return of_writers
+
+
+def switch_all(of: Collectors, on: bool) -> None:
+    """Switch the tracking of all slots, with all vCPUs stopped."""
+    for area in of.vm.areas:
+        of.switch(area, on, stopped=True)
+
+
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_collectors_beside_writers(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
-) -> None:
+def test_collectors_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
     """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
     vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
-    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
-        of = Collectors(vm)
-        vm.start()
-        for area in vm.areas:
-            of.switch(area, on=True, stopped=True)
+    with writing(sharing, vcpus) as of:
         for _ in range(rounds):
             work(of, draw, [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)])
-        assert of.log.demanded
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_toggling_beside_writers(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
-) -> None:
+def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
     """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 1, 4)
-    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
-        of = Collectors(vm)
-        vm.start()
+    with writing(sharing, vcpus, on=False) as of:
 
         def job() -> Iterator[Operation]:
             for _ in range(count):
-                for area in vm.areas:
+                for area in of.vm.areas:
                     yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
                 yield lambda: of.collect_all(stopped=False)
                 yield lambda: of.collect_all(stopped=False)
-                for area in vm.areas:
+                for area in of.vm.areas:
                     yield lambda area=area: of.switch(area, on=False)  # type: ignore[misc]
-            for area in vm.areas:
+            for area in of.vm.areas:
                 yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
 
         for _ in range(rounds):
             work(of, draw, [job()])
-            for area in vm.areas:
-                of.switch(area, on=False, stopped=True)
-        assert of.log.demanded
+            switch_all(of, on=False)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_slots_that_come_and_go_beside_writers(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str, sharing: str
+    writing: Writing, thorough: bool, draw: random.Random, sharing: str
 ) -> None:
     """KVM drops page tables when a slot is deleted or moved, those of other slots too: what was written there stays known."""
     vcpus, rounds, count = (4, 20, 30) if thorough else (2, 1, 4)
-    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
-        of = Collectors(vm)
-        vm.start()
-        for area in vm.areas:
-            of.switch(area, on=True, stopped=True)
+    with writing(sharing, vcpus) as of:
         for _ in range(rounds):
             collecting = some_collections(of, random.Random(draw.random()), 2 * count)
             work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
-        assert of.log.demanded
 
 
-def test_all_at_once(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, log_mode: str
-) -> None:
+def test_all_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:
     """Two collectors, and one that switches tracking on and off in between."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
-    with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams("same-pages", vcpus, settings.seed), RING) as vm:
-        of = Collectors(vm)
-        vm.start()
-        state: dict[int, bool] = {}
-        for area in vm.areas[1:]:
-            of.switch(area, on=True, stopped=True)
-            state[area.slot] = True
+    with writing("same-pages", vcpus) as of:
+        state = {area.slot: True for area in of.vm.areas}
         for _ in range(rounds):
             jobs = [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)]
             work(of, draw, [*jobs, some_toggles(of, random.Random(draw.random()), count, state)])
-        assert of.log.demanded
