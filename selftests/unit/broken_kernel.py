@@ -22,8 +22,8 @@ from elftools.elf.sections import SymbolTableSection
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
 from lib.kvm import Kvm
-from lib.vm import Vm
 from runner.guest_init import FINIT_MODULE, ORDERS
+from selftests.unit.faults import falsify_bitmaps
 
 # Machine code that takes the place of a module's init function
 UD2 = b"\x0f\x0b"  # WARN() where the address is in the table of such places, an invalid opcode elsewhere
@@ -71,15 +71,13 @@ def test_killed() -> None:
 
 def test_lost(kvm: Kvm, settings: Settings, outcome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """KVM's answer is falsified: it does not report the first page that was written."""
-    honest = Vm.get_dirty_log
 
-    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-        honest(vm, slot, bitmap)
+    def lose_the_first(_slot: int, bitmap: bytearray) -> None:
         first = next((index for index, byte in enumerate(bitmap) if byte), None)
         if first is not None:
             bitmap[first] &= bitmap[first] - 1
 
-    monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+    falsify_bitmaps(monkeypatch, lose_the_first)
     cell = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
     with outcome.expected(cell), DirtyLogRun(kvm, cell, settings) as run:
         run.run()

@@ -16,19 +16,15 @@ from lib import ioctl
 from lib.dirty_bitmap import set_pages
 from lib.dirty_ring import DirtyRing
 from lib.vm import Vm
+from selftests.unit.faults import falsify_bitmaps
 
 PATCH = pytest.MonkeyPatch()  # undone after each test's body
 Entries = tuple[list[int], list[int]]
 
 
 def _falsify_reports(bitmap_fault: Callable[[bytearray], None], ring_fault: Callable[[Entries], Entries]) -> None:
-    get_dirty_log, harvest = Vm.get_dirty_log, DirtyRing.harvest
-
-    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-        get_dirty_log(vm, slot, bitmap)
-        bitmap_fault(bitmap)
-
-    PATCH.setattr(Vm, "get_dirty_log", falsified)
+    harvest = DirtyRing.harvest
+    falsify_bitmaps(PATCH, lambda _slot, bitmap: bitmap_fault(bitmap))
     PATCH.setattr(DirtyRing, "harvest", lambda ring, most=None: ring_fault(harvest(ring, most)))
 
 

@@ -24,6 +24,7 @@ from lib.log_modes import LOG_MODES, Collected
 from lib.memory import MIB
 from lib.oracle import Kind, Oracle
 from lib.vm import Memslot, Vm
+from selftests.unit.faults import falsify_bitmaps
 
 ITERATIONS = 80
 ARMED = 2  # complete iterations before a fault is planted
@@ -311,14 +312,8 @@ def test_a_false_bitmap_is_caught(
     fault: Callable[[Planter, bytearray], None],
 ) -> None:  # fmt: skip
     """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
-    get_dirty_log = Vm.get_dirty_log
     with caught(kvm, request, mode, EXPECTED[fault]) as planter:
-
-        def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-            get_dirty_log(vm, slot, bitmap)
-            fault(planter, bitmap)
-
-        monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+        falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(planter, bitmap))
 
 
 @pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])

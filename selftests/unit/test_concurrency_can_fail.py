@@ -23,6 +23,7 @@ from lib.vm import Vm
 from lib.write_stream import WriteStream
 from lib.writers import SPARSER
 from lib.writers_vm import WritersVm
+from selftests.unit.faults import falsify_bitmaps
 
 SHAPES = [(130, "anonymous"), (70, "anonymous")]
 NPAGES = 200
@@ -91,16 +92,7 @@ def test_a_bitmap_that_lacks_pages(
     fault: Callable[[Collectors, bytearray], None],
 ) -> None:  # fmt: skip
     needs_log_mode(mode)
-    honest = Vm.get_dirty_log
-
-    def falsify(of: Collectors) -> None:
-        def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-            honest(vm, slot, bitmap)
-            fault(of, bitmap)
-
-        monkeypatch.setattr(Vm, "get_dirty_log", falsified)
-
-    check_fails(kvm, mode, falsify, "LOST")
+    check_fails(kvm, mode, lambda of: falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(of, bitmap)), "LOST")
 
 
 @pytest.mark.parametrize("mode", BITMAP_MODES)
@@ -109,14 +101,12 @@ def test_a_bitmap_with_a_page_too_many(
 ) -> None:
     """The last page of the second slot, which nobody writes."""
     needs_log_mode(mode)
-    honest = Vm.get_dirty_log
 
-    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-        honest(vm, slot, bitmap)
+    def add_its_last_page(slot: int, bitmap: bytearray) -> None:
         if slot == 2:
             bitmap[69 // 8] |= 1 << 69 % 8
 
-    check_fails(kvm, mode, lambda _of: monkeypatch.setattr(Vm, "get_dirty_log", falsified), "FALSE")
+    check_fails(kvm, mode, lambda _of: falsify_bitmaps(monkeypatch, add_its_last_page), "FALSE")
 
 
 @pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
@@ -403,14 +393,12 @@ def test_a_migration_whose_bitmaps_lack_a_page(
     kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     needs_log_mode(mode)
-    honest = Vm.get_dirty_log
 
-    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-        honest(vm, slot, bitmap)
+    def empty_the_first_ones(slot: int, bitmap: bytearray) -> None:
         if slot == 1:
             bitmap[:] = bytes(len(bitmap))
 
-    monkeypatch.setattr(Vm, "get_dirty_log", falsified)
+    falsify_bitmaps(monkeypatch, empty_the_first_ones)
     with pytest.raises(ContractBroken, match="the copy differs from the source in slot 1"):
         migrate(kvm, mode)
 

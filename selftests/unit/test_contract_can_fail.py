@@ -12,6 +12,7 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, TrackedVm
 from lib.vm import Vm
+from selftests.unit.faults import falsify_bitmaps
 
 SLOT, OTHER = 1, 2
 NPAGES = 70
@@ -53,14 +54,12 @@ def test_a_falsified_bitmap(
     kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, fault: Any
 ) -> None:
     needs_log_mode(mode)
-    honest = Vm.get_dirty_log
 
-    def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
-        honest(vm, slot, bitmap)
+    def of_one_slot(slot: int, bitmap: bytearray) -> None:
         if slot == SLOT:
             fault(bitmap)
 
-    check_fails(kvm, mode, lambda: monkeypatch.setattr(Vm, "get_dirty_log", falsified))
+    check_fails(kvm, mode, lambda: falsify_bitmaps(monkeypatch, of_one_slot))
 
 
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
