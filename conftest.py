@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
 _LONGEST = 7 * 24 * 3600  # seconds
-# For how many seconds tests may wait for each other's huge pages
-_HUGE_PAGE_PATIENCE = 300.0
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
@@ -460,18 +458,10 @@ def huge_page_pool() -> Callable[[], AbstractContextManager[None]]:
 def _huge_page_pool() -> Iterator[None]:
     """One test at a time: the pool holds enough for one, and xdist's workers share it."""
     lock = os.open("/sys/kernel/mm/hugepages", os.O_RDONLY)
-    until = time.monotonic() + _HUGE_PAGE_PATIENCE
     try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise TimeoutError(
-                        f"the pools of huge pages were in use for {_HUGE_PAGE_PATIENCE:g} s: does another run hang?"
-                    ) from None
-                time.sleep(0.05)
+        # Without a deadline: whoever holds it ends, for each of its waits has one, and a dead process holds nothing. To try
+        # again and again instead would be unfair to those who wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

@@ -14,8 +14,8 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
 
 - With a page that two vCPUs write, KVM may make it writable for the one, and only then log it: ``fast_pf_fix_direct_spte()``,
   arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
-  vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU about to write
-  the same page; then it has to be in the next.
+  vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU at the same
+  page; then it has to be in the next.
 - With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
   tracking is switched on, because other entries of the same page are taken back (lib/oracle.py has the same), or because
   a slot is moved or deleted, which drops the page tables of all slots (``kvm_mmu_zap_all_fast()``, arch/x86/kvm/mmu/mmu.c).
@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lib.oracle import Kind, times_protected_again
+from lib.oracle import Kind
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
 
@@ -218,9 +218,10 @@ class CollectionLog:
                         anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
                         again = sum(1 for event in anew if self._under_way(source, page, event))
                         again += sum(
-                            times_protected_again(other.rings, source, page)
+                            ring[page]
                             for other in others
-                            if self._under_way(source, page, other)
+                            if other is not one and self._under_way(source, page, other)
+                            for ring in other.rings
                         )
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
@@ -281,14 +282,8 @@ class CollectionLog:
         )
 
     def _about_to_be_written(self, vcpu: int, page: int, one: Collection) -> bool:
-        """Whether another vCPU may have been making the page writable when *one* began: see the exemptions."""
-        if one.exact:
-            return False
-        return any(
-            self._streams[other].between(one.before[other], one.before[other] + 1)[0] == page
-            for other in self._vcpus
-            if other != vcpu
-        )
+        """Whether another vCPU may have been making the page writable when it was collected: see the exemptions."""
+        return not one.exact and any(self._under_way(other, page, one) for other in self._vcpus if other != vcpu)
 
     def _under_way(self, vcpu: int, page: int, event: Event) -> bool:
         """Whether *vcpu*'s write to *page* may have been under way during *event*."""

@@ -15,18 +15,18 @@ the last reap of an iteration.
 
 With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
 
-Exemptions, in full:
+Exemptions, in full, for memory that the host leaves where it is (``keep_memory_in_place()`` of lib/host.py):
 
 - The write under way may be reported before it is done, and once more when it is: KVM logs a page when it makes it
   writable, and the vCPU may exit (ring full, signal) before it repeats the store. The C test's ``dirty_ring_last_page``
   exempts the same (kernel commit "KVM: selftests: Tighten checks around prev iter's last dirty page in ring", 2020d3b77a5a).
-- With rings, the write under way may also have two entries in one reap, if the page was in another vCPU's ring in the reap
-  before, or more than once in its own: taking such an entry back write-protects the page while this vCPU, which KVM has
-  logged, is about to repeat its store (``kvm_reset_dirty_gfn()``, virt/kvm/dirty_ring.c).
+- With rings, the write under way may also have an entry more for each of its page in the reap before, in any ring: taking one
+  back write-protects the page while this vCPU, which KVM has logged, is about to repeat its store (``kvm_reset_dirty_gfn()``,
+  virt/kvm/dirty_ring.c).
 - With a page that two vCPUs write, KVM may make it writable for the one, and only then log it: ``fast_pf_fix_direct_spte()``,
   arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
-  vCPU in between is logged with the first one's: it may be missing in a reap that found another vCPU, in its guest, about to
-  write the same page, and then has to be in the next.
+  vCPU in between is logged with the first one's: it may be missing in a reap that found another vCPU, in its guest, at the
+  same page, and then has to be in the next.
 - With PML one write may make two ring entries: KVM logs the page when it makes it writable, and the CPU once more when it
   sets the dirty bit (the comment in ``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c).
 - With KVM_DIRTY_LOG_INITIALLY_SET the first reap reports every page (api.rst 7.18); here it must.
@@ -112,14 +112,6 @@ class _Seen:
     after: int = 0
     exact: bool = True
     early: frozenset[int] = frozenset()
-
-
-def times_protected_again(rings: Sequence[Counter[int]], vcpu: int, page: int) -> int:
-    """How many entries more than one *vcpu*'s write to *page* may have, when what was harvested from *rings* is taken back.
-
-    Each entry that is taken back write-protects the page, but without its own first one the write needs no other.
-    """
-    return sum(ring[page] for ring in rings) - min(rings[vcpu][page], 1)
 
 
 class Oracle:
@@ -292,12 +284,12 @@ class Oracle:
                 found(Kind.LOST, vcpu, lost, f"{len(lost)} pages; {len(must)} pages were written between the reaps")
 
     def _about_to_be_written(self, reap: Reap, vcpu: int) -> set[int]:
-        """The pages that vCPUs other than *vcpu*, in their guests, may have been making writable as the reap began."""
-        return {
-            stream.between(before, before + 1)[0]
-            for other, (stream, before, exact) in enumerate(zip(self._streams, reap.before, reap.exact, strict=True))
-            if other != vcpu and not exact
-        }
+        """The pages that vCPUs other than *vcpu*, in their guests, may have been making writable when it was collected."""
+        pages: set[int] = set()
+        for other, stream in enumerate(self._streams):
+            if other != vcpu and not reap.exact[other]:
+                pages.update(stream.between(reap.before[other], reap.after[other] + 1))
+        return pages
 
     @property
     def _first_of_all_set(self) -> bool:
@@ -323,7 +315,7 @@ class Oracle:
         excess = []
         for page, count in Counter(entries).items():
             if count > 1 and may[page]:
-                again = times_protected_again(self._rings_before, vcpu, page) if page in under_way else 0
+                again = sum(ring[page] for ring in self._rings_before) if page in under_way else 0
                 if count > (may[page] + again) * each:
                     excess.append(page)
         if excess:

@@ -17,7 +17,6 @@ from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
 from lib.memory import BACKINGS, GIB, MIB, GuestMemory, align_up
 from lib.oracle import WORDS_PER_PAGE
-from lib.vcpu_thread import VcpuHang
 from lib.vm import Memslot
 from lib.write_stream import WriteStream
 from lib.writers import SPARSE, Writers
@@ -134,8 +133,8 @@ class WritersVm:
             value.add_note(self.writers.last_exits())
         try:
             self.close()
-        except VcpuHang as hang:
-            # What failed first is what is to be told; a thread that still waits for something is its consequence.
+        except Exception as error:
+            # What failed first is what is to be told; a thread that still waits for something, say, is its consequence.
             if value is None:
                 raise
-            value.add_note(f"and at the end: {hang}")
+            value.add_note(f"and at the end: {error}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lib.host import Host
 from lib.kvm import Kvm
 from lib.tracked_vm import FIRST_GPA, TrackedVm
 
@@ -19,6 +20,8 @@ SLOT, NPAGES = 1, 3500
 def test_what_an_interrupted_reset_took_is_tracked_anew(
     kvm: Kvm,
     needs_log_mode: Callable[[str], None],
+    host: Host,
+    lacks: Callable[[str], None],
     outcome: Any,
     thorough: bool,
     draw: random.Random,
@@ -28,7 +31,8 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
     needs_log_mode("dirty-ring")
     with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-        reset, durations = vm.vm.reset_dirty_rings, []
+        reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20
+        met = 0
 
         def measured() -> int:
             start = time.perf_counter()
@@ -37,16 +41,24 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
             return taken
 
         def interrupted() -> int:
+            """The first one that takes back a harvest; the others take what that one left."""
+            nonlocal met
+            monkeypatch.setattr(vm.vm, "reset_dirty_rings", reset)
             previous = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
             signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 1) * min(durations))
             try:
-                return reset()
+                taken = reset()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, previous)
+            met += taken < NPAGES
+            return taken
 
-        for how, times in ((measured, 3), (interrupted, 100 if thorough else 20)):
-            monkeypatch.setattr(vm.vm, "reset_dirty_rings", how)
+        for how, times in ((measured, 3), (interrupted, tries)):
             for _ in range(times):
                 vm.write(SLOT, *range(NPAGES))
+                monkeypatch.setattr(vm.vm, "reset_dirty_rings", how)
                 vm.expect("writes to all pages", {SLOT: range(NPAGES)})
+        # Before Linux 6.17 no signal ends it (49005a2a3d2a): there the test says that signals do no harm.
+        if not met and host.kernel_version >= (6, 17):
+            lacks(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")

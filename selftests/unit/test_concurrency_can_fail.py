@@ -256,12 +256,15 @@ def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
         over.wait()
 
     vm = WritersVm(kvm, "dirty-log", SHAPES, streams())
-    with pytest.raises(ContractBroken, match="what failed first") as caught, vm:
-        vm.start()
-        work_together(vm, [Worker(vm, f"to {do.__name__}", [do], random.Random(1), 0) for do in (fail, hang)])
-    assert any("['to hang'] did not end within 0.2 s" in note for note in caught.value.__notes__)
-    over.set()
-    vm.close()
+    try:
+        with pytest.raises(ContractBroken, match="what failed first") as caught, vm:
+            vm.start()
+            work_together(vm, [Worker(vm, f"to {do.__name__}", [do], random.Random(1), 0) for do in (fail, hang)])
+    finally:
+        over.set()
+        monkeypatch.undo()
+        vm.close()
+    assert any("'to hang'" in note and "did not end within 0.2 s" in note for note in caught.value.__notes__)
 
 
 # --- the log, without KVM: what real timing shows now and then only ------------------------------------------------------
@@ -333,17 +336,42 @@ def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(p
         log.check([(0, 64)])
 
 
-@pytest.mark.parametrize(("left", "right"), [(2, True), (1, False)])
-def test_a_write_under_way_has_an_entry_for_each_of_its_own_that_is_taken_back(left: int, right: bool) -> None:
-    """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 1 meets both."""
+@pytest.mark.parametrize(("entries", "right"), [(3, True), (4, False)])
+def test_a_write_under_way_has_an_entry_for_each_of_its_page_that_is_taken_back(entries: int, right: bool) -> None:
+    """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 65 meets both."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
     log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
     log.add(Toggle(2, [2], True, 3, [2], on=False, first=0, last=64))
     log.add(Toggle(4, [64], True, 5, [64], on=True, first=0, last=64))
-    log.add(Collection(6, [65], False, 7, [65], 0, 64, [[0, 1, 0, 1][: 2 + left]]))
-    log.add(Collection(8, [66], True, 9, [66], 0, 64, [[1, 1]]))
+    log.add(Collection(6, [65], False, 7, [65], 0, 64, [[0, 1, 0, 1]]))
+    log.add(Collection(8, [66], True, 9, [66], 0, 64, [[1] * entries]))
     with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
         log.check([(0, 64)])
+
+
+def test_what_a_collection_takes_back_is_no_reason_for_its_own_entries() -> None:
+    """It is taken back afterwards: page 2 has one write, and three entries in the same collection."""
+    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Collection(2, [2], False, 3, [4], 0, 64, [[0, 1, 2, 2, 2]]))
+    log.add(Collection(4, [4], True, 5, [4], 0, 64, [[3]]))
+    with pytest.raises(ContractBroken, match="DUPLICATE"):
+        log.check([(0, 64)])
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_ring_that_repeats_its_entries(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Of real KVM, all that vCPU 0's ring has, twice; the count of what is reset is kept right."""
+    needs_log_mode(mode)
+    honest = reset_ledger.ResetLedger.harvest
+
+    def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
+        entries, position = honest(ledger, vcpu, most)
+        return entries * 2 if vcpu == 0 else entries, position
+
+    check_fails(kvm, mode, lambda _of: monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified), "DUPLICATE")
 
 
 # --- migrations ---------------------------------------------------------------------------------------------------------

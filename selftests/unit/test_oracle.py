@@ -200,15 +200,14 @@ def test_a_write_done_but_not_published_is_reported_once_however_many_reaps_late
     assert (finding.kind, finding.pages) == (Kind.LOST, (4,))
 
 
-@pytest.mark.parametrize(("taken_back", "right"), [([5, 1, 5], True), ([5, 1], False)])
+@pytest.mark.parametrize(("taken_back", "right"), [([5, 1], True), ([1, 2], False)])
 def test_a_write_under_way_has_an_entry_for_each_of_its_own_that_is_taken_back(
     taken_back: list[int], right: bool
 ) -> None:
-    """The page was twice in the ring that was taken back while its next write was under way: that may have two entries."""
-    checks = oracle([5, 1, 5, 5, 2], ring=True)
-    first = Reap(1, [3], [3], [False], Collected([taken_back], reset=len(taken_back)))
-    assert not checks.check_reap(first)
-    findings = checks.check_reap(Reap(1, [4], [4], [True], Collected([[5, 5]], reset=2)))
+    """The page was in the ring that was taken back while its next write was under way: that may have two entries."""
+    checks = oracle([*taken_back, 5, 2], ring=True)
+    assert not checks.check_reap(Reap(1, [2], [2], [False], Collected([taken_back], reset=2)))
+    findings = checks.check_reap(Reap(1, [3], [3], [True], Collected([[5, 5]], reset=2)))
     assert kinds(findings) == ([] if right else [Kind.DUPLICATE])
 
 

@@ -35,6 +35,7 @@ HV_X64_MSR_SIMP = 0x40000083
 HV_X64_MSR_SINT0 = 0x40000090
 HV_X64_MSR_STIMER0_CONFIG = 0x400000B0
 HV_X64_MSR_STIMER0_COUNT = 0x400000B1
-# Of a timer's configuration: it runs, once; and the interrupt source that its message goes to
+# Of a timer's configuration (union hv_stimer_config of the kernel's): .enable, and where .sintx begins. Without .periodic it
+# expires once.
 HV_STIMER_ENABLE = 1 << 0
 HV_STIMER_SINT_SHIFT = 16

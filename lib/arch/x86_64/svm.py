@@ -7,13 +7,23 @@ from lib.arch.x86_64.msr import EFER_SVME
 from lib.arch.x86_64.uapi import kvm_segment, kvm_sregs
 
 _SIZE = 4096
-_INTERCEPT_MISC2, _VMRUN, _VMMCALL = 0x10, 1 << 0, 1 << 1
-_ASID, _EXIT_CODE, _NESTED_PAGING, _NESTED_ROOT = 0x58, 0x70, 0x90, 0xB0
+# The control area
+_INTERCEPT_MISC2 = 0x10
+_ASID = 0x58
+_EXIT_CODE = 0x70
+_NESTED_PAGING = 0x90
+_NESTED_ROOT = 0xB0
+# The state-save area
 _SEGMENTS = {"es": 0x400, "cs": 0x410, "ss": 0x420, "ds": 0x430}
-_GDTR, _IDTR = 0x460, 0x480
-_EFER, _CR4, _CR3, _CR0, _DR7, _DR6, _RFLAGS, _RIP = 0x4D0, 0x548, 0x550, 0x558, 0x560, 0x568, 0x570, 0x578
-_RSP, _PAT = 0x5D8, 0x668
+_GDTR = 0x460
+_IDTR = 0x480
+_EFER = 0x4D0
+_CR4 = 0x548  # then CR3, CR0, DR7
+_DR6 = 0x568  # then RFLAGS, RIP
+_RSP = 0x5D8
+_PAT = 0x668
 
+_VMRUN, _VMMCALL = 1 << 0, 1 << 1  # of the second word of instructions to intercept
 _RFLAGS_RESERVED, _DR6_RESERVED, _DR7_RESERVED = 1 << 1, 0xFFFF0FF0, 1 << 10
 _PAT_AT_RESET = 0x0007040600070406
 # The exit code of a guest that did vmmcall (appendix C)
