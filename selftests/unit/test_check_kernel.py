@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from runner.qemu import find_qemu
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
 BREAKING = "selftests/unit/broken_kernel.py"
+FALSIFIED = "selftests/unit/falsified_kernel.py"
 ONE_CELL = [
     "--log-mode=dirty-ring",
     "--guest-mode=48bit-4k",
@@ -163,6 +165,23 @@ def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Ke
     assert report["kind"] == "WARN"
     assert report["tests"] == [f"{BREAKING}::test_warn"]
     assert "svm_init" in report["title"]
+
+
+def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
+    check_kernel: CheckKernel, kernel: Kernel
+) -> None:
+    """SMM, huge pages, guests of guests: test_every_test_can_fail.py has the tests that this host's KVM can run."""
+    done = check_kernel(
+        kernel.image, FALSIFIED, "selftests/x86_64", "selftests/test_huge_pages.py", "--no-known-bugs", "--tb=no",
+        "-k", "not plain and not clear-log-unset", "--kvm-params=kvm_amd.npt=1 kvm.force_emulation_prefix=1",
+    )  # fmt: skip
+    assert done.status == BAD, done.output
+    cases = list(ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase"))
+    outcomes = Counter(child.tag for case in cases for child in case if child.tag != "properties")
+    passed = [case.attrib["name"] for case in cases if {child.tag for child in case} <= {"properties"}]
+    assert passed == ["test_all_that_follow_are_lied_to"]
+    assert outcomes["failure"] > 100
+    assert not outcomes["error"]
 
 
 def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A guest (L1) with a guest of its own (L2): what L2 writes is reported as pages of L1, and so is what KVM writes for both.
 
-With nested paging KVM makes page tables of its own for L2 from L1's nested page tables, beside those for L1: a page has several
-mappings then, and tracking has to be armed in each. Without it L2 has L1's where the CPU translates L1's addresses (TDP), and
-else KVM shadows L2's own page tables.
+With nested paging KVM makes page tables of its own for L2 from L1's nested page tables, beside those for L1: a page has
+several mappings then, and tracking has to be armed in each. Without it L2 has L1's where the CPU translates L1's addresses
+(TDP), and else KVM shadows L2's own page tables.
 """
 
 from collections.abc import Callable, Iterator
