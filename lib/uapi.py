@@ -41,9 +41,11 @@ KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_DIRTY_LOG_RING = 192
 KVM_CAP_BINARY_STATS_FD = 203
+KVM_CAP_DISABLE_QUIRKS2 = 213
 KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225
 KVM_CAP_GUEST_MEMFD = 234
+KVM_CAP_PRE_FAULT_MEMORY = 236
 KVM_CAP_GUEST_MEMFD_FLAGS = 244
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
@@ -115,6 +117,10 @@ class kvm_dirty_gfn(Structure):
     """One entry of a dirty ring; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot."""
 
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
+
+
+class _kvm_pre_fault_memory(Structure):
+    _fields_ = (("gpa", c_uint64), ("size", c_uint64), ("flags", c_uint64), ("padding", c_uint64 * 5))
 
 
 class kvm_stats_header(Structure):
@@ -214,3 +220,4 @@ KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # of a VM, or of a vCPU
 
 # vCPU ioctls
 KVM_RUN = _IO(KVMIO, 0x80)
+KVM_PRE_FAULT_MEMORY = _IOWR(KVMIO, 0xD5, _kvm_pre_fault_memory)

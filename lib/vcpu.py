@@ -48,6 +48,13 @@ class Vcpu:
         request = uapi.kvm_enable_cap(cap=cap)
         ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), f"vCPU {self.id}, cap={cap}")
 
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: map *size* bytes at *gpa* as for loads (api.rst 4.143); the vCPU must not be running."""
+        request = uapi._kvm_pre_fault_memory(gpa=gpa, size=size)
+        while request.size:
+            asked = f"vCPU {self.id}, gpa={request.gpa:#x}, size={request.size:#x}"
+            ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
+
     def map_dirty_ring(self, entries: int) -> DirtyRing:
         """The vCPU's dirty ring of *entries* entries, mapped at the first call; the VM must have the ring enabled."""
         if self._ring is None:

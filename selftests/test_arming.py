@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from lib import uapi
 from lib.arch import current as arch
 from lib.cell import Settings
 from lib.dirty_bitmap import new_bitmap
@@ -80,6 +81,28 @@ def test_pages_that_were_mapped_before_are_tracked(empty: TrackedVm) -> None:
     empty.expect("writes to every second page", {SLOT: range(0, npages, 2)})
     empty.write(SLOT, *range(1, npages, 2))
     empty.expect("writes to the others", {SLOT: range(1, npages, 2)})
+
+
+def test_pages_that_were_mapped_in_advance_are_tracked(
+    kvm: Kvm, empty: TrackedVm, lacks: Callable[[str], None]
+) -> None:
+    """By KVM_PRE_FAULT_MEMORY, before tracking begins, and while it is on."""
+    if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
+        lacks("no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)")
+    npages = 64 + 9
+    empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
+    empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
+    empty.switch_on(SLOT)
+    empty.expect("nothing since tracking began", {})
+    empty.write(SLOT, *range(0, npages, 3))
+    empty.expect("writes to pages that were mapped before tracking began", {SLOT: range(0, npages, 3)})
+    empty.remove_slot(SLOT)
+    empty.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
+    empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
+    # What can be mapped writable is, and is reported then, though nothing has written it (make_spte(), mmu/spte.c).
+    empty.collect()
+    empty.write(SLOT, *range(0, npages, 3))
+    empty.expect("writes to pages that were mapped since", {SLOT: range(0, npages, 3)})
 
 
 def test_slots_of_any_size_at_any_gfn(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:

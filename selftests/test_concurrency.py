@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lib import uapi
+from lib.arch import current as arch
 from lib.cell import PAGE, Settings
 from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD, new_bitmap, set_pages
@@ -194,11 +195,27 @@ def test_slots_that_come_and_go_beside_writers(
     writing: Writing, thorough: bool, draw: random.Random, sharing: str
 ) -> None:
     """KVM drops page tables when a slot is deleted or moved, those of other slots too: what was written there stays known."""
-    vcpus, rounds, count = (4, 20, 30) if thorough else (2, 1, 4)
-    with writing(sharing, vcpus) as of:
-        for _ in range(rounds):
-            collecting = some_collections(of, random.Random(draw.random()), 2 * count)
-            work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
+    with writing(sharing, 4 if thorough else 2) as of:
+        change_slots(of, draw, thorough)
+
+
+def test_slots_that_leave_the_others_alone_beside_writers(
+    kvm: Kvm, writing: Writing, thorough: bool, draw: random.Random, lacks: Callable[[str], None]
+) -> None:
+    """The same without the quirk that drops all: KVM looks for what belongs to the slot (api.rst, KVM_CAP_DISABLE_QUIRKS2)."""
+    if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
+        lacks("no KVM_X86_QUIRK_SLOT_ZAP_ALL: it came with Linux 6.12")
+    with writing("same-pages", 4 if thorough else 2) as of:
+        of.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
+        change_slots(of, draw, thorough)
+
+
+def change_slots(of: Collectors, draw: random.Random, thorough: bool) -> None:
+    """Change a slot and collect, at once."""
+    rounds, count = (20, 30) if thorough else (1, 4)
+    for _ in range(rounds):
+        collecting = some_collections(of, random.Random(draw.random()), 2 * count)
+        work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
 
 
 def test_all_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:

@@ -11,7 +11,12 @@ from lib.arch.x86_64.cpuid import (
     vector_stores,
 )
 from lib.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
-from lib.arch.x86_64.uapi import KVM_DIRTY_LOG_PAGE_OFFSET, SYS_SET_MEMPOLICY, SYS_USERFAULTFD
+from lib.arch.x86_64.uapi import (
+    KVM_DIRTY_LOG_PAGE_OFFSET,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL,
+    SYS_SET_MEMPOLICY,
+    SYS_USERFAULTFD,
+)
 from lib.arch.x86_64.vcpu_state import (
     SEGMENT_DESCRIPTORS,
     SEGMENT_NOT_ACCESSED,
@@ -36,6 +41,9 @@ NAME = "x86_64"
 # store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
 TOTAL_STORE_ORDER = True
 
+# Which of KVM's quirks (KVM_CAP_DISABLE_QUIRKS2) drops the page tables of all slots when one is deleted or moved
+SLOT_ZAP_ALL_QUIRK = KVM_X86_QUIRK_SLOT_ZAP_ALL
+
 # Whether KVM writes guest memory without a vCPU, so that a bitmap may be kept beside the rings (api.rst 8.29)
 RING_WITH_BITMAP = False
 
@@ -47,6 +55,7 @@ __all__ = [
     "RING_WITH_BITMAP",
     "SEGMENT_DESCRIPTORS",
     "SEGMENT_NOT_ACCESSED",
+    "SLOT_ZAP_ALL_QUIRK",
     "SYS_SET_MEMPOLICY",
     "SYS_USERFAULTFD",
     "TOTAL_STORE_ORDER",
