@@ -17,7 +17,8 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU at the same
   page; then it has to be in the next.
 - With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
-  tracking is switched on, because other entries of the same page are taken back (lib/oracle.py has the same), or because
+  tracking is switched on, because other entries of the same page are taken back (lib/oracle.py has the same; of the same
+  harvest, another thread may take back those of the other rings before this one is read), or because
   a slot is moved or deleted, which drops the page tables of all slots (``kvm_mmu_zap_all_fast()``, arch/x86/kvm/mmu/mmu.c).
 - What a bitmap had not told when tracking was switched off is gone with the bitmap.
 - With KVM_DIRTY_LOG_INITIALLY_SET all pages are dirty when tracking is switched on, until they are cleared.
@@ -220,8 +221,9 @@ class CollectionLog:
                         again += sum(
                             ring[page]
                             for other in others
-                            if other is not one and self._under_way(source, page, other)
-                            for ring in other.rings
+                            if self._under_way(source, page, other)
+                            for vcpu, ring in enumerate(other.rings)
+                            if other is not one or vcpu != source
                         )
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)

@@ -42,16 +42,28 @@ class DirtyRing:
         self._reset = memoryview(array("I", [uapi.KVM_DIRTY_GFN_F_RESET]) * _CHUNK)
 
     def harvest(self, most: int | None = None) -> tuple[list[int], list[int]]:
-        """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets."""
+        """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets.
+
+        None is marked before all are read: another thread's KVM_RESET_DIRTY_RINGS may take it back at once, and an entry that
+        came because of that belongs to the next harvest.
+        """
         slots: list[int] = []
         offsets: list[int] = []
-        while count := self._harvest_chunk(slots, offsets, _CHUNK if most is None else most - len(offsets)):
+        left = self.entries if most is None else min(most, self.entries)
+        position = self.next
+        while count := self._read_chunk(position, left, slots, offsets):
+            position += count
+            left -= count
+        while self.next < position:
+            first = self.next % self.entries
+            count = min(_CHUNK, self.entries - first, position - self.next)
+            self._words[first * _WORDS : (first + count) * _WORDS : _WORDS] = self._reset[:count]
             self.next += count
         return slots, offsets
 
-    def _harvest_chunk(self, slots: list[int], offsets: list[int], most: int) -> int:
-        """Harvest what is dirty between the next entry and the end of its chunk; returns how many entries that were."""
-        first = self.next % self.entries
+    def _read_chunk(self, position: int, most: int, slots: list[int], offsets: list[int]) -> int:
+        """Read what is dirty between *position* and the end of its chunk; returns how many entries that were."""
+        first = position % self.entries
         room = min(_CHUNK, self.entries - first, most)
         flags = self._words[first * _WORDS : (first + room) * _WORDS : _WORDS].tobytes()
         if flags == memoryview(self._dirty)[:room].tobytes():
@@ -62,7 +74,6 @@ class DirtyRing:
         last = first + count
         slots += self._words[first * _WORDS + 1 : last * _WORDS : _WORDS].tolist()
         offsets += self._quads[first * _QUADS + 1 : last * _QUADS : _QUADS].tolist()
-        self._words[first * _WORDS : last * _WORDS : _WORDS] = self._reset[:count]
         return count
 
     def entry(self, number: int) -> uapi.kvm_dirty_gfn:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib import reset_ledger, writers
+from lib import dirty_ring, reset_ledger, uapi, writers
 from lib.cell import PAGE
 from lib.collection_log import Collection, CollectionLog, Drop, Toggle
 from lib.collectors import Collectors, Worker, work_together
@@ -18,7 +18,7 @@ from lib.dirty_ring import DirtyRing
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
 from lib.migration import Migration, Pages
-from lib.tracked_vm import ContractBroken
+from lib.tracked_vm import FIRST_GPA, ContractBroken, TrackedVm
 from lib.vm import Vm
 from lib.write_stream import WriteStream
 from lib.writers import SPARSER
@@ -265,6 +265,28 @@ def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.undo()
         vm.close()
     assert any("'to hang'" in note and "did not end within 0.2 s" in note for note in caught.value.__notes__)
+
+
+def test_a_harvest_marks_nothing_before_all_is_read(
+    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was marked could be taken back by another thread's reset, and come again in the same harvest."""
+    needs_log_mode("dirty-ring")
+    monkeypatch.setattr(dirty_ring, "_CHUNK", 16)
+    read_chunk = DirtyRing._read_chunk
+    marked: list[int] = []
+
+    def looked_at(ring: DirtyRing, *arguments: Any) -> int:
+        marked.append(sum(bool(ring.entry(number).flags & uapi.KVM_DIRTY_GFN_F_RESET) for number in range(50)))
+        return read_chunk(ring, *arguments)
+
+    monkeypatch.setattr(DirtyRing, "_read_chunk", looked_at)
+    with TrackedVm(kvm, "dirty-ring") as vm:
+        vm.add_slot(1, FIRST_GPA, 50)
+        vm.write(1, *range(50))
+        assert vm.vm.vcpus[0].map_dirty_ring(4096).harvest() == ([1] * 50, list(range(50)))
+        assert marked == [0] * 5
+        assert vm.vm.reset_dirty_rings() == 50
 
 
 # --- the log, without KVM: what real timing shows now and then only ------------------------------------------------------
