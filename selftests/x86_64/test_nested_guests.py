@@ -30,7 +30,7 @@ SLOT, OWN = 1, 2
 NPAGES = 24
 # A slot for the pages of L1's that KVM writes for it: nested page tables, and the VMCB
 OWN_GPA = FIRST_GPA + 64 * MIB
-# Nested tables need five pages for two windows and slot 0, one for each level below the top first
+# The nested tables need seven pages at most: two for the upper levels, three for slot 0 and the two windows, and two below
 TABLES, VMCB = range(NPAGES - 1), NPAGES - 1
 # Where L2 sees the test slot, at two addresses: guest-physical ones with nested paging; without it L1 uses the same tables
 WINDOW, ALIAS = 8 * GIB, 9 * GIB
@@ -96,9 +96,9 @@ class InnerGuest:
             if (code := svm.exit_code(vmcb)) != svm.VMEXIT_VMMCALL:
                 raise GuestError(f"the guest's guest ended with exit code {code:#x}")
 
-    def write(self, *pages: int, window: int = WINDOW, value: int = 1) -> None:
+    def write(self, *pages: int, window: int = WINDOW) -> None:
         """Have L2 write a word into each of *pages*."""
-        self.run(*(Operation("store_8", self.address(page, window), value) for page in pages))
+        self.run(*(Operation("store_8", self.address(page, window), 1) for page in pages))
 
     def load(self, *pages: int) -> None:
         """Have L2 read a word of each of *pages*."""
