@@ -216,19 +216,24 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
-                        again = sum(1 for event in anew if self._under_way(source, page, event))
-                        again += sum(
-                            ring[page]
-                            for other in others
-                            if self._under_way(source, page, other)
-                            for vcpu, ring in enumerate(other.rings)
-                            if other is not one or vcpu != source
-                        )
+                        again = self._times_tracked_anew(source, page, one, others, toggles)
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
+
+    def _times_tracked_anew(
+        self, vcpu: int, page: int, one: Collection, others: Iterable[Collection], toggles: Iterable[Toggle]
+    ) -> int:
+        """How often the page may have been tracked anew while *vcpu*'s write to it was under way: see the exemptions."""
+        anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
+        return sum(self._under_way(vcpu, page, event) for event in anew) + sum(
+            ring[page]
+            for other in others
+            if self._under_way(vcpu, page, other)
+            for its, ring in enumerate(other.rings)
+            if other is not one or its != vcpu
+        )
 
     def _check_lost(
         self, one: Collection, collections: Sequence[Collection], checked: Sequence[Collection], since: Toggle | None,
