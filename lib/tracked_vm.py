@@ -129,6 +129,12 @@ class TrackedVm:
         """The guest-virtual address of a byte of a slot."""
         return self.vm.memslots[slot].gpa + page * PAGE + offset + GVA_OFFSET
 
+    def changed_pages(self, slot: int, before: bytes) -> list[int]:
+        """The pages of a slot whose contents are not what they were in *before*, all of the slot's."""
+        view = self.vm.memslots[slot].memory.view
+        starts = range(0, len(before), PAGE)
+        return [start // PAGE for start in starts if view[start : start + PAGE] != before[start : start + PAGE]]
+
     def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
         """Have a vCPU do *operations*.
 

@@ -58,7 +58,7 @@ class InnerGuest:
         slot = vm.vm.memslots[SLOT]
         if nested:
             pages = iter(TABLES)
-            self.tables = PageTables(guest.guest_mode.levels, lambda: OWN_GPA + next(pages) * PAGE, self._table, True)
+            self.tables = PageTables(guest.guest_mode.levels, lambda: OWN_GPA + next(pages) * PAGE, self._table, nested)
             self.tables.map(0, 0, guest.size, 2 * MIB)
         for window in (WINDOW, ALIAS):
             vm.map_at(window + GVA_OFFSET, window if nested else slot.gpa, slot.npages)
@@ -247,7 +247,7 @@ def test_what_kvm_writes_for_l1_is_reported(inner: InnerGuest) -> None:
     for name, page, sets_bits in (("load", 3, True), ("store_8", 3, True), ("store_8", 5, True), ("store_8", 5, False)):
         before = bytes(inner.own.view)
         inner.run(Operation(name, inner.address(page), 1))
-        tables = [own for own in TABLES if inner.own.view[own * PAGE : (own + 1) * PAGE] != before[own * PAGE :][:PAGE]]
+        tables = [own for own in vm.changed_pages(OWN, before) if own in TABLES]
         assert bool(tables) == (inner.nested and sets_bits)
         stored = [page] if name == "store_8" else []
         reported = vm.collect()

@@ -38,17 +38,11 @@ def walked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
         yield vm
 
 
-def changed(vm: TrackedVm, before: bytes) -> list[int]:
-    """The pages of the tables that are not as they were."""
-    view = vm.vm.memslots[TABLES].memory.view
-    return [page for page in range(NPAGES) if view[page * PAGE : (page + 1) * PAGE] != before[page * PAGE :][:PAGE]]
-
-
 def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> list[int]:
     """Have the guest access DATA's *page* through the tables, and hold KVM to what it changed in them and to *data*."""
     before = bytes(vm.vm.memslots[TABLES].memory.view)
     vm.run(Operation(name, WINDOW + page * PAGE))
-    tables = changed(vm, before)
+    tables = vm.changed_pages(TABLES, before)
     reported = vm.collect()
     lost = set(tables) - set(reported[TABLES])
     # A page walk needs its tables writable under nested paging, whether there is a bit to set or not (AMD APM volume 2,
