@@ -59,8 +59,8 @@ class KnownBug:
         return kinds <= self.findings and bool(kinds & self.needs)
 
     def explains_log(self, titles: Sequence[str]) -> bool:
-        """Whether a report in the kernel's log is one that the bug causes, by all of its titles."""
-        return all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
+        """Whether a report in the kernel's log is one that the bug causes, by all of its titles; without one it is not."""
+        return bool(titles) and all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
 
 
 def load(path: Path = PATH) -> list[KnownBug]:

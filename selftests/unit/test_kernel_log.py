@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.kernel_log import KernelLog, Kind, find_splats, kernel_lines
+from lib.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
+from lib.known_bugs import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -119,6 +120,15 @@ def test_a_log_that_overran_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         splats = log.new_splats()
     assert [splat.kind for splat in splats] == [Kind.LOST, Kind.WARN]
     log.close()
+
+
+def test_a_log_that_overran_is_explained_by_no_known_bug() -> None:
+    """Nobody knows what it held; it has no title that an entry could name."""
+    (bug,) = [bug for bug in load() if bug.id == "pvm-ring-overflow"]
+    assert bug.explains_log(
+        ["WARNING: CPU: 1 PID: 717 at virt/kvm/dirty_ring.c:255 kvm_dirty_ring_push+0xab/0xc0 [kvm]"]
+    )
+    assert not bug.explains_log(Splat(Kind.LOST, ["the kernel's log overran before it could be read"]).titles)
 
 
 REPORTING_TEST = """
