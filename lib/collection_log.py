@@ -15,7 +15,7 @@ Exemptions, in full, beside those of lib/oracle.py (the write under way; PML):
 - With a page that two vCPUs write, KVM may make it writable for the one, and only then log it: ``fast_pf_fix_direct_spte()``,
   arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
   vCPU in between is logged with the first one's. So it may be missing in a collection that found another vCPU at the same
-  page; then it has to be in the next.
+  page; then it has to be in the next that does not find one there, and in the last one anyway.
 - With rings, the write under way may have a second entry when its page is tracked anew before the store is repeated: because
   tracking is switched on, because other entries of the same page are taken back (lib/oracle.py has the same; of the same
   harvest, another thread may take back those of the other rings before this one is read), or because
@@ -89,7 +89,7 @@ class Collection(Event):
 
 
 class CollectionLog:
-    """The log of one VM's collections and toggles; *begin* and *end* may be called by any thread.
+    """The log of one VM's collections and toggles; :meth:`now` and :meth:`add` may be called by any thread.
 
     :param streams: what each vCPU writes
     :param per_vcpu: whether each vCPU has a ring of its own
@@ -193,7 +193,12 @@ class CollectionLog:
         """Nothing is reported but what may have been written since it was collected last."""
         free = self._pages_still_set(one, checked, toggles, area)
         last_complete = max((last.start for last in checked if last.end < one.start), default=0)
-        others = [other for other in collections if other.start < one.end and last_complete < other.end]
+        # An entry from before the last complete collection was in that one: what happened by then explains no other.
+        anew = [
+            event
+            for event in (*collections, *(toggle for toggle in toggles if toggle.on), *self._drops)
+            if event.start < one.end and last_complete < event.end
+        ]
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
@@ -216,23 +221,22 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        again = self._times_tracked_anew(source, page, one, others, toggles)
+                        again = self._times_tracked_anew(source, page, one, anew)
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
 
     def _times_tracked_anew(
-        self, vcpu: int, page: int, one: Collection, others: Iterable[Collection], toggles: Iterable[Toggle]
+        self, vcpu: int, page: int, one: Collection, events: Iterable[Collection | Toggle | Drop]
     ) -> int:
-        """How often the page may have been tracked anew while *vcpu*'s write to it was under way: see the exemptions."""
-        anew = (*(toggle for toggle in toggles if toggle.on), *self._drops)
-        return sum(self._under_way(vcpu, page, event) for event in anew) + sum(
-            ring[page]
-            for other in others
-            if self._under_way(vcpu, page, other)
-            for its, ring in enumerate(other.rings)
-            if other is not one or its != vcpu
+        """How often *events* may have tracked the page anew while *vcpu*'s write to it was under way: see the exemptions."""
+        return sum(
+            sum(ring[page] for its, ring in enumerate(event.rings) if event is not one or its != vcpu)
+            if isinstance(event, Collection)
+            else 1
+            for event in events
+            if self._under_way(vcpu, page, event)
         )
 
     def _check_lost(
@@ -240,7 +244,11 @@ class CollectionLog:
         on_ranges: Sequence[Sequence[tuple[int, int]]], owed: list[tuple[int, int, int]], area: range,
     ) -> list[tuple[int, int, int]]:  # fmt: skip
         """All that was written before *one* began is reported; returns what may come in the next collection only."""
-        if since is not None and self._initially_set and not any(last.start > since.end for last in checked):
+        if (
+            since is not None
+            and self._initially_set
+            and not any(last.start > since.end and last.covers(one) for last in checked)
+        ):
             told = set().union(
                 *(other.pages for other in collections if since.start < other.end and other.start < one.end)
             )
@@ -272,7 +280,7 @@ class CollectionLog:
                         still_owed.append((vcpu, write, page))
                     else:
                         lost.add(page)
-            self.demanded += len(due)
+            self.demanded += sum(one.first <= page < one.last and page in area for page in due)
             if lost:
                 self._find(Kind.LOST, one, vcpu, lost)
         return still_owed

@@ -358,6 +358,38 @@ def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(p
         log.check([(0, 64)])
 
 
+@pytest.mark.parametrize(("harvested_since", "right"), [(False, True), (True, False)])
+def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(harvested_since: bool, right: bool) -> None:
+    """Write 2, under way as a slot was deleted, may have two entries, unless a complete harvest came in between."""
+    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Drop(2, [2], False, 3, [2]))
+    if harvested_since:
+        log.add(Collection(4, [2], False, 5, [2], 0, 64, [[0, 1]]))
+    log.add(Collection(6, [3], True, 7, [3], 0, 64, [[2, 2] if harvested_since else [0, 1, 2, 2]]))
+    with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
+        log.check([(0, 64)])
+
+
+@pytest.mark.parametrize(("told", "right"), [(range(64, 128), True), (range(64, 127), False)])
+def test_all_pages_are_dirty_at_first_until_they_were_collected(told: range, right: bool) -> None:
+    """The first half was collected by itself; then all, of which the second half has to be there still."""
+    log = CollectionLog([LINE], per_vcpu=False, initially_set=True)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=128))
+    log.add(Collection(2, [0], True, 3, [0], 0, 64, [[*range(64)]]))
+    log.add(Collection(4, [0], True, 5, [0], 0, 128, [[*told]]))
+    with nullcontext() if right else pytest.raises(ContractBroken, match="all pages are dirty at first"):
+        log.check([(0, 128)])
+
+
+def test_only_pages_of_the_collection_count_as_demanded() -> None:
+    log = CollectionLog([LINE], per_vcpu=False, initially_set=False)
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=32, last=64))
+    log.add(Collection(2, [8], True, 3, [8], 32, 64, [[]]))
+    log.check([(32, 64)])
+    assert log.demanded == 0
+
+
 @pytest.mark.parametrize(("entries", "right"), [(3, True), (4, False)])
 def test_a_write_under_way_has_an_entry_for_each_of_its_page_that_is_taken_back(entries: int, right: bool) -> None:
     """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 65 meets both."""
