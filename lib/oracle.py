@@ -13,6 +13,10 @@ Of a vCPU that is out of its guest for the whole reap (stopped, or waiting with 
 since the memory tells whether the write under way is done: then all three rules are exact. So they are for every vCPU in
 the last reap of an iteration.
 
+KVM may make a page writable for one vCPU, and only then log it (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c): a store
+of another vCPU in between is logged with the first one's. That needs no exemption here: every vCPU leaves KVM_RUN between the
+count of the writes and the collection (``collect_dirty_pages()`` of lib/log_modes.py), so what it has to log is logged.
+
 With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
 
 Exemptions, in full, for memory that the host leaves where it is (``keep_memory_in_place()`` of lib/host.py):
@@ -23,10 +27,6 @@ Exemptions, in full, for memory that the host leaves where it is (``keep_memory_
 - With rings, the write under way may also have an entry more for each of its page in the reap before, in any ring: taking one
   back write-protects the page while this vCPU, which KVM has logged, is about to repeat its store (``kvm_reset_dirty_gfn()``,
   virt/kvm/dirty_ring.c).
-- With a page that two vCPUs write, KVM may make it writable for the one, and only then log it: ``fast_pf_fix_direct_spte()``,
-  arch/x86/kvm/mmu/mmu.c, exchanges the page-table entry and then calls ``mark_page_dirty_in_slot()``. A store of the other
-  vCPU in between is logged with the first one's: it may be missing in a reap that found another vCPU, in its guest, at the
-  same page, and then has to be in the next.
 - With PML one write may make two ring entries: KVM logs the page when it makes it writable, and the CPU once more when it
   sets the dirty bit (the comment in ``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c).
 - With KVM_DIRTY_LOG_INITIALLY_SET the first reap reports every page (api.rst 7.18); here it must.
@@ -146,7 +146,6 @@ class Oracle:
         self._seen = [_Seen() for _ in streams]
         self._reported_before: set[int] = set()
         self._rings_before: list[Counter[int]] = [Counter() for _ in self._sources]
-        self._owed: list[set[int]] = [set() for _ in streams]
         self._expected = [array("Q", bytes(8 * npages)) for _ in streams]
         self._checked_writes = [0 for _ in streams]
         self._iteration_ends: list[list[int]] = [[] for _ in streams]
@@ -277,19 +276,12 @@ class Oracle:
                     if page not in reported and page not in self._reported_before and write not in seen.early
                 )
             since = seen.before if seen.exact else seen.after + 1
-            must = set(stream.between(since, max(since, before))) | self._owed[vcpu]
+            must = set(stream.between(since, max(since, before)))
             missing |= must - reported
-            self._owed[vcpu] = missing & self._about_to_be_written(reap, vcpu) if missing else missing
-            if lost := missing - self._owed[vcpu]:
-                found(Kind.LOST, vcpu, lost, f"{len(lost)} pages; {len(must)} pages were written between the reaps")
-
-    def _about_to_be_written(self, reap: Reap, vcpu: int) -> set[int]:
-        """The pages that vCPUs other than *vcpu*, in their guests, may have been making writable when it was collected."""
-        pages: set[int] = set()
-        for other, stream in enumerate(self._streams):
-            if other != vcpu and not reap.exact[other]:
-                pages.update(stream.between(reap.before[other], reap.after[other] + 1))
-        return pages
+            if missing:
+                found(
+                    Kind.LOST, vcpu, missing, f"{len(missing)} pages; {len(must)} pages were written between the reaps"
+                )
 
     @property
     def _first_of_all_set(self) -> bool:
