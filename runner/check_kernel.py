@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 _USAGE = "usage: check_kernel.py KERNEL [options of pytest]"
 # pytest's own exit statuses that say nothing about the kernel (https://docs.pytest.org/en/stable/reference/exit-codes.html)
-_STATUSES: dict[int, int] = {
+STATUSES: dict[int, int] = {
     pytest.ExitCode.INTERRUPTED: 130,
     pytest.ExitCode.INTERNAL_ERROR: 128,
     pytest.ExitCode.USAGE_ERROR: 128,
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     sys.path[0] = str(ROOT)
     os.chdir(ROOT)
     status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
-    return _STATUSES.get(status, status)
+    return STATUSES.get(status, status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """matrix.py FILE [options of pytest]: test each kernel of FILE with each set of parameters, and put it all into one table.
 
-Exit status: 0 when all are good, 1 when one is bad, 125 when one cannot be tested, 128 when FILE or an option is wrong.
+Exit status: 0 when all are good, 1 when one is bad, 125 when one cannot be tested, 128 when FILE or an option is wrong,
+130 when interrupted.
 """
 
 import json
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from runner.check_kernel import STATUSES
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +26,8 @@ _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
 # In place of a kernel: the one that runs here, with its own KVM as it is loaded
 _HOST = "host"
 _CONTRACT = ["selftests", "--ignore=selftests/unit"]
+# pytest's own exit statuses there; where nothing ran, this host has no KVM
+_HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: 125}
 _VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
 
 
@@ -89,6 +95,8 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
             status = process.wait()
         except KeyboardInterrupt:
             status = process.wait()  # it got the signal too, and ends in an orderly way
+    if kernel == _HOST:
+        status = _HOST_STATUSES.get(status, status)
     results = folder / "results.json"
     data = json.loads(results.read_text()) if results.exists() else {"cells": [], "tests": [], "host": {}, "end": {}}
     lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]

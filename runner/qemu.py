@@ -165,9 +165,10 @@ class RunningMachine:
         :raises CannotTest: QEMU failed, or something ended it
         """
         status = self._process.wait()
-        if status:
+        lines = self._errors.read_text(errors="replace").strip().splitlines()
+        # SIGTERM, SIGINT and SIGHUP have it end in good order, with status 0 (qemu_kill_report(), system/runstate.c).
+        if status or any("terminating on signal" in line for line in lines):
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            lines = self._errors.read_text(errors="replace").strip().splitlines()
             raise CannotTest(f"QEMU ended with {how}: {lines[-1] if lines else 'it said nothing'}")
 
     def stop(self) -> None:

@@ -347,6 +347,12 @@ def test_a_run_of_the_matrix_that_cannot_be(tmp_path: Path) -> None:
     assert "/nonexistent/bzImage" in done.reason or "no qemu" in done.reason
 
 
+@pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 125)])
+def test_the_hosts_run_in_a_matrix_has_the_statuses_of_the_others(tmp_path: Path, option: str, status: int) -> None:
+    """What ends the whole matrix, and where nothing ran."""
+    assert matrix.run("host", "", tmp_path / "01", ["selftests/unit/test_pieces.py", option]).status == status
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [([0, 0], 0), ([0, 1], 1), ([1, 125], 1), ([0, 125], 125), ([0, 128], 128), ([130, 0], 130)],
@@ -397,14 +403,19 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
         return {"test": f"selftests/test_a.py::{test}", "verdict": verdict, "reason": reason}
 
     one = [row("test_b[x]", "pass"), row("test_b[y]", "skipped", "no SMM"), row("test_c", "skipped", "no AVX")]
-    two = [row("test_b[x]", "FAIL"), row("test_b[z]", "FAIL")]
+    two = [
+        row("test_b[x]", "FAIL"),
+        row("test_b[z]", "FAIL"),
+        row("test_c", "known bug"),
+        row("test_c", "known bug, not seen"),
+    ]
     lines = cross_table_of_tests(["A", "B"], [one, two])
     assert [line.split() for line in lines] == [
         ["test", "A", "B"],
         ["test_a.py::test_b", "1", "1s", "2F"],
-        ["test_a.py::test_c", "1s", "-"],
+        ["test_a.py::test_c", "1s", "2k"],
     ]
-    assert skipped_everywhere([one, [*two, row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
+    assert skipped_everywhere([one, [*two[:2], row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
 
 
 def test_the_host_is_a_kernel_of_the_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
