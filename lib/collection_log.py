@@ -194,11 +194,12 @@ class CollectionLog:
         free = self._pages_still_set(one, checked, toggles, area)
         last_complete = max((last.start for last in checked if last.end < one.start), default=0)
         # An entry from before the last complete collection was in that one: what happened by then explains no other.
-        anew = [
-            event
-            for event in (*collections, *(toggle for toggle in toggles if toggle.on), *self._drops)
-            if event.start < one.end and last_complete < event.end
+        events: list[Collection | Toggle | Drop] = [
+            *collections,
+            *(toggle for toggle in toggles if toggle.on),
+            *self._drops,
         ]
+        anew = [event for event in events if event.start < one.end and last_complete < event.end]
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]

@@ -15,7 +15,7 @@ from lib.guest_program import GuestProgram
 from lib.host import this_host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
-from lib.memory import BACKINGS, GIB, GuestMemory
+from lib.memory import GIB
 from lib.oracle import Finding, Kind, Oracle, Reap
 from lib.vcpu_thread import State
 from lib.write_stream import make_stream, sweep_length
@@ -82,14 +82,8 @@ class DirtyLogRun:
             self.mode.create_vm_done(vm)
             # Logging is off at first: the guest touches all pages, so that they are mapped (huge, where they can be) and
             # writable when it is switched on, as they are in a VM whose migration begins.
-            memory = GuestMemory(BACKINGS[cell.backing], size, self.gpa)
-            try:
-                memory.populate()
-                self.memslot = vm.set_user_memory_region(TEST_SLOT, self.gpa, memory)
-            except BaseException:
-                memory.close()
-                raise
-            self._words = memory.words
+            self.memslot = vm.add_memory(TEST_SLOT, self.gpa, size, cell.backing, populate=True)
+            self._words = self.memslot.memory.words
             npages = self.memslot.npages
             gva = (_TEST_GVA_5_LEVEL if mode.levels == 5 else _TEST_GVA) + self.gpa % mode.page_size
             self.guest.map_test_memory(gva, self.gpa, size)
@@ -123,6 +117,7 @@ class DirtyLogRun:
         :raises GuestError: a guest ended in a way that it should not
         :raises VcpuHang: a vCPU stopped making progress
         """
+        failure: BaseException | None = None
         try:
             self.writers.start()
             self._touch_all_pages()
@@ -130,13 +125,13 @@ class DirtyLogRun:
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)
-        except DirtyTrackingError:
-            raise
-        except Exception as error:
-            error.add_note(self.writers.last_exits())
+        except BaseException as error:
+            failure = error
+            if not isinstance(error, DirtyTrackingError):
+                error.add_note(self.writers.last_exits())
             raise
         finally:
-            self.writers.end()
+            self.writers.end(failure)
             self.figures.seconds = time.monotonic() - self._started
         return self.figures
 
@@ -208,7 +203,7 @@ class DirtyLogRun:
         stuck = self._collector.stuck
         if stuck:
             detail = f"vCPUs {stuck}, after {sum(thread.ring_full_exits for thread in self.writers.threads)} such exits in all"
-            findings.insert(0, Finding(Kind.STUCK, iteration, len(reaps), None, (), detail))
+            findings.insert(0, Finding(Kind.STUCK, iteration, self.figures.reaps + len(reaps), None, (), detail))
         dirty = len(set().union(*(pages for reap in reaps for pages in reap.collected.pages)))
         self.figures.iterations = iteration
         self.figures.writes = sum(done)

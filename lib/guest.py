@@ -11,7 +11,7 @@ from types import TracebackType
 from lib.arch import current as arch
 from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
-from lib.memory import BACKINGS, MIB, GuestMemory, align_up
+from lib.memory import MIB, align_up
 from lib.vcpu import Vcpu
 
 PROGRAM_SLOT = 0
@@ -47,13 +47,7 @@ class GuestVm:
         try:
             self.cpuid = arch.get_supported_cpuid(kvm.fd)
             self.size = program_slot_size(data_size)
-            memory = GuestMemory(BACKINGS["anonymous"], self.size, 0)
-            try:
-                self.vm.set_user_memory_region(PROGRAM_SLOT, 0, memory)
-            except BaseException:
-                memory.close()
-                raise
-            self._memory = memory.view
+            self._memory = self.vm.add_memory(PROGRAM_SLOT, 0, self.size).memory.view
             self._next_free = align_up(program.end, arch.PAGE_SIZE)
             for address, data, _ in program.segments:
                 self._memory[address : address + len(data)] = data

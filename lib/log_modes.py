@@ -170,6 +170,10 @@ class DirtyRing(LogMode):
     def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
         if not stopped:
             kick()
+        return self.harvest_all(vm, stopped)
+
+    def harvest_all(self, vm: Vm, stopped: bool) -> Collected:
+        """Harvest all rings, whatever slots their entries are of, and have KVM take that back."""
         rings = [vcpu.map_dirty_ring(self.entries) for vcpu in vm.vcpus]
         harvests = [ring.harvest() for ring in rings]
         behind_gap = [ring.dirty_behind_gap() for ring in rings] if stopped else []

@@ -13,9 +13,10 @@ Of a vCPU that is out of its guest for the whole reap (stopped, or waiting with 
 since the memory tells whether the write under way is done: then all three rules are exact. So they are for every vCPU in
 the last reap of an iteration.
 
-KVM may make a page writable for one vCPU, and only then log it (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c): a store
-of another vCPU in between is logged with the first one's. That needs no exemption here: every vCPU leaves KVM_RUN between the
-count of the writes and the collection (``collect_dirty_pages()`` of lib/log_modes.py), so what it has to log is logged.
+KVM may make a page writable for one vCPU, and only then log it (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c): a
+store of another vCPU in between is logged with the first one's. That needs no exemption here: every vCPU leaves KVM_RUN
+between the count of the writes and the collection (``collect_dirty_pages()`` of lib/log_modes.py), so what it has to log is
+logged by then.
 
 With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
 

@@ -18,8 +18,8 @@ from lib.dirty_bitmap import new_bitmap, set_pages
 from lib.guest import GuestError, GuestVm, Ucall, unexpected_exit
 from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
-from lib.log_modes import DirtyRing, LogMode, make_log_mode, reset_all
-from lib.memory import BACKINGS, GIB, GuestMemory
+from lib.log_modes import DirtyRing, LogMode, make_log_mode
+from lib.memory import GIB
 from lib.oracle import Kind
 from lib.vcpu import Vcpu
 from lib.vm import Memslot, Vm
@@ -77,14 +77,18 @@ class TrackedVm:
         self.vm = self.guest.vm
         self._lists: list[int] = []
         self._entries = ring_count
-        self.mode.create_vm_done(self.vm)
-        if prepare is not None:
-            prepare(self.vm)
-        for _ in range(vcpus):
-            block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
-            self._words(block)[0] = operations
-            self._lists.append(operations)
-            self.guest.add_vcpu(block)
+        try:
+            self.mode.create_vm_done(self.vm)
+            if prepare is not None:
+                prepare(self.vm)
+            for _ in range(vcpus):
+                block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
+                self._words(block)[0] = operations
+                self._lists.append(operations)
+                self.guest.add_vcpu(block)
+        except BaseException:
+            self.guest.close()
+            raise
 
     def add_slot(
         self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True, readonly: bool = False
@@ -93,9 +97,8 @@ class TrackedVm:
 
         When all pages are dirty at first (KVM_DIRTY_LOG_INITIALLY_SET), that first report is taken here.
         """
-        memory = GuestMemory(BACKINGS[backing], npages * PAGE, gpa)
         flags = (uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0) | (uapi.KVM_MEM_READONLY if readonly else 0)
-        memslot = self.vm.set_user_memory_region(slot, gpa, memory, flags)
+        memslot = self.vm.add_memory(slot, gpa, npages * PAGE, backing, flags)
         self.map(gpa, npages)
         if tracked and self.mode.initially_set:
             self.collect()
@@ -177,7 +180,7 @@ class TrackedVm:
     def collect(self) -> Reported:
         """Take from KVM all that it reports, and have it track these pages anew."""
         if isinstance(self.mode, DirtyRing):
-            return self._harvest()
+            return self._harvest(self.mode)
         reported: Reported = {}
         for slot, memslot in self.vm.memslots.items():
             if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
@@ -185,19 +188,21 @@ class TrackedVm:
                 reported[slot] = collected.pages[0]
         return reported
 
-    def _harvest(self) -> Reported:
+    def _harvest(self, mode: DirtyRing) -> Reported:
         reported = Reported(
             (slot, []) for slot, memslot in self.vm.memslots.items() if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES
         )
-        harvested = 0
-        for vcpu in self.vm.vcpus:
-            slots, offsets = vcpu.map_dirty_ring(self._entries).harvest()
-            harvested += len(slots)
+        collected = mode.harvest_all(self.vm, stopped=True)
+        for slots, offsets in zip(collected.slots, collected.pages, strict=True):
             for slot, offset in zip(slots, offsets, strict=True):
                 reported.setdefault(slot, []).append(offset)
-        taken = reset_all(self.vm, harvested)
-        if taken != harvested:
-            raise ContractBroken(f"KVM_RESET_DIRTY_RINGS took {taken} entries of {harvested} that were harvested")
+        harvested = sum(map(len, collected.pages))
+        if collected.reset != harvested:
+            raise ContractBroken(
+                f"KVM_RESET_DIRTY_RINGS took {collected.reset} entries of {harvested} that were harvested"
+            )
+        if any(collected.behind_gap):
+            raise ContractBroken(f"dirty ring entries behind a clean one: {collected.behind_gap}, by vCPU")
         return reported
 
     def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:

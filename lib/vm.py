@@ -8,7 +8,7 @@ from types import TracebackType
 
 from lib import uapi
 from lib.ioctl import ioctl
-from lib.memory import GuestMemory
+from lib.memory import BACKINGS, GuestMemory
 from lib.vcpu import Vcpu
 
 
@@ -63,6 +63,22 @@ class Vm:
         ioctl(self.fd, request, "KVM_SET_USER_MEMORY_REGION", ctypes.byref(region), asked)
         self.memslots[slot] = Memslot(slot, gpa, memory, flags)
         return self.memslots[slot]
+
+    def add_memory(
+        self, slot: int, gpa: int, size: int, backing: str = "anonymous", flags: int = 0, populate: bool = False
+    ) -> Memslot:
+        """Create slot *slot* at *gpa*, with *size* bytes of new memory of *backing*, which are present with *populate*.
+
+        :raises GuestMemoryError: the memory cannot be had
+        """
+        memory = GuestMemory(BACKINGS[backing], size, gpa)
+        try:
+            if populate:
+                memory.populate()
+            return self.set_user_memory_region(slot, gpa, memory, flags)
+        except BaseException:
+            memory.close()
+            raise
 
     def set_tracking(self, slot: int, on: bool) -> None:
         """KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES alone changed: track the writes to a slot, or do not."""

@@ -196,29 +196,31 @@ class Writers:
         """The last exit of each vCPU, a line each."""
         return "\n".join(f"last exit of {thread.name}: {thread.last_exit}" for thread in self.threads)
 
-    def end(self) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Stop and join all threads; a second Ctrl-C must not cut this short, it takes _JOIN_TIMEOUT at most.
 
+        :param error: what ended the work, if anything did: that is what is to be told, and a thread that still waits for
+            something, say, is its consequence, and becomes a note of it
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self._join_threads()
+        except VcpuHang as hang:
+            if error is None:
+                raise
+            error.add_note(f"and at the end: {hang}")
         finally:
             signal.signal(signal.SIGINT, interrupt)
             signal.signal(KICK_SIGNAL, self._previous_handler)
 
-    def close(self) -> bool:
-        """Close the VM and give all memory back, unless a vCPU still runs: that one would write to what was freed.
-
-        :returns: whether it was closed
-        """
+    def close(self) -> None:
+        """Close the VM and give all memory back, unless a vCPU still runs: that one would write to what was freed."""
         if any(thread.is_alive() for thread in self._all_threads()):
-            return False
+            return
         for view in (*self._published, *self._stop_flags):
             view.release()
         self.guest.close()
-        return True
 
     def _block_field(self, block: int, name: str) -> memoryview:
         """A field of a vCPU's block as one 8-byte word: read and written in one access while the guest runs."""

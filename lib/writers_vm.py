@@ -15,7 +15,7 @@ from lib.guest import PROGRAM_SLOT, GuestVm
 from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
-from lib.memory import BACKINGS, GIB, MIB, GuestMemory, align_up
+from lib.memory import GIB, MIB, align_up
 from lib.oracle import WORDS_PER_PAGE
 from lib.vm import Memslot
 from lib.write_stream import WriteStream
@@ -97,22 +97,16 @@ class WritersVm:
         self.writers.force_stop()
         self.writers.settle([True for _ in self.writers.threads], self._done)
 
-    def close(self) -> None:
-        """End all threads, and give all memory back."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End all threads, and give all memory back; *error* as for :meth:`Writers.end`."""
         try:
             if self.writers.started:
-                self.writers.end()
+                self.writers.end(error)
         finally:
             self.writers.close()
 
     def _add_area(self, slot: int, gpa: int, first: int, count: int, backing: str) -> None:
-        memory = GuestMemory(BACKINGS[backing], count * PAGE, gpa)
-        try:
-            memory.populate()
-            memslot = self.vm.set_user_memory_region(slot, gpa, memory)
-        except BaseException:
-            memory.close()
-            raise
+        memslot = self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True)
         self.guest.map_test_memory(_GVA + first * PAGE, gpa, count * PAGE)
         self.areas.append(Area(memslot, first, first + count))
 
@@ -131,10 +125,4 @@ class WritersVm:
     ) -> None:
         if value is not None and self.writers.started:
             value.add_note(self.writers.last_exits())
-        try:
-            self.close()
-        except Exception as error:
-            # What failed first is what is to be told; a thread that still waits for something, say, is its consequence.
-            if value is None:
-                raise
-            value.add_note(f"and at the end: {error}")
+        self.close(value)

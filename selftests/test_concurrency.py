@@ -20,7 +20,6 @@ from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from lib.kvm import Kvm
 from lib.log_modes import ClearLog
-from lib.memory import BACKINGS, GuestMemory
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
@@ -91,12 +90,7 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
     def make() -> None:
         gpa = draw.choice(behind)
         flags = draw.choice((0, uapi.KVM_MEM_LOG_DIRTY_PAGES))
-        memory = GuestMemory(BACKINGS["anonymous"], OTHER_PAGES * PAGE, gpa)
-        try:
-            vm.set_user_memory_region(OTHER_SLOT, gpa, memory, flags)
-        except BaseException:
-            memory.close()
-            raise
+        vm.add_memory(OTHER_SLOT, gpa, OTHER_PAGES * PAGE, flags=flags)
 
     def move() -> None:
         memslot = vm.memslots[OTHER_SLOT]

@@ -24,8 +24,10 @@ from lib.log_modes import LOG_MODES, DirtyLog
 from lib.memory import BACKINGS, MIB, GuestMemory
 from lib.oracle import Kind
 from lib.selection import smallest_ring
+from lib.tracked_vm import TrackedVm
 from lib.vcpu_thread import VcpuHang
 from lib.vm import Vm
+from selftests.unit.faults import falsify_bitmaps
 
 SETTINGS = Settings(iterations=3, interval=1.0, ring_count=1024, test_mem=2 * MIB, seed=1)
 NeedsLogMode = Callable[[str], None]
@@ -136,6 +138,32 @@ def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.Mon
             run.run()
 
 
+def test_findings_are_told_although_a_thread_does_not_end(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed first is what is to be told, and the hang with it."""
+    monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
+    falsify_bitmaps(monkeypatch, lambda _slot, bitmap: bitmap.__setitem__(slice(None), bytes(len(bitmap))))
+    over = threading.Event()
+    run = DirtyLogRun(kvm, cell(), SETTINGS)
+    helper = HangingHelper(target=over.wait, name="to hang")
+    run.writers.helpers.append(helper)
+    helper.start()
+    try:
+        with pytest.raises(DirtyTrackingError, match="LOST") as caught:
+            run.run()
+    finally:
+        over.set()
+        helper.join()
+        run.close()
+    assert any("'to hang'" in note and "did not end within 0.2 s" in note for note in caught.value.__notes__)
+
+
+class HangingHelper(threading.Thread):
+    failure: BaseException | None = None
+
+    def quit(self) -> None:
+        """It does not heed it."""
+
+
 @pytest.mark.parametrize("mode", ["dirty-log", "dirty-ring"])
 def test_a_vcpu_thread_that_dies_fails_the_run(
     kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -186,16 +214,20 @@ def test_ctrl_c_in_the_middle_stops_everything(
 
 def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step of making a run fails in turn."""
+
+    def fails(*_: object) -> None:
+        raise KvmError(errno.ENOMEM, "STEP")
+
     for owner, step in (
         (Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (DirtyLog, "create_vm_done"), (GuestMemory, "populate"),
     ):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(KvmError):
-
-            def fails(*_: object) -> None:
-                raise KvmError(errno.ENOMEM, "STEP")
-
             patch.setattr(owner, step, fails)
             DirtyLogRun(kvm, cell(), SETTINGS)
+    for owner, step in ((Vm, "create_vcpu"), (DirtyLog, "create_vm_done")):
+        with monkeypatch.context() as patch, pytest.raises(KvmError):
+            patch.setattr(owner, step, fails)
+            TrackedVm(kvm, "dirty-log")
 
 
 def test_a_ring_that_stays_full_is_reported(
@@ -210,6 +242,7 @@ def test_a_ring_that_stays_full_is_reported(
         with pytest.raises(DirtyTrackingError) as error:
             run.run()
     assert error.value.findings[0].kind is Kind.STUCK
+    assert error.value.findings[0].reap == max(finding.reap for finding in error.value.findings)
     assert {finding.kind for finding in error.value.findings} == {Kind.STUCK, Kind.LOST, Kind.GAP}
 
 
