@@ -214,7 +214,12 @@ class TrackedVm:
             (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c)
         :raises ContractBroken: KVM reported something else
         """
-        reported = self.collect()
+        self.hold_to(what, expected, self.collect(), writes_per_page)
+
+    def hold_to(
+        self, what: str, expected: Mapping[int, Sequence[int]], reported: Reported, writes_per_page: int = 1
+    ) -> None:
+        """The same for what was collected before."""
         for slot in sorted(reported.keys() | expected.keys()):
             self._compare(what, slot, expected.get(slot, ()), reported.get(slot, []), writes_per_page)
 

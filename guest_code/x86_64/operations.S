@@ -254,6 +254,18 @@ do_\name:
 	cli
 	ret
 
+# --- what the host does while the guest runs: it is told of %rsi at (%rdx), and waited for until it says as much behind that.
+# Meanwhile a load of (%rdi), where the store goes then, keeps the translation in use. Without a pause, which makes the vCPU
+# leave its guest where KVM intercepts it.
+
+	operation meet_and_store
+	mov %rsi, (%rdx)
+1:	mov (%rdi), %rax
+	cmp %rsi, 8(%rdx)
+	jb 1b
+	mov %rsi, (%rdi)
+	ret
+
 # --- a guest of this guest's own, which does operations as well: %rdi is its VMCB's physical address, %rsi its block ---
 
 	operation vmrun

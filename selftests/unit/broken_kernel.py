@@ -5,7 +5,6 @@ test_check_kernel.py runs them, each in a machine of its own. Nothing collects t
 anything outside such a machine.
 """
 
-import ctypes
 import io
 import os
 import signal
@@ -22,21 +21,15 @@ from elftools.elf.sections import SymbolTableSection
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
 from lib.kvm import Kvm
-from runner.guest_init import FINIT_MODULE, ORDERS
+from runner.guest_init import ORDERS
 from selftests.unit.faults import falsify_bitmaps
+from selftests.unit.kernel_code import RELA_SIZE, RETURN_0, load_module, replace_function
 
 # Machine code that takes the place of a module's init function
 UD2 = b"\x0f\x0b"  # WARN() where the address is in the table of such places, an invalid opcode elsewhere
-RETURN_0 = b"\x31\xc0\xc3"
-# What may come first in a function of the kernel's, and stays
-ENDBR64, CALL, CALL_SIZE = b"\xf3\x0f\x1e\xfa", 0xE8, 5
 # include/linux/bug.h, arch/x86/include/asm/bug.h: an entry is two relative addresses, the line and the flags
 BUGFLAG_WARNING = 1
 BUG_ENTRY = 12
-R_X86_64_NONE = 0
-RELA_SIZE = 24
-# What a module ends with that has a signature, which does not fit any more (kernel/module/signing.c)
-SIGNED = b"~Module signature appended~\n"
 
 
 @pytest.fixture(autouse=True)
@@ -107,25 +100,12 @@ def load_module_with(code: bytes, warn: bool) -> None:
     :param warn: whether the address of *code* is in the table of WARN()s
     """
     data = bytearray(Path("/modules/kvm_amd.ko").read_bytes())
+    section, where = replace_function(data, "init_module", code)
     elf = ELFFile(io.BytesIO(bytes(data)))
-    names = [section.name for section in elf.iter_sections()]
-    symbols = elf.get_section_by_name(".symtab")
-    assert isinstance(symbols, SymbolTableSection)
-    (init,) = symbols.get_symbol_by_name("init_module") or []
-    where, section = init["st_value"], elf.get_section(init["st_shndx"])
-    start = section["sh_offset"] + where
-    skipped = len(ENDBR64) if data.startswith(ENDBR64, start) else 0
-    skipped += CALL_SIZE if data[start + skipped] == CALL else 0  # to __fentry__, which ftrace insists on
-    where, start = where + skipped, start + skipped
-    data[start : start + len(code)] = code
-    relocations = elf.get_section_by_name(f".rela{section.name}")
-    assert isinstance(relocations, RelocationSection)
-    for index, relocation in enumerate(relocations.iter_relocations()):
-        # The kernel would write the addresses that the old code wanted into the new one.
-        if where - 4 < relocation["r_offset"] < where + len(code):
-            struct.pack_into("<Q", data, relocations["sh_offset"] + index * RELA_SIZE + 8, R_X86_64_NONE)
     if warn:
+        symbols = elf.get_section_by_name(".symtab")
         bugs, places = elf.get_section_by_name("__bug_table"), elf.get_section_by_name(".rela__bug_table")
+        assert isinstance(symbols, SymbolTableSection)
         assert bugs is not None
         assert isinstance(places, RelocationSection)
         offset = bugs["sh_offset"] + BUG_ENTRY - 2
@@ -134,20 +114,15 @@ def load_module_with(code: bytes, warn: bool) -> None:
         section_symbol = next(
             number
             for number, symbol in enumerate(symbols.iter_symbols())
-            if symbol["st_info"]["type"] == "STT_SECTION" and symbol["st_shndx"] == init["st_shndx"]
+            if symbol["st_info"]["type"] == "STT_SECTION" and symbol["st_shndx"] == section
         )
         first = next(i for i, place in enumerate(places.iter_relocations()) if place["r_offset"] == 0)
         # Keep the kind of the relocation, but count from the init function's section.
         entry = places["sh_offset"] + first * RELA_SIZE
         (info,) = struct.unpack_from("<Q", data, entry + 8)
         struct.pack_into("<QQ", data, entry + 8, section_symbol << 32 | info & 0xFFFFFFFF, where)
-    this_module = elf.get_section(names.index(".gnu.linkonce.this_module"))
+    this_module = elf.get_section_by_name(".gnu.linkonce.this_module")
+    assert this_module is not None
     name = data.index(b"kvm_amd\0", this_module["sh_offset"])
     data[name : name + 8] = b"kvm_bad\0"
-    path = Path("/tmp/kvm_bad.ko")
-    path.write_bytes(data.removesuffix(SIGNED))
-    file = os.open(path, os.O_RDONLY)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(FINIT_MODULE["x86_64"], file, b"", 0):
-        raise OSError(ctypes.get_errno(), f"module does not load: {os.strerror(ctypes.get_errno())}")
-    os.close(file)
+    load_module(bytes(data))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""From this test on the kernel's KVM flushes no remote translations, so that a vCPU in its guest keeps those that it has.
+
+test_check_kernel.py names it before tests that have to see that. Nothing collects it unless it is named.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from runner.guest_init import ORDERS
+from selftests.unit.kernel_code import RETURN_0, load_module, replace_function, unload_module
+
+
+def test_kvm_flushes_nothing_from_here_on() -> None:
+    """kvm_flush_remote_tlbs() (virt/kvm/kvm_main.c) returns at once: KVM's module is loaded anew with it."""
+    if os.getppid() != 1 or not Path(ORDERS).exists():
+        pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
+    modules = {
+        Path(path).name: (Path(path), arguments) for path, arguments in json.loads(Path(ORDERS).read_text())["modules"]
+    }
+    for name in ("kvm_amd", "kvm"):
+        unload_module(name)
+    for name in ("kvm.ko", "kvm_amd.ko"):
+        path, arguments = modules[name]
+        module = bytearray(path.read_bytes())
+        if name == "kvm.ko":
+            for function in ("kvm_flush_remote_tlbs", "kvm_flush_remote_tlbs_range", "kvm_flush_remote_tlbs_memslot"):
+                replace_function(module, function, RETURN_0)
+        load_module(bytes(module), arguments)
