@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lib.log_modes import LOG_MODES
 from runner.errors import CannotTest
 from runner.guest_init import BEGINS
 from runner.kernel import Kernel, kernels_at_hand
@@ -26,6 +26,7 @@ from runner.qemu import find_qemu
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
 BREAKING = "selftests/unit/broken_kernel.py"
+UNFLUSHED = "selftests/unit/unflushed_kernel.py"
 FALSIFIED = "selftests/unit/falsified_kernel.py"
 ONE_CELL = [
     "--log-mode=dirty-ring",
@@ -170,18 +171,45 @@ def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Ke
 def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
     check_kernel: CheckKernel, kernel: Kernel
 ) -> None:
-    """SMM, huge pages, guests of guests: test_every_test_can_fail.py has the tests that this host's KVM can run."""
+    """SMM, huge pages, guests of guests, KVM's emulator, the CPU's vector and state stores, translations that vCPUs keep.
+
+    test_every_test_can_fail.py has the tests that this host's KVM can run.
+    """
+    statistics = "selftests/unit/test_arming_can_fail.py::test_falsified_statistics"
     done = check_kernel(
-        kernel.image, FALSIFIED, "selftests/x86_64", "selftests/test_huge_pages.py", "--no-known-bugs", "--tb=no",
-        "-k", "not plain and not clear-log-unset", "--kvm-params=kvm_amd.npt=1 kvm.force_emulation_prefix=1",
+        kernel.image, statistics, FALSIFIED, "selftests/x86_64", "selftests/test_huge_pages.py", "selftests/test_writes.py",
+        "selftests/test_stale_translations.py", "selftests/test_arming.py::test_pages_that_were_mapped_in_advance_are_tracked",
+        "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
+        "--kvm-params=kvm_amd.npt=1 kvm.force_emulation_prefix=1",
     )  # fmt: skip
     assert done.status == BAD, done.output
-    cases = list(ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase"))
-    outcomes = Counter(child.tag for case in cases for child in case if child.tag != "properties")
-    passed = [case.attrib["name"] for case in cases if {child.tag for child in case} <= {"properties"}]
-    assert passed == ["test_all_that_follow_are_lied_to"]
-    assert outcomes["failure"] > 100
-    assert not outcomes["error"]
+    verdicts = verdicts_of(done)
+    assert {name.partition("[")[0] for name in verdicts["passed"]} == {
+        "test_falsified_statistics",
+        "test_all_that_follow_are_lied_to",
+    }
+    assert len(verdicts["failure"]) > 200
+    assert not verdicts["error"]
+
+
+def test_a_kernel_that_leaves_translations_in_use(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A KVM that has forgotten how to flush them is seen, in each mode, with small pages and huge ones."""
+    done = check_kernel(
+        kernel.image, UNFLUSHED, "selftests/test_stale_translations.py", "--tb=no", "--kvm-params=kvm_amd.npt=1"
+    )
+    assert done.status == BAD, done.output
+    verdicts = verdicts_of(done)
+    assert verdicts["passed"] == ["test_kvm_flushes_nothing_from_here_on"]
+    assert len(verdicts["failure"]) == 2 * 2 * len(LOG_MODES)
+
+
+def verdicts_of(done: Checked) -> dict[str, list[str]]:
+    """The names of the tests that passed, and that have a failure, an error or a skip."""
+    verdicts: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
+    for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase"):
+        found = [child.tag for child in case if child.tag in verdicts]
+        verdicts[found[0] if found else "passed"].append(case.attrib["name"])
+    return verdicts
 
 
 def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
