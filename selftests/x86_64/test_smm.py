@@ -70,6 +70,24 @@ def smi(vm: TrackedVm) -> None:
     assert len(calls) == 1, "the handler did not run"
 
 
+@pytest.mark.parametrize("tracked", [SLOT, SMM_SLOT], ids=["outside", "smm"])
+def test_one_address_space_is_tracked(with_smm: TrackedVm, tracked: int) -> None:
+    """Of writes to the same page in both, those in the other one are not told: not its slot's, and not as this one's."""
+    vm, other = with_smm, SLOT + SMM_SLOT - tracked
+    vm.set_tracking(SMRAM_SLOT, on=False)
+    vm.set_tracking(other, on=False)
+    written = {SLOT: [FIRST, 9], SMM_SLOT: [FIRST, SECOND]}
+    for _ in range(2):
+        smi(vm)
+        vm.write(SLOT, FIRST, 9)
+        vm.expect("writes in both address spaces", {tracked: written[tracked]})
+    vm.set_tracking(tracked, on=False)
+    vm.switch_on(other)
+    smi(vm)
+    vm.write(SLOT, FIRST, 9)
+    vm.expect("the same with the other one tracked", {other: written[other]})
+
+
 def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) -> None:
     """The handler's, and the state that KVM saves; in the other address space nothing was written."""
     vm = with_smm
