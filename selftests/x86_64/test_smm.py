@@ -21,7 +21,7 @@ NPAGES = 16
 # SMBASE + 0x8000, and the state is saved at the end of the 64 KiB
 SMBASE, SMRAM_SIZE = 0x30000, 0x10000
 HANDLER = SMBASE + 0x8000
-STATE_PAGE = SMRAM_SIZE // PAGE - 1
+HANDLER_PAGE, STATE_PAGE = (HANDLER - SMBASE) // PAGE, SMRAM_SIZE // PAGE - 1
 PORT = 0xE1
 FIRST, SECOND = 3, 7
 
@@ -89,16 +89,15 @@ def test_one_address_space_is_tracked(with_smm: TrackedVm, tracked: int) -> None
 
 
 def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) -> None:
-    """The handler's, and the state that KVM saves; in the other address space nothing was written."""
+    """The handler's, the state that KVM saves, and nothing else; in the other address space nothing was written."""
     vm = with_smm
-    for _ in range(2):
+    for turn in range(3):
         smi(vm)
-        reported = vm.collect()
-        assert {slot: set(pages) for slot, pages in reported.items() if slot != SMRAM_SLOT} == {
-            SLOT: set(),
-            SMM_SLOT: {FIRST, SECOND},
-        }
-        assert STATE_PAGE in reported[SMRAM_SLOT]
+        reported = {slot: set(pages) for slot, pages in vm.collect().items()}
+        if turn == 0:
+            # Fetching the handler maps it, writable, and what is mapped so counts as dirty (make_spte()).
+            reported[SMRAM_SLOT].discard(HANDLER_PAGE)
+        assert reported == {SLOT: set(), SMM_SLOT: {FIRST, SECOND}, SMRAM_SLOT: {STATE_PAGE}}
     assert vm.vm.memslots[SMM_SLOT].memory.view[FIRST * PAGE] == 0x5A
     assert vm.vm.memslots[SLOT].memory.view[FIRST * PAGE] == 0
 
