@@ -65,6 +65,7 @@ CASES = [
     ("dirty-ring", ONE_GIB),
     ("dirty-log", within_one_gib(3)),
 ]
+TWO_MIB_BACKINGS = ["anonymous_thp", "anonymous_hugetlb_2mb"]
 UNDER_LARGE_GUEST_PAGES = [(mode, two_mib("anonymous_thp", 3), "48bit-2m") for mode in LOG_MODES]
 # Any page of a word of the bitmap can be the first of a huge page, by the base gfn; with a shift of 1 it is the last one.
 EDGE_SHIFTS = (0, 1, 3, 63)
@@ -266,7 +267,7 @@ def test_memory_that_is_executed(make: Make, mode: str) -> None:
             vm.expect("stores and an execution", {SLOT: pages})
 
 
-@pytest.mark.parametrize("backing", ["anonymous_thp", "anonymous_hugetlb_2mb"])
+@pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
 @pytest.mark.parametrize("mode", MANUAL_MODES)
 def test_a_clear_at_a_huge_page_edge(make: Make, mode: str, backing: str, thorough: bool) -> None:
     """Whichever pages a CLEAR names at the edge of a huge page: their next writes are seen, the others' bits stay."""
@@ -279,11 +280,21 @@ def test_a_clear_at_a_huge_page_edge(make: Make, mode: str, backing: str, thorou
                     check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
 
 
-def test_a_clear_that_ends_on_the_first_page_of_a_huge_page(make: Make, outcome: Any, thorough: bool) -> None:
+@pytest.mark.parametrize("mode", MANUAL_MODES)
+def test_a_clear_within_a_page_of_1_gib(make: Make, mode: str) -> None:
+    """It is split for this CLEAR at the latest: the next writes to its pages are seen, and the others' bits stay."""
+    with make(mode, ONE_GIB) as vm:
+        check_clear(vm, [511, 512], "CLEAR of both sides of a 2 MiB edge")
+
+
+@pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
+def test_a_clear_that_ends_on_the_first_page_of_a_huge_page(
+    make: Make, outcome: Any, backing: str, thorough: bool
+) -> None:
     """When it also names pages of the same word that lie in the huge page before: that first page is tracked too."""
     with outcome.contract():
         for shift in range(64) if thorough else EDGE_SHIFTS:
-            with make("clear-log", two_mib("anonymous_thp", shift)) as vm:
+            with make("clear-log", two_mib(backing, shift)) as vm:
                 edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
                 for mask in filter(lambda mask: ends_on_first_page(mask, edge), masks_at(edge)):
                     check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
