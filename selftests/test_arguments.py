@@ -14,6 +14,7 @@ from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE
 from lib.ioctl import errno_name, ioctl, raw_ioctl
 from lib.kvm import Kvm
+from lib.log_modes import ClearLog
 from lib.memory import BACKINGS, GuestMemory
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from lib.vm import Vm
@@ -47,12 +48,17 @@ def plain(kvm: Kvm) -> Iterator[Vm]:
         yield vm
 
 
+def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
+    vm = TrackedVm(kvm, mode)
+    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+    vm.add_slot(UNTRACKED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
+    return vm
+
+
 @pytest.fixture
 def manual(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
     needs_log_mode("clear-log-unset")
-    with TrackedVm(kvm, "clear-log-unset") as vm:
-        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-        vm.add_slot(UNTRACKED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
+    with make_vm(kvm, "clear-log-unset") as vm:
         yield vm
 
 
@@ -124,19 +130,29 @@ def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
         (NO_ADDRESS_SPACE | SLOT, "EINVAL"),
     ],
 )
-def test_get_dirty_log(manual: TrackedVm, slot: int, expected: str) -> None:
-    bitmap = (ctypes.c_char * 64)()
-    request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
-    assert answer(manual.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
+@pytest.mark.parametrize("mode", ["dirty-log", "clear-log-unset"])
+def test_get_dirty_log(kvm: Kvm, needs_log_mode: Callable[[str], None], mode: str, slot: int, expected: str) -> None:
+    """The answer; and a call that fails clears no slot's bits, and leaves the buffer alone."""
+    needs_log_mode(mode)
+    with make_vm(kvm, mode) as vm:
+        vm.write(SLOT, 7)
+        before = b"\xc3" * 64
+        bitmap = (ctypes.c_char * 64).from_buffer_copy(before)
+        request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+        assert answer(vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
+        assert (bitmap.raw == before) == (expected != "0")
+        assert vm.read_bitmap(SLOT) == ([] if expected == "0" and mode == "dirty-log" else [7])
 
 
 @pytest.mark.parametrize("request_name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"])
 def test_bitmaps_are_not_there_in_ring_mode(ringed: TrackedVm, request_name: str) -> None:
     """ENXIO, before anything else is looked at: for slots that exist, for such that do not, and without a buffer."""
     structs = {"KVM_GET_DIRTY_LOG": uapi.kvm_dirty_log, "KVM_CLEAR_DIRTY_LOG": uapi.kvm_clear_dirty_log}
+    ringed.write(SLOT, 7)
     for slot in (SLOT, ABSENT, TOO_HIGH):
         argument = structs[request_name](slot=slot)
         assert answer(ringed.vm.fd, getattr(uapi, request_name), argument) == "ENXIO"
+    ringed.expect("a write before it", {SLOT: [7]})
 
 
 @pytest.mark.parametrize(
@@ -152,6 +168,13 @@ def test_reset_without_rings(plain: Vm) -> None:
 
 def test_reset_with_nothing_to_take(ringed: TrackedVm) -> None:
     assert ringed.vm.reset_dirty_rings() == 0
+
+
+def test_reset_without_vcpus(plain: Vm, needs_log_mode: Callable[[str], None]) -> None:
+    """There are rings as soon as they are enabled, none so far."""
+    needs_log_mode("dirty-ring")
+    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
+    assert plain.reset_dirty_rings() == 0
 
 
 @pytest.mark.parametrize(
@@ -197,6 +220,30 @@ def test_enable_a_ring(kvm: Kvm, plain: Vm, lacks: Callable[[str], None], cap: i
         lacks(f"no capability {cap}")
     assert kvm.check_extension(cap) == MOST
     assert enable(plain, cap, size) == expected
+
+
+def test_what_is_refused_changes_nothing(kvm: Kvm, log_mode: str) -> None:
+    """A VM goes on in its mode: with its ring or bitmaps, the meaning of GET, and what is set at first."""
+    with TrackedVm(kvm, log_mode) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        vm.write(SLOT, 3)
+        cap = uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+        refused = [enable(vm.vm, cap, value, flags=1) for value in (0, MANUAL, MANUAL | INITIALLY_SET)]
+        refused += [enable(vm.vm, cap, value) for value in (INITIALLY_SET, 4, MANUAL | 4)]
+        # There is a vCPU, so that no size is right.
+        refused += [enable(vm.vm, cap, size) for cap in RINGS.values() for size in (0, MOST // 2, MOST, MOST * 2)]
+        assert "0" not in refused
+        if not vm.mode.per_vcpu:
+            read = [vm.read_bitmap(SLOT) for _ in range(2)]
+            assert read == [[3], [3] if isinstance(vm.mode, ClearLog) else []]
+            vm.collect()
+        else:
+            vm.expect("a write before it", {SLOT: [3]})
+        vm.write(SLOT, 4)
+        vm.expect("a write after it", {SLOT: [4]})
+        vm.set_tracking(SLOT, on=False)
+        vm.switch_on(SLOT)
+        vm.expect("nothing since tracking began again", {})
 
 
 def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:

@@ -16,6 +16,7 @@ from lib.kvm import Kvm
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 
 SLOT, OTHER = 1, 2
+MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
 # Three whole words of the bitmap and a partial one
 NPAGES = 3 * 64 + 5
 ALL = list(range(NPAGES))
@@ -250,6 +251,42 @@ def test_manual_mode_can_be_switched_off_again(manual: TrackedVm) -> None:
     assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3], []]
     manual.write(SLOT, 3)
     assert manual.read_bitmap(SLOT) == [3]
+
+
+def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm, needs_log_mode: Callable[[str], None]) -> None:
+    """With slots, vCPUs and dirty pages there: GET only reads from then on, and forgets nothing of before."""
+    needs_log_mode("clear-log-unset")
+    automatic.write(SLOT, 3)
+    automatic.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
+    assert [automatic.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
+    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3]), 0, NPAGES)
+    assert automatic.read_bitmap(SLOT) == []
+    automatic.write(SLOT, 3, 4)
+    assert automatic.read_bitmap(SLOT) == [3, 4]
+
+
+def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
+    automatic: TrackedVm, needs_log_mode: Callable[[str], None]
+) -> None:
+    """Those that are there stay what they are when it is switched on, and off; a slot's is made when its tracking begins."""
+    needs_log_mode("clear-log")
+    vm, cap = automatic, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+    vm.write(OTHER, *ALL)
+    vm.set_tracking(OTHER, on=False)
+    vm.write(SLOT, 3)
+    vm.vm.enable_cap(cap, MANUAL | INITIALLY_SET)
+    assert vm.read_bitmap(SLOT) == [3]
+    vm.set_tracking(OTHER, on=True)
+    assert vm.read_bitmap(OTHER) == ALL
+    vm.vm.enable_cap(cap, MANUAL)
+    assert [vm.read_bitmap(slot) for slot in (SLOT, OTHER)] == [[3], ALL]
+    # Where all bits were set no page was tracked when that began; each is by the CLEAR of its bit, whatever came between.
+    vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL), 0, NPAGES)
+    vm.write(OTHER, 7)
+    assert vm.read_bitmap(OTHER) == [7]
+    vm.set_tracking(OTHER, on=False)
+    vm.set_tracking(OTHER, on=True)
+    assert vm.read_bitmap(OTHER) == []
 
 
 def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm, lacks: Callable[[str], None]) -> None:
