@@ -24,6 +24,7 @@ from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
 Lacks = Callable[[str], None]
 
 SLOT = 1
+MANUAL = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 MANUAL_MODES = ["clear-log", "clear-log-unset"]
 RET = 0xC3
 
@@ -298,6 +299,19 @@ def test_a_clear_that_ends_on_the_first_page_of_a_huge_page(
                 edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
                 for mask in filter(lambda mask: ends_on_first_page(mask, edge), masks_at(edge)):
                     check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
+
+
+@pytest.mark.parametrize("later", [MANUAL, 0], ids=["not-initially-set", "automatic"])
+def test_all_set_at_first_and_collected_otherwise(make: Make, outcome: Any, later: int) -> None:
+    """Where all bits were set at first, what takes a page's bit tracks it, also when the VM's mode was changed before."""
+    with outcome.contract(), make("clear-log", two_mib("anonymous_thp", 3)) as vm:
+        pages = touched(vm, two_mib("anonymous_thp", 3))
+        vm.write(SLOT, *pages)
+        vm.set_tracking(SLOT, on=True)
+        vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, later)
+        vm.expect("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
+        vm.write(SLOT, *pages)
+        vm.expect("writes into memory that was mapped huge", {SLOT: pages})
 
 
 def ends_on_first_page(mask: list[int], edge: int) -> bool:
