@@ -13,7 +13,7 @@ import pytest
 
 from lib import uapi
 from lib.arch import current as arch
-from lib.dirty_ring import ENTRY_SIZE
+from lib.dirty_ring import ENTRY_SIZE, DirtyRing
 from lib.kvm import Kvm
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.selection import smallest_ring
@@ -21,6 +21,7 @@ from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from lib.vcpu import Vcpu
 
 SLOT, OTHER = 1, 2
+DIRTY, RESET = uapi.KVM_DIRTY_GFN_F_DIRTY, uapi.KVM_DIRTY_GFN_F_RESET
 NPAGES = 1024
 # KVM may push so many entries beyond the soft limit (KVM_DIRTY_RING_RSVD_ENTRIES, and the CPU's own log with PML)
 MOST_RESERVED = 64 + 512
@@ -156,6 +157,44 @@ def test_a_reset_takes_what_was_harvested_and_no_more(ringed: TrackedVm) -> None
     assert ringed.vm.reset_dirty_rings() == 0
     assert harvest(handle, 100) == [(SLOT, page) for page in range(4, 10)]
     assert ringed.vm.reset_dirty_rings() == 6
+
+
+def mark_harvested(ring: DirtyRing, *numbers: int) -> None:
+    for number in numbers:
+        ring.entry(number).flags = RESET
+
+
+@pytest.mark.usefixtures("entries_in_order")
+def test_a_reset_stops_at_a_gap_in_each_ring(ringed: TrackedVm, emulates: bool) -> None:
+    """What was harvested behind an entry that was not stays in the ring, and its page is not tracked anew.
+
+    User space must not skip entries; KVM looks at each ring's entries in order, and at none behind the first that does not say
+    RESET (kvm_dirty_ring_reset(), virt/kvm/dirty_ring.c).
+    """
+    one, two = (vcpu.map_dirty_ring(4096) for vcpu in ringed.vm.vcpus)
+
+    def write_all() -> None:
+        ringed.write(SLOT, *range(5))
+        ringed.write(OTHER, *range(5), vcpu=1)
+
+    write_all()
+    mark_harvested(one, 0, 1, 3)
+    mark_harvested(two, 0, 1, 2, 4)
+    assert ringed.vm.reset_dirty_rings() == 2 + 3
+    assert [one.entry(number).flags for number in range(5)] == [0, 0, DIRTY, RESET, DIRTY]
+    assert [two.entry(number).flags for number in range(5)] == [0, 0, 0, DIRTY, RESET]
+    write_all()
+    mark_harvested(one, 2)
+    assert ringed.vm.reset_dirty_rings() == 2
+    write_all()
+    mark_harvested(two, 3)
+    assert ringed.vm.reset_dirty_rings() == 2
+    write_all()
+    # A backend that emulates every store pushes each page each time.
+    again = [*range(5)] * 3
+    one.next, two.next = 4, 5
+    assert harvest(ringed.vm.vcpus[0], 100) == [(SLOT, page) for page in (4, *(again if emulates else (0, 1, 2, 3)))]
+    assert harvest(ringed.vm.vcpus[1], 100) == [(OTHER, page) for page in (again if emulates else (0, 1, 2, 3, 4))]
 
 
 def test_a_page_is_tracked_anew_by_the_reset_alone(ringed: TrackedVm, emulates: bool) -> None:
