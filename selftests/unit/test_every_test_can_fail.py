@@ -24,6 +24,7 @@ FILES = [
 OTHERWISE = {
     "test_the_ring_lies_beyond_the_vcpus_own_mapping": "compares two numbers",
     "test_the_ring_can_be_mapped_shared_only_and_not_for_execution": "mmap answers",
+    "test_the_rules_hold_for_a_mapping_of_which_the_ring_is_a_part": "mmap answers",
     "test_a_mapping_that_is_longer_than_the_ring_ends_with_it": "memory answers",
     "test_without_a_ring_there_is_none_to_read": "memory answers",
     "test_a_large_slot_takes_no_bitmap_in_ring_mode": "compares with the modes that take one",
