@@ -16,7 +16,7 @@ from lib.dirty_model import Access, BitmapModel, Difference, Entry, RingModel
 from lib.dirty_ring import DirtyRing as RingMemory
 from lib.guest import GuestError
 from lib.guest_program import assemble_all
-from lib.host import EMULATING_BACKENDS, Host, this_host, uses_pml
+from lib.host import EMULATING_BACKENDS, Host, reserved_entries, this_host, uses_pml
 from lib.ioctl import KvmError
 from lib.kvm import DEFAULT_DEVICE, Kvm
 from lib.log_modes import LOG_MODES, ClearLog, DirtyRing, reset_all
@@ -35,7 +35,6 @@ MOST_WRITES = 40
 
 _WORD = 64  # pages; what KVM_CLEAR_DIRTY_LOG takes a multiple of
 _WORDS_OF_PAGE = PAGE // 8
-_RESERVED, _RESERVED_PML = 64, 64 + 512  # KVM_DIRTY_RING_RSVD_ENTRIES and, with PML, the CPU's log
 _DIRTY_AND_RESET = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 
 Pages = tuple[int, ...] | range
@@ -126,10 +125,10 @@ class Pair:
     def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
         kind = LOG_MODES[mode]
         self.emulates = host.backend in EMULATING_BACKENDS
-        entries, reserved = (1024, _RESERVED_PML) if uses_pml(host) else (256, _RESERVED)
+        entries = 1024 if uses_pml(host) else 256
         self.model: BitmapModel | RingModel
         if issubclass(kind, DirtyRing):
-            self.model = RingModel(VCPUS, entries - reserved, self.emulates)
+            self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)
         else:
             self.model = BitmapModel(issubclass(kind, ClearLog), kind.initially_set, self.emulates)
         self.tracked = TrackedVm(kvm, mode, VCPUS, entries)

@@ -56,6 +56,15 @@ def uses_pml(host: Host) -> bool:
     return host.parameters.get("kvm_intel.pml") == "Y"
 
 
+def reserved_entries(host: Host) -> int:
+    """How many entries of a ring KVM keeps back: a ring is full when no more than these are free.
+
+    KVM_DIRTY_RING_RSVD_ENTRIES, and as many as the CPU's own log holds, which one exit may bring
+    (kvm_dirty_ring_get_rsvd_entries(), virt/kvm/dirty_ring.c; PML_ENTITY_NUM, arch/x86/kvm/vmx/vmx.h).
+    """
+    return 64 + (512 if uses_pml(host) else 0)
+
+
 def rings_keep_order(host: Host) -> bool:
     """Whether a ring has its entries in the order of the writes.
 

@@ -14,6 +14,7 @@ import pytest
 from lib import uapi
 from lib.arch import current as arch
 from lib.dirty_ring import ENTRY_SIZE, DirtyRing
+from lib.host import Host, reserved_entries
 from lib.kvm import Kvm
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.selection import smallest_ring
@@ -23,8 +24,6 @@ from lib.vcpu import Vcpu
 SLOT, OTHER = 1, 2
 DIRTY, RESET = uapi.KVM_DIRTY_GFN_F_DIRTY, uapi.KVM_DIRTY_GFN_F_RESET
 NPAGES = 1024
-# KVM may push so many entries beyond the soft limit (KVM_DIRTY_RING_RSVD_ENTRIES, and the CPU's own log with PML)
-MOST_RESERVED = 64 + 512
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ class _RingFull(Exception):
 
 @pytest.mark.usefixtures("entries_in_order")
 @pytest.mark.parametrize("lap", range(2), ids=["fresh", "used"])
-def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, lap: int) -> None:
+def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, ring_mode: str, lap: int) -> None:
     """At the soft limit, again at each KVM_RUN, and not any more after the reset; nothing is lost, for several laps."""
     entries = max(256, smallest_ring(kvm))
     with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
@@ -90,7 +89,7 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, 
             assert again == 3, "KVM_RUN went on although the ring is full"
             (handle,) = vm.vm.vcpus
             taken = harvest(handle, entries, entries)
-            assert entries - MOST_RESERVED <= len(taken) <= entries
+            assert entries - reserved_entries(host) <= len(taken) <= entries
             assert [slot for slot, _ in taken] == [SLOT] * len(taken)
             assert [offset for _, offset in taken] == [(first + index) % NPAGES for index in range(len(taken))]
             assert len(taken) >= done
@@ -105,7 +104,7 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, ring_mode: str, 
             first += len(taken) + len(rest)
 
 
-def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, ring_mode: str) -> None:
+def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, host: Host, ring_mode: str) -> None:
     """``immediate_exit``, the race-free way to send one, comes before it; the next KVM_RUN says again that it is full."""
     entries = max(256, smallest_ring(kvm))
     with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
@@ -119,7 +118,7 @@ def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, ring_mode: str) 
             assert handle.kvm_run() == 0
             assert handle.exit_reason() == "KVM_EXIT_DIRTY_RING_FULL"
         taken = harvest(handle, entries, entries)
-        assert vm.vm.reset_dirty_rings() == len(taken) >= entries - MOST_RESERVED
+        assert vm.vm.reset_dirty_rings() == len(taken) >= entries - reserved_entries(host)
         handle.kvm_run()
         assert handle.exit_reason() != "KVM_EXIT_DIRTY_RING_FULL"
 
