@@ -19,7 +19,8 @@ from lib.cell import PAGE, Settings
 from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from lib.kvm import Kvm
-from lib.log_modes import ClearLog
+from lib.log_modes import LOG_MODES, ClearLog, DirtyRing
+from lib.selection import smallest_ring
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
@@ -27,7 +28,7 @@ from lib.writers_vm import WritersVm
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
 NPAGES = sum(count for count, _ in SHAPES)
-# Fewer than the slots have pages: rings fill
+# Fewer than the slots have pages: rings fill. With PML this is too small for KVM, and its smallest one is taken
 RING = 512
 # Before a vCPU's writes repeat themselves; a multiple of the guest's batch
 WRITES = 1024
@@ -133,10 +134,11 @@ Writing = Callable[..., AbstractContextManager[Collectors]]
 @pytest.fixture
 def writing(kvm: Kvm, settings: Settings, outcome: Any, log_mode: str) -> Writing:
     """Call it for a context with writers, stopped so far; it ends with the check that KVM had something to report."""
+    ring = max(RING, smallest_ring(kvm)) if issubclass(LOG_MODES[log_mode], DirtyRing) else RING
 
     @contextmanager
     def of_writers(sharing: str, vcpus: int, on: bool = True) -> Iterator[Collectors]:
-        with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), RING) as vm:
+        with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), ring) as vm:
             of = Collectors(vm)
             vm.start()
             if on:
