@@ -161,10 +161,10 @@ def _powers_of_two(first: int, last: int) -> list[int]:
     return [1 << bit for bit in range(first.bit_length(), last.bit_length())]
 
 
-def smallest_ring(kvm: Kvm) -> int:
-    """The smallest number of entries that this KVM, which must have KVM_CAP_DIRTY_LOG_RING_ACQ_REL, accepts for a ring."""
+def smallest_ring(kvm: Kvm, mode: type[DirtyRing] = DirtyRing) -> int:
+    """The smallest number of entries that this KVM, which must have *mode*, accepts for a ring."""
     sizes = _powers_of_two(1, 1 << 17)
-    return next(count for count in sizes if _ring_accepted(kvm, DirtyRing, count))
+    return next(count for count in sizes if _ring_accepted(kvm, mode, count))
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:

@@ -13,9 +13,11 @@ import pytest
 
 from lib import uapi
 from lib.arch import current as arch
-from lib.dirty_ring import ENTRY_SIZE, DirtyRing
+from lib.dirty_ring import ENTRY_SIZE
+from lib.dirty_ring import DirtyRing as Ring
 from lib.host import Host, reserved_entries
 from lib.kvm import Kvm
+from lib.log_modes import LOG_MODES, DirtyRing
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.selection import smallest_ring
 from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
@@ -166,7 +168,7 @@ def test_a_reset_takes_what_was_harvested_and_no_more(ringed: TrackedVm) -> None
     assert ringed.vm.reset_dirty_rings() == 6
 
 
-def mark_harvested(ring: DirtyRing, *numbers: int) -> None:
+def mark_harvested(ring: Ring, *numbers: int) -> None:
     for number in numbers:
         ring.entry(number).flags = RESET
 
@@ -433,6 +435,17 @@ def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> 
     # Others use the kernel's memory too: so the middle of several measurements, against half of the 4 MiB.
     assert median(taken["dirty-log"]) > npages // 8
     assert median(taken[ring_mode]) < npages // 8
+
+
+def test_the_smallest_ring_holds_what_is_reserved(kvm: Kvm, host: Host, ring_mode: str) -> None:
+    """And a page at least: it has the next power of two of both, in bytes.
+
+    See kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c.
+    """
+    mode = LOG_MODES[ring_mode]
+    assert issubclass(mode, DirtyRing)
+    least = max(mmap.PAGESIZE, reserved_entries(host) * ENTRY_SIZE)
+    assert smallest_ring(kvm, mode) * ENTRY_SIZE == 1 << (least - 1).bit_length()
 
 
 def test_the_ring_lies_beyond_the_vcpus_own_mapping(kvm: Kvm) -> None:

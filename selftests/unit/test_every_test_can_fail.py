@@ -23,6 +23,7 @@ FILES = [
 # What no answer of GET, CLEAR, RESET or an error can make fail, and what does
 OTHERWISE = {
     "test_the_ring_lies_beyond_the_vcpus_own_mapping": "compares two numbers",
+    "test_the_smallest_ring_holds_what_is_reserved": "KVM_ENABLE_CAP answers",
     "test_the_ring_can_be_mapped_shared_only_and_not_for_execution": "mmap answers",
     "test_the_rules_hold_for_a_mapping_of_which_the_ring_is_a_part": "mmap answers",
     "test_a_mapping_that_is_longer_than_the_ring_ends_with_it": "memory answers",
