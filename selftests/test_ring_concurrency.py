@@ -25,6 +25,8 @@ NPAGES = sum(count for count, _ in SHAPES)
 WRITES = 1024
 # With pages of 4 KiB none is smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
 SIZES = [1 << bit for bit in range(8, 17)]
+# More than all slots have pages
+LARGE = 16384
 # The largest ring that the short form fills
 MOST_ENTRIES = 4096
 # Writes between two operations at most
@@ -60,12 +62,18 @@ def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operat
         yield of.harvest
 
 
+@pytest.fixture(params=["smallest-ring", "large-ring"])
+def size(request: pytest.FixtureRequest, kvm: Kvm, ring_mode: str) -> int:
+    """The entries of a ring that fills again and again, and of one that never does, so that no vCPU waits for a reset."""
+    return LARGE if request.param == "large-ring" else smallest_ring(kvm)
+
+
 def test_reset_from_another_thread(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
 ) -> None:
     """One thread harvests, another one resets all the time, at any moment of the harvest."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
@@ -76,11 +84,11 @@ def test_reset_from_another_thread(
 
 
 def test_two_threads_reset_at_once(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
 ) -> None:
     """Two threads harvest and reset: what they took together is what they harvested together."""
     vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), smallest_ring(kvm)) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
@@ -90,24 +98,24 @@ def test_two_threads_reset_at_once(
 
 
 def test_vcpus_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
 ) -> None:
     """Signals end KVM_RUN anywhere."""
-    in_a_storm(kvm, outcome, thorough, draw, ring_mode, "vcpus")
+    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, "vcpus")
 
 
 @pytest.mark.parametrize("at", ["resetters", "both"])
 def test_resets_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, at: str
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str
 ) -> None:
     """They end KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
-    in_a_storm(kvm, outcome, thorough, draw, ring_mode, at)
+    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, at)
 
 
-def in_a_storm(kvm: Kvm, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, at: str) -> None:
+def in_a_storm(kvm: Kvm, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str) -> None:
     """Two threads harvest and reset while signals come to them, to the vCPUs' threads, or to both."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), 1024) as vm:
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             work_draws = [random.Random(draw.random()) for _ in range(2)]
