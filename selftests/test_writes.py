@@ -55,13 +55,18 @@ def emulated(emulates: bool, lacks: Callable[[str], None]) -> Emulated:
 
 @dataclass(frozen=True)
 class Store:
-    """An operation that writes *size* bytes at its address; *aligned* ones must not straddle."""
+    """An operation that writes *size* bytes at its address.
+
+    :ivar aligned: it faults unless its address is a multiple of its size, and so never straddles two pages
+    :ivar exchanges: it writes its value only where its count is what memory holds
+    """
 
     name: str
     size: int
     value: int = 0xA5
     count: int = 0
     aligned: bool = False
+    exchanges: bool = False
 
     @property
     def writes(self) -> int:
@@ -82,29 +87,43 @@ STORES = [
     Store("lock_add", 8),
     Store("xchg", 8),
     Store("bts", 8, value=3),
-    Store("cmpxchg", 8),
-    Store("cmpxchg16b", 16, aligned=True),
+    Store("cmpxchg", 8, exchanges=True),
+    Store("lock_cmpxchg", 8, exchanges=True),
+    Store("lock_cmpxchg16b", 16, aligned=True, exchanges=True),
     Store("sgdt", 10),
 ]
 # The same done by KVM's emulator, whatever the backend
 EMULATED = [
     *(Store(f"emulated_store_{size}", size) for size in (1, 2, 4, 8, 16)),
     Store("emulated_push", 8),
+    Store("emulated_add", 8),
     Store("emulated_lock_add", 8),
     Store("emulated_xchg", 8),
-    Store("emulated_cmpxchg", 8),
+    Store("emulated_cmpxchg", 8, exchanges=True),
+    Store("emulated_lock_cmpxchg", 8, exchanges=True),
 ]
+
+
+def stored_twice(vm: TrackedVm, store: Store, offset: int, pages: list[int], most: int) -> None:
+    """*store* is reported in *pages*, with at most *most* entries each; and again, with another value, once tracked anew."""
+    start = WRITTEN * PAGE + offset
+
+    def held() -> int:
+        return int.from_bytes(vm.vm.memslots[SLOT].memory.view[start : start + store.size], "little")
+
+    for repetition, value in (("first", store.value), ("second", store.value + 1)):
+        count = held() if store.exchanges else store.count
+        vm.run(Operation(store.name, vm.address(SLOT, WRITTEN, offset), value, count))
+        vm.expect(f"{repetition} {store.name} at offset {offset}", {SLOT: pages}, most)
+        assert not store.exchanges or held() == value
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: store.name)
 def test_a_store_is_reported(tracked: TrackedVm, emulated: Emulated, store: Store) -> None:
     """Inside a page, at its very end, and again after a collection."""
     for offset in (0, PAGE - store.size):
-        for repetition in ("first", "second"):
-            operation = Operation(store.name, tracked.address(SLOT, WRITTEN, offset), store.value, store.count)
-            with emulated(store.name):
-                tracked.run(operation)
-            tracked.expect(f"{repetition} {store.name} at offset {offset}", {SLOT: [WRITTEN]}, store.writes)
+        with emulated(store.name):
+            stored_twice(tracked, store, offset, [WRITTEN], store.writes)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +131,7 @@ def test_a_store_is_reported(tracked: TrackedVm, emulated: Emulated, store: Stor
 )
 def test_a_store_that_straddles_two_pages_is_reported_in_both(tracked: TrackedVm, store: Store) -> None:
     """Also where the pages belong to different slots."""
-    tracked.run(Operation(store.name, tracked.address(SLOT, WRITTEN + 1, -(store.size // 2)), store.value, store.count))
-    tracked.expect(f"{store.name} over a page's end", {SLOT: [WRITTEN, WRITTEN + 1]}, store.writes)
+    stored_twice(tracked, store, PAGE - store.size // 2, [WRITTEN, WRITTEN + 1], store.writes)
     tracked.run(Operation(store.name, tracked.address(NEIGHBOUR, 0, -(store.size // 2)), store.value, store.count))
     tracked.expect(f"{store.name} over a slot's end", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, store.writes)
 
@@ -133,16 +151,16 @@ def test_a_store_that_kvm_emulates_is_reported(forced: TrackedVm, store: Store) 
     if store.size > 1 and not store.aligned:
         places.append((PAGE - store.size // 2, [WRITTEN, WRITTEN + 1]))
     for offset, pages in places:
-        for repetition in ("first", "second"):
-            forced.run(Operation(store.name, forced.address(SLOT, WRITTEN, offset), store.value, store.count))
-            # KVM writes what straddles two pages in two pieces, and a page each time (emulator_write_emulated()).
-            forced.expect(f"{repetition} {store.name} at offset {offset}", {SLOT: pages}, 2)
+        # KVM writes what straddles two pages in two pieces, and a page each time (emulator_write_emulated()).
+        stored_twice(forced, store, offset, pages, 2)
 
 
-def test_an_emulated_compare_and_exchange_that_fails_is_a_write(forced: TrackedVm) -> None:
+@pytest.mark.parametrize("name", ["emulated_cmpxchg", "emulated_lock_cmpxchg"])
+def test_an_emulated_compare_and_exchange_that_fails_is_a_write(forced: TrackedVm, name: str) -> None:
     """As the CPU's: commit 910c57dfa4d1, "KVM: x86: Mark target gfn of emulated atomic instruction as dirty"."""
-    forced.run(Operation("emulated_cmpxchg", forced.address(SLOT, WRITTEN), 1, count=77))
-    forced.expect("emulated cmpxchg that fails", {SLOT: [WRITTEN]}, 2)
+    forced.run(Operation(name, forced.address(SLOT, WRITTEN), 1, count=77))
+    forced.expect(f"{name} that fails", {SLOT: [WRITTEN]}, 2)
+    assert not any(forced.vm.memslots[SLOT].memory.view)
 
 
 def test_an_emulated_load_is_not_reported(forced: TrackedVm) -> None:
@@ -211,7 +229,7 @@ def test_the_accessed_bit_of_a_segment_is_reported(tracked: TrackedVm, emulated:
 FAULTING = {
     "store": Operation("store_8", 0, 0xA5),
     "locked-add": Operation("lock_add", 0, 1),
-    "compare-and-exchange": Operation("cmpxchg", 0, 1, 77),
+    "compare-and-exchange": Operation("lock_cmpxchg", 0, 1, 77),
     "push": Operation("push", 0, 1),
     "string-store": Operation("rep_stosq", 0, 1, 4),
 }
@@ -263,10 +281,13 @@ def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str, la
         assert not any(vm.vm.memslots[SLOT].memory.view)
 
 
-def test_a_compare_and_exchange_that_fails_is_a_write(tracked: TrackedVm) -> None:
+@pytest.mark.parametrize("name", ["cmpxchg", "lock_cmpxchg", "lock_cmpxchg16b"])
+def test_a_compare_and_exchange_that_fails_is_a_write(tracked: TrackedVm, emulated: Emulated, name: str) -> None:
     """The CPU writes the old value back (Intel SDM, CMPXCHG); KVM's emulator has to as well (commit 910c57dfa4d1)."""
-    tracked.run(Operation("cmpxchg", tracked.address(SLOT, WRITTEN), 1, count=77))
-    tracked.expect("cmpxchg that fails", {SLOT: [WRITTEN]})
+    with emulated(name):
+        tracked.run(Operation(name, tracked.address(SLOT, WRITTEN), 1, count=77))
+    tracked.expect(f"{name} that fails", {SLOT: [WRITTEN]})
+    assert not any(tracked.vm.memslots[SLOT].memory.view)
 
 
 def test_long_string_stores_are_reported_page_by_page(tracked: TrackedVm) -> None:

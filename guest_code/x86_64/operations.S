@@ -140,11 +140,15 @@ do_\name:
 	ret
 	operation cmpxchg		# to %rsi, where %rdx is expected
 	mov %rdx, %rax
+	cmpxchg %rsi, (%rdi)
+	ret
+	operation lock_cmpxchg		# likewise
+	mov %rdx, %rax
 	lock cmpxchg %rsi, (%rdi)
 	ret
-	operation cmpxchg16b		# to %rsi, where zeros are expected
+	operation lock_cmpxchg16b	# likewise, with upper halves of zero
 	mov %rbx, %r8
-	xor %eax, %eax
+	mov %rdx, %rax
 	xor %edx, %edx
 	mov %rsi, %rbx
 	xor %ecx, %ecx
@@ -181,6 +185,9 @@ do_\name:
 	emulated push %rsi
 	mov %rax, %rsp
 	ret
+	operation emulated_add
+	emulated add %rsi, (%rdi)
+	ret
 	operation emulated_lock_add
 	emulated lock add %rsi, (%rdi)
 	ret
@@ -188,6 +195,10 @@ do_\name:
 	emulated xchg %rsi, (%rdi)
 	ret
 	operation emulated_cmpxchg	# to %rsi, where %rdx is expected
+	mov %rdx, %rax
+	emulated cmpxchg %rsi, (%rdi)
+	ret
+	operation emulated_lock_cmpxchg	# likewise
 	mov %rdx, %rax
 	emulated lock cmpxchg %rsi, (%rdi)
 	ret
