@@ -247,6 +247,54 @@ def test_a_store_that_faults_is_not_reported(tracked: TrackedVm, emulated: Emula
     assert bytes(tracked.vm.memslots[SLOT].memory.view) == before
 
 
+@pytest.fixture(params=[True, False], ids=["read-only", "not-present"])
+def boundary(request: pytest.FixtureRequest, tracked: TrackedVm) -> int:
+    """The guest-virtual address behind the page at WRITTEN, where the guest's own page tables end or do not let it write."""
+    boundary = FIRST_GPA + GVA_OFFSET + (1 << 36)
+    tracked.map_at(boundary - PAGE, FIRST_GPA + WRITTEN * PAGE, 1)
+    if request.param:
+        tracked.guest.page_tables.map(boundary, FIRST_GPA + (WRITTEN + 1) * PAGE, PAGE, writable=False)
+    return boundary
+
+
+@pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
+def test_a_store_that_faults_in_its_second_page_writes_neither(
+    tracked: TrackedVm, emulated: Emulated, emulates: bool, boundary: int, operation: Operation
+) -> None:
+    """The first one may be reported: KVM meets the CPU's attempt to write it before the guest meets the fault."""
+    before = bytes(tracked.vm.memslots[SLOT].memory.view)
+    with emulated(operation.name), pytest.raises(GuestError, match="#PF"):
+        tracked.run(replace(operation, address=boundary - 4))
+    changed = tracked.changed_pages(SLOT, before)
+    # KVM's emulator writes the first page before it looks at the second (emulator_read_write(), arch/x86/kvm/x86.c).
+    assert emulates or not changed
+    reported = tracked.collect()
+    assert set(changed) <= set(reported[SLOT]) <= {WRITTEN}
+    assert not reported[NEIGHBOUR]
+
+
+EMULATED_FAULTING = {
+    "store": Operation("emulated_store_8", 0, 0xA5),
+    "add": Operation("emulated_add", 0, 1),
+    "locked-add": Operation("emulated_lock_add", 0, 1),
+    "compare-and-exchange": Operation("emulated_lock_cmpxchg", 0, 1),
+    "push": Operation("emulated_push", 0, 1),
+}
+
+
+@pytest.mark.parametrize("operation", EMULATED_FAULTING.values(), ids=list(EMULATED_FAULTING))
+def test_an_emulated_store_that_faults_in_its_second_page_is_reported_as_far_as_it_came(
+    forced: TrackedVm, boundary: int, operation: Operation
+) -> None:
+    """KVM's emulator may have written the first page by then: it is reported if, and only if, it has changed."""
+    before = bytes(forced.vm.memslots[SLOT].memory.view)
+    with pytest.raises(GuestError, match="#PF"):
+        forced.run(replace(operation, address=boundary - 4))
+    changed = forced.changed_pages(SLOT, before)
+    assert changed in ([], [WRITTEN])
+    forced.expect(f"{operation.name} over the end of what the guest may write", {SLOT: changed})
+
+
 def test_a_string_store_is_reported_as_far_as_it_came(tracked: TrackedVm, emulated: Emulated) -> None:
     """It runs from the last two pages of what is mapped into what is not."""
     end = FIRST_GPA + GVA_OFFSET + (1 << 36)
