@@ -290,6 +290,14 @@ do_\name:
 	pop %r15
 	pop %rbx
 	ret
+	operation vmsave		# to the physical address %rdi
+	mov %rdi, %rax
+	vmsave %rax
+	ret
+	operation vmload		# from there
+	mov %rdi, %rax
+	vmload %rax
+	ret
 	operation vmmcall		# the end of the inner guest's list
 	vmmcall
 

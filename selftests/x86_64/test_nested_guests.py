@@ -252,3 +252,29 @@ def test_what_kvm_writes_for_l1_is_reported(inner: InnerGuest) -> None:
         stored = [page] if name == "store_8" else []
         reported = vm.collect()
         assert (set(reported[OWN]), reported[SLOT]) == ({*tables, VMCB}, stored)
+
+
+def test_a_vmsave_of_l1_is_reported(inner: InnerGuest) -> None:
+    """Whether the CPU saves L1's state to the page, or KVM does (vmload_vmsave_interception(), arch/x86/kvm/svm/svm.c)."""
+    vm = inner.vm
+    for value in (1, 2):
+        before = bytes(vm.vm.memslots[SLOT].memory.view)
+        vm.run(
+            Operation("wrmsr", msr.MSR_KERNEL_GS_BASE, value),  # a part of what is saved
+            Operation("vmsave", FIRST_GPA + 5 * PAGE),
+        )
+        assert vm.changed_pages(SLOT, before) == [5]
+        vm.expect("vmsave", {SLOT: [5]})
+
+
+def test_a_vmload_of_l1_writes_nothing(inner: InnerGuest) -> None:
+    """Its page may be reported nevertheless: KVM maps it for VMLOAD as for VMSAVE, and marks it dirty as it unmaps it."""
+    vm = inner.vm
+    page = FIRST_GPA + 5 * PAGE
+    vm.run(Operation("vmsave", page))
+    vm.collect()
+    for _ in range(2):
+        before = bytes(vm.vm.memslots[SLOT].memory.view)
+        vm.run(Operation("vmload", page))
+        assert vm.changed_pages(SLOT, before) == []
+        assert set(vm.collect()[SLOT]) <= {5}
