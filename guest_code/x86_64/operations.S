@@ -264,6 +264,15 @@ do_\name:
 	mov (%rdi), %rax
 	cli
 	ret
+	operation hypercall		# number %rdi, arguments %rsi and %rdx; the answer stays in %r12
+	mov %rbx, %r8
+	mov %edi, %eax
+	mov %rsi, %rbx
+	mov %rdx, %rcx
+	vmmcall				# which KVM replaces where the CPU has vmcall
+	mov %r8, %rbx
+	mov %rax, %r12
+	ret
 
 # --- what the host does while the guest runs: it is told of %rsi at (%rdx), and waited for until it says as much behind that.
 # Meanwhile a load of (%rdi), where the store goes then, keeps the translation in use. Without a pause, which makes the vCPU

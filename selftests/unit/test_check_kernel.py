@@ -181,6 +181,7 @@ def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
         "selftests/test_stale_translations.py", "selftests/test_arming.py::test_pages_that_were_mapped_in_advance_are_tracked",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
         "--kvm-params=kvm_amd.npt=1 kvm.force_emulation_prefix=1",
+        "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
     )  # fmt: skip
     assert done.status == BAD, done.output
     verdicts = verdicts_of(done)

@@ -28,6 +28,8 @@ AREA, DATA = 5, 9
 AREA_GPA = FIRST_GPA + AREA * PAGE
 # KVM pushes each of its own writes to a ring, so one event may have several entries (mark_page_dirty_in_slot())
 MANY = 1000
+# <asm/kvm_para.h>, <linux/kvm_para.h>
+KVM_HC_CLOCK_PAIRING, KVM_CLOCK_PAIRING_WALLCLOCK, KVM_EOPNOTSUPP = 9, 0, 95
 XEN_REGISTER = 0x40000200  # any that nothing else has
 DEADLINE = 10.0  # seconds
 
@@ -230,6 +232,29 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
             vcpu.kvm_run()
     assert area(vm)[4:8] != bytes(4), f"KVM did not say within {DEADLINE} s that the page is there"
     vm.expect("a page that is there now", {SLOT: [AREA]}, MANY)
+
+
+@pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
+def test_clock_pairing_is_reported(
+    tracked: TrackedVm, emulates: bool, lacks: Callable[[str], None], offset: int
+) -> None:
+    """KVM_HC_CLOCK_PAIRING: KVM writes the host's time, with the guest's TSC at it, where the guest asks for it."""
+    if emulates:
+        # em_hypercall(), arch/x86/kvm/emulate.c, again and again: there is no end to it.
+        lacks("hypercalls: this backend emulates every instruction, and KVM's emulator leaves these to the CPU")
+    (vcpu,) = tracked.vm.vcpus
+    pages = [AREA] if offset == 16 else [AREA, AREA + 1]
+    for _ in range(2):
+        tracked.write(SLOT, *pages, value=(1 << 64) - 1)
+        tracked.expect("stores", {SLOT: pages})
+        before = bytes(tracked.vm.memslots[SLOT].memory.view)
+        tracked.run(Operation("hypercall", KVM_HC_CLOCK_PAIRING, AREA_GPA + offset, KVM_CLOCK_PAIRING_WALLCLOCK))
+        answer = ctypes.c_int64(arch.get_regs(vcpu.fd).r12).value
+        if answer == -KVM_EOPNOTSUPP:
+            lacks("KVM_HC_CLOCK_PAIRING: the host's clock is not the TSC (KVM_EOPNOTSUPP)")
+        assert answer == 0
+        assert tracked.changed_pages(SLOT, before) == pages
+        tracked.expect("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
 def have_xen(kvm: Kvm, vm: TrackedVm, lacks: Callable[[str], None], flag: str) -> None:
