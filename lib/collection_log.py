@@ -52,11 +52,10 @@ class Event:
 
 @dataclass
 class Toggle(Event):
-    """Tracking of the pages *first* to *last* - 1 was switched on or off."""
+    """Tracking of the slot that begins with page *first* was switched on or off."""
 
     on: bool = False
     first: int = 0
-    last: int = 0
 
 
 @dataclass

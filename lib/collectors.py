@@ -40,7 +40,7 @@ class Collectors:
 
     def switch(self, area: Area, on: bool, stopped: bool = False) -> None:
         """Switch the tracking of a slot on or off."""
-        toggle = Toggle(self.log.now(), self._writes(), stopped, on=on, first=area.first, last=area.end)
+        toggle = Toggle(self.log.now(), self._writes(), stopped, on=on, first=area.first)
         self.vm.vm.set_tracking(area.slot, on)
         toggle.after, toggle.end = self._writes(), self.log.now()
         self.log.add(toggle)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from lib import uapi
-from lib.dirty_bitmap import new_bitmap
+from lib.dirty_bitmap import bitmap_of
 from lib.dirty_model import Access, BitmapModel, Difference, Entry, RingModel
 from lib.dirty_ring import DirtyRing as RingMemory
 from lib.guest import GuestError
@@ -33,7 +33,6 @@ SIZES = (70, 64, MOST_PAGES)
 # of a ring in one batch (known_bugs.toml, pvm-ring-overflow), if there are no more writes than this between two exits.
 MOST_WRITES = 40
 
-_WORD = 64  # pages; what KVM_CLEAR_DIRTY_LOG takes a multiple of
 _WORDS_OF_PAGE = PAGE // 8
 _DIRTY_AND_RESET = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 
@@ -111,7 +110,8 @@ def shrinks_slot_in_rings(pair: "Pair", step: "Step") -> bool:
     Such an entry makes a reset lose others: KVM joins neighbouring entries of a slot to one mask, and drops the whole mask
     when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and 7.2).
     It takes an entry at most 63 pages before that one, right beside it in the ring; what is left out is more, to keep the rule
-    simple. selftests/test_ring_protocol.py has the shortest history. Where every store is emulated, nothing needs arming.
+    simple. selftests/test_ring_protocol.py has the shortest history, known_bugs.toml the entry. Where every store is emulated,
+    nothing needs arming.
     """
     if pair.emulates or not pair.has_rings or not isinstance(step, Create):
         return False
@@ -245,10 +245,7 @@ class Pair:
 
     def clear(self, slot: int, first_page: int, num_pages: int, pages: Sequence[int]) -> None:
         """KVM_CLEAR_DIRTY_LOG of *pages*, which are in the range."""
-        bitmap = new_bitmap(num_pages)
-        for page in pages:
-            bitmap[(page - first_page) // 8] |= 1 << (page - first_page) % 8
-        self.vm.clear_dirty_log(slot, bitmap, first_page, num_pages)
+        self.vm.clear_dirty_log(slot, bitmap_of(pages, num_pages, first_page), first_page, num_pages)
         self.bitmaps.cleared(slot, pages)
 
     def harvest(self, vcpu: int, most: int) -> None:

@@ -160,12 +160,13 @@ class Migration:
         else:
             reported, pages = 0, everything
             self.copy(pages)
+        copied_at = self.vm.writers.published()
         if not stopped:
             self._transmit(writes)
         now = self.vm.writers.published()
         remaining: set[int] = set()
         for vcpu, stream in enumerate(self.vm.writers.streams):
-            remaining.update(stream.last_writes(writes[vcpu], now[vcpu]))
+            remaining.update(stream.last_writes(copied_at[vcpu], now[vcpu]))
         copied = sum(map(len, pages.values()))
         ms = (time.monotonic() - started) * 1000
         self.rounds.append(Round(number, reported, copied, len(remaining), sum(now) - sum(writes), round(ms, 2)))

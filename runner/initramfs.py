@@ -33,7 +33,7 @@ PYTHON = "/usr/bin/python3"
 SITE = "/usr/lib/site-packages"
 _LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
 
-# What the suite takes along of itself, besides all of *.py and *.toml: nothing that a run makes, and no kernels.
+# What the suite takes along of itself: nothing that a run makes, and no kernels.
 _SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
 _SUITE_FILES = ("conftest.py", "pytest.ini", "known_bugs.toml")
 

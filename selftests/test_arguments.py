@@ -280,9 +280,11 @@ def test_a_ring_with_a_bitmap_is_not_offered(plain: Vm, kvm: Kvm) -> None:
 
 
 def test_a_slot_of_a_ring_mode_vm_is_tracked_or_not_as_its_flags_say(ringed: TrackedVm) -> None:
-    """Switching it on again with the same flags, and off, is no error."""
-    for on in (True, False, False, True):
+    """Switching it on again with the same flags, and off, is no error, and takes effect."""
+    for page, on in enumerate((True, False, False, True)):
         ringed.set_tracking(SLOT, on)
+        ringed.write(SLOT, page)
+        ringed.expect(f"a write with tracking {'on' if on else 'off'}", {SLOT: [page] if on else []})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from lib import uapi
 from lib.arch import current as arch
 from lib.cell import Settings
-from lib.dirty_bitmap import new_bitmap
+from lib.dirty_bitmap import bitmap_of
 from lib.kvm import Kvm
 from lib.memory import GIB, MIB, align_up
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
@@ -204,10 +204,7 @@ def check_clear(vm: TrackedVm, chance: random.Random, where: str) -> None:
     first = chance.randrange(0, npages, 64)
     count = min(chance.randrange(64, npages + 64, 64), npages - first)
     mask = sorted(chance.sample(range(first, first + count), chance.choice((1, -(-count // 2), count))))
-    bitmap = new_bitmap(count)
-    for page in mask:
-        bitmap[(page - first) // 8] |= 1 << (page - first) % 8
-    vm.vm.clear_dirty_log(SLOT, bitmap, first, count)
+    vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, count, first), first, count)
     dirty = set(range(npages)) - set(mask)
     vm.expect_bits(f"{where}: CLEAR of {count} pages from {first}, mask {mask}", SLOT, dirty)
     for start in range(first, first + count, 64):

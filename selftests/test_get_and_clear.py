@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from lib import uapi
-from lib.dirty_bitmap import new_bitmap, set_pages
+from lib.dirty_bitmap import bitmap_of, new_bitmap, set_pages
 from lib.ioctl import raw_ioctl
 from lib.kvm import Kvm
 from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
@@ -47,14 +47,6 @@ def automatic(kvm: Kvm) -> Iterator[TrackedVm]:
         yield vm
 
 
-def bitmap_of(pages: list[int], npages: int = NPAGES, first: int = 0) -> bytearray:
-    """A bitmap in which *pages* are set, whose bit 0 is page *first*."""
-    bitmap = new_bitmap(npages)
-    for page in pages:
-        bitmap[(page - first) // 8] |= 1 << (page - first) % 8
-    return bitmap
-
-
 def test_get_clears_by_itself(automatic: TrackedVm) -> None:
     automatic.write(SLOT, 3, 70)
     assert automatic.read_bitmap(SLOT) == [3, 70]
@@ -66,7 +58,7 @@ def test_manual_mode_keeps_bits_until_they_are_cleared(manual: TrackedVm) -> Non
     assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3, 70]] * 2
     manual.write(SLOT, 4)
     assert manual.read_bitmap(SLOT) == [3, 4, 70]
-    manual.vm.clear_dirty_log(SLOT, bitmap_of([3, 70]), 0, NPAGES)
+    manual.vm.clear_dirty_log(SLOT, bitmap_of([3, 70], NPAGES), 0, NPAGES)
     assert manual.read_bitmap(SLOT) == [4]
 
 
@@ -77,7 +69,7 @@ def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm, needs_log_
         vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
         vm.set_tracking(SLOT, on=True)
         assert vm.read_bitmap(SLOT) == ALL
-        vm.vm.clear_dirty_log(SLOT, bitmap_of([0, 64]), 0, NPAGES)
+        vm.vm.clear_dirty_log(SLOT, bitmap_of([0, 64], NPAGES), 0, NPAGES)
         assert vm.read_bitmap(SLOT) == [page for page in ALL if page not in (0, 64)]
         vm.write(SLOT, 64)
         assert vm.read_bitmap(SLOT) == ALL[1:]
@@ -118,7 +110,7 @@ MASKS = {
 def test_only_the_pages_of_the_mask_are_cleared(manual: TrackedVm, mask: list[int]) -> None:
     """And only they are tracked anew: at once, from a vCPU that kept its translations."""
     manual.write(SLOT, *ALL)
-    manual.vm.clear_dirty_log(SLOT, bitmap_of(mask), 0, NPAGES)
+    manual.vm.clear_dirty_log(SLOT, bitmap_of(mask, NPAGES), 0, NPAGES)
     assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in mask]
     manual.write(SLOT, *mask)
     assert manual.read_bitmap(SLOT) == ALL
@@ -127,7 +119,7 @@ def test_only_the_pages_of_the_mask_are_cleared(manual: TrackedVm, mask: list[in
 def test_clean_pages_and_bits_beyond_the_slot_are_no_error(manual: TrackedVm) -> None:
     """Bits of pages that are clean, or that do not exist, change nothing."""
     manual.write(SLOT, 5, NPAGES - 1)
-    mask = bitmap_of([6, 7])
+    mask = bitmap_of([6, 7], NPAGES)
     mask[-1] = 0xFF
     manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
     assert manual.read_bitmap(SLOT) == [5, NPAGES - 1]
@@ -139,13 +131,13 @@ def test_a_write_right_after_the_clear_is_seen(manual: TrackedVm, page: int) -> 
     for _ in range(20):
         manual.write(SLOT, page)
         assert manual.read_bitmap(SLOT) == [page]
-        manual.vm.clear_dirty_log(SLOT, bitmap_of([page]), 0, NPAGES)
+        manual.vm.clear_dirty_log(SLOT, bitmap_of([page], NPAGES), 0, NPAGES)
 
 
 def test_slots_are_not_mixed_up(manual: TrackedVm) -> None:
     manual.write(SLOT, 1, NPAGES - 1)
     manual.write(OTHER, 0, 2)
-    manual.vm.clear_dirty_log(OTHER, bitmap_of(ALL), 0, NPAGES)
+    manual.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
     assert manual.read_bitmap(SLOT) == [1, NPAGES - 1]
     assert manual.read_bitmap(OTHER) == []
     manual.write(OTHER, 3)
@@ -177,7 +169,7 @@ def test_get_writes_whole_words_and_nothing_around_them(
 
 def test_clear_leaves_its_mask_alone(manual: TrackedVm) -> None:
     manual.write(SLOT, *ALL)
-    mask = bitmap_of(ALL[::3])
+    mask = bitmap_of(ALL[::3], NPAGES)
     before = bytes(mask)
     manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
     assert bytes(mask) == before
@@ -259,7 +251,7 @@ def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm, needs_log_mod
     automatic.write(SLOT, 3)
     automatic.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
     assert [automatic.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
-    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3]), 0, NPAGES)
+    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
     assert automatic.read_bitmap(SLOT) == []
     automatic.write(SLOT, 3, 4)
     assert automatic.read_bitmap(SLOT) == [3, 4]
@@ -281,7 +273,7 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     vm.vm.enable_cap(cap, MANUAL)
     assert [vm.read_bitmap(slot) for slot in (SLOT, OTHER)] == [[3], ALL]
     # Where all bits were set no page was tracked when that began; each is by the CLEAR of its bit, whatever came between.
-    vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL), 0, NPAGES)
+    vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
     vm.write(OTHER, 7)
     assert vm.read_bitmap(OTHER) == [7]
     vm.set_tracking(OTHER, on=False)
@@ -294,6 +286,6 @@ def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm, lacks: 
     if not kvm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
         lacks("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
     automatic.write(SLOT, 3, 70)
-    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3]), 0, NPAGES)
+    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
     automatic.write(SLOT, 5)
     assert automatic.read_bitmap(SLOT) == [5, 70]

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from lib import known_bugs
 from lib.cell import Settings
 from lib.history import Collect, Create, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
 from lib.history_search import search
-from lib.host import Host
+from lib.host import Host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.report import environment_lines, this_pytest
 
+# The known bug that shrinks_slot_in_rings() keeps off
+RING_RESET_BUG = "ring-reset-drops-mask"
 # Each round of ten histories has a seed of its own, which given as --seed makes it the first one
 ROUNDS, EMULATED_ROUNDS, THOROUGH_FACTOR = 6, 1, 20
 
@@ -57,8 +60,12 @@ def test_any_history(
     if issubclass(LOG_MODES[mode], DirtyRing):
         request.getfixturevalue("entries_in_order")
 
+    # What a known bug breaks on this kernel is left out, so that others can be found.
+    known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.load() if bug.on(host)]
+    left_out = [shrinks_slot_in_rings] if RING_RESET_BUG in known else []
+
     def run(steps: Sequence[Step]) -> None:
-        run_history(kvm, host, mode, steps, leave_out=shrinks_slot_in_rings)
+        run_history(kvm, host, mode, steps, *left_out)
 
     rounds = EMULATED_ROUNDS if pytestconfig.option.emulated else ROUNDS
     seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
@@ -85,8 +92,10 @@ FILLED_IN_THE_MIDST = [
 
 
 def test_a_ring_that_gets_full_in_the_midst_of_writes(
-    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None]
+    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None], lacks: Callable[[str], None]
 ) -> None:
     """What was done before it was full, and what is done after it was emptied, is all reported."""
     needs_log_mode("dirty-ring")
+    if uses_pml(host):
+        lacks("with PML the smallest ring has more entries than this history makes")
     run_history(kvm, host, "dirty-ring", FILLED_IN_THE_MIDST)

@@ -13,7 +13,7 @@ from lib import uapi
 from lib.arch import current as arch
 from lib.binary_stats import BinaryStats
 from lib.cell import Settings
-from lib.dirty_bitmap import new_bitmap
+from lib.dirty_bitmap import bitmap_of
 from lib.host import Host, splits_eagerly, uses_tdp
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
@@ -342,10 +342,7 @@ def check_clear(vm: TrackedVm, mask: list[int], what: str) -> None:
     if not vm.mode.initially_set:
         vm.write(SLOT, *around)
     dirty = list(range(memslot.npages)) if vm.mode.initially_set else around
-    bitmap = new_bitmap(count)
-    for page in mask:
-        bitmap[(page - first) // 8] |= 1 << (page - first) % 8
-    vm.vm.clear_dirty_log(SLOT, bitmap, first, count)
+    vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, count, first), first, count)
     vm.expect_bits(f"{what}: left after it", SLOT, set(dirty) - set(mask))
     vm.write(SLOT, *mask)
     vm.expect_bits(f"{what}: its pages written", SLOT, dirty)

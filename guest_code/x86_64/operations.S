@@ -5,7 +5,6 @@
 
 	.include "guest.inc"
 
-	.globl OPERATION_SIZE
 	.set OPERATION_SIZE, 32		# routine, %rdi, %rsi, %rdx
 	.set CR4_OSXSAVE, 1 << 18
 

@@ -4,7 +4,7 @@
 
 	.include "guest.inc"
 
-	.globl guest_main, aborts, page_fault, general_protection, lost_stack, triple_fault, spins, unknown_call
+	.globl guest_main, aborts, page_fault, general_protection, lost_stack, triple_fault, unknown_call
 	.globl question, answer
 
 # Adds 1 to `question` into `answer`, syncs, and again until the host sets question to 0.
@@ -39,9 +39,6 @@ lost_stack:
 triple_fault:
 	lidt no_idt(%rip)
 	ud2
-
-spins:
-	jmp spins
 
 unknown_call:
 	ucall 99

@@ -302,7 +302,7 @@ def collection(
 
 def judged(*collections: Collection, streams: list[WriteStream] | None = None) -> None:
     log = CollectionLog(streams or [LINE], per_vcpu=False, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     for one in collections:
         log.add(one)
     log.check([(0, 64)])
@@ -337,7 +337,7 @@ def test_a_write_under_way_has_two_entries_only_where_its_page_was_tracked_anew(
     """Here because another vCPU's entry of the page was taken back meanwhile."""
     streams = [WriteStream(array("I", [3, 5, 1, 1]), 0), WriteStream(array("I", [5, 2, 2, 2]), 0)]
     log = CollectionLog(streams, per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0, 0], True, 1, [0, 0], on=True, first=0, last=64))
+    log.add(Toggle(0, [0, 0], True, 1, [0, 0], on=True, first=0))
     first, second = ([[3], [5]], [[5, 5], []]) if taken_back else ([[3], []], [[5, 5], [5]])
     done = 1 if taken_back else 0
     log.add(Collection(2, [1, done], False, 3, [1, done], 0, 64, first))
@@ -350,7 +350,7 @@ def test_a_write_under_way_has_two_entries_only_where_its_page_was_tracked_anew(
 def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(page: int, dropped: bool) -> None:
     """Write 2, to page 2, was under way as a slot was deleted; that to page 1 was done."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     if dropped:
         log.add(Drop(2, [2], False, 3, [2]))
     log.add(Collection(4, [4], True, 5, [4], 0, 64, [sorted([0, 1, 2, 3, page])]))
@@ -362,7 +362,7 @@ def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(p
 def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(harvested_since: bool, right: bool) -> None:
     """Write 2, under way as a slot was deleted, may have two entries, unless a complete harvest came in between."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     log.add(Drop(2, [2], False, 3, [2]))
     if harvested_since:
         log.add(Collection(4, [2], False, 5, [2], 0, 64, [[0, 1]]))
@@ -375,7 +375,7 @@ def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(harvested_
 def test_all_pages_are_dirty_at_first_until_they_were_collected(told: range, right: bool) -> None:
     """The first half was collected by itself; then all, of which the second half has to be there still."""
     log = CollectionLog([LINE], per_vcpu=False, initially_set=True)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=128))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     log.add(Collection(2, [0], True, 3, [0], 0, 64, [[*range(64)]]))
     log.add(Collection(4, [0], True, 5, [0], 0, 128, [[*told]]))
     with nullcontext() if right else pytest.raises(ContractBroken, match="all pages are dirty at first"):
@@ -384,7 +384,7 @@ def test_all_pages_are_dirty_at_first_until_they_were_collected(told: range, rig
 
 def test_only_pages_of_the_collection_count_as_demanded() -> None:
     log = CollectionLog([LINE], per_vcpu=False, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=32, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=32))
     log.add(Collection(2, [8], True, 3, [8], 32, 64, [[]]))
     log.check([(32, 64)])
     assert log.demanded == 0
@@ -394,9 +394,9 @@ def test_only_pages_of_the_collection_count_as_demanded() -> None:
 def test_a_write_under_way_has_an_entry_for_each_of_its_page_that_is_taken_back(entries: int, right: bool) -> None:
     """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 65 meets both."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
-    log.add(Toggle(2, [2], True, 3, [2], on=False, first=0, last=64))
-    log.add(Toggle(4, [64], True, 5, [64], on=True, first=0, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
+    log.add(Toggle(2, [2], True, 3, [2], on=False, first=0))
+    log.add(Toggle(4, [64], True, 5, [64], on=True, first=0))
     log.add(Collection(6, [65], False, 7, [65], 0, 64, [[0, 1, 0, 1]]))
     log.add(Collection(8, [66], True, 9, [66], 0, 64, [[1] * entries]))
     with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
@@ -406,7 +406,7 @@ def test_a_write_under_way_has_an_entry_for_each_of_its_page_that_is_taken_back(
 def test_what_a_collection_takes_back_is_no_reason_for_its_own_entries() -> None:
     """It is taken back afterwards: page 2 has one write, and three entries in the same collection."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0, last=64))
+    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     log.add(Collection(2, [2], False, 3, [4], 0, 64, [[0, 1, 2, 2, 2]]))
     log.add(Collection(4, [4], True, 5, [4], 0, 64, [[3]]))
     with pytest.raises(ContractBroken, match="DUPLICATE"):

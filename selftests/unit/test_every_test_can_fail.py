@@ -29,7 +29,6 @@ OTHERWISE = {
     "test_a_mapping_that_is_longer_than_the_ring_ends_with_it": "memory answers",
     "test_without_a_ring_there_is_none_to_read": "memory answers",
     "test_a_large_slot_takes_no_bitmap_in_ring_mode": "compares with the modes that take one",
-    "test_a_slot_of_a_ring_mode_vm_is_tracked_or_not_as_its_flags_say": "an error would be raised",
 }
 
 

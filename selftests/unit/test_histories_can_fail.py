@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lib import uapi
+from lib import known_bugs, uapi
 from lib.dirty_bitmap import BITS_PER_WORD
 from lib.dirty_model import Entry
 from lib.history import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
@@ -24,6 +24,7 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.vcpu import Vcpu
 from lib.vm import Vm
+from selftests.test_histories import RING_RESET_BUG
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = range(6)  # as many as in the quick form of test_histories.py
@@ -208,6 +209,10 @@ def test_a_script_runs_by_itself(kvm: Kvm) -> None:
     assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
 
 
+def test_the_known_bug_that_is_kept_off_is_on_the_list() -> None:
+    assert RING_RESET_BUG in {bug.id for bug in known_bugs.load()}
+
+
 @pytest.mark.parametrize("exit_reason", [uapi.KVM_EXIT_DIRTY_RING_FULL, uapi.KVM_EXIT_HLT], ids=["too-early", "never"])
 def test_a_full_ring_that_is_told_wrongly(
     kvm: Kvm, host: Host, lacks: Callable[[str], None], needs_log_mode: Callable[[str], None],
@@ -299,6 +304,7 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
 import sys
 for name in sys.argv[1:]: __import__(name)
 from lib.history_search import search
+from selftests import test_histories
 made = []
 search(made.append, False, range(3))
 print(made)

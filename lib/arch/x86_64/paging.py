@@ -10,7 +10,6 @@ from lib.memory import GIB, KIB, MIB, align_down
 
 PAGE_SIZE = 4 * KIB
 _ENTRIES = 512
-_ENTRY_SIZE = 8
 
 # Intel SDM volume 3, "Paging"; AMD APM volume 2, "Page translation and protection"
 _PRESENT, _WRITABLE, _USER, _PAGE_SIZE_BIT = 1 << 0, 1 << 1, 1 << 2, 1 << 7
