@@ -46,6 +46,7 @@ class WritersVm:
     :param shapes: number of pages and backing of each slot
     :param ring_count: entries of a dirty ring, for the ring modes
     :param pace: see :mod:`lib.writers`
+    :param guest_mode: a key of ``GUEST_MODES``; with pages of more than 4 KiB there can be one slot only
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
     """
 
@@ -57,12 +58,13 @@ class WritersVm:
         streams: Sequence[WriteStream],
         ring_count: int = 4096,
         pace: int = SPARSE,
+        guest_mode: str = "48bit-4k",
     ) -> None:
         self.mode = make_log_mode(mode, ring_count)
         self.ring_count = ring_count
         npages = sum(count for count, _ in shapes)
         data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
-        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), arch.GUEST_MODES["48bit-4k"], data)
+        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), arch.GUEST_MODES[guest_mode], data)
         self.vm = self.guest.vm
         try:
             self.mode.create_vm_done(self.vm)

@@ -15,19 +15,25 @@ import pytest
 
 from lib import uapi
 from lib.arch import current as arch
+from lib.binary_stats import BinaryStats
 from lib.cell import PAGE, Settings
 from lib.collectors import Collectors, Operation, Worker, work_together
 from lib.dirty_bitmap import BITS_PER_WORD, new_bitmap, set_pages
+from lib.host import Host, uses_tdp
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, ClearLog, DirtyRing
+from lib.mapped_pages import Mapped
+from lib.memory import HugePagesMissing
 from lib.selection import smallest_ring
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
 
+Shapes = Sequence[tuple[int, str]]
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
-NPAGES = sum(count for count, _ in SHAPES)
+# Two huge pages and a part of one
+HUGE_SHAPES = [(2 * 512 + 9, "anonymous_thp")]
 # Fewer than the slots have pages: rings fill. With PML this is too small for KVM, and its smallest one is taken
 RING = 512
 # Before a vCPU's writes repeat themselves; a multiple of the guest's batch
@@ -38,18 +44,19 @@ OTHER_SLOT, OTHER_PAGES = 100, 70
 SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
 
 
-def streams(sharing: str, vcpus: int, seed: int) -> list[WriteStream]:
+def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteStream]:
     """What the vCPUs write: all of them everything, each its share, or all the same few pages and now and then others."""
     result = []
+    npages = sum(count for count, _ in shapes)
     for vcpu in range(vcpus):
         draw = random.Random(f"{seed}/{sharing}/{vcpu}")
         if sharing == "same-pages":
-            pages = [draw.randrange(NPAGES) for _ in range(WRITES)]
+            pages = [draw.randrange(npages) for _ in range(WRITES)]
         elif sharing == "own-pages":
-            pages = [draw.randrange(vcpu, NPAGES, vcpus) for _ in range(WRITES)]
+            pages = [draw.randrange(vcpu, npages, vcpus) for _ in range(WRITES)]
         else:
-            few = [0, SHAPES[0][0] - 1, SHAPES[0][0], NPAGES - 1]
-            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(NPAGES) for _ in range(WRITES)]
+            few = [0, shapes[0][0] - 1, shapes[0][0], npages - 1]
+            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(npages) for _ in range(WRITES)]
         result.append(WriteStream(array("I", pages), 0))
     return result
 
@@ -137,8 +144,14 @@ def writing(kvm: Kvm, settings: Settings, outcome: Any, log_mode: str) -> Writin
     ring = max(RING, smallest_ring(kvm)) if issubclass(LOG_MODES[log_mode], DirtyRing) else RING
 
     @contextmanager
-    def of_writers(sharing: str, vcpus: int, on: bool = True) -> Iterator[Collectors]:
-        with outcome.contract(), WritersVm(kvm, log_mode, SHAPES, streams(sharing, vcpus, settings.seed), ring) as vm:
+    def of_writers(
+        sharing: str, vcpus: int, on: bool = True, shapes: Shapes = SHAPES, guest_mode: str = "48bit-4k"
+    ) -> Iterator[Collectors]:
+        its_streams = streams(sharing, vcpus, settings.seed, shapes)
+        with (
+            outcome.contract(),
+            WritersVm(kvm, log_mode, shapes, its_streams, ring, guest_mode=guest_mode) as vm,
+        ):
             of = Collectors(vm)
             vm.start()
             if on:
@@ -184,6 +197,37 @@ def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.
         for _ in range(rounds):
             work(of, draw, [job()])
             switch_all(of, on=False)
+
+
+def test_huge_pages_are_split_and_merged_beside_writers(
+    kvm: Kvm,
+    host: Host,
+    emulates: bool,
+    writing: Writing,
+    thorough: bool,
+    draw: random.Random,
+    lacks: Callable[[str], None],
+) -> None:
+    """They are when tracking goes on and off; another thread collects, in whatever sizes the memory is mapped just then."""
+    if emulates:
+        lacks(f"{host.backend} emulates each instruction of this guest, and maps no page")
+    if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
+        lacks("this KVM has no KVM_CAP_BINARY_STATS_FD")
+    vcpus, rounds, count = (4, 20, 40) if thorough else (2, 2, 8)
+    guest_mode = "48bit-4k" if uses_tdp(host) else "48bit-2m"
+    try:
+        with writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as of:
+            with BinaryStats(of.vm.vm.get_stats_fd()) as stats:
+                assert Mapped.now(stats).pages_2m, "KVM mapped no huge page although the host has them"
+            state: dict[int, bool] = {}
+            for _ in range(rounds):
+                collecting = some_collections(of, random.Random(draw.random()), count)
+                work(of, draw, [some_toggles(of, random.Random(draw.random()), count, state), collecting])
+            switch_all(of, on=False)
+            switch_all(of, on=True)
+            work(of, draw, [some_collections(of, random.Random(draw.random()), count)])
+    except HugePagesMissing as error:
+        lacks(str(error))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
