@@ -191,14 +191,14 @@ class CollectionLog:
     ) -> None:  # fmt: skip
         """Nothing is reported but what may have been written since it was collected last."""
         free = self._pages_still_set(one, checked, toggles, area)
-        last_complete = max((last.start for last in checked if last.end < one.start), default=0)
-        # An entry from before the last complete collection was in that one: what happened by then explains no other.
+        last_complete = max(
+            (last for last in checked if last.end < one.start), key=lambda last: last.start, default=None
+        )
         events: list[Collection | Toggle | Drop] = [
-            *collections,
-            *(toggle for toggle in toggles if toggle.on),
-            *self._drops,
+            event
+            for event in (*collections, *(toggle for toggle in toggles if toggle.on), *self._drops)
+            if event.start < one.end
         ]
-        anew = [event for event in events if event.start < one.end and last_complete < event.end]
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
@@ -221,29 +221,36 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        again = self._times_tracked_anew(source, page, one, anew)
+                        again = self._times_tracked_anew(source, page, one, events, last_complete)
                         if count > (writes + again) * self._entries_per_write:
                             excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
 
     def _times_tracked_anew(
-        self, vcpu: int, page: int, one: Collection, events: Iterable[Collection | Toggle | Drop]
-    ) -> int:
-        """How often *events* may have tracked the page anew while *vcpu*'s write to it was under way: see the exemptions."""
+        self, vcpu: int, page: int, one: Collection, events: Iterable[Collection | Toggle | Drop],
+        last_complete: Collection | None,
+    ) -> int:  # fmt: skip
+        """How often *events* may have tracked the page anew while *vcpu*'s write to it was under way: see the exemptions.
+
+        What was logged before the last complete collection was in that one: an event before it is no reason for a second
+        entry after it, unless the write was under way all the time, with its first entry still to be logged
+        (``fast_pf_fix_direct_spte()`` again: no harvest waits for a vCPU).
+        """
         return sum(
             sum(ring[page] for its, ring in enumerate(event.rings) if event is not one or its != vcpu)
             if isinstance(event, Collection)
             else 1
             for event in events
             if self._under_way(vcpu, page, event)
+            and (last_complete is None or last_complete.start < event.end or self._under_way(vcpu, page, last_complete))
         )
 
     def _check_lost(
         self, one: Collection, collections: Sequence[Collection], checked: Sequence[Collection], since: Toggle | None,
         on_ranges: Sequence[Sequence[tuple[int, int]]], owed: list[tuple[int, int, int]], area: range,
     ) -> list[tuple[int, int, int]]:  # fmt: skip
-        """All that was written before *one* began is reported; returns what may come in the next collection only."""
+        """All that was written before *one* began is reported; returns what may still come in a later one."""
         if (
             since is not None
             and self._initially_set

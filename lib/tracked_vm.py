@@ -76,7 +76,6 @@ class TrackedVm:
         )
         self.vm = self.guest.vm
         self._lists: list[int] = []
-        self._entries = ring_count
         try:
             self.mode.create_vm_done(self.vm)
             if prepare is not None:

@@ -26,7 +26,7 @@ _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
 # In place of a kernel: the one that runs here, with its own KVM as it is loaded
 _HOST = "host"
 _CONTRACT = ["selftests", "--ignore=selftests/unit"]
-# pytest's own exit statuses there; where nothing ran, this host has no KVM
+# pytest's own exit statuses there; where nothing ran, this host may have no KVM, and another kernel may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: 125}
 _VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
 
@@ -95,7 +95,10 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
             status = process.wait()
         except KeyboardInterrupt:
             status = process.wait()  # it got the signal too, and ends in an orderly way
-    if kernel == _HOST:
+    killed = status < 0
+    if killed:
+        status = 125
+    elif kernel == _HOST:
         status = _HOST_STATUSES.get(status, status)
     results = folder / "results.json"
     data = json.loads(results.read_text()) if results.exists() else {"cells": [], "tests": [], "host": {}, "end": {}}
@@ -103,7 +106,7 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
     ended = data["end"].get("text", "finished")
     reason = "" if status == 0 else "tests failed" if status == 1 and ended == "finished" else ended
     if status not in (0, 1) and ended == "finished":
-        reason = lines[-1].removeprefix("cannot test: ")
+        reason = "a signal ended it" if killed else lines[-1].removeprefix("cannot test: ")
     release = data["host"].get("kernel", kernel)
     return Run(kernel, parameters, status, data["cells"], data["tests"], release, reason)
 

@@ -64,7 +64,7 @@ def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operat
 
 @pytest.fixture(params=["smallest-ring", "large-ring"])
 def size(request: pytest.FixtureRequest, kvm: Kvm, ring_mode: str) -> int:
-    """The entries of a ring that fills again and again, and of one that never does, so that no vCPU waits for a reset."""
+    """The entries of a ring that fills again and again, and of one that does not where the CPU makes the stores."""
     return LARGE if request.param == "large-ring" else smallest_ring(kvm)
 
 

@@ -8,7 +8,7 @@ lets that store pass.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -78,16 +78,15 @@ def slot(
 
 
 @pytest.fixture
-def pages(thorough: bool) -> list[int]:
-    """Which pages to store to, one after the other."""
-    return PAGES * (100 if thorough else 5)
+def turns(thorough: bool) -> int:
+    return 100 if thorough else 5
 
 
-def store_beside(vm: TrackedVm, pages: Sequence[int], meetings: int, doings: Iterator[None]) -> None:
-    """Have the vCPU store to each of *pages*, and again right after each of so many *meetings* with the host's *doings*."""
+def store_beside(vm: TrackedVm, meetings: int, doings: Iterator[None]) -> None:
+    """Have the vCPU store to each of PAGES, and again right after each of so many *meetings* with the host's *doings*."""
     meet = Meetings(vm)
     operations = []
-    for page in pages:
+    for page in PAGES:
         address = vm.address(SLOT, page)
         operations += [Operation("store_8", address), *(meet.store(address) for _ in range(meetings))]
     with ThreadPoolExecutor(1) as pool:
@@ -96,11 +95,11 @@ def store_beside(vm: TrackedVm, pages: Sequence[int], meetings: int, doings: Ite
         host.result()
 
 
-def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, pages: Sequence[int]) -> None:
+def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, turns: int) -> None:
     """To a page that was writable until then; where all pages are dirty at first, until these were cleared."""
 
     def doings() -> Iterator[None]:
-        for page in pages:
+        for page in PAGES:
             slot.set_tracking(SLOT, on=True)
             first = slot.collect() if slot.mode.initially_set else None
             yield  # before all that takes time: the vCPU shall not wait for more than the ioctl
@@ -111,19 +110,22 @@ def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, pages: Se
             yield
             slot.hold_to("a store right after tracking was switched on", {SLOT: [page]}, reported)
 
-    store_beside(slot, pages, 2, doings())
+    for _ in range(turns):
+        store_beside(slot, 2, doings())
 
 
-def test_a_store_right_after_a_collection(slot: TrackedVm, pages: Sequence[int]) -> None:
+def test_a_store_right_after_a_collection(slot: TrackedVm, turns: int) -> None:
     """GET, GET and CLEAR, or a harvest and its reset, of a page that was stored to just before."""
     slot.switch_on(SLOT)
 
     def doings() -> Iterator[None]:
         before: list[int] = []
-        for page in pages:
+        for page in PAGES:
             reported = slot.collect()
             yield
             slot.hold_to("a store right after a collection, and one to another page", {SLOT: [*before, page]}, reported)
             before = [page]
 
-    store_beside(slot, pages, 1, doings())
+    for _ in range(turns):
+        store_beside(slot, 1, doings())
+        slot.expect("a store right after a collection", {SLOT: PAGES[-1:]})

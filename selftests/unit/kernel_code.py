@@ -23,6 +23,13 @@ _DELETE_MODULE = {"x86_64": 176}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+def function_names(module: bytearray) -> set[str]:
+    """The names that *module*, an ELF file, has."""
+    symbols = ELFFile(io.BytesIO(bytes(module))).get_section_by_name(".symtab")
+    assert isinstance(symbols, SymbolTableSection)
+    return {symbol.name for symbol in symbols.iter_symbols()}
+
+
 def replace_function(module: bytearray, name: str, code: bytes) -> tuple[int, int]:
     """Have function *name* of *module*, an ELF file, begin with *code*.
 

@@ -358,15 +358,25 @@ def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(p
         log.check([(0, 64)])
 
 
-@pytest.mark.parametrize(("harvested_since", "right"), [(False, True), (True, False)])
-def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(harvested_since: bool, right: bool) -> None:
-    """Write 2, under way as a slot was deleted, may have two entries, unless a complete harvest came in between."""
+@pytest.mark.parametrize(
+    ("harvest", "last", "right"),
+    [
+        (None, ([3], [0, 1, 2, 2]), True),
+        (([2], [0, 1]), ([3], [2, 2]), True),
+        (([65], [*range(64), 0]), ([67], [1, 2, 2]), False),
+    ],
+    ids=["no-harvest", "under-way-in-the-harvest", "done-before-the-harvest"],
+)
+def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(
+    harvest: tuple[list[int], list[int]] | None, last: tuple[list[int], list[int]], right: bool
+) -> None:
+    """Write 2, under way as a slot was deleted, may have two entries; write 66, to the same page, has one."""
     log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
     log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
     log.add(Drop(2, [2], False, 3, [2]))
-    if harvested_since:
-        log.add(Collection(4, [2], False, 5, [2], 0, 64, [[0, 1]]))
-    log.add(Collection(6, [3], True, 7, [3], 0, 64, [[2, 2] if harvested_since else [0, 1, 2, 2]]))
+    if harvest is not None:
+        log.add(Collection(4, harvest[0], False, 5, harvest[0], 0, 64, [harvest[1]]))
+    log.add(Collection(6, last[0], True, 7, last[0], 0, 64, [last[1]]))
     with nullcontext() if right else pytest.raises(ContractBroken, match="DUPLICATE"):
         log.check([(0, 64)])
 

@@ -347,8 +347,17 @@ def test_a_run_of_the_matrix_that_cannot_be(tmp_path: Path) -> None:
     assert "/nonexistent/bzImage" in done.reason or "no qemu" in done.reason
 
 
+@pytest.mark.parametrize("kernel", ["host", "debian:6.12"])
+def test_a_run_of_the_matrix_that_a_signal_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """It is not good, and the next kernel has its turn."""
+    (tmp_path / "pytest.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = matrix.run(kernel, "", tmp_path / "01", [])
+    assert (done.status, done.reason) == (125, "a signal ended it")
+
+
 @pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 125)])
-def test_the_hosts_run_in_a_matrix_has_the_statuses_of_the_others(tmp_path: Path, option: str, status: int) -> None:
+def test_the_hosts_run_in_a_matrix_has_a_status_as_others_have(tmp_path: Path, option: str, status: int) -> None:
     """What ends the whole matrix, and where nothing ran."""
     assert matrix.run("host", "", tmp_path / "01", ["selftests/unit/test_pieces.py", option]).status == status
 
