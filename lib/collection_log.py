@@ -195,10 +195,11 @@ class CollectionLog:
             (last for last in checked if last.end < one.start), key=lambda last: last.start, default=None
         )
         events: list[Collection | Toggle | Drop] = [
-            event
-            for event in (*collections, *(toggle for toggle in toggles if toggle.on), *self._drops)
-            if event.start < one.end
+            *collections,
+            *(toggle for toggle in toggles if toggle.on),
+            *self._drops,
         ]
+        events = [event for event in events if event.start < one.end]
         since = self._tracked_since(one, toggles)
         for source, entries in enumerate(one.reported):
             pages = [page for page in entries if page in area]
