@@ -238,13 +238,15 @@ class CollectionLog:
         entry after it, unless the write was under way all the time, with its first entry still to be logged
         (``fast_pf_fix_direct_spte()`` again: no harvest waits for a vCPU).
         """
+        since = 0
+        if last_complete is not None and not self._under_way(vcpu, page, last_complete):
+            since = last_complete.start
         return sum(
             sum(ring[page] for its, ring in enumerate(event.rings) if event is not one or its != vcpu)
             if isinstance(event, Collection)
             else 1
             for event in events
-            if self._under_way(vcpu, page, event)
-            and (last_complete is None or last_complete.start < event.end or self._under_way(vcpu, page, last_complete))
+            if since < event.end and self._under_way(vcpu, page, event)
         )
 
     def _check_lost(
