@@ -222,9 +222,11 @@ class CollectionLog:
                 for page, count in Counter(pages).items():
                     if count > 1 and page in may:
                         writes = sum(self._streams[vcpu].count(page, first, end) for vcpu, first, end in ranges)
-                        again = self._times_tracked_anew(source, page, one, events, last_complete)
-                        if count > (writes + again) * self._entries_per_write:
-                            excess.add(page)
+                        more = count - writes * self._entries_per_write
+                        if more > 0:  # seldom; to look for the reasons takes long
+                            again = self._times_tracked_anew(source, page, one, events, last_complete)
+                            if more > again * self._entries_per_write:
+                                excess.add(page)
                 if excess:
                     self._find(Kind.DUPLICATE, one, source, excess)
 
