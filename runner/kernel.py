@@ -14,9 +14,10 @@ from pathlib import Path
 
 from runner import debian
 from runner.errors import CannotTest
+from runner.store import BUILD, is_complete
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "kernels"
+CACHE = BUILD / "kernels"
 
 # The x86 boot protocol (Documentation/arch/x86/boot.rst): offsets in the image
 _HEADER_MAGIC, _VERSION_POINTER, _XLOADFLAGS = 0x202, 0x20E, 0x236
@@ -51,7 +52,7 @@ def find_kernel(name: str) -> Kernel:
     if path.is_dir():
         return _in_build_tree(path) if _is_build_tree(path) else _in_root(path)
     if path.suffix == ".deb" and path.is_file():
-        return _in_root(debian.unpack(_package_set(path), CACHE))
+        return _in_root(debian.unpack_files(_package_set(path), CACHE))
     if path.is_file():
         return _from_image(path.absolute())
     if "/" not in name and (found := _installed(Path("/"), name)):
@@ -62,7 +63,7 @@ def find_kernel(name: str) -> Kernel:
 
 def kernels_at_hand() -> list[Kernel]:
     """The kernels that can be booted without fetching one, newest first: those fetched from Debian, and installed ones."""
-    roots = [path for path in CACHE.glob("[0-9]*") if debian.is_unpacked(path)]
+    roots = [path for path in CACHE.glob("[0-9]*") if is_complete(path)]
     return _newest_first(kernel for root in (Path("/"), *roots) for kernel in kernels_under(root))
 
 

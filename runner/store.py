@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Folders below build/ that are filled once: locked against two runs at once, and stamped when they are complete."""
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+_COMPLETE = ".complete"  # written last: a folder without it is left over from a run that broke off
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether *folder* was filled to its end."""
+    return (folder / _COMPLETE).exists()
+
+
+def fill(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Have *write* fill *folder*, unless it is complete. It appears in one step, so no other run sees a part of it."""
+    with locked(folder.parent):
+        if not is_complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+                partial = Path(temporary) / "root"
+                partial.mkdir()
+                write(partial)
+                (partial / _COMPLETE).touch()
+                partial.rename(folder)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one run at a time work in *folder*; a run that has to wait says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run that is at work in {shown(folder)}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def shown(path: Path) -> Path:
+    """*path* as messages show it: from the suite's folder if it is in there."""
+    return path.relative_to(BUILD.parent) if path.is_relative_to(BUILD.parent) else path
+
+
+def say(text: str) -> None:
+    """Print what takes time, and why it is done."""
+    print(text, file=sys.stderr, flush=True)
