@@ -64,14 +64,18 @@ def assemble_all() -> None:
 
     :raises GuestProgramError: when there is no assembler, or it rejects a program
     """
-    includes = max(path.stat().st_mtime_ns for path in SOURCES.glob("*.inc"))
     for source in sorted(SOURCES.glob("*.S")):
-        target = OUTPUT / f"{source.stem}.elf"
-        if not target.exists() or target.stat().st_mtime_ns < max(includes, source.stat().st_mtime_ns):
-            _assemble(source, target)
+        assemble(source, OUTPUT / f"{source.stem}.elf")
 
 
-def _assemble(source: Path, target: Path) -> None:
+def assemble(source: Path, target: Path) -> None:
+    """Assemble and link one program, if it is missing or older than its source and the files to include beside that.
+
+    :raises GuestProgramError: when there is no assembler, or it rejects the program
+    """
+    newest = max(path.stat().st_mtime_ns for path in (source, *source.parent.glob("*.inc")))
+    if target.exists() and target.stat().st_mtime_ns >= newest:
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     object_file, linked = target.with_suffix(".o"), target.with_suffix(".tmp")
     _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
