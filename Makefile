@@ -18,12 +18,14 @@ C_TEST ?=
 PYTHON ?= python3
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
+# The tests that boot a kernel know the inside of 6.12's
+FETCH = $(VENV)/bin/python -m runner.fetch $(or $(KERNEL),debian:6.12)
 
 # The matrix as `make test` runs it: everything, but small
 SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix test lint guest_code bench clean
+.PHONY: help run check-kernel matrix test fetch lint guest_code bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,7 +41,11 @@ matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matr
 	@PYTHONPATH=. $(VENV)/bin/python runner/matrix.py "$(MATRIX)" $(ARGS)
 
 test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
-	$(PYTEST) -n $(WORKERS) $(SHORT) $(ARGS)
+	@$(FETCH) || echo "the tests that boot a kernel will not run"
+	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) $(ARGS)
+
+fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, to be there, or be copied, where no network is
+	@$(FETCH)
 
 lint: $(VENV)/dev ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -19,6 +19,7 @@ from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, this_host
+from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
@@ -51,6 +52,7 @@ from runner.kernel_options import (
 )
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, verdict, write_failure
+from runner.store import say
 
 if TYPE_CHECKING:
     from runner.target import Target
@@ -62,6 +64,7 @@ _LONGEST = 7 * 24 * 3600  # seconds
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
 _target_key: "pytest.StashKey[Target]" = pytest.StashKey()
+_remote_tests_key = pytest.StashKey[list[str]]()
 _hint_key = pytest.StashKey[str]()
 
 
@@ -105,7 +108,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
     option = config.option
-    if option.kernel is None or (option.kernel == AT_HAND and (why := _why_not_here(option)) is None):
+    if _is_worker(config):
+        config.args = config.workerinput["args"]  # type: ignore[attr-defined]
+        return None
+    if option.kernel is None:
+        why = None
+    elif option.kernel == AT_HAND:
+        why = _why_not_here(option)
+    else:
+        why = "another kernel is asked for"
+    if why is None:
         if option.kvm_params:
             raise pytest.UsageError(
                 "--kvm-params is for another kernel (--kernel); here, load KVM with these parameters"
@@ -115,6 +127,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     from runner.qemu import Machine
     from runner.target import EMULATION_SIZES, find_target
 
+    if option.kernel == AT_HAND:
+        say(f"KVM cannot be used on this host ({why}): the tests run in a kernel of their own, in QEMU")
     try:
         machine = Machine(
             parse_number("--vm-memory", option.vm_memory, 256),
@@ -122,7 +136,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             option.append,
         )
         limit = min(parse_number("--time-limit", option.time_limit, 1) + (_soak(option) or 0), _LONGEST)
-        target = find_target(option.kernel, option.kvm_params, option.accel, option.cpu_model, machine, limit)
+        target = find_target(
+            option.kernel, option.kvm_params, option.accel, option.cpu_model, option.qemu, machine, limit
+        )
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
     except (CannotTest, OSError, RuntimeError) as error:
@@ -131,10 +147,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             return None
         print(f"cannot test: {error}", file=sys.stderr)
         return CANNOT_TEST
-    if option.kernel == AT_HAND:
-        print(f"KVM cannot be used on this host: {why}\nso this runs in a kernel of its own in QEMU", flush=True)
-    # One process in the kernel: emulated, two only get in each other's way.
-    option.numprocesses, option.dist, option.tx = 0, "no", []
+    tests, here = tests_in_kernel(config)
+    config.args = here
+    if not here:
+        # One process in the kernel: emulated, two only get in each other's way.
+        option.numprocesses, option.dist, option.tx = 0, "no", []
     if target.qemu.emulated:
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
@@ -147,14 +164,16 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if option.xmlpath is None:
         option.xmlpath = f"{option.results}/junit.xml"
     config.stash[_target_key] = target
+    config.stash[_remote_tests_key] = tests
     return None
 
 
 def _why_not_here(option: Any) -> str | None:
     """Why this host's own KVM cannot be used."""
     try:
-        Kvm(option.kvm_device).close()
-    except KvmUnavailable as error:
+        with Kvm(option.kvm_device) as kvm:
+            kvm.create_vm().close()
+    except (KvmUnavailable, KvmError) as error:
         return str(error)
     return None
 
@@ -193,6 +212,7 @@ def _prepare(config: pytest.Config) -> None:
     dimensions = _dimensions(option)
     guest_program.assemble_all()
     if _target_key in config.stash:
+        config.stash[_plan_key] = []
         _prepare_remote(config)
         return
     check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
@@ -231,9 +251,9 @@ def _prepare_remote(config: pytest.Config) -> None:
     options.append(f"--repeat-with={this_pytest()} {shlex.join(kernel_options(option))}")
     if target.qemu.emulated:
         options.append("--emulated")
-    tests = tests_in_kernel(config)
     config.pluginmanager.register(report, "run-report")
-    config.pluginmanager.register(RemoteSession(target, options, tests, results, report), "remote-session")
+    session = RemoteSession(target, options, config.stash[_remote_tests_key], bool(config.args), results, report)
+    config.pluginmanager.register(session, "remote-session")
 
 
 def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
@@ -272,6 +292,7 @@ def pytest_configure_node(node: Any) -> None:
     config = node.config
     plan_data = [(asdict(planned.cell), planned.missing) for planned in config.stash[_plan_key]]
     node.workerinput |= {"seed": config.option.seed, "results": config.option.results, "plan": plan_data}
+    node.workerinput["args"] = config.args  # without the tests that run in another kernel
 
 
 def _vcpus(option: Any) -> tuple[int, ...]:
@@ -318,8 +339,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         settings = config.stash[_settings_key]
         memory = f"{size_text(settings.test_mem)} of test memory (--test-mem), {settings.iterations} iterations (--iterations)"
         chosen = f"sizes    {memory}, rings of {settings.ring_count} entries (--ring-count)"
-        tests = f"tests    {' '.join(tests_in_kernel(config))}"
-        return [*target.lines, chosen, tests, seed]
+        remote_tests = config.stash[_remote_tests_key]
+        tests = f"tests    {' '.join(remote_tests)}"
+        here = [f"         and on this host {' '.join(config.args)}"] if config.args else []
+        return [*target.lines, chosen, tests, *here, seed]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
     unwatched = report.facts.kernel_log if report is not None else None
     return [*environment_lines(this_host()), seed, *([f"kernel log {unwatched}"] if unwatched else [])]

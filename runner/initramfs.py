@@ -26,9 +26,10 @@ from packaging.requirements import Requirement
 from runner.cpio import CpioWriter
 from runner.errors import CannotTest
 from runner.modules import Module
+from runner.store import BUILD, locked
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "initramfs"
+CACHE = BUILD / "initramfs"
 PYTHON = "/usr/bin/python3"
 SITE = "/usr/lib/site-packages"
 _LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -83,9 +84,13 @@ def base_digest() -> str:
 def _base() -> Path:
     """The part that is the same for all runs; it is made if it is not there."""
     path = CACHE / f"python-{base_digest()}.cpio"
-    if path.exists():
-        return path
-    CACHE.mkdir(parents=True, exist_ok=True)
+    with locked(CACHE):
+        if not path.exists():
+            _make_base(path)
+    return path
+
+
+def _make_base(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         tree = Path(folder) / "tree"
         _collect_python(tree)
@@ -98,7 +103,6 @@ def _base() -> Path:
         for old in CACHE.glob("python-*.cpio"):
             old.unlink(missing_ok=True)
         partial.rename(path)
-    return path
 
 
 def _collect_python(tree: Path) -> None:
@@ -175,7 +179,7 @@ def _overlay(modules: Sequence[Module], orders: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
     archive = CpioWriter(file)
     archive.add_file("/init", (ROOT / "runner" / "guest_init.py").read_bytes(), 0o755)
-    parameters = orders["parameters"]
+    parameters = orders["added_parameters"] | orders["parameters"]
     loads = []
     for module in modules:
         mine = [

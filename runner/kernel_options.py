@@ -9,6 +9,8 @@ import pytest
 
 from runner.qemu import ACCELERATORS
 
+_OWN_TESTS = "selftests/unit"
+_CONTRACT = ("selftests", f"--ignore={_OWN_TESTS}")
 ROOT = Path(__file__).resolve().parent.parent
 AT_HAND = "auto"
 
@@ -18,7 +20,7 @@ _MACHINE_OPTIONS = {
     "vm_cpus": ("2", "N", "its CPUs"),
     "time_limit": ("300", "S", "for how long the machine may tell nothing before it is taken to hang"),
 }
-_TEXT_OPTIONS = ("kernel", "kvm_params", "accel", "cpu_model", "append")
+_TEXT_OPTIONS = ("kernel", "kvm_params", "qemu", "accel", "cpu_model", "append")
 # Options of pytest's own that the session in the kernel has to know, and those that make no sense there
 _PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
 _PYTEST_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
@@ -43,6 +45,9 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         group.addoption(option_name(name), metavar=unit, default=default, help=f"{text}; default {default}")
     group.addoption(
         "--accel", choices=ACCELERATORS, help="QEMU's accelerator; default: kvm where it can be nested, else tcg"
+    )
+    group.addoption(
+        "--qemu", metavar="PATH", help="the QEMU to use; default: this host's if it is known to be sound, else Debian's"
     )
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
     group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
@@ -77,22 +82,28 @@ def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -
     return words
 
 
-def tests_in_kernel(config: pytest.Config) -> list[str]:
-    """Which tests are to run there; not the suite's tests of itself, unless they are asked for.
+def tests_in_kernel(config: pytest.Config) -> tuple[list[str], list[str]]:
+    """Which tests are to run there, and which on this host.
+
+    With ``--kernel auto`` the suite's tests of itself stay here; with a kernel that is named they run there if they are
+    asked for by name, and not at all otherwise.
 
     :raises pytest.UsageError: one is not in this suite, or an option does not go with another kernel
     """
     for name, word in _IMPOSSIBLE.items():
         if config.getoption(name):
             raise pytest.UsageError(f"{word} cannot be used with --kernel")
+    stay = config.option.kernel == AT_HAND
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        return ["selftests", "--ignore=selftests/unit"]
-    tests = []
+        return list(_CONTRACT), [_OWN_TESTS] if stay else []
+    there: list[str] = []
+    here: list[str] = []
     for argument in config.args:
         path, separator, name = argument.partition("::")
         try:
             inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
         except ValueError:
             raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
-        tests.append(f"{inside}{separator}{name}")
-    return tests
+        own = inside.is_relative_to(_OWN_TESTS)
+        (here if stay and own else there).append(f"{inside}{separator}{name}")
+    return there, here

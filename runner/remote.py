@@ -2,6 +2,7 @@
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
 import signal
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,14 +40,18 @@ _NOT_THE_TESTS = (Ending.EMULATOR_FAULT, Ending.NOT_TESTED)
 class RemoteSession:
     """A plugin that runs pytest with *options* and *tests* as its arguments in the kernel of *target*.
 
+    :param tests_here: whether some tests of the session run on this host, before those
     :param results: where the files go
     :param report: takes the facts of the run from here
     """
 
-    def __init__(self, target: Target, options: list[str], tests: list[str], results: Path, report: RunReport) -> None:
+    def __init__(
+        self, target: Target, options: list[str], tests: list[str], tests_here: bool, results: Path, report: RunReport
+    ) -> None:
         self._target = target
         self._options = options
         self._tests = tests
+        self._tests_here = tests_here
         self._results = results
         self._report = report
         self._items: dict[str, tuple[Any, Any]] = {}
@@ -56,12 +61,14 @@ class RemoteSession:
         self._output = ""
         self.end: End | None = None
 
-    def pytest_collection(self) -> bool:
-        """Nothing is collected here."""
-        return True
+    def pytest_collection(self) -> bool | None:
+        """Nothing is collected here, unless tests run here too."""
+        return None if self._tests_here else True
 
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Boot the kernel, as often as the emulator's faults make it necessary."""
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
+        """After the tests of this host boot the kernel, as often as the emulator's faults make it necessary."""
+        done = yield
         self._session = session
         self._config = session.config
         previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -72,7 +79,7 @@ class RemoteSession:
         finally:
             signal.signal(signal.SIGTERM, previous)
         self._close(self.end)
-        return True
+        return done
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -117,6 +124,7 @@ class RemoteSession:
         tests = self._left if self._items else self._tests
         return {
             "parameters": self._target.parameters,
+            "added_parameters": self._target.added,
             "keep_off_cpu_0": self._target.qemu.emulated,
             "command": [
                 initramfs.PYTHON,
@@ -192,7 +200,7 @@ class RemoteSession:
         elif "items" in message and not self._items:
             self._items = message["items"]
             self._left = list(self._items)
-            self._session.testscollected = len(self._items)
+            self._session.testscollected += len(self._items)
         elif "start" in message:
             self._running = message["start"]
             self._config.hook.pytest_runtest_logstart(nodeid=self._running, location=self._location(self._running))

@@ -69,6 +69,7 @@ class RunReport:
         self._tests: dict[str, dict[str, str]] = {}
         self._on_kvm = 0
         self._not_on_kvm: list[str] = []
+        self._not_run: dict[str, list[str]] = {}
         self._caught: dict[str, list[str]] = {}
         self._migrations: dict[str, dict[str, Any]] = {}
         self._tests_by_title: dict[str, list[str]] = {}
@@ -78,6 +79,8 @@ class RunReport:
             return
         properties: dict[str, Any] = dict(report.user_properties)
         outcome, reason = verdict(report, properties)
+        if outcome == "skipped":
+            self._not_run.setdefault(reason, []).append(report.nodeid)
         if properties.get("kvm"):
             if outcome == "skipped":
                 self._not_on_kvm.append(reason)
@@ -151,6 +154,14 @@ class RunReport:
                 terminalreporter.line(f"{fault}: {', '.join(sorted(within))}")
         if self.kernel_reports:
             self._show_kernel_reports(terminalreporter)
+        if self._not_run:
+            terminalreporter.section("not run: how many tests of which files, and why")
+            for line in table.not_run_lines(self._not_run):
+                terminalreporter.line(line)
+            if not self.facts.machine:
+                terminalreporter.line(
+                    "a kernel of its own has what many of them need: make check-kernel KERNEL=debian:6.12"
+                )
         if self._nothing_ran:
             reasons = "; ".join(dict.fromkeys(self._not_on_kvm)) or "none that was selected needs it"
             terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)

@@ -56,6 +56,18 @@ def migration_lines(migrations: Sequence[Row]) -> list[str]:
     ]
 
 
+def not_run_lines(tests: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line per reason for which tests did not run, the one that kept most from running first.
+
+    :param tests: for each reason the tests' ids
+    """
+    lines = []
+    for reason, ids in sorted(tests.items(), key=lambda item: -len(item[1])):
+        files = dict.fromkeys(test.partition("::")[0].removeprefix("selftests/") for test in ids)
+        lines.append(f"{len(ids):5} of {', '.join(files)}: {reason}")
+    return lines
+
+
 _SHORT = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip"}
 
 

@@ -6,11 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import CannotTest
-from runner.kernel import ROOT, Kernel, find_kernel, kernels_at_hand
+from runner.kernel import Kernel, find_kernel, kernels_at_hand
 from runner.kernel_options import AT_HAND
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
-from runner.qemu import INSTALL, Machine, Qemu, available_memory, find_qemu
+from runner.qemu import Machine, Qemu, available_memory, find_qemu
+from runner.store import shown
 
+# The kernel to fetch where none is at hand: the one that the suite is run in most
+DEFAULT_KERNEL = "debian:6.12"
+# Lets a guest have KVM emulate an instruction of its choice: 131 tests of KVM's emulator need it, and no other notices.
+EMULATION_PREFIX = {"kvm.force_emulation_prefix": "1"}
 # Sizes at which a cell takes seconds where every instruction is emulated, as the suite's options have them
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
@@ -20,12 +25,14 @@ class Target:
     """A kernel, and the machine to boot it in.
 
     :ivar parameters: those of KVM's modules that are asked for
+    :ivar added: those that the suite adds
     :ivar time_limit: for how long the machine may tell nothing, in seconds
     """
 
     kernel: Kernel
     modules: list[Module]
     parameters: dict[str, str]
+    added: dict[str, str]
     qemu: Qemu
     machine: Machine
     time_limit: float
@@ -39,21 +46,22 @@ class Target:
     @property
     def booted_machine(self) -> Machine:
         """The machine with all of the kernel's command line: the parameters are there too, for a KVM that is built in."""
-        parameters = (f"{name}={value}" for name, value in self.parameters.items())
+        parameters = (f"{name}={value}" for name, value in (self.added | self.parameters).items())
         return replace(self.machine, append=" ".join((*parameters, self.machine.append)))
 
     @property
     def lines(self) -> list[str]:
         """What a run's header tells of it."""
         image = self.kernel.image
-        shown = image.relative_to(ROOT) if image.is_relative_to(ROOT) else image
-        asked = " ".join(f"{name}={value}" for name, value in self.parameters.items()) or "none asked for"
+        asked = _words(self.parameters) or "none asked for"
+        added = f"; added: {_words(self.added)}" if self.added else ""
         spare = " and a spare one" if self.qemu.emulated else ""
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
-            f"kernel   {self.kernel.release} ({shown})",
+            f"kernel   {self.kernel.release} ({shown(image)})",
             f"machine  {self.qemu}, {self.machine.cpus} CPUs{spare}, {self.machine.memory} MiB{append}",
-            f"params   {asked}",
+            *(f"withheld from the CPU: {gap}" for gap in self.qemu.gaps),
+            f"params   {asked}{added}",
         ]
 
     @property
@@ -62,7 +70,9 @@ class Target:
         return {
             "image": str(self.kernel.image),
             "parameters": self.parameters,
-            "qemu": self.qemu.version,
+            "added_parameters": self.added,
+            "qemu": self.qemu.emulator.version,
+            "qemu_origin": self.qemu.emulator.origin,
             "accel": self.qemu.accel,
             "emulated": self.qemu.emulated,
             "cpu_model": self.qemu.cpu_model,
@@ -74,24 +84,36 @@ class Target:
 
 
 def find_target(
-    kernel: str, parameters: str, accel: str | None, cpu_model: str | None, machine: Machine, time_limit: float
+    kernel: str,
+    parameters: str,
+    accel: str | None,
+    cpu_model: str | None,
+    qemu: str | None,
+    machine: Machine,
+    time_limit: float,
 ) -> Target:
-    """Find and check all that is needed to test *kernel*.
+    """Find and check all that is needed to test *kernel*, and fetch what can be fetched.
 
     :param kernel: as :func:`~runner.kernel.find_kernel` takes it, or ``auto`` for one that is at hand
     :raises CannotTest: something is missing or does not fit
     """
     wanted = parse_parameters(parameters)
-    qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted})
-    if kernel == AT_HAND:
-        found = next(iter(kernels_at_hand()), None)
-        if found is None:
-            raise CannotTest(f"no kernel to boot is at hand: {INSTALL} linux-image-cloud-amd64")
-    else:
-        found = find_kernel(kernel)
+    found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
+    at_hand = kernels_at_hand() if kernel == AT_HAND else []
+    found = at_hand[0] if at_hand else find_kernel(DEFAULT_KERNEL if kernel == AT_HAND else kernel)
     free = available_memory()
     if machine.memory > free:
         raise CannotTest(f"--vm-memory: {machine.memory} MiB are not there, the host has {free} MiB free")
-    modules = kvm_modules(found, qemu.vendor)
-    check_parameters(wanted, modules, qemu.vendor)
-    return Target(found, modules, wanted, qemu, machine, time_limit)
+    modules = kvm_modules(found, found_qemu.vendor)
+    check_parameters(wanted, modules, found_qemu.vendor)
+    added = {
+        name: value
+        for name, value in EMULATION_PREFIX.items()
+        if name not in wanted
+        and any(name == f"{module.name}.{known}" for module in modules for known in module.parameters)
+    }
+    return Target(found, modules, wanted, added, found_qemu, machine, time_limit)
+
+
+def _words(parameters: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in parameters.items())

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What is known of emulators, and what the probe finds in one; the probe runs in QEMU, where there is one."""
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from runner import emulator_probe
+from runner.emulator import Emulator, find_emulator
 from runner.emulator_faults import FAULTS, faults_of, sound, unexplained, withheld, without
 from runner.emulator_probe import CHECKS, judge, probe
 from runner.errors import CannotTest
-from runner.qemu import INSTALL
 
 ACCEL = "tcg,thread=multi"
 # The output of the probe on a sound CPU
@@ -36,33 +33,31 @@ PLANTED = {
 
 
 @pytest.fixture
-def qemu() -> str:
-    path = shutil.which("qemu-system-x86_64")
-    if path is None:
-        pytest.skip(f"there is no QEMU here ({INSTALL})")
-    return path
+def qemu() -> Emulator:
+    """The QEMU of this host, whatever its faults, else Debian's."""
+    try:
+        return find_emulator(None, emulates=False)
+    except CannotTest as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
-def known(qemu: str) -> set[str]:
+def known(qemu: Emulator) -> set[str]:
     """The checks that fail in this QEMU."""
-    done = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True)
-    match = re.search(r"version (\S+)", done.stdout)
-    assert match
-    return {check for fault in faults_of(match[1]) for check in fault.checks}
+    return {check for fault in faults_of(qemu.version) for check in fault.checks}
 
 
-def test_the_probe_finds_what_is_known(qemu: str, known: set[str]) -> None:
+def test_the_probe_finds_what_is_known(qemu: Emulator, known: set[str]) -> None:
     """In the QEMU of this host: what is known of its version and no more, and nothing once it is withheld."""
-    failed = probe([qemu], "max", ACCEL)
+    failed = probe(qemu.command, "max", ACCEL)
     assert set(failed) == known
     assert not unexplained(failed)
-    assert probe([qemu], without("max", withheld(failed)), ACCEL) == {}
+    assert probe(qemu.command, without("max", withheld(failed)), ACCEL) == {}
 
 
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_probe_finds_a_gap(
-    qemu: str, known: set[str], planted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    qemu: Emulator, known: set[str], planted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     old, new, found = PLANTED[planted]
     text = emulator_probe.SOURCE.read_text()
@@ -71,15 +66,15 @@ def test_the_probe_finds_a_gap(
     source.write_text(text.replace(old, new))
     monkeypatch.setattr(emulator_probe, "SOURCE", source)
     monkeypatch.setattr(emulator_probe, "OUTPUT", tmp_path / "probe.elf")
-    assert set(probe([qemu], "max", ACCEL)) | known == found | known
+    assert set(probe(qemu.command, "max", ACCEL)) | known == found | known
 
 
 @pytest.mark.parametrize(
     ("cpu_model", "said"), [("max,-svm", "no SVM"), ("nonsense", "nonsense")], ids=["without-svm", "unknown"]
 )
-def test_a_cpu_that_cannot_be_probed(qemu: str, cpu_model: str, said: str) -> None:
+def test_a_cpu_that_cannot_be_probed(qemu: Emulator, cpu_model: str, said: str) -> None:
     with pytest.raises(CannotTest, match=said):
-        probe([qemu], cpu_model, ACCEL)
+        probe(qemu.command, cpu_model, ACCEL)
 
 
 def test_a_program_that_does_not_run(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import cast
 
 import pytest
 
-from runner import debian, matrix
+from runner import check_kernel, debian, matrix
 from runner.cpio import CpioWriter
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
-from runner.guest_init import BEGINS, comparable
+from runner.guest_init import BEGINS, comparable, took_effect
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
@@ -214,6 +214,20 @@ def test_values_of_parameters_have_several_spellings(one: str, other: str) -> No
     assert comparable(one) == comparable(other)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "found"), [("force", "Y"), ("auto", "Y"), ("auto", "N"), ("off", "N"), ("never", "never")]
+)
+def test_words_that_a_parameter_does_not_show(wanted: str, found: str) -> None:
+    """A word of kvm.nx_huge_pages is compared by what it means."""
+    assert took_effect(wanted, found)
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("force", "N"), ("1", "N"), ("off", "Y"), ("never", "N")])
+def test_a_word_that_took_no_effect(wanted: str, found: str) -> None:
+    """A value that the kernel did not follow is seen, whatever word it is."""
+    assert not took_effect(wanted, found)
+
+
 def test_different_values_are_different() -> None:
     assert len({comparable(value) for value in ("0", "1", "2", "auto", "-1")}) == 5
 
@@ -267,13 +281,31 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
     """A WARN as KVM is loaded fails the run; what a test saw is there once; what came at boot is only remarked."""
     report = RunReport(tmp_path, Facts({}, {}, []))
     report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
-    session = RemoteSession(cast(Target, None), [], [], tmp_path, report)
+    session = RemoteSession(cast(Target, None), [], [], False, tmp_path, report)
     titles = ("early", BEGINS, "loading", "seen")
     lines = [f"[    1.0] {'' if title == BEGINS else 'WARNING: '}{title}" for title in titles]
     session.add_reports("\n".join(lines))
     assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
     assert report.kernel_reports[1].known_bug is None
     assert report.remarks == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
+
+
+@pytest.mark.parametrize("spelling", ["--results=out", "--results out"])
+def test_paths_of_a_checked_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    """Files are seen from where the user is, in both spellings of an option; names that are looked up stay as they are."""
+    seen: list[str] = []
+
+    def main(arguments: list[str]) -> int:
+        seen.extend(arguments)
+        return 0
+
+    monkeypatch.setattr("pytest.main", main)
+    monkeypatch.setattr("sys.path", [""])
+    monkeypatch.chdir(tmp_path)
+    assert check_kernel.main(["debian:6.12", *spelling.split(), "--qemu", "qemu-system-x86_64", "--junitxml=~/x"]) == 0
+    assert seen[:2] == ["--kernel=debian:6.12", "-v"]
+    junit = Path("~/x").expanduser()
+    assert seen[2:] == [f"--results={tmp_path / 'out'}", "--qemu=qemu-system-x86_64", f"--junitxml={junit}"]
 
 
 def test_statuses_are_those_of_a_bisection() -> None:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""python -m runner.fetch KERNEL ...: have Debian's QEMU and the kernels in build/, for runs that find no network.
+
+Exit status: 0 when all are there, 125 when one cannot be fetched.
+"""
+
+import sys
+
+from runner.emulator import debian_emulator
+from runner.errors import CANNOT_TEST, CannotTest
+from runner.kernel import find_kernel
+from runner.store import say, shown
+
+
+def main(kernels: list[str]) -> int:
+    """Fetch what is not there yet, and say where it is."""
+    try:
+        emulator = debian_emulator("one is needed where KVM cannot be used")
+        say(f"QEMU {emulator.version} is in {emulator.origin}")
+        for name in kernels:
+            kernel = find_kernel(name)
+            say(f"kernel {kernel.release} is in {shown(kernel.image.parent)}")
+    except CannotTest as error:
+        say(f"cannot fetch: {error}")
+        return CANNOT_TEST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What is fetched from the Debian archive: where from, which QEMU is used, and what a fetch that breaks off leaves."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import apt, emulator, fetch, qemu
+from runner.apt import Suite, mirror
+from runner.emulator import PROGRAM, find_emulator
+from runner.errors import CANNOT_TEST, CannotTest
+from runner.store import fill, is_complete
+
+SOUND, UNSOUND = "10.0.13", "7.2.22"
+
+
+# --- folders that are filled once -------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_filled_once(tmp_path: Path) -> None:
+    """A complete folder is left as it is."""
+    folder = fill(tmp_path / "cache/a", lambda path: (path / "first").touch())
+    fill(folder, lambda path: (path / "second").touch())
+    assert sorted(path.name for path in folder.iterdir()) == [".complete", "first"]
+
+
+def test_a_broken_off_fill_leaves_nothing(tmp_path: Path) -> None:
+    """A fill that fails is not taken for a complete one, and the next one starts from nothing."""
+
+    def fail(path: Path) -> None:
+        (path / "half").touch()
+        raise CannotTest("no space")
+
+    with pytest.raises(CannotTest, match="no space"):
+        fill(tmp_path / "a", fail)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()  # as a copy that was cut short leaves it
+    (tmp_path / "a/half").touch()
+    assert not is_complete(tmp_path / "a")
+    fill(tmp_path / "a", lambda path: (path / "whole").touch())
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".complete", "whole"]
+
+
+def _fill_slowly(folder: Path, log: Path) -> None:
+    def write(path: Path) -> None:
+        with log.open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        (path / "file").touch()
+
+    fill(folder, write)
+
+
+def test_two_runs_that_fill_at_once(tmp_path: Path) -> None:
+    """The second run waits for the first one, and uses what it made."""
+    arguments = (tmp_path / "a", tmp_path / "log")
+    runs = [multiprocessing.Process(target=_fill_slowly, args=arguments) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "x"
+
+
+# --- the archive ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "deb http://mirror.test/debian bookworm main",
+        "deb [signed-by=/key arch=amd64] http://mirror.test/debian bookworm main",
+        "Types: deb\nURIs: http://mirror.test/debian\nSuites: bookworm\n",
+    ],
+    ids=["one-line", "with-options", "deb822"],
+)
+def test_the_mirror_of_apts_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Packages come from the mirror that the machine's apt uses, in either format of its sources."""
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list.d/a.sources").write_text("deb http://other.test/apt stable main\n")
+    (tmp_path / "sources.list.d/b.sources").write_text(f"# deb http://comment.test/debian x main\n{source}\n")
+    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
+    monkeypatch.setattr(apt, "_SOURCES", tmp_path)
+    assert mirror() == "http://mirror.test/debian"
+
+
+def test_no_mirror_but_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where apt has no mirror of Debian's archive, DEBIAN_MIRROR names one."""
+    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
+    monkeypatch.setattr(apt, "_SOURCES", tmp_path)
+    with pytest.raises(CannotTest, match="name one in DEBIAN_MIRROR=URI"):
+        mirror()
+    monkeypatch.setenv("DEBIAN_MIRROR", "http://named.test/debian")
+    assert mirror() == "http://named.test/debian"
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that cannot be reached, and nothing in the cache."""
+    if not Path(apt._KEYRING).exists():
+        pytest.skip(f"{apt._KEYRING} is not there (apt install debian-archive-keyring)")
+    monkeypatch.setenv("DEBIAN_MIRROR", "file:///nonexistent/debian")
+    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
+    Suite.updated.cache_clear()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what could not be fetched, and how to fetch it elsewhere and carry it over."""
+    assert fetch.main(["debian:6.12"]) == CANNOT_TEST
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 2, shown
+    assert shown[0].startswith("fetching QEMU, about 40 MB of Debian packages, into ")
+    assert shown[1].startswith("cannot fetch: apt-get update (trixie) failed: ")
+    assert "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here" in shown[1]
+
+
+@pytest.mark.parametrize("tool", ["apt-get", "apt-cache", "dpkg-deb"])
+def test_a_machine_without_apt(monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    """The missing tool is named."""
+    monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/usr/bin/{name}")
+    with pytest.raises(CannotTest, match=f"fetched with {tool}, which this machine lacks"):
+        Suite("trixie")
+
+
+# --- which QEMU -------------------------------------------------------------------------------------------------------
+
+
+def make_qemu(folder: Path, version: str) -> Path:
+    """A program that says it is QEMU of *version*."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROGRAM
+    path.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian 1:{version})'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def host_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which this host's QEMU is looked for; Debian's, if it is asked for, has the version "fetched"."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+
+    def fetched(why: str) -> emulator.Emulator:
+        return emulator.Emulator(("fetched",), "fetched", why)
+
+    monkeypatch.setattr(emulator, "debian_emulator", fetched)
+    monkeypatch.setattr(emulator, "PROGRAM", "qemu-of-the-test")
+    return tmp_path / "bin"
+
+
+def install(folder: Path, version: str) -> Path:
+    return make_qemu(folder, version).rename(folder / "qemu-of-the-test")
+
+
+def test_a_sound_qemu_of_the_host(host_qemu: Path) -> None:
+    """A QEMU whose emulation has no known fault is used as it is."""
+    path = install(host_qemu, SOUND)
+    found = find_emulator(None, emulates=True)
+    assert (found.command, found.version) == ((str(path),), SOUND)
+
+
+def test_an_unsound_qemu_of_the_host(host_qemu: Path) -> None:
+    """Debian's takes its place, and the reason names the fault."""
+    install(host_qemu, UNSOUND)
+    found = find_emulator(None, emulates=True)
+    assert found.version == "fetched"
+    assert found.origin.startswith(f"this host's QEMU {UNSOUND} lets a guest set XCR0 behind KVM's back")
+
+
+def test_an_unsound_qemu_that_does_not_emulate(host_qemu: Path) -> None:
+    """Faults of the emulation do not matter where the host's CPU runs the guest."""
+    install(host_qemu, UNSOUND)
+    assert find_emulator(None, emulates=False).version == UNSOUND
+
+
+def test_a_host_without_qemu(host_qemu: Path) -> None:
+    """Debian's is taken, with the reason."""
+    assert not host_qemu.exists()
+    found = find_emulator(None, emulates=True)
+    assert (found.version, found.origin) == ("fetched", "this host has no qemu-of-the-test")
+
+
+def test_a_qemu_that_is_named(host_qemu: Path, tmp_path: Path) -> None:
+    """--qemu is used whatever its version; one that is not there, or is no QEMU, is one line."""
+    install(host_qemu, SOUND)
+    named = str(make_qemu(tmp_path / "named", UNSOUND))
+    assert find_emulator(named, emulates=True).version == UNSOUND
+    with pytest.raises(CannotTest, match="--qemu /nonexistent: there is no such program"):
+        find_emulator("/nonexistent", emulates=True)
+    with pytest.raises(CannotTest, match="/bin/true is not a QEMU that runs here: "):
+        find_emulator("/bin/true", emulates=True)
+
+
+def test_an_unsound_qemu_and_no_network(
+    host_qemu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is used all the same, and one line says so and why."""
+
+    def fetched(_why: str) -> emulator.Emulator:
+        raise CannotTest("no network")
+
+    monkeypatch.setattr(emulator, "debian_emulator", fetched)
+    install(host_qemu, UNSOUND)
+    assert find_emulator(None, emulates=True).version == UNSOUND
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "it is used all the same, as no other can be had: no network" in line
+
+
+@pytest.mark.usefixtures("no_network")
+def test_no_qemu_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the way to carry one over."""
+    monkeypatch.setattr(emulator, "PROGRAM", "qemu-of-the-test")
+    with pytest.raises(CannotTest, match="run make fetch in a clone that has it"):
+        qemu.find_qemu(None, "tcg", ())
