@@ -70,6 +70,7 @@ def test_without_kvm_nothing_is_green(suite: Suite) -> None:
     assert done.returncode == NOTHING_RAN
     assert "NOTHING WAS TESTED" in done.stdout
     assert "/nonexistent does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd)" in done.stdout
+    assert re.search(r"^ +\d+ of test_dirty_log\.py: /nonexistent does not exist", done.stdout, re.MULTILINE)
 
 
 def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:

@@ -22,7 +22,7 @@ from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
-from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere
+from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, not_run_lines, skipped_everywhere
 from runner.target import Target
 
 RELEASE = "6.12.0-test"
@@ -457,6 +457,24 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
         ["test_a.py::test_c", "1s", "2k"],
     ]
     assert skipped_everywhere([one, [*two[:2], row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
+
+
+def test_what_did_not_run_has_a_line_each() -> None:
+    """A line per reason, the one that kept most from running first, with the files of its tests."""
+    lines = not_run_lines(
+        {
+            "no SMM": ["selftests/x86_64/test_smm.py::test_a"],
+            "no SVM": [
+                "selftests/x86_64/test_b.py::test_b[x]",
+                "selftests/x86_64/test_b.py::test_b[y]",
+                "selftests/test_c.py::d",
+            ],
+        }
+    )
+    assert [line.strip() for line in lines] == [
+        "3 of x86_64/test_b.py, test_c.py: no SVM",
+        "1 of x86_64/test_smm.py: no SMM",
+    ]
 
 
 def test_the_host_is_a_kernel_of_the_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
