@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,11 +20,12 @@ from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, this_host
+from lib.host_limits import FILES, HostLimit, explain_error, file_limits, tightest
 from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.log_modes import LOG_MODES
-from lib.memory import BACKINGS, HugePagesMissing, size_text
+from lib.memory import BACKINGS, size_text
 from lib.report import Context, context_lines, environment_lines, failure_data, failure_text, this_pytest
 from lib.selection import (
     DEFAULT_VCPUS,
@@ -37,7 +39,7 @@ from lib.selection import (
     parse_number,
     parse_size,
     plan,
-    workers_in_memory,
+    workers_here,
 )
 from lib.tracked_vm import ContractBroken
 from runner.errors import CANNOT_TEST, CannotTest
@@ -192,10 +194,16 @@ def pytest_configure(config: pytest.Config) -> None:
         _prepare(config)
     except (SelectionError, guest_program.GuestProgramError, known_bugs.KnownBugsError) as error:
         raise pytest.UsageError(str(error)) from None
+    except Exception as error:
+        if limit := explain_error(error):
+            raise pytest.UsageError(f"nothing can run here: {limit}") from None
+        raise
 
 
 def _prepare(config: pytest.Config) -> None:
     option = config.option
+    if limit := tightest(file_limits(), FILES):
+        raise HostLimit(f"a test opens up to {FILES} files, but {limit}")
     if _is_worker(config):
         # A worker runs the controller's plan: what is free on the host may have changed since, and all must agree.
         controller = config.workerinput  # type: ignore[attr-defined]
@@ -324,12 +332,12 @@ def _settings(option: Any) -> Settings:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """``-n auto``: a worker per CPU, but no more than there is memory for."""
+    """``-n auto``: a worker per CPU, but no more than there are memory and threads for; 0 is none but this process."""
     try:
         settings, vcpus = _settings(config.option), max(_vcpus(config.option))
     except SelectionError:
         return 1  # pytest_configure will say what is wrong
-    return max(1, min(len(os.sched_getaffinity(0)), _MAX_WORKERS, workers_in_memory(settings, vcpus)))
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, workers_here(settings, vcpus))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -379,13 +387,36 @@ Lacks = Callable[[str], NoReturn]
 @pytest.fixture(scope="session")
 def lacks(pytestconfig: pytest.Config) -> Lacks:
     """Call it with what the host lacks to end the test: with a skip, or a failure with --require-kvm."""
+    return partial(_lacks, pytestconfig)
 
-    def lacks(reason: str) -> NoReturn:
-        if pytestconfig.option.require_kvm:
-            pytest.fail(f"required by --require-kvm: {reason}", pytrace=False)
-        pytest.skip(reason)
 
-    return lacks
+def _lacks(config: pytest.Config, reason: str) -> NoReturn:
+    if config.option.require_kvm:
+        pytest.fail(f"required by --require-kvm: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    with _host_limits_told(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    with _host_limits_told(item):
+        return (yield)
+
+
+@contextmanager
+def _host_limits_told(item: pytest.Item) -> Iterator[None]:
+    """Where the host withholds what a test on KVM needs, the host lacks it: that says nothing about KVM."""
+    try:
+        yield
+    except Exception as error:
+        if "kvm" in getattr(item, "fixturenames", ()) and (limit := explain_error(error)):
+            _lacks(item.config, limit)
+        raise
 
 
 @pytest.fixture
@@ -445,9 +476,11 @@ def kvm(lacks: Lacks, settings: Settings, pytestconfig: pytest.Config) -> Iterat
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         lacks(str(error))
-    keep_memory_in_place()
-    with device, _one_vm(device) if pytestconfig.option.emulated else nullcontext():
-        yield device
+    with device:
+        if reason := keep_memory_in_place():
+            lacks(reason)
+        with _one_vm(device) if pytestconfig.option.emulated else nullcontext():
+            yield device
 
 
 @contextmanager
@@ -500,8 +533,7 @@ class Outcome:
     context and the command that repeats them.
     """
 
-    def __init__(self, request: pytest.FixtureRequest, host: Host, settings: Settings, lacks: Lacks) -> None:
-        self._lacks = lacks
+    def __init__(self, request: pytest.FixtureRequest, host: Host, settings: Settings) -> None:
         self._node = request.node
         self._config = request.config
         self._host = host
@@ -522,8 +554,6 @@ class Outcome:
                 self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)
             raise pytest.fail.Exception(text, pytrace=False) from None  # the report says all that the error does
-        except HugePagesMissing as error:
-            self._lacks(str(error))
         except Exception as error:
             error.add_note("\n".join(context_lines(cell, context)))
             raise
@@ -576,9 +606,9 @@ class Outcome:
 
 
 @pytest.fixture
-def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings, lacks: Lacks) -> Outcome:
+def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings) -> Outcome:
     """How a KVM test ends; see :class:`Outcome`."""
-    return Outcome(request, host, settings, lacks)
+    return Outcome(request, host, settings)
 
 
 @pytest.hookimpl(wrapper=True)

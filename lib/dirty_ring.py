@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from lib import uapi
 from lib.arch import current as arch
+from lib.host_limits import explained
 
 ENTRY_SIZE = 16
 _WORDS = ENTRY_SIZE // 4  # 32-bit words per entry: flags, slot, and the two halves of offset
@@ -30,10 +31,9 @@ class DirtyRing:
             )
         self.entries = entries
         self.next = 0
-        self._map = mmap.mmap(
-            fd, entries * ENTRY_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE,
-        )  # fmt: skip
+        size, offset = entries * ENTRY_SIZE, arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+        with explained(f"cannot map a dirty ring of {entries} entries", size):
+            self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
         self._bytes = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._words = self._bytes.cast("I")

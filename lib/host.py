@@ -2,14 +2,17 @@
 """What the tests run on: kernel, KVM's modules and their parameters, CPU."""
 
 import ctypes
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import host_limits
 from lib.arch import current as arch
-from lib.memory import available_memory
+from lib.host_limits import available_memory
 
 _MODULES = Path("/sys/module")
+_NUMA_BALANCING = Path("/proc/sys/kernel/numa_balancing")
 _MPOL_LOCAL = 4  # <linux/mempolicy.h>
 
 
@@ -88,14 +91,32 @@ def splits_eagerly(host: Host) -> bool:
     return uses_tdp(host) and parameters.get("kvm.tdp_mmu") == "Y" and parameters.get("kvm.eager_page_split") == "Y"
 
 
-def keep_memory_in_place() -> None:
+def keep_memory_in_place() -> str | None:
     """Have the kernel leave this process's memory where it is, now and in threads that begin later.
 
     Automatic NUMA balancing takes pages out of the page tables now and then, to see who comes for them; KVM then maps them
     anew, and what it maps writable it reports as dirty (make_spte(), arch/x86/kvm/mmu/spte.c). A policy that is set by hand
     keeps it off (task_numa_work(), kernel/sched/fair.c). Kernels without NUMA do not have the call, and need none.
+
+    :returns: why it cannot be had, and what to do; None when it is not needed or done. One node is no reason to go without:
+        balancing that was switched on takes pages there too
     """
-    ctypes.CDLL(None).syscall(arch.SYS_SET_MEMPOLICY, _MPOL_LOCAL, None, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(arch.SYS_SET_MEMPOLICY, _MPOL_LOCAL, None, 0) == 0:
+        return None
+    code = ctypes.get_errno()
+    try:
+        if _NUMA_BALANCING.read_text().strip() == "0":
+            return None
+    except FileNotFoundError:
+        return None  # a kernel without it
+    except OSError:
+        pass  # hidden: it may be on
+    refused = host_limits.why_not_permitted(code) or errno.errorcode.get(code)
+    return (
+        "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0), and"
+        f" set_mempolicy, which keeps it off, is refused: {refused}"
+    )
 
 
 def _backend() -> str:

@@ -4,7 +4,9 @@
 import ctypes
 import errno
 import os
-from typing import Any
+from typing import Any, NoReturn
+
+from lib.host_limits import HostLimit, explain
 
 _NRBITS, _TYPEBITS, _SIZEBITS = 8, 8, 14
 _TYPESHIFT = _NRBITS
@@ -75,8 +77,17 @@ def ioctl(fd: int, request: int, name: str, arg: Any = None, asked: str = "") ->
     :param name: the ioctl's name, for the error message
     :param asked: the arguments in words, for the error message
     :raises KvmError: when the kernel answers with an error
+    :raises HostLimit: when it does, and a limit of the host's explains that
     """
     result, code = raw_ioctl(fd, request, arg)
     if result < 0:
-        raise KvmError(code, name, asked)
+        fail(code, name, asked)
     return result
+
+
+def fail(code: int, name: str, asked: str = "") -> NoReturn:
+    """Raise what :func:`ioctl` raises for error *code*."""
+    error = KvmError(code, name, asked)
+    if limit := explain(code):
+        raise HostLimit(f"{error}: {limit}") from error
+    raise error

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The system handle: ``/dev/kvm``."""
 
+import errno
+import grp
 import os
+import stat
 from types import TracebackType
 
 from lib import uapi
@@ -9,6 +12,7 @@ from lib.ioctl import ioctl, raw_ioctl
 from lib.vm import Vm
 
 DEFAULT_DEVICE = "/dev/kvm"
+_GROUP_MAY_USE = stat.S_IRGRP | stat.S_IWGRP
 
 
 class KvmUnavailable(Exception):
@@ -51,7 +55,8 @@ class Kvm:
 
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM with the default machine type."""
-        return Vm(ioctl(self.fd, uapi.KVM_CREATE_VM, "KVM_CREATE_VM", 0), self.get_vcpu_mmap_size())
+        size = self.get_vcpu_mmap_size()  # first: if it fails there is no VM to close
+        return Vm(ioctl(self.fd, uapi.KVM_CREATE_VM, "KVM_CREATE_VM", 0), size)
 
     def close(self) -> None:
         """Close the device; VMs made from it live on until they are closed themselves."""
@@ -76,9 +81,27 @@ def _open(device: str) -> int:
             f"{device} does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd), and if that fails switch on VT-x or"
             " SVM in the firmware, or nested virtualization in the hypervisor below"
         ) from None
-    except PermissionError:
-        raise KvmUnavailable(
-            f"{device} may not be opened by this user: join its group (sudo usermod -aG kvm $USER, then log in again)"
-        ) from None
+    except PermissionError as error:
+        raise KvmUnavailable(f"{device} may not be opened by this user: {_how_to_open(device, error)}") from None
     except OSError as error:
         raise KvmUnavailable(f"{device} cannot be opened: {error.strerror}") from None
+
+
+def _how_to_open(device: str, error: PermissionError) -> str:
+    """What to do that this user may open *device*."""
+    elsewhere = "or, without it, make check-kernel KERNEL=debian:6.12"
+    if error.errno == errno.EPERM:
+        return f"the container's list of devices leaves it out (docker run --device {device}), {elsewhere}"
+    try:
+        status = os.stat(device)
+        group = grp.getgrgid(status.st_gid).gr_name
+    except (OSError, KeyError):
+        return f"look at its owner and mode (ls -l {device}), {elsewhere}"
+    if status.st_gid and status.st_mode & _GROUP_MAY_USE == _GROUP_MAY_USE:
+        if status.st_gid in (os.getegid(), *os.getgroups()):
+            return f"look at its access list and the folders above it (getfacl {device}), {elsewhere}"
+        return f"join its group (sudo usermod -aG {group} $USER, then log in again), {elsewhere}"
+    return (
+        f"it is group {group}'s with mode {stat.filemode(status.st_mode)[1:]}"
+        f" (sudo chgrp kvm {device}; sudo chmod 660 {device}; and join group kvm), {elsewhere}"
+    )

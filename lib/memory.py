@@ -11,6 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import host_limits
+from lib.host_limits import HostLimit, explained
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # <linux/mman.h>; Python 3.11's mmap module does not name them
@@ -23,7 +26,7 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 
 
-class HugePagesMissing(Exception):
+class HugePagesMissing(HostLimit):
     """The host gave base pages where huge ones were asked for; the text says what to do."""
 
 
@@ -61,11 +64,8 @@ class Backing:
                     f"{self.name}: needs {needed} free huge pages of {size_text(self.page_size)}, {free} are free"
                     f" (echo {needed} > {pool}/nr_hugepages)"
                 )
-        elif self.page_size:
-            if not _THP.exists():
-                return f"{self.name}: this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
-            if "[never]" in _THP.read_text():
-                return f"{self.name}: transparent huge pages are off (echo madvise > {_THP})"
+        elif self.page_size and (reason := _why_no_thp(self.page_size)):
+            return f"{self.name}: {reason}"
         return None
 
 
@@ -81,6 +81,33 @@ BACKINGS = {
 }
 
 
+def _why_no_thp(page_size: int) -> str | None:
+    """Why memory that asks for transparent huge pages of *page_size* bytes gets none; None when it may."""
+    if not _THP.exists():
+        return "this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
+    if host_limits.status("THP_enabled") == "0":
+        return (
+            "transparent huge pages are off for this process: the program that started it switched them off with"
+            " PR_SET_THP_DISABLE (start the tests from another one)"
+        )
+    # Each size has a switch of its own since Linux 6.8, which may leave it to the common one ("inherit").
+    switch = _THP.parent / f"hugepages-{page_size // KIB}kB" / "enabled"
+    chosen = _chosen(switch)
+    if chosen == "never":
+        return f"transparent huge pages of {size_text(page_size)} are off (echo inherit > {switch})"
+    if chosen in (None, "inherit") and _chosen(_THP) == "never":
+        return f"transparent huge pages are off (echo madvise > {_THP})"
+    return None
+
+
+def _chosen(switch: Path) -> str | None:
+    """The value that a file of several has in brackets; None when there is no such file."""
+    try:
+        return switch.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return None
+
+
 class GuestMemory:
     """*size* bytes (whole pages) of host memory for one memslot at guest-physical address *gpa*.
 
@@ -88,6 +115,7 @@ class GuestMemory:
     only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
 
     :raises GuestMemoryError: when the host cannot provide the memory
+    :raises HostLimit: when a limit is why
     """
 
     def __init__(self, backing: Backing, size: int, gpa: int) -> None:
@@ -106,20 +134,22 @@ class GuestMemory:
         Kernels before 5.14 do not know MADV_POPULATE_WRITE; there the pages come one by one as they are touched.
 
         :raises GuestMemoryError: the host cannot
+        :raises HostLimit: a limit is why
         :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
         """
+        what = f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory"
         try:
-            self._map.madvise(_MADV_POPULATE_WRITE, self._offset, self.size)
+            with explained(what):
+                self._map.madvise(_MADV_POPULATE_WRITE, self._offset, self.size)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                raise GuestMemoryError(
-                    f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory: {error.strerror}"
-                ) from error
+                raise GuestMemoryError(f"{what}: {error.strerror}") from error
             return
         transparent = self.backing.page_size and not self.backing.hugetlb
         if transparent and self.size >= 2 * self.backing.page_size and not self.transparent_huge_size():
             raise HugePagesMissing(
-                f"{self.backing.name}: the host gave no huge page, its memory is fragmented"
+                self.backing.missing(self.size)
+                or f"{self.backing.name}: the host gave no huge page, its memory is fragmented"
                 " (echo 1 > /proc/sys/vm/compact_memory)"
             )
 
@@ -150,16 +180,19 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
         flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
         flags &= ~_MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
     elif backing.shared:
-        fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
-        os.ftruncate(fd, length)
+        fd = _memory_file(backing, length)
     else:
         flags |= mmap.MAP_ANONYMOUS
         length += backing.alignment
+    what = f"cannot map {size_text(size)} of {backing.name} guest memory"
     try:
         mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
-        reason = backing.missing(size) or f"{errno.errorcode.get(error.errno or 0)} ({error.strerror})"
-        raise GuestMemoryError(f"cannot map {size_text(size)} of {backing.name} guest memory: {reason}") from error
+        code = error.errno or 0
+        # The pool of huge pages is a limit of its own; since the test looked, another process may have taken some.
+        if limit := (backing.missing(size) if backing.hugetlb else None) or host_limits.explain(code, length):
+            raise HostLimit(f"{what}: {limit}") from error
+        raise GuestMemoryError(f"{what}: {errno.errorcode.get(code)} ({error.strerror})") from error
     finally:
         if fd >= 0:
             os.close(fd)
@@ -171,12 +204,24 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
     return mapped
 
 
-def available_memory() -> int:
-    """Bytes of memory that the host can give without swapping (``MemAvailable``)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * KIB
-    raise GuestMemoryError("/proc/meminfo has no MemAvailable line")
+def _memory_file(backing: Backing, length: int) -> int:
+    """A file of *length* bytes in memory."""
+    try:
+        with explained(f"cannot make a file of {size_text(length)} for {backing.name} guest memory", length):
+            fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(fd, length)
+            except BaseException:
+                os.close(fd)
+                raise
+    except OSError as error:
+        if reason := host_limits.why_not_permitted(error.errno or 0):
+            raise HostLimit(f"{backing.name}: memfd_create: {reason}") from error
+        name = errno.errorcode.get(error.errno or 0)
+        raise GuestMemoryError(
+            f"cannot make a file of {size_text(length)} of memory: {name} ({error.strerror})"
+        ) from error
+    return fd
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a user asked for: dimension values and settings, from text to checked values."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,20 @@ from lib import uapi
 from lib.arch import current as arch
 from lib.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_data_size, place_test_memory
 from lib.dirty_ring import ENTRY_SIZE
+from lib.host_limits import (
+    THREADS,
+    address_space_limits,
+    available_memory,
+    memory_limits,
+    promise_limits,
+    thread_limits,
+    tightest,
+)
 from lib.ioctl import KvmError
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.matrix import full_matrix, pairwise_matrix
-from lib.memory import BACKINGS, GIB, KIB, MIB, available_memory, size_text
+from lib.memory import BACKINGS, GIB, KIB, MIB, size_text
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "log_mode": tuple(LOG_MODES),
@@ -94,18 +104,25 @@ def check_settings(settings: Settings, vcpus: Sequence[int], workers: int) -> No
         raise SelectionError(f"--ring-count: {count} is not a power of two")
     if max(vcpus) > MAX_VCPUS:
         raise SelectionError(f"--vcpus: {max(vcpus)} is out of range, a page has words for {MAX_VCPUS}")
-    if workers > workers_in_memory(settings, max(vcpus)):
-        needed, free = workers * _worker_memory(settings, max(vcpus)), available_memory()
-        each = f"{workers} at a time need" if workers > 1 else "needs"
+    each = f"{workers} at a time need" if workers > 1 else "needs"
+    needed = _worker_memory(settings, max(vcpus))
+    together = tightest([*memory_limits(), *promise_limits()], workers * needed)
+    if limit := together or tightest(address_space_limits(), needed):
         raise SelectionError(
-            f"--test-mem: {size_text(settings.test_mem)} {each} {needed // MIB} MiB of memory, the host has {free // MIB} MiB"
-            " free (a smaller --test-mem or fewer workers with -n)"
+            f"--test-mem: {size_text(settings.test_mem)} {each} {workers * needed // MIB} MiB of memory, but {limit}"
+            " (or a smaller --test-mem, or fewer workers with -n)"
         )
+    if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
+        raise SelectionError(f"-n: {workers} workers need {workers * THREADS} threads, but {limit} (or fewer workers)")
 
 
-def workers_in_memory(settings: Settings, vcpus: int) -> int:
-    """How many cells with so many vCPUs can run at once in the memory that the host has free."""
-    return available_memory() // _worker_memory(settings, vcpus)
+def workers_here(settings: Settings, vcpus: int) -> int:
+    """How many cells with so many vCPUs can run at once with the memory and the threads that the host grants."""
+    needed = _worker_memory(settings, vcpus)
+    if tightest(address_space_limits(), needed):
+        return 0
+    threads = min((limit.left for limit in thread_limits()), default=sys.maxsize)
+    return max(0, min(available_memory() // needed, threads // THREADS))
 
 
 def _worker_memory(settings: Settings, vcpus: int) -> int:

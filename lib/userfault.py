@@ -6,15 +6,19 @@ import errno
 import os
 import select
 from ctypes import Structure, c_int64, c_uint64
+from pathlib import Path
 from types import TracebackType
 
+from lib import host_limits
 from lib.arch import current as arch
-from lib.ioctl import _IOWR, KvmError, ioctl
+from lib.host_limits import HostLimit
+from lib.ioctl import _IOWR, KvmError, errno_name, ioctl
 
 _UFFD = 0xAA
 _UFFD_API = 0xAA
 _REGISTER_MODE_MISSING = 1 << 0
 _MESSAGE_SIZE = 32
+_CAP_SYS_PTRACE = 19  # <linux/capability.h>
 _ADDRESS_OFFSET = 16  # of a page fault's address in its message
 
 
@@ -37,23 +41,33 @@ _UFFDIO_API = _IOWR(_UFFD, 0x3F, _Api)
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
-class UserfaultUnavailable(Exception):
-    """This kernel or user has no userfaultfd; the text says why."""
+def _why_not(code: int) -> str:
+    """Why this process may not have a userfaultfd."""
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")  # where the kernel has the call (Linux 5.2)
+    if (
+        code == errno.EPERM
+        and not host_limits.capable(_CAP_SYS_PTRACE)
+        and switch.exists()
+        and switch.read_text().strip() == "0"
+    ):
+        return "EPERM, this user may not handle the kernel's page faults (sysctl vm.unprivileged_userfaultfd=1)"
+    if switch.exists() and (reason := host_limits.why_not_permitted(code)):
+        return reason
+    if code == errno.ENOSYS:
+        return "this kernel has none (CONFIG_USERFAULTFD)"
+    return host_limits.explain(code) or errno_name(code)
 
 
 class MissingPages:
     """*size* bytes at *hva*, of memory that nobody has touched yet, whose pages are missing until they are given.
 
-    :raises UserfaultUnavailable: the kernel has no userfaultfd, or this user may not handle the kernel's faults with it
+    :raises HostLimit: the kernel has no userfaultfd, or this user may not handle the kernel's faults with it
     """
 
     def __init__(self, hva: int, size: int) -> None:
         self._fd = _syscall(arch.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd < 0:
-            code = ctypes.get_errno()
-            raise UserfaultUnavailable(
-                f"userfaultfd: {errno.errorcode.get(code)} (sysctl vm.unprivileged_userfaultfd=1)"
-            )
+            raise HostLimit(f"userfaultfd: {_why_not(ctypes.get_errno())}")
         try:
             ioctl(self._fd, _UFFDIO_API, "UFFDIO_API", ctypes.byref(_Api(api=_UFFD_API)))
             request = _Register(start=hva, len=size, mode=_REGISTER_MODE_MISSING)

@@ -8,7 +8,8 @@ import os
 
 from lib import uapi
 from lib.dirty_ring import DirtyRing
-from lib.ioctl import KvmError, ioctl, raw_ioctl
+from lib.host_limits import explained
+from lib.ioctl import fail, ioctl, raw_ioctl
 
 EXIT_REASONS = {
     value: name
@@ -27,7 +28,12 @@ class Vcpu:
     def __init__(self, fd: int, vcpu_id: int, mmap_size: int) -> None:
         self.fd = fd
         self.id = vcpu_id
-        self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        try:
+            with explained(f"cannot map struct kvm_run of vCPU {vcpu_id}", mmap_size):
+                self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(fd)
+            raise
         # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
         self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.run = uapi.kvm_run.from_address(self._run_address)
@@ -37,10 +43,11 @@ class Vcpu:
         """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
 
         :raises KvmError: any other error
+        :raises HostLimit: it is one that a limit of the host's explains
         """
         result, code = raw_ioctl(self.fd, uapi.KVM_RUN)
         if result < 0 and code != errno.EINTR:
-            raise KvmError(code, "KVM_RUN", f"vCPU {self.id}")
+            fail(code, "KVM_RUN", f"vCPU {self.id}")
         return code
 
     def enable_cap(self, cap: int) -> None:

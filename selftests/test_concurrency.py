@@ -23,7 +23,6 @@ from lib.host import Host, uses_tdp
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, ClearLog, DirtyRing
 from lib.mapped_pages import Mapped
-from lib.memory import HugePagesMissing
 from lib.selection import smallest_ring
 from lib.tracked_vm import ContractBroken
 from lib.write_stream import WriteStream
@@ -215,27 +214,24 @@ def test_huge_pages_are_split_and_merged_beside_writers(
         lacks("this KVM has no KVM_CAP_BINARY_STATS_FD")
     vcpus, rounds, count = (4, 20, 40) if thorough else (2, 2, 8)
     guest_mode = "48bit-4k" if uses_tdp(host) else "48bit-2m"
-    try:
-        with (
-            writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as of,
-            BinaryStats(of.vm.vm.get_stats_fd()) as stats,
-        ):
+    with (
+        writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as of,
+        BinaryStats(of.vm.vm.get_stats_fd()) as stats,
+    ):
 
-            def collecting() -> Iterator[Operation]:
-                return some_collections(of, random.Random(draw.random()), count)
+        def collecting() -> Iterator[Operation]:
+            return some_collections(of, random.Random(draw.random()), count)
 
-            for _ in range(rounds):
-                huge = Mapped.now(stats).pages_2m
-                assert huge, "no huge page is mapped although the host has them and nothing is tracked"
-                toggling = some_toggles(of, random.Random(draw.random()), count, {})
-                work(of, draw, [toggling, collecting()])
-                switch_all(of, on=True)
-                work(of, draw, [collecting()])
-                assert Mapped.now(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
-                switch_all(of, on=False)
-                work(of, draw, [collecting()])
-    except HugePagesMissing as error:
-        lacks(str(error))
+        for _ in range(rounds):
+            huge = Mapped.now(stats).pages_2m
+            assert huge, "no huge page is mapped although the host has them and nothing is tracked"
+            toggling = some_toggles(of, random.Random(draw.random()), count, {})
+            work(of, draw, [toggling, collecting()])
+            switch_all(of, on=True)
+            work(of, draw, [collecting()])
+            assert Mapped.now(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
+            switch_all(of, on=False)
+            work(of, draw, [collecting()])
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

@@ -18,7 +18,7 @@ from lib.host import Host, splits_eagerly, uses_tdp
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
 from lib.mapped_pages import Mapped, huge_pages
-from lib.memory import BACKINGS, GIB, MIB, HugePagesMissing, size_text
+from lib.memory import BACKINGS, GIB, MIB, size_text
 from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
 
 Lacks = Callable[[str], None]
@@ -100,10 +100,7 @@ def make(
                 lacks(reason)
             with TrackedVm(kvm, mode, guest_mode=guest_mode) as vm:
                 memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, tracked=False)
-                try:
-                    memslot.memory.populate()
-                except HugePagesMissing as error:
-                    lacks(str(error))
+                memslot.memory.populate()
                 needed = len(huge_pages(memslot, layout.size)) * layout.size
                 if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
                     lacks(f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)")

@@ -11,7 +11,7 @@ import pytest
 
 from lib.cell import PAGE, Settings
 from lib.kvm import Kvm
-from lib.memory import BACKINGS, HugePagesMissing
+from lib.memory import BACKINGS
 from lib.migration import Migration
 from lib.write_stream import WriteStream
 from lib.writers import SPARSER
@@ -59,10 +59,7 @@ def test_migration(
     npages = sum(count for count, _ in shapes)
     for _ in range(10 if thorough else 1):
         with outcome.contract():
-            try:
-                vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
-            except HugePagesMissing as error:
-                lacks(str(error))
+            vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
             with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
                 vm.start()
                 vm.writers.let_go()

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The suite as a user meets it: pytest in a process of its own, its exit status, and what it says."""
 
+import grp
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -200,7 +203,19 @@ def group_members(group: int) -> list[str]:
     return members
 
 
-def test_a_device_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "mode", "remedy"),
+    [
+        (107, 0o660, r"join its group \(sudo usermod -aG 107 \$USER, then log in again\)"),
+        (107, 0o600, r"it is group 107's with mode rw------- \(sudo chgrp kvm "),
+        (0, 0o660, r"it is group root's with mode rw-rw---- \(sudo chgrp kvm "),
+    ],
+    ids=["of-a-group", "of-its-owner-alone", "of-roots-group"],
+)
+def test_a_device_that_may_not_be_opened_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, mode: int, remedy: str
+) -> None:
+    """To join its group helps only where there is one but root's, and it may use the device."""
     device = tmp_path / "kvm"
     device.touch()
     device.chmod(0)
@@ -211,7 +226,12 @@ def test_a_device_that_may_not_be_opened_is_told(tmp_path: Path) -> None:
             folder.chmod(0o755)
         os.seteuid(65534)
     try:
-        with pytest.raises(KvmUnavailable, match=r"may not be opened by this user: join its group .*usermod -aG kvm"):
+        with (
+            pytest.raises(KvmUnavailable, match=f"may not be opened by this user: {remedy}"),
+            monkeypatch.context() as patch,
+        ):
+            patch.setattr(os, "stat", lambda _: SimpleNamespace(st_gid=group, st_mode=stat.S_IFREG | mode))
+            patch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name="root" if gid == 0 else str(gid)))
             Kvm(str(device))
     finally:
         if root:

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the host or a container withholds: an error that such a limit explains says nothing about KVM.
+
+Whether one does is looked up when the error comes, and as close to it as can be: what was taken then is soon given back. An
+error that no limit explains is none of these, for it may be KVM's.
+"""
+
+import errno
+import os
+import resource
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib import cgroups
+
+PROC = Path("/proc")
+MIB = 1 << 20
+
+# What a test has of these at once, at most: vCPUs, collectors, KVM's helper threads; VMs, vCPUs and what the interpreter opens
+THREADS = 16
+FILES = 64
+# What is left of memory, beyond what was asked for, when it counts as used up: others take and give back all the time
+_SPARE = 64 * MIB
+_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # <linux/capability.h>
+_FILTERED = "2"  # Seccomp: in /proc/self/status
+
+
+class HostLimit(Exception):
+    """The host withholds what a test needs; the text is one line: which resource, which limit, and what to do."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit and how much it leaves; the text says its name and value, and what to do."""
+
+    text: str
+    left: int
+
+
+def explain(code: int, size: int = 0) -> str | None:
+    """The limit that explains error *code* of a system call, in one line; None when none does.
+
+    :param size: how many bytes were asked for, if that is known
+    """
+    if code == errno.EAGAIN:
+        return _why_no_thread()
+    if code in (errno.EMFILE, errno.ENFILE):
+        return _why_no_file()
+    if code == errno.ENOMEM:
+        return tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _SPARE)
+    if code == errno.EFBIG:
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return f"a file may have {most} bytes (RLIMIT_FSIZE: ulimit -f unlimited)" if 0 <= most < size else None
+    return None
+
+
+def explain_error(error: BaseException) -> str | None:
+    """The limit that explains an error of a test, in one line; None when none does.
+
+    :param error: looked at with all that it came from, unless it is a verdict
+    """
+    if isinstance(error, AssertionError):
+        return None
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        if isinstance(error, HostLimit):
+            return str(error)
+        if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+            # The interpreter's own; KVM has no part in it.
+            return _why_no_thread() or "no thread can be started here (see kernel.threads-max and kernel.pid_max)"
+        if isinstance(error, MemoryError) and not error.args:
+            # The interpreter's own too, for which it got no memory; by now it has given back what it had.
+            return explain(errno.ENOMEM) or tightest([*address_space_limits(), *promise_limits()], sys.maxsize)
+        if isinstance(error, OSError) and (line := explain(error.errno or 0)):
+            return line
+        error = error.__cause__ or error.__context__ or error
+    return None
+
+
+def tightest(limits: Sequence[Limit], needed: int) -> str | None:
+    """The limit that leaves least, when it leaves less than *needed*."""
+    limit = min(limits, key=lambda limit: limit.left, default=None)
+    return limit.text if limit is not None and limit.left < needed else None
+
+
+def thread_limits() -> list[Limit]:
+    """What limits the number of threads."""
+    found = [
+        Limit(
+            f"{group.file} allows {group.most} threads, {group.taken} are taken"
+            " (docker run --pids-limit, or TasksMax= of a systemd unit)",
+            group.most - group.taken,
+        )
+        for group in cgroups.pids()
+    ]
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if most != resource.RLIM_INFINITY and not _exempt_from_nproc():
+        taken = _threads_of_user()
+        text = f"this user may have {most} threads, {taken} are taken (RLIMIT_NPROC: ulimit -u unlimited)"
+        found.append(Limit(text, most - taken))
+    return found
+
+
+def file_limits() -> list[Limit]:
+    """What limits the number of open files."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    text = f"a process may have {most} files open (RLIMIT_NOFILE: ulimit -n 1024)"
+    try:
+        return [Limit(text, most - len(os.listdir("/proc/self/fd")))]
+    except OSError:
+        return [Limit(text, 0)]  # that would be one file more
+
+
+def address_space_limits() -> list[Limit]:
+    """What limits the memory that this process may map, in bytes."""
+    found = []
+    for kind, name, option, line in (
+        (resource.RLIMIT_AS, "RLIMIT_AS", "-v", "VmSize"),
+        (resource.RLIMIT_DATA, "RLIMIT_DATA", "-d", "VmData"),
+    ):
+        most = resource.getrlimit(kind)[0]
+        if most != resource.RLIM_INFINITY:
+            text = f"a process may map {most // MIB} MiB ({name}: ulimit {option} unlimited)"
+            found.append(Limit(text, most - _kib("self/status", line)))
+    return found
+
+
+def memory_limits() -> list[Limit]:
+    """What limits the memory that this process and others may have together, in bytes."""
+    found = [
+        Limit(
+            f"{group.file} allows {group.most // MIB} MiB, {group.taken // MIB} are taken"
+            " (docker run --memory, or MemoryMax= of a systemd unit)",
+            group.most - group.taken,
+        )
+        for group in cgroups.memory()
+    ]
+    available = _kib("meminfo", "MemAvailable")
+    found.append(Limit(f"the host has {available // MIB} MiB of memory left", available))
+    return found
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process and its children can have without swapping."""
+    return max(0, min(limit.left for limit in (*memory_limits(), *promise_limits())))
+
+
+def promise_limits() -> list[Limit]:
+    """What limits the memory that all processes may map together, in bytes: with vm.overcommit_memory=2 no more than there is.
+
+    MAP_NORESERVE is ignored then, and what is kept back for root and the user's shell is not given either
+    (Documentation/mm/overcommit-accounting.rst, __vm_enough_memory() in mm/util.c).
+    """
+    if _text("sys/vm/overcommit_memory") != "2":
+        return []
+    kept = sum(int(_text(f"sys/vm/{who}_reserve_kbytes") or 0) << 10 for who in ("admin", "user"))
+    left = max(_kib("meminfo", "CommitLimit") - _kib("meminfo", "Committed_AS") - kept, 0)
+    text = f"with vm.overcommit_memory=2 the host gives {left // MIB} MiB, used or not (sysctl vm.overcommit_memory=0)"
+    return [Limit(text, left)]
+
+
+@contextmanager
+def explained(what: str, size: int = 0) -> Iterator[None]:
+    """Turn an error of a system call that a limit explains into one that says so.
+
+    :param what: what was to be done, in words
+    :param size: how many bytes were asked for
+    :raises HostLimit: in place of an OSError
+    """
+    try:
+        yield
+    except OSError as error:
+        if line := explain(error.errno or 0, size):
+            raise HostLimit(f"{what}: {line}") from error
+        raise
+
+
+def why_not_permitted(code: int) -> str | None:
+    """Why a system call that this kernel has may have failed with *code*: a filter of the container's."""
+    if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) and status("Seccomp") == _FILTERED:
+        return (
+            f"{errno.errorcode[code]}, which is the seccomp filter's answer (allow the call in the container's profile:"
+            " docker run --security-opt seccomp=FILE)"
+        )
+    return None
+
+
+def _why_no_thread() -> str | None:
+    limits = thread_limits()
+    if line := tightest(limits, THREADS):
+        return f"no more threads can be started: {line}"
+    if not _refuses_threads():
+        return None
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    reason = explain(errno.ENOMEM, 0 if stack == resource.RLIM_INFINITY else stack)
+    return f"no more threads can be started: {reason or 'see kernel.threads-max and kernel.pid_max'}"
+
+
+def _refuses_threads() -> bool:
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError:
+        return True
+    thread.join()
+    return False
+
+
+def _why_no_file() -> str | None:
+    if line := tightest(file_limits(), FILES):
+        return f"no more files can be opened: {line}"
+    try:
+        os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return f"no more files can be opened: {error.strerror} (sysctl fs.file-max)"
+    return None
+
+
+def capable(capability: int) -> bool:
+    """Whether this process has a capability, and not just within a user namespace of its own."""
+    whole = (_text("self/uid_map") or "").split() == ["0", "0", "4294967295"]
+    return whole and bool(int(status("CapEff") or "0", 16) >> capability & 1)
+
+
+def _exempt_from_nproc() -> bool:
+    """Whether RLIMIT_NPROC is not for this process (copy_process(), kernel/fork.c)."""
+    root = os.getuid() == 0 and (_text("self/uid_map") or "").split()[:2] == ["0", "0"]
+    return root or capable(_CAP_SYS_ADMIN) or capable(_CAP_SYS_RESOURCE)
+
+
+def _threads_of_user() -> int:
+    """How many threads the processes of this user have, as far as they can be seen."""
+    total = 0
+    for folder in PROC.glob("[0-9]*"):
+        try:
+            lines = (folder / "status").read_text().splitlines()
+        except OSError:
+            continue  # it has ended
+        fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        if int(fields["Uid"][0]) == os.getuid():
+            total += int(fields["Threads"][0])
+    return total
+
+
+def status(name: str) -> str | None:
+    """A field of /proc/self/status."""
+    return _field("self/status", name)
+
+
+def _kib(file: str, name: str) -> int:
+    """A size in *file*, in bytes."""
+    return int((_field(file, name) or "0").split()[0]) << 10
+
+
+def _field(file: str, name: str) -> str | None:
+    lines = (line.partition(":") for line in (_text(file) or "").splitlines())
+    return next((value.strip() for key, _, value in lines if key == name), None)
+
+
+def _text(file: str) -> str | None:
+    try:
+        return (PROC / file).read_text().strip()
+    except OSError:
+        return None
