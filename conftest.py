@@ -55,6 +55,7 @@ from runner.kernel_options import (
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, verdict, write_failure
 from runner.store import say
+from runner.worker_crashes import WorkerCrashes
 
 if TYPE_CHECKING:
     from runner.target import Target
@@ -237,6 +238,8 @@ def _prepare(config: pytest.Config) -> None:
         report.remarks.append(config.stash[_hint_key])
     facts.kernel_log = _watch_kernel_log(config, report)
     config.pluginmanager.register(report, "run-report")
+    by_id = {str(one.cell): asdict(one.cell) for one in planned}
+    config.pluginmanager.register(WorkerCrashes(by_id, option.require_kvm), "worker-crashes")
     if option.report_to is not None:
         config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
 

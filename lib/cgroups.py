@@ -44,6 +44,15 @@ def memory() -> list[Allowance]:
     return found
 
 
+def oom_kills() -> int | None:
+    """How many processes of this process's group the kernel has killed so far for want of memory; None if it does not say."""
+    for folder in _folders("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            if (folder / name).exists():
+                return _statistic(folder / name, "oom_kill")
+    return None
+
+
 def _folders(controller: str) -> Iterator[Path]:
     """The folder of this process's group for a controller, and of each group above that can be seen here."""
     try:

@@ -35,10 +35,14 @@ class HostLimit(Exception):
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit and how much it leaves; the text says its name and value, and what to do."""
+    """A limit with its value, in words, what it leaves, and what to do about it."""
 
     text: str
     left: int
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.remedy})"
 
 
 def explain(code: int, size: int = 0) -> str | None:
@@ -46,16 +50,18 @@ def explain(code: int, size: int = 0) -> str | None:
 
     :param size: how many bytes were asked for, if that is known
     """
+    limit = None
     if code == errno.EAGAIN:
         return _why_no_thread()
     if code in (errno.EMFILE, errno.ENFILE):
         return _why_no_file()
     if code == errno.ENOMEM:
-        return tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _SPARE)
+        limit = tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _SPARE)
     if code == errno.EFBIG:
         most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        return f"a file may have {most} bytes (RLIMIT_FSIZE: ulimit -f unlimited)" if 0 <= most < size else None
-    return None
+        if 0 <= most < size:
+            limit = Limit(f"a file may have {most} bytes (RLIMIT_FSIZE)", most, "ulimit -f unlimited")
+    return None if limit is None else str(limit)
 
 
 def explain_error(error: BaseException) -> str | None:
@@ -75,79 +81,66 @@ def explain_error(error: BaseException) -> str | None:
             return _why_no_thread() or "no thread can be started here (see kernel.threads-max and kernel.pid_max)"
         if isinstance(error, MemoryError) and not error.args:
             # The interpreter's own too, for which it got no memory; by now it has given back what it had.
-            return explain(errno.ENOMEM) or tightest([*address_space_limits(), *promise_limits()], sys.maxsize)
+            mapped = tightest([*address_space_limits(), *promise_limits()], sys.maxsize)
+            return str(mapped) if mapped is not None else explain(errno.ENOMEM)
         if isinstance(error, OSError) and (line := explain(error.errno or 0)):
             return line
         error = error.__cause__ or error.__context__ or error
     return None
 
 
-def tightest(limits: Sequence[Limit], needed: int) -> str | None:
+def tightest(limits: Sequence[Limit], needed: int) -> Limit | None:
     """The limit that leaves least, when it leaves less than *needed*."""
     limit = min(limits, key=lambda limit: limit.left, default=None)
-    return limit.text if limit is not None and limit.left < needed else None
+    return limit if limit is not None and limit.left < needed else None
 
 
 def thread_limits() -> list[Limit]:
     """What limits the number of threads."""
+    remedy = "docker run --pids-limit, or TasksMax= of a systemd unit"
     found = [
-        Limit(
-            f"{group.file} allows {group.most} threads, {group.taken} are taken"
-            " (docker run --pids-limit, or TasksMax= of a systemd unit)",
-            group.most - group.taken,
-        )
-        for group in cgroups.pids()
+        Limit(f"{group.file} allows {group.most} threads", group.most - group.taken, remedy) for group in cgroups.pids()
     ]
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY and not _exempt_from_nproc():
-        taken = _threads_of_user()
-        text = f"this user may have {most} threads, {taken} are taken (RLIMIT_NPROC: ulimit -u unlimited)"
-        found.append(Limit(text, most - taken))
+        text = f"this user may have {most} threads (RLIMIT_NPROC)"
+        found.append(Limit(text, most - _threads_of_user(), "ulimit -u unlimited"))
     return found
 
 
 def file_limits() -> list[Limit]:
     """What limits the number of open files."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    text = f"a process may have {most} files open (RLIMIT_NOFILE: ulimit -n 1024)"
     try:
-        return [Limit(text, most - len(os.listdir("/proc/self/fd")))]
+        left = most - len(os.listdir("/proc/self/fd"))
     except OSError:
-        return [Limit(text, 0)]  # that would be one file more
+        left = 0  # that would have been one file more
+    return [Limit(f"a process may have {most} files open (RLIMIT_NOFILE)", left, "ulimit -n 1024")]
 
 
 def address_space_limits() -> list[Limit]:
     """What limits the memory that this process may map, in bytes."""
     found = []
-    for kind, name, option, line in (
+    for kind, name, option, taken in (
         (resource.RLIMIT_AS, "RLIMIT_AS", "-v", "VmSize"),
         (resource.RLIMIT_DATA, "RLIMIT_DATA", "-d", "VmData"),
     ):
         most = resource.getrlimit(kind)[0]
         if most != resource.RLIM_INFINITY:
-            text = f"a process may map {most // MIB} MiB ({name}: ulimit {option} unlimited)"
-            found.append(Limit(text, most - _kib("self/status", line)))
+            text = f"a process may map {most // MIB} MiB ({name})"
+            found.append(Limit(text, most - _kib("self/status", taken), f"ulimit {option} unlimited"))
     return found
 
 
 def memory_limits() -> list[Limit]:
-    """What limits the memory that this process and others may have together, in bytes."""
+    """What limits the memory that this process and others may use together, in bytes."""
+    remedy = "docker run --memory, or MemoryMax= of a systemd unit"
     found = [
-        Limit(
-            f"{group.file} allows {group.most // MIB} MiB, {group.taken // MIB} are taken"
-            " (docker run --memory, or MemoryMax= of a systemd unit)",
-            group.most - group.taken,
-        )
+        Limit(f"{group.file} allows {group.most // MIB} MiB", group.most - group.taken, remedy)
         for group in cgroups.memory()
     ]
-    available = _kib("meminfo", "MemAvailable")
-    found.append(Limit(f"the host has {available // MIB} MiB of memory left", available))
-    return found
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process and its children can have without swapping."""
-    return max(0, min(limit.left for limit in (*memory_limits(), *promise_limits())))
+    text = f"the host has {_kib('meminfo', 'MemTotal') // MIB} MiB"
+    return [*found, Limit(text, _kib("meminfo", "MemAvailable"), "end other programs")]
 
 
 def promise_limits() -> list[Limit]:
@@ -158,10 +151,21 @@ def promise_limits() -> list[Limit]:
     """
     if _text("sys/vm/overcommit_memory") != "2":
         return []
+    most = _kib("meminfo", "CommitLimit")
     kept = sum(int(_text(f"sys/vm/{who}_reserve_kbytes") or 0) << 10 for who in ("admin", "user"))
-    left = max(_kib("meminfo", "CommitLimit") - _kib("meminfo", "Committed_AS") - kept, 0)
-    text = f"with vm.overcommit_memory=2 the host gives {left // MIB} MiB, used or not (sysctl vm.overcommit_memory=0)"
-    return [Limit(text, left)]
+    text = f"all processes may map {most // MIB} MiB, used or not (vm.overcommit_memory=2)"
+    return [Limit(text, most - _kib("meminfo", "Committed_AS") - kept, "sysctl vm.overcommit_memory=0")]
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process and its children can have without swapping."""
+    return max(0, min(limit.left for limit in (*memory_limits(), *promise_limits())))
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed so far for want of memory: those of this group, if there are such."""
+    of_group = cgroups.oom_kills()
+    return int(_field("vmstat", "oom_kill", " ") or 0) if of_group is None else of_group
 
 
 @contextmanager
@@ -191,9 +195,8 @@ def why_not_permitted(code: int) -> str | None:
 
 
 def _why_no_thread() -> str | None:
-    limits = thread_limits()
-    if line := tightest(limits, THREADS):
-        return f"no more threads can be started: {line}"
+    if limit := tightest(thread_limits(), THREADS):
+        return f"no more threads can be started: {limit}"
     if not _refuses_threads():
         return None
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
@@ -212,8 +215,8 @@ def _refuses_threads() -> bool:
 
 
 def _why_no_file() -> str | None:
-    if line := tightest(file_limits(), FILES):
-        return f"no more files can be opened: {line}"
+    if limit := tightest(file_limits(), FILES):
+        return f"no more files can be opened: {limit}"
     try:
         os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
@@ -257,8 +260,8 @@ def _kib(file: str, name: str) -> int:
     return int((_field(file, name) or "0").split()[0]) << 10
 
 
-def _field(file: str, name: str) -> str | None:
-    lines = (line.partition(":") for line in (_text(file) or "").splitlines())
+def _field(file: str, name: str, separator: str = ":") -> str | None:
+    lines = (line.partition(separator) for line in (_text(file) or "").splitlines())
     return next((value.strip() for key, _, value in lines if key == name), None)
 
 

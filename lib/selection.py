@@ -109,11 +109,14 @@ def check_settings(settings: Settings, vcpus: Sequence[int], workers: int) -> No
     together = tightest([*memory_limits(), *promise_limits()], workers * needed)
     if limit := together or tightest(address_space_limits(), needed):
         raise SelectionError(
-            f"--test-mem: {size_text(settings.test_mem)} {each} {workers * needed // MIB} MiB of memory, but {limit}"
-            " (or a smaller --test-mem, or fewer workers with -n)"
+            f"--test-mem: {size_text(settings.test_mem)} {each} {workers * needed // MIB} MiB of memory, but {limit.text},"
+            f" {max(limit.left, 0) // MIB} MiB of it free (a smaller --test-mem, fewer workers with -n, or {limit.remedy})"
         )
     if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
-        raise SelectionError(f"-n: {workers} workers need {workers * THREADS} threads, but {limit} (or fewer workers)")
+        raise SelectionError(
+            f"-n: {workers} workers need {workers * THREADS} threads, but {limit.text}, {max(limit.left, 0)} of them free"
+            f" (fewer workers, or {limit.remedy})"
+        )
 
 
 def workers_here(settings: Settings, vcpus: int) -> int:

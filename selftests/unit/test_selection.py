@@ -57,7 +57,7 @@ def test_sizes(text: str, size: int) -> None:
         (lambda: parse_size("--test-mem", "-1M"), "--test-mem: -1 is out of range"),
         (lambda: check_settings(Settings(ring_count=1000), (1,), 1), "--ring-count: 1000 is not a power of two"),
         (lambda: check_settings(Settings(), (513,), 1), "--vcpus: 513 is out of range"),
-        (lambda: check_settings(Settings(test_mem=1 << 50), (1,), 1), "of memory, but the host has"),
+        (lambda: check_settings(Settings(test_mem=1 << 50), (1,), 1), "MiB of memory, but the host has"),
         (lambda: check_settings(Settings(test_mem=GIB), (1,), 1 << 20), "1048576 at a time need"),
     ],
 )

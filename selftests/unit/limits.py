@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Limits for a new process to be under: each is called in the child, before it becomes another program."""
+
+import ctypes
+import errno
+import os
+import resource
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Limit = Callable[[], None]
+
+# <linux/prctl.h>, <linux/seccomp.h>, <linux/filter.h>
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_THP_DISABLE = 38, 22, 41
+_SECCOMP_MODE_FILTER = 2
+_LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_RET_ALLOW, _RET_ERRNO = 0x7FFF0000, 0x00050000
+
+_NAMES_IN_V1 = {"memory.max": "memory.limit_in_bytes"}
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def rlimit(kind: int, value: int) -> Limit:
+    """A resource limit, soft and hard."""
+    return lambda: resource.setrlimit(kind, (value, value))
+
+
+def no_thp() -> None:
+    """No transparent huge pages, for the process and its children."""
+    _prctl(_PR_SET_THP_DISABLE, 1)
+
+
+def refused(*calls: int, code: int = errno.EPERM) -> Limit:
+    """A seccomp filter that has system calls fail, as those of containers do."""
+    code_of_call = 0  # offset of the number in struct seccomp_data
+    steps = [(_LOAD_WORD, 0, 0, code_of_call)]
+    for call in calls:
+        steps += [(_JUMP_IF_EQUAL, 0, 1, call), (_RETURN, 0, 0, _RET_ERRNO | code)]
+    steps.append((_RETURN, 0, 0, _RET_ALLOW))
+    text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+
+    def install() -> None:
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(_Program(len(steps), ctypes.addressof(text))))
+
+    return install
+
+
+def _prctl(option: int, *arguments: object) -> None:
+    if _LIBC.prctl(option, *arguments, *[0] * (4 - len(arguments))):
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+
+class NoGroups(Exception):
+    """Control groups cannot be made here; the text says why."""
+
+
+@contextmanager
+def group(controller: str, file: str, value: str) -> Iterator[Limit]:
+    """A control group for a child to join, with *value* in *file*, which has the name that it has in cgroup v2.
+
+    :raises NoGroups: this user may not make one, or nothing here has the controller
+    """
+    v1 = Path("/sys/fs/cgroup") / controller
+    parent = v1 if v1.is_dir() else Path("/sys/fs/cgroup")
+    if not v1.is_dir() and controller not in _text(parent / "cgroup.subtree_control").split():
+        raise NoGroups(f"no group can have the {controller} controller here")
+    folder = parent / f"dirty-tracking-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise NoGroups(f"no group can be made here: {error.strerror}") from error
+    try:
+        (folder / (_NAMES_IN_V1.get(file, file) if v1.is_dir() else file)).write_text(value)
+        yield lambda: _join(folder)
+    finally:
+        folder.rmdir()
+
+
+def _join(folder: Path) -> None:
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the host withholds is told as that, in one line with its remedy: never as a failure, and never as another reason.
+
+Each limit is really there, for a process that runs a small cell under it; where it could be there for the whole machine only,
+its files in /proc or /sys are made up.
+"""
+
+import errno
+import mmap
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lib import cgroups, host, host_limits, memory
+from lib.arch import current as arch
+from lib.cell import Cell, Settings
+from lib.dirty_log_run import DirtyLogRun
+from lib.host_limits import HostLimit, explain, explain_error
+from lib.ioctl import KvmError
+from lib.kvm import Kvm
+from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
+from lib.userfault import MissingPages
+from selftests.unit import limits
+from selftests.unit.limits import Limit, rlimit
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SIZES = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
+CELL = ["selftests/test_dirty_log.py", "--guest-mode=48bit-4k", "--stop=forced", "--density=sparse"]
+ONE = [*CELL, *SIZES, "--log-mode=dirty-log", "--backing=anonymous", "--vcpus=1"]
+USAGE_ERROR, NOTHING_RAN, FAILED = 4, 5, 1
+SYS_MEMFD_CREATE = 319
+NOBODY = 54321
+
+Lacks = Callable[[str], NoReturn]
+MakeGroup = Callable[[str, str, str], Limit]
+
+
+class Suite:
+    """Runs pytest in a process of its own, under a limit.
+
+    :ivar output: all that it wrote
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.output = ""
+
+    def __call__(self, *arguments: str, limit: Limit | None = None, plugin: str = "") -> int:
+        (self._folder / "under_test.py").write_text(plugin)
+        command = [sys.executable, "-m", "pytest", "-p", "under_test", f"--results={self._folder}/results", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(self._folder)}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=limit, check=False,
+        )  # fmt: skip
+        self.output = done.stdout
+        assert "INTERNALERROR" not in self.output
+        assert "Traceback" not in self.output
+        assert "Warning" not in self.output  # of what was not closed
+        return done.returncode
+
+    def nothing_ran(self, status: int) -> str:
+        """Why nothing was tested, which the run says in one line, and is not green."""
+        assert status == NOTHING_RAN, self.output
+        assert "FAIL" not in self.output
+        (line,) = [line for line in self.output.splitlines() if line.startswith("NOTHING WAS TESTED")]
+        return line
+
+    def refused(self, status: int) -> str:
+        """The line that refuses the run before it began."""
+        assert status == USAGE_ERROR, self.output
+        (line,) = [line for line in self.output.splitlines() if line.strip()]
+        return line
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path)
+
+
+@pytest.fixture
+def group(lacks: Lacks) -> Iterator[MakeGroup]:
+    """Call it with a controller, a file of it and its value for a control group."""
+    with ExitStack() as groups:
+
+        def make(controller: str, file: str, value: str) -> Limit:
+            try:
+                return groups.enter_context(limits.group(controller, file, value))
+            except limits.NoGroups as error:
+                lacks(str(error))
+
+        yield make
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("most", "vcpus"), [(2, 1), (3, 1), (2, 2), (3, 2), (4, 2)])
+@pytest.mark.usefixtures("kvm")
+def test_a_pids_limit(suite: Suite, group: MakeGroup, most: int, vcpus: int) -> None:
+    """Whichever thread it meets: KVM's own, at the first KVM_RUN, a vCPU's, or the collector's."""
+    status = suite(*ONE, f"--vcpus={vcpus}", limit=group("pids", "pids.max", str(most)))
+    line = suite.nothing_ran(status)
+    assert "no more threads can be started: " in line
+    assert f"pids.max allows {most} threads (docker run --pids-limit, or TasksMax= of a systemd unit)" in line
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_pids_limit_where_kvm_is_required(suite: Suite, group: MakeGroup) -> None:
+    """--require-kvm makes a failure of what the host lacks, and so of what it withholds."""
+    assert suite(*ONE, "--require-kvm", limit=group("pids", "pids.max", "2")) == FAILED
+    assert "required by --require-kvm: KVM_RUN(vCPU 0): EAGAIN" in suite.output
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_pids_limit_and_workers(suite: Suite, group: MakeGroup) -> None:
+    """As many workers as were asked for, or a line that says why not; as many as can be when that is left open."""
+    limit = group("pids", "pids.max", "40")
+    line = suite.refused(suite(*ONE, "-n", "4", limit=limit))
+    assert "-n: 4 workers need 64 threads, but " in line
+    assert "pids.max allows 40 threads, 39 of them free (fewer workers, or docker run --pids-limit" in line
+    assert suite(*ONE, "-n", "auto", limit=limit) == 0, suite.output
+
+
+@pytest.mark.usefixtures("kvm")
+def test_workers_where_no_thread_can_be_had(suite: Suite, group: MakeGroup) -> None:
+    """-n auto starts none, and the tests run in the one process that there is."""
+    suite.nothing_ran(suite(*ONE, "-n", "auto", limit=group("pids", "pids.max", "3")))
+
+
+def test_rlimit_nproc(kvm: Kvm, tmp_path: Path) -> None:
+    """For the user's threads; root has no such limit, so it becomes somebody else."""
+
+    def body() -> str | None:
+        if os.getuid() == 0:
+            os.setuid(NOBODY)
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        cell = Cell("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1)
+        with DirtyLogRun(kvm, cell, Settings(iterations=1, test_mem=MIB, ring_count=1024)) as run:
+            try:
+                run.run()
+            except RuntimeError as error:
+                return explain_error(error)
+        return "it ran"
+
+    expected = "no more threads can be started: this user may have 1 threads (RLIMIT_NPROC) (ulimit -u unlimited)"
+    assert in_child(body, tmp_path) == expected
+
+
+def in_child(body: Callable[[], str | None], folder: Path) -> str:
+    """What *body* returns in a child of this process."""
+    answer = folder / "answer"
+    answer.touch()
+    file = os.open(answer, os.O_WRONLY)
+    child = os.fork()
+    if not child:
+        try:
+            os.write(file, str(body()).encode())
+        except BaseException as error:  # noqa: BLE001 (the child must not go on as pytest)
+            os.write(file, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(file)
+    os.waitpid(child, 0)
+    return answer.read_text()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("most", "workers"), [(10, []), (60, []), (20, ["-n2"])])
+def test_rlimit_nofile(suite: Suite, most: int, workers: list[str]) -> None:
+    """Too few for any test: the run does not begin."""
+    line = suite.refused(suite(*ONE, *workers, limit=rlimit(resource.RLIMIT_NOFILE, most)))
+    assert f"a test opens up to 64 files, but a process may have {most} files open (RLIMIT_NOFILE) (ulimit -n" in line
+
+
+OPENING_PLUGIN = """
+import os
+from lib.vm import Vm
+create_vcpu = Vm.create_vcpu
+files = []
+def after_opening(*arguments):
+    try:
+        while True:
+            files.append(os.open("/", os.O_PATH))
+    except OSError:
+        return create_vcpu(*arguments)
+Vm.create_vcpu = after_opening
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_rlimit_nofile_in_the_middle(suite: Suite) -> None:
+    """Enough at first, and none left when KVM is to make a vCPU."""
+    status = suite(*ONE, limit=rlimit(resource.RLIMIT_NOFILE, 200), plugin=OPENING_PLUGIN)
+    line = suite.nothing_ran(status)
+    assert (
+        "KVM_CREATE_VCPU(id=0): EMFILE (Too many open files): no more files can be opened: a process may have 200 files open"
+        in line
+    )
+
+
+def test_rlimit_fsize(suite: Suite, kvm: Kvm) -> None:
+    """A file in memory is a file: its cells are skipped, the others run."""
+    status = suite(*CELL, *SIZES, "--log-mode=dirty-log", limit=rlimit(resource.RLIMIT_FSIZE, MIB))
+    assert status == 0, suite.output
+    assert "FAIL" not in suite.output
+    expected = "cannot make a file of 4108 KiB for shmem guest memory: a file may have 1048576 bytes (RLIMIT_FSIZE)"
+    assert f"skipped: {expected} (ulimit -f unlimited)" in suite.output
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(resource.RLIMIT_AS, "RLIMIT_AS) (ulimit -v"), (resource.RLIMIT_DATA, "RLIMIT_DATA) (ulimit -d")],
+    ids=["as", "data"],
+)
+@pytest.mark.usefixtures("kvm")
+def test_a_limit_of_mapped_memory(suite: Suite, kind: int, name: str) -> None:
+    """Cells that do not fit are refused at once; a test that takes more is skipped."""
+    line = suite.refused(suite(*ONE, "--test-mem=1G", limit=rlimit(kind, 1000 * MIB)))
+    assert "--test-mem: 1 GiB needs " in line
+    assert f"MiB of memory, but a process may map 1000 MiB ({name[:-13]}" in line
+    status = suite(
+        "selftests/test_arming.py", *SIZES, "-k", "many_pages and dirty-log", "-rs", limit=rlimit(kind, 3 * GIB)
+    )
+    assert status == 0, suite.output
+    assert "1 passed, 1 skipped" in suite.output
+    expected = f"cannot map 4194316 KiB of anonymous guest memory: a process may map 3072 MiB ({name} unlimited)"
+    assert expected in suite.output
+
+
+@pytest.mark.usefixtures("kvm")
+def test_memory_that_the_interpreter_lacks(suite: Suite) -> None:
+    """An error without a word, of Python's own: what it had is free again by the time it is looked at."""
+    plugin = "def pytest_runtest_call(item):\n    bytearray(1500 << 20)\n"
+    line = suite.nothing_ran(suite(*ONE, limit=rlimit(resource.RLIMIT_AS, 1000 * MIB), plugin=plugin))
+    assert "a process may map 1000 MiB (RLIMIT_AS) (ulimit -v unlimited)" in line
+
+
+def test_memory_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
+    """What the group has is what there is: for --test-mem, and for the number of workers."""
+    limit = group("memory", "memory.max", "300M")
+    line = suite.refused(suite(*ONE, "--test-mem=1G", limit=limit))
+    assert "--test-mem: 1 GiB needs " in line
+    assert " allows 300 MiB, " in line
+    assert "fewer workers with -n, or docker run --memory" in line
+    assert suite(*ONE, "-n", "auto", limit=limit) == 0, suite.output
+    assert "1/1 worker" in suite.output
+
+
+GREEDY_PLUGIN = """
+def pytest_runtest_call(item):
+    bytearray(1 << 30)
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_worker_killed_for_want_of_memory(suite: Suite, group: MakeGroup) -> None:
+    """It is the host's group that killed it; with --require-kvm that is a failure all the same."""
+    limit = group("memory", "memory.max", "300M")
+    line = suite.nothing_ran(suite(*ONE, "-n1", limit=limit, plugin=GREEDY_PLUGIN))
+    assert "the kernel killed the test for want of memory: " in line
+    assert " allows 300 MiB (docker run --memory, or MemoryMax= of a systemd unit)" in line
+    assert "1 cells: 1 skipped" in suite.output
+    assert suite(*ONE, "-n1", "--require-kvm", limit=limit, plugin=GREEDY_PLUGIN) == FAILED
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_worker_killed_by_nobody_knows_what(suite: Suite) -> None:
+    """It may be the kernel: a failure."""
+    plugin = "import os\ndef pytest_runtest_call(item):\n    os.kill(os.getpid(), 9)\n"
+    assert suite(*ONE, "-n1", plugin=plugin) == FAILED
+    assert "crashed while running" in suite.output
+    assert "1 cells: 1 FAIL" in suite.output
+
+
+MEMINFO = """
+MemTotal:       2000000 kB
+MemAvailable:   1500000 kB
+CommitLimit:    1000000 kB
+Committed_AS:    200000 kB
+"""
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with files and their contents to have them, and no others, in the place of /proc."""
+    monkeypatch.setattr(host_limits, "PROC", tmp_path)
+    monkeypatch.setattr(cgroups, "PROC", tmp_path)
+
+    def write(files: dict[str, str]) -> None:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+
+    return write
+
+
+def test_memory_that_is_not_overcommitted(proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With vm.overcommit_memory=2, MAP_NORESERVE is of no use: how much may be mapped, and the sysctl."""
+
+    def refuses(*_arguments: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    proc({"meminfo": MEMINFO, "sys/vm/overcommit_memory": "2\n", "sys/vm/admin_reserve_kbytes": "8192\n"})
+    monkeypatch.setattr(mmap, "mmap", refuses)
+    expected = (
+        r"cannot map 1 GiB of anonymous guest memory: all processes may map 976 MiB, used or not"
+        r" \(vm.overcommit_memory=2\) \(sysctl vm.overcommit_memory=0\)"
+    )
+    with pytest.raises(HostLimit, match=expected):
+        GuestMemory(BACKINGS["anonymous"], GIB, 0)
+    assert host_limits.available_memory() == (1000000 - 200000 - 8192) * KIB
+    proc({"sys/vm/overcommit_memory": "0\n"})
+    assert host_limits.available_memory() == 1500000 * KIB
+    with pytest.raises(memory.GuestMemoryError, match="ENOMEM"):
+        GuestMemory(BACKINGS["anonymous"], GIB, 0)
+
+
+MOUNTS_V2 = "30 23 0:26 {root} {at} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+MOUNTS_V1 = "36 32 0:31 {root} {at} rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "root", "folder"),
+    [
+        ("0::/a/b\n", "/", "a/b"),  # a host
+        ("0::/\n", "/", "."),  # a container with a name space of its own
+        ("0::/system/docker-1\n", "/system/docker-1", "."),  # one without: the mount begins at its group
+        ("0::/../other\n", "/", "."),  # a process that was moved out of the name space's root
+    ],
+)
+def test_groups_of_cgroup_v2(proc: Callable[..., None], tmp_path: Path, groups: str, root: str, folder: str) -> None:
+    """The process's own group and those above it, wherever they are mounted."""
+    at = tmp_path / "cgroup"
+    proc({"self/cgroup": groups, "self/mountinfo": MOUNTS_V2.format(root=root, at=at)})
+    proc({f"cgroup/{folder}/memory.max": "max\n", f"cgroup/{folder}/memory.high": f"{500 * MIB}\n"})
+    proc(
+        {f"cgroup/{folder}/memory.current": f"{300 * MIB}\n", f"cgroup/{folder}/memory.stat": f"inactive_file {MIB}\n"}
+    )
+    proc({f"cgroup/{folder}/pids.max": "77\n", f"cgroup/{folder}/pids.current": "7\n"})
+    assert [(one.file, one.most, one.taken) for one in cgroups.memory()] == [
+        ((at / folder / "memory.high"), 500 * MIB, 299 * MIB)
+    ]
+    assert [(one.most, one.taken) for one in cgroups.pids()] == [(77, 7)]
+
+
+def test_limits_of_groups_above(proc: Callable[..., None], tmp_path: Path) -> None:
+    """The group itself has no limit, its parent has one; v1, each controller with a group of its own."""
+    at = tmp_path / "cgroup"
+    proc({"self/cgroup": "4:memory:/a/b\n3:pids:/\n0::/x\n", "self/mountinfo": MOUNTS_V1.format(root="/", at=at)})
+    proc({"cgroup/a/b/memory.limit_in_bytes": "9223372036854771712\n", "cgroup/a/b/memory.usage_in_bytes": "5\n"})
+    proc({"cgroup/a/memory.limit_in_bytes": f"{GIB}\n", "cgroup/a/memory.usage_in_bytes": f"{10 * MIB}\n"})
+    proc({"cgroup/a/memory.stat": f"inactive_file 1\ntotal_inactive_file {4 * MIB}\n"})
+    (limit,) = cgroups.memory()
+    assert (limit.file, limit.most, limit.taken) == (at / "a/memory.limit_in_bytes", GIB, 6 * MIB)
+    assert cgroups.pids() == []
+
+
+# --- transparent huge pages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm")
+def test_thp_forbidden_by_the_parent(suite: Suite) -> None:
+    """PR_SET_THP_DISABLE is for all children, and for memory that asks for huge pages: no sysctl and no compaction helps."""
+    arguments = [*CELL, *SIZES, "selftests/test_huge_pages.py", "--log-mode=dirty-log", "--vcpus=1", "-rs"]
+    status = suite(*arguments, "--backing=anonymous_thp,anonymous", limit=limits.no_thp)
+    assert status == 0, suite.output
+    assert "anonymous_thp: transparent huge pages are off for this process" in suite.output
+    assert "PR_SET_THP_DISABLE" in suite.output
+    assert "fragmented" not in suite.output
+
+
+ALL_OFF = "transparent huge pages are off (echo madvise > {at}/enabled)"
+SIZE_OFF = "transparent huge pages of 2 MiB are off (echo inherit > {at}/hugepages-2048kB/enabled)"
+
+
+@pytest.mark.parametrize(
+    ("common", "of_size", "expected"),
+    [
+        ("always [madvise] never", None, None),
+        ("always madvise [never]", None, ALL_OFF),
+        ("always [madvise] never", "always inherit madvise [never]", SIZE_OFF),
+        ("always [madvise] never", "always [inherit] madvise never", None),
+        ("always madvise [never]", "always [inherit] madvise never", ALL_OFF),
+        ("always madvise [never]", "always inherit [madvise] never", None),
+    ],
+)
+def test_thp_switched_off_by_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, common: str, of_size: str | None, expected: str | None
+) -> None:
+    """The switch of the size, where there is one, and the common one where that inherits it; the remedy is the right one's."""
+    (tmp_path / "enabled").write_text(common)
+    if of_size is not None:
+        (tmp_path / "hugepages-2048kB").mkdir()
+        (tmp_path / "hugepages-2048kB/enabled").write_text(of_size)
+    monkeypatch.setattr(memory, "_THP", tmp_path / "enabled")
+    reason = f"anonymous_thp: {expected.format(at=tmp_path)}" if expected else None
+    assert BACKINGS["anonymous_thp"].missing(2 * MIB) == reason
+    if not reason:
+        return
+    # Memory that was had before it was switched off
+    guest_memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
+    monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
+    with pytest.raises(HugePagesMissing) as error:
+        guest_memory.populate()
+    assert str(error.value) == reason
+    guest_memory.close()
+
+
+# --- system calls that a container refuses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
+@pytest.mark.usefixtures("kvm")
+def test_memfd_create_refused(suite: Suite, code: int) -> None:
+    """Cells with memory in a file are skipped, with the filter named."""
+    arguments = [*CELL, *SIZES, "--log-mode=dirty-log", "--vcpus=1", "--backing=shmem,anonymous"]
+    assert suite(*arguments, limit=limits.refused(SYS_MEMFD_CREATE, code=code)) == 0, suite.output
+    name = errno.errorcode[code]
+    assert f"skipped: shmem: memfd_create: {name}, which is the seccomp filter's answer (allow the call" in suite.output
+    assert "1 pass, 1 skipped" in suite.output
+
+
+@pytest.mark.parametrize("balancing", ["0", "1", "2", None])
+@pytest.mark.usefixtures("kvm")
+def test_set_mempolicy_refused(suite: Suite, tmp_path: Path, balancing: str | None) -> None:
+    """Harmless where NUMA balancing is off or not there; else no report can be judged, and none is."""
+    switch = tmp_path / "numa_balancing"
+    if balancing is not None:
+        switch.write_text(f"{balancing}\n")
+    plugin = f"import lib.host, pathlib\nlib.host._NUMA_BALANCING = pathlib.Path({str(switch)!r})\n"
+    status = suite(*ONE, limit=limits.refused(arch.SYS_SET_MEMPOLICY), plugin=plugin)
+    if balancing in ("0", None):
+        assert status == 0, suite.output
+        return
+    line = suite.nothing_ran(status)
+    assert (
+        "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0)"
+        in line
+    )
+    assert "set_mempolicy, which keeps it off, is refused: EPERM, which is the seccomp filter's answer" in line
+
+
+def test_a_policy_that_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NUMA balancing may be on then."""
+    (tmp_path / "numa_balancing").write_text("1\n")
+    monkeypatch.setattr(host, "_NUMA_BALANCING", tmp_path / "numa_balancing")
+    reason = host.keep_memory_in_place()
+    if reason is not None and "ENOSYS" in reason:
+        pytest.skip("this kernel has no NUMA")
+    assert reason is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (limits.refused(arch.SYS_USERFAULTFD), "EPERM, which is the seccomp filter's answer"),
+        (limits.refused(arch.SYS_USERFAULTFD, code=errno.ENOSYS), "ENOSYS, which is the seccomp filter's answer"),
+        (lambda: os.setuid(NOBODY), "EPERM, this user may not handle the kernel's page faults (sysctl vm.unprivileged"),
+    ],
+    ids=["filter", "filter-enosys", "user"],
+)
+def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
+    """By a filter, which only the container's profile can open, or by the sysctl."""
+    if os.geteuid() or not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
+        pytest.skip("needs root, and a kernel with userfaultfd")
+
+    def body() -> str:
+        limit()
+        try:
+            MissingPages(0, arch.PAGE_SIZE)
+        except HostLimit as error:
+            return str(error)
+        return "it is there"
+
+    assert in_child(body, tmp_path).startswith(f"userfaultfd: {reason}")
+
+
+# --- errors that are nobody's but KVM's -------------------------------------------------------------------------------
+
+
+PLANTED = """
+import errno, lib.ioctl, lib.vcpu
+from lib import uapi
+honest = lib.ioctl.raw_ioctl
+def raw_ioctl(fd, request, arg=None):
+    return (-1, errno.{code}) if request == uapi.{request} else honest(fd, request, arg)
+lib.ioctl.raw_ioctl = lib.vcpu.raw_ioctl = raw_ioctl
+"""
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [("KVM_RUN", code) for code in ("EAGAIN", "ENOMEM", "EMFILE")]
+    + [("KVM_CREATE_VCPU", "ENOMEM"), ("KVM_CREATE_VCPU", "ENFILE"), ("KVM_GET_DIRTY_LOG", "EAGAIN")],
+)
+@pytest.mark.usefixtures("kvm")
+def test_an_error_without_a_limit_fails(suite: Suite, request_: str, code: str) -> None:
+    """No limit of this host explains it, so it is KVM's."""
+    assert suite(*ONE, plugin=PLANTED.format(code=code, request=request_)) == FAILED
+    assert f"{request_}(" in suite.output
+    assert f": {code} (" in suite.output
+    assert "1 cells: 1 FAIL" in suite.output
+
+
+def test_a_verdict_is_never_excused() -> None:
+    """A broken contract is one, whatever it came after."""
+    error = AssertionError("lost")
+    error.__context__ = HostLimit("no threads")
+    assert explain_error(error) is None
+    assert explain_error(RuntimeError("anything")) is None
+    assert explain_error(MemoryError("slot 0 has no room")) is None
+    assert explain_error(KvmError(errno.ENOMEM, "KVM_CREATE_VM")) is None
+    assert explain(errno.EINVAL) is None
