@@ -19,11 +19,12 @@ import pytest
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
-from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, this_host
-from lib.host_limits import FILES, HostLimit, explain_error, file_limits, tightest
+from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, missing_facts, this_host
+from lib.host_limits import FILES, HostLimit, file_limits, tightest
 from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
+from lib.limited_errors import explain_error
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, size_text
 from lib.report import Context, context_lines, environment_lines, failure_data, failure_text, this_pytest
@@ -53,7 +54,7 @@ from runner.kernel_options import (
     tests_in_kernel,
 )
 from runner.report_stream import ReportStream
-from runner.run_report import Facts, RunReport, verdict, write_failure
+from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
 from runner.store import say
 from runner.worker_crashes import WorkerCrashes
 
@@ -473,14 +474,14 @@ def emulates(host: Host) -> bool:
 
 
 @pytest.fixture(scope="session")
-def kvm(lacks: Lacks, settings: Settings, pytestconfig: pytest.Config) -> Iterator[Kvm]:
+def kvm(lacks: Lacks, settings: Settings, host: Host, pytestconfig: pytest.Config) -> Iterator[Kvm]:
     """The open KVM device; a test that uses it counts as one that ran on KVM."""
     try:
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         lacks(str(error))
     with device:
-        if reason := keep_memory_in_place():
+        if reason := missing_facts(host) or keep_memory_in_place():
             lacks(reason)
         with _one_vm(device) if pytestconfig.option.emulated else nullcontext():
             yield device
@@ -550,9 +551,12 @@ class Outcome:
         try:
             yield
         except DirtyTrackingError as error:
-            self._keep(failure_data(error, context))
-            self.record(error.run.figures)
             text = failure_text(error, context)
+            try:
+                self._keep(failure_data(error, context))
+            except OSError as why_not:
+                text += f"\n{not_kept(self._config.option.results, why_not)}"
+            self.record(error.run.figures)
             if bug is not None and bug.explains(error.findings):
                 self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
                 pytest.xfail(bug.id)

@@ -76,7 +76,10 @@ def assemble(source: Path, target: Path) -> None:
     newest = max(path.stat().st_mtime_ns for path in (source, *source.parent.glob("*.inc")))
     if target.exists() and target.stat().st_mtime_ns >= newest:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GuestProgramError(f"{target.parent} cannot be made: {error.strerror}") from None
     object_file, linked = target.with_suffix(".o"), target.with_suffix(".tmp")
     _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
     _tool(

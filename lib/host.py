@@ -54,6 +54,15 @@ def version_numbers(release: str) -> tuple[int, ...]:
 EMULATING_BACKENDS = ("kvm_pvm",)
 
 
+def missing_facts(host: Host) -> str | None:
+    """Why too little is known of a host to judge its KVM; None when it is enough."""
+    if host.backend == "unknown":
+        return (
+            f"KVM's parameters, which decide what is right, are not shown here: {_MODULES} has no kvm_* (mount sysfs)"
+        )
+    return None
+
+
 def uses_pml(host: Host) -> bool:
     """Whether the CPU logs dirty pages into a buffer of its own (Intel's page-modification logging)."""
     return host.parameters.get("kvm_intel.pml") == "Y"

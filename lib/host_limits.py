@@ -25,6 +25,7 @@ THREADS = 16
 FILES = 64
 # What is left of memory, beyond what was asked for, when it counts as used up: others take and give back all the time
 _SPARE = 64 * MIB
+OTHER_THREAD_LIMITS = "the whole host has as many as it may (sysctl kernel.threads-max, kernel.pid_max)"
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # <linux/capability.h>
 _FILTERED = "2"  # Seccomp: in /proc/self/status
 
@@ -58,35 +59,10 @@ def explain(code: int, size: int = 0) -> str | None:
     if code == errno.ENOMEM:
         limit = tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _SPARE)
     if code == errno.EFBIG:
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        if 0 <= most < size:
-            limit = Limit(f"a file may have {most} bytes (RLIMIT_FSIZE)", most, "ulimit -f unlimited")
+        most = _rlimit(resource.RLIMIT_FSIZE)
+        if most is not None and most < size:
+            limit = Limit(f"RLIMIT_FSIZE lets a file have {most} bytes", most, "ulimit -f unlimited")
     return None if limit is None else str(limit)
-
-
-def explain_error(error: BaseException) -> str | None:
-    """The limit that explains an error of a test, in one line; None when none does.
-
-    :param error: looked at with all that it came from, unless it is a verdict
-    """
-    if isinstance(error, AssertionError):
-        return None
-    seen: list[BaseException] = []
-    while error not in seen:
-        seen.append(error)
-        if isinstance(error, HostLimit):
-            return str(error)
-        if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-            # The interpreter's own; KVM has no part in it.
-            return _why_no_thread() or "no thread can be started here (see kernel.threads-max and kernel.pid_max)"
-        if isinstance(error, MemoryError) and not error.args:
-            # The interpreter's own too, for which it got no memory; by now it has given back what it had.
-            mapped = tightest([*address_space_limits(), *promise_limits()], sys.maxsize)
-            return str(mapped) if mapped is not None else explain(errno.ENOMEM)
-        if isinstance(error, OSError) and (line := explain(error.errno or 0)):
-            return line
-        error = error.__cause__ or error.__context__ or error
-    return None
 
 
 def tightest(limits: Sequence[Limit], needed: int) -> Limit | None:
@@ -101,21 +77,23 @@ def thread_limits() -> list[Limit]:
     found = [
         Limit(f"{group.file} allows {group.most} threads", group.most - group.taken, remedy) for group in cgroups.pids()
     ]
-    most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if most != resource.RLIM_INFINITY and not _exempt_from_nproc():
-        text = f"this user may have {most} threads (RLIMIT_NPROC)"
+    most = _rlimit(resource.RLIMIT_NPROC)
+    if most is not None and not _exempt_from_nproc():
+        text = f"RLIMIT_NPROC lets this user have {most} threads"
         found.append(Limit(text, most - _threads_of_user(), "ulimit -u unlimited"))
     return found
 
 
 def file_limits() -> list[Limit]:
     """What limits the number of open files."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = _rlimit(resource.RLIMIT_NOFILE)
+    if most is None:
+        return []
     try:
         left = most - len(os.listdir("/proc/self/fd"))
     except OSError:
         left = 0  # that would have been one file more
-    return [Limit(f"a process may have {most} files open (RLIMIT_NOFILE)", left, "ulimit -n 1024")]
+    return [Limit(f"RLIMIT_NOFILE lets a process have {most} files open", left, "ulimit -n 1024")]
 
 
 def address_space_limits() -> list[Limit]:
@@ -125,9 +103,9 @@ def address_space_limits() -> list[Limit]:
         (resource.RLIMIT_AS, "RLIMIT_AS", "-v", "VmSize"),
         (resource.RLIMIT_DATA, "RLIMIT_DATA", "-d", "VmData"),
     ):
-        most = resource.getrlimit(kind)[0]
-        if most != resource.RLIM_INFINITY:
-            text = f"a process may map {most // MIB} MiB ({name})"
+        most = _rlimit(kind)
+        if most is not None:
+            text = f"{name} lets a process map {most // MIB} MiB"
             found.append(Limit(text, most - _kib("self/status", taken), f"ulimit {option} unlimited"))
     return found
 
@@ -143,6 +121,12 @@ def memory_limits() -> list[Limit]:
     return [*found, Limit(text, _kib("meminfo", "MemAvailable"), "end other programs")]
 
 
+def any_limit_of_mapped_memory() -> str | None:
+    """The one that leaves least, however much that is."""
+    limit = tightest([*address_space_limits(), *promise_limits()], sys.maxsize)
+    return None if limit is None else str(limit)
+
+
 def promise_limits() -> list[Limit]:
     """What limits the memory that all processes may map together, in bytes: with vm.overcommit_memory=2 no more than there is.
 
@@ -153,7 +137,7 @@ def promise_limits() -> list[Limit]:
         return []
     most = _kib("meminfo", "CommitLimit")
     kept = sum(int(_text(f"sys/vm/{who}_reserve_kbytes") or 0) << 10 for who in ("admin", "user"))
-    text = f"all processes may map {most // MIB} MiB, used or not (vm.overcommit_memory=2)"
+    text = f"with vm.overcommit_memory=2 all processes may map {most // MIB} MiB, used or not"
     return [Limit(text, most - _kib("meminfo", "Committed_AS") - kept, "sysctl vm.overcommit_memory=0")]
 
 
@@ -199,9 +183,8 @@ def _why_no_thread() -> str | None:
         return f"no more threads can be started: {limit}"
     if not _refuses_threads():
         return None
-    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    reason = explain(errno.ENOMEM, 0 if stack == resource.RLIM_INFINITY else stack)
-    return f"no more threads can be started: {reason or 'see kernel.threads-max and kernel.pid_max'}"
+    reason = explain(errno.ENOMEM, _rlimit(resource.RLIMIT_STACK) or 0)
+    return f"no more threads can be started: {reason or OTHER_THREAD_LIMITS}"
 
 
 def _refuses_threads() -> bool:
@@ -250,14 +233,28 @@ def _threads_of_user() -> int:
     return total
 
 
+def _rlimit(kind: int) -> int | None:
+    """A soft resource limit; None for none, or when a filter hides it."""
+    try:
+        most = resource.getrlimit(kind)[0]
+    except OSError:
+        return None
+    return None if most == resource.RLIM_INFINITY else most
+
+
 def status(name: str) -> str | None:
     """A field of /proc/self/status."""
     return _field("self/status", name)
 
 
 def _kib(file: str, name: str) -> int:
-    """A size in *file*, in bytes."""
-    return int((_field(file, name) or "0").split()[0]) << 10
+    """A size in *file*, in bytes.
+
+    :raises HostLimit: the file, or the line, is not shown here
+    """
+    if (value := _field(file, name)) is None:
+        raise HostLimit(f"{PROC / file} has no {name} line here (mount the kernel's own in its place)")
+    return int(value.split()[0]) << 10
 
 
 def _field(file: str, name: str, separator: str = ":") -> str | None:

@@ -111,24 +111,30 @@ class RunReport:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._rows or self._tests or self.end:
-            self._results.mkdir(parents=True, exist_ok=True)
-            data = {
-                "host": self.facts.host,
-                "place": self.facts.place,
-                "machine": self.facts.machine,
-                "settings": self.facts.settings,
-                "end": self.end,
-                "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
-                "cells": self._ordered_rows(),
-                "tests": list(self._tests.values()),
-                "migrations": self._migrations,
-            }
-            (self._results / "results.json").write_text(json.dumps(data, indent=1))
+            try:
+                self._write()
+            except OSError as error:  # that is no verdict on the kernel
+                self.remarks.append(not_kept(self.shown_results, error))
         if session.exitstatus == pytest.ExitCode.OK:
             if self._nothing_ran:
                 session.exitstatus = self.nothing_ran_status
             elif self._unexplained:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _write(self) -> None:
+        self._results.mkdir(parents=True, exist_ok=True)
+        data = {
+            "host": self.facts.host,
+            "place": self.facts.place,
+            "machine": self.facts.machine,
+            "settings": self.facts.settings,
+            "end": self.end,
+            "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
+            "cells": self._ordered_rows(),
+            "tests": list(self._tests.values()),
+            "migrations": self._migrations,
+        }
+        (self._results / "results.json").write_text(json.dumps(data, indent=1))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         rows = self._ordered_rows()
@@ -199,6 +205,11 @@ def write_failure(results: Path, name: str, data: Any) -> None:
     """Keep all that is known of a failed test."""
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(data, indent=1))
+
+
+def not_kept(results: Path | str, error: OSError) -> str:
+    """What to say when *results* cannot be written."""
+    return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} (--results DIR puts them elsewhere)"
 
 
 def _known_bug_findings(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -42,7 +42,5 @@ class WorkerCrashes:
             return f"the kernel killed the test for want of memory: {limit}"
         most = resource.getrlimit(resource.RLIMIT_CPU)[0]
         if 0 <= most <= (time.monotonic() - self._started) * (os.cpu_count() or 1):
-            return (
-                f"the kernel killed the test: a process may use {most} s of CPU time (RLIMIT_CPU) (ulimit -t unlimited)"
-            )
+            return f"the kernel killed the test: RLIMIT_CPU lets a process use {most} s (ulimit -t unlimited)"
         return None

@@ -22,9 +22,10 @@ from lib import cgroups, host, host_limits, memory
 from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
-from lib.host_limits import HostLimit, explain, explain_error
+from lib.host_limits import HostLimit, explain
 from lib.ioctl import KvmError
 from lib.kvm import Kvm
+from lib.limited_errors import explain_error
 from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
 from lib.userfault import MissingPages
 from selftests.unit import limits
@@ -35,7 +36,7 @@ SIZES = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 CELL = ["selftests/test_dirty_log.py", "--guest-mode=48bit-4k", "--stop=forced", "--density=sparse"]
 ONE = [*CELL, *SIZES, "--log-mode=dirty-log", "--backing=anonymous", "--vcpus=1"]
 USAGE_ERROR, NOTHING_RAN, FAILED = 4, 5, 1
-SYS_MEMFD_CREATE = 319
+SYS_MADVISE, SYS_MEMFD_CREATE = 28, 319
 NOBODY = 54321
 
 Lacks = Callable[[str], NoReturn]
@@ -48,13 +49,15 @@ class Suite:
     :ivar output: all that it wrote
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self._folder = folder
+        self._device = device
         self.output = ""
 
     def __call__(self, *arguments: str, limit: Limit | None = None, plugin: str = "") -> int:
         (self._folder / "under_test.py").write_text(plugin)
-        command = [sys.executable, "-m", "pytest", "-p", "under_test", f"--results={self._folder}/results", *arguments]
+        options = [f"--results={self._folder}/results", f"--kvm-device={self._device}"]
+        command = [sys.executable, "-m", "pytest", "-p", "under_test", *options, *arguments]
         environment = os.environ | {"PYTHONPATH": str(self._folder)}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -81,8 +84,8 @@ class Suite:
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Suite:
-    return Suite(tmp_path)
+def suite(tmp_path: Path, settings: Settings) -> Suite:
+    return Suite(tmp_path, settings.kvm_device)
 
 
 @pytest.fixture
@@ -135,6 +138,18 @@ def test_workers_where_no_thread_can_be_had(suite: Suite, group: MakeGroup) -> N
     suite.nothing_ran(suite(*ONE, "-n", "auto", limit=group("pids", "pids.max", "3")))
 
 
+@pytest.mark.usefixtures("kvm")
+def test_stacks_that_do_not_fit(suite: Suite) -> None:
+    """A thread's stack is as large as RLIMIT_STACK says, and counts for RLIMIT_AS."""
+
+    def limit() -> None:
+        rlimit(resource.RLIMIT_STACK, 900 * MIB)()
+        rlimit(resource.RLIMIT_AS, 1000 * MIB)()
+
+    line = suite.nothing_ran(suite(*ONE, limit=limit))
+    assert "no more threads can be started: RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
+
+
 def test_rlimit_nproc(kvm: Kvm, tmp_path: Path) -> None:
     """For the user's threads; root has no such limit, so it becomes somebody else."""
 
@@ -150,7 +165,7 @@ def test_rlimit_nproc(kvm: Kvm, tmp_path: Path) -> None:
                 return explain_error(error)
         return "it ran"
 
-    expected = "no more threads can be started: this user may have 1 threads (RLIMIT_NPROC) (ulimit -u unlimited)"
+    expected = "no more threads can be started: RLIMIT_NPROC lets this user have 1 threads (ulimit -u unlimited)"
     assert in_child(body, tmp_path) == expected
 
 
@@ -179,7 +194,9 @@ def in_child(body: Callable[[], str | None], folder: Path) -> str:
 def test_rlimit_nofile(suite: Suite, most: int, workers: list[str]) -> None:
     """Too few for any test: the run does not begin."""
     line = suite.refused(suite(*ONE, *workers, limit=rlimit(resource.RLIMIT_NOFILE, most)))
-    assert f"a test opens up to 64 files, but a process may have {most} files open (RLIMIT_NOFILE) (ulimit -n" in line
+    assert (
+        f"a test opens up to 64 files, but RLIMIT_NOFILE lets a process have {most} files open (ulimit -n 1024)" in line
+    )
 
 
 OPENING_PLUGIN = """
@@ -203,8 +220,7 @@ def test_rlimit_nofile_in_the_middle(suite: Suite) -> None:
     status = suite(*ONE, limit=rlimit(resource.RLIMIT_NOFILE, 200), plugin=OPENING_PLUGIN)
     line = suite.nothing_ran(status)
     assert (
-        "KVM_CREATE_VCPU(id=0): EMFILE (Too many open files): no more files can be opened: a process may have 200 files open"
-        in line
+        "KVM_CREATE_VCPU(id=0): EMFILE (Too many open files): no more files can be opened: RLIMIT_NOFILE lets a" in line
     )
 
 
@@ -213,7 +229,7 @@ def test_rlimit_fsize(suite: Suite, kvm: Kvm) -> None:
     status = suite(*CELL, *SIZES, "--log-mode=dirty-log", limit=rlimit(resource.RLIMIT_FSIZE, MIB))
     assert status == 0, suite.output
     assert "FAIL" not in suite.output
-    expected = "cannot make a file of 4108 KiB for shmem guest memory: a file may have 1048576 bytes (RLIMIT_FSIZE)"
+    expected = "cannot make a file of 4108 KiB for shmem guest memory: RLIMIT_FSIZE lets a file have 1048576 bytes"
     assert f"skipped: {expected} (ulimit -f unlimited)" in suite.output
 
 
@@ -222,7 +238,7 @@ def test_rlimit_fsize(suite: Suite, kvm: Kvm) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(resource.RLIMIT_AS, "RLIMIT_AS) (ulimit -v"), (resource.RLIMIT_DATA, "RLIMIT_DATA) (ulimit -d")],
+    [(resource.RLIMIT_AS, "RLIMIT_AS"), (resource.RLIMIT_DATA, "RLIMIT_DATA")],
     ids=["as", "data"],
 )
 @pytest.mark.usefixtures("kvm")
@@ -230,13 +246,13 @@ def test_a_limit_of_mapped_memory(suite: Suite, kind: int, name: str) -> None:
     """Cells that do not fit are refused at once; a test that takes more is skipped."""
     line = suite.refused(suite(*ONE, "--test-mem=1G", limit=rlimit(kind, 1000 * MIB)))
     assert "--test-mem: 1 GiB needs " in line
-    assert f"MiB of memory, but a process may map 1000 MiB ({name[:-13]}" in line
+    assert f"MiB of memory, but {name} lets a process map 1000 MiB, " in line
     status = suite(
         "selftests/test_arming.py", *SIZES, "-k", "many_pages and dirty-log", "-rs", limit=rlimit(kind, 3 * GIB)
     )
     assert status == 0, suite.output
     assert "1 passed, 1 skipped" in suite.output
-    expected = f"cannot map 4194316 KiB of anonymous guest memory: a process may map 3072 MiB ({name} unlimited)"
+    expected = f"cannot map 4194316 KiB of anonymous guest memory: {name} lets a process map 3072 MiB (ulimit -"
     assert expected in suite.output
 
 
@@ -245,7 +261,7 @@ def test_memory_that_the_interpreter_lacks(suite: Suite) -> None:
     """An error without a word, of Python's own: what it had is free again by the time it is looked at."""
     plugin = "def pytest_runtest_call(item):\n    bytearray(1500 << 20)\n"
     line = suite.nothing_ran(suite(*ONE, limit=rlimit(resource.RLIMIT_AS, 1000 * MIB), plugin=plugin))
-    assert "a process may map 1000 MiB (RLIMIT_AS) (ulimit -v unlimited)" in line
+    assert "RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
 
 
 def test_memory_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
@@ -316,8 +332,8 @@ def test_memory_that_is_not_overcommitted(proc: Callable[..., None], monkeypatch
     proc({"meminfo": MEMINFO, "sys/vm/overcommit_memory": "2\n", "sys/vm/admin_reserve_kbytes": "8192\n"})
     monkeypatch.setattr(mmap, "mmap", refuses)
     expected = (
-        r"cannot map 1 GiB of anonymous guest memory: all processes may map 976 MiB, used or not"
-        r" \(vm.overcommit_memory=2\) \(sysctl vm.overcommit_memory=0\)"
+        r"cannot map 1 GiB of anonymous guest memory: with vm.overcommit_memory=2 all processes may map 976 MiB, used or not"
+        r" \(sysctl vm.overcommit_memory=0\)"
     )
     with pytest.raises(HostLimit, match=expected):
         GuestMemory(BACKINGS["anonymous"], GIB, 0)
@@ -486,6 +502,46 @@ def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
         return "it is there"
 
     assert in_child(body, tmp_path).startswith(f"userfaultfd: {reason}")
+
+
+@pytest.mark.usefixtures("kvm")
+def test_any_other_call_refused(suite: Suite) -> None:
+    """Where it was made, and that it is the filter's answer."""
+    line = suite.nothing_ran(suite(*ONE, limit=limits.refused(SYS_MADVISE)))
+    assert (
+        "a system call in _map_backing() of memory.py is refused: EPERM, which is the seccomp filter's answer" in line
+    )
+
+
+# --- files that are hidden, or cannot be written ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm")
+def test_parameters_that_are_hidden(suite: Suite, tmp_path: Path) -> None:
+    """Without KVM's parameters nobody knows which backend it is, nor what is right for it."""
+    plugin = f"import lib.host, pathlib\nlib.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
+    line = suite.nothing_ran(suite(*ONE, plugin=plugin))
+    assert f"KVM's parameters, which decide what is right, are not shown here: {tmp_path}/module has no kvm_*" in line
+
+
+LOSING_PLUGIN = """
+from lib.vm import Vm
+honest = Vm.get_dirty_log
+def losing(vm, slot, bitmap):
+    honest(vm, slot, bitmap)
+    bitmap[:] = bytes(len(bitmap))
+Vm.get_dirty_log = losing
+"""
+
+
+@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
+@pytest.mark.usefixtures("kvm")
+def test_results_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -> None:
+    """It is said, and the verdict is what it is."""
+    assert suite(*ONE, "--results=/proc/nowhere", plugin=plugin) == expected, suite.output
+    lines = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT: /proc/nowhere: ")]
+    assert len(lines) == (2 if expected else 1)
+    assert ("LOST (written but not reported)" in suite.output) == bool(expected)
 
 
 # --- errors that are nobody's but KVM's -------------------------------------------------------------------------------

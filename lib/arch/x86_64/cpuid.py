@@ -6,7 +6,8 @@ import errno
 from pathlib import Path
 
 from lib.arch.x86_64.uapi import KVM_GET_SUPPORTED_CPUID, kvm_cpuid2, kvm_cpuid_entry2
-from lib.ioctl import KvmError, raw_ioctl
+from lib.host_limits import HostLimit
+from lib.ioctl import fail, raw_ioctl
 from lib.memory import GIB
 
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
@@ -96,7 +97,7 @@ def get_supported_cpuid(kvm_fd: int) -> Cpuid:
         if result >= 0:
             return Cpuid(buffer)
         if code != errno.E2BIG:
-            raise KvmError(code, "KVM_GET_SUPPORTED_CPUID", f"nent={count}")
+            fail(code, "KVM_GET_SUPPORTED_CPUID", f"nent={count}")
         count *= 2
 
 
@@ -140,4 +141,4 @@ def _cpuinfo(key: str) -> str:
         name, _, value = line.partition(":")
         if name.strip() == key:
             return value.strip()
-    raise KeyError(f"/proc/cpuinfo has no {key!r} line")
+    raise HostLimit(f"/proc/cpuinfo has no {key!r} line here (mount the kernel's own in its place)")
