@@ -191,10 +191,3 @@ class RunningMachine:
 def _end_with_parent() -> None:
     """Have the kernel end this process when its parent ends, however that comes."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def available_memory() -> int:
-    """Memory that programs can have, in MiB."""
-    text = Path("/proc/meminfo").read_text()
-    match = re.search(r"MemAvailable: +(\d+) kB", text)
-    return int(match[1]) >> 10 if match else 1 << 40

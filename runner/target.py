@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lib.host_limits import MIB, available_memory
 from runner.errors import CannotTest
 from runner.kernel import Kernel, find_kernel, kernels_at_hand
 from runner.kernel_options import AT_HAND
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
-from runner.qemu import Machine, Qemu, available_memory, find_qemu
+from runner.qemu import Machine, Qemu, find_qemu
 from runner.store import shown
 
 # The kernel to fetch where none is at hand: the one that the suite is run in most
@@ -101,9 +102,11 @@ def find_target(
     found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
     at_hand = kernels_at_hand() if kernel == AT_HAND else []
     found = at_hand[0] if at_hand else find_kernel(DEFAULT_KERNEL if kernel == AT_HAND else kernel)
-    free = available_memory()
+    free = available_memory() // MIB
     if machine.memory > free:
-        raise CannotTest(f"--vm-memory: {machine.memory} MiB are not there, the host has {free} MiB free")
+        raise CannotTest(
+            f"--vm-memory: {machine.memory} MiB are not there, the host or its control group has {free} MiB free"
+        )
     modules = kvm_modules(found, found_qemu.vendor)
     check_parameters(wanted, modules, found_qemu.vendor)
     added = {

@@ -390,7 +390,7 @@ def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
 
 def test_more_memory_than_there_is(check_kernel: CheckKernel, kernel: Kernel) -> None:
     line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
-    assert line.startswith("--vm-memory: 9000000 MiB are not there, the host has ")
+    assert line.startswith("--vm-memory: 9000000 MiB are not there, the host or its control group has ")
 
 
 def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
