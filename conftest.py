@@ -402,18 +402,18 @@ def _lacks(config: pytest.Config, reason: str) -> NoReturn:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
-    with _host_limits_told(item):
+    with _host_limits_excused(item):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    with _host_limits_told(item):
+    with _host_limits_excused(item):
         return (yield)
 
 
 @contextmanager
-def _host_limits_told(item: pytest.Item) -> Iterator[None]:
+def _host_limits_excused(item: pytest.Item) -> Iterator[None]:
     """Where the host withholds what a test on KVM needs, the host lacks it: that says nothing about KVM."""
     try:
         yield
