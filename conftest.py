@@ -151,6 +151,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             return None
         print(f"cannot test: {error}", file=sys.stderr)
         return CANNOT_TEST
+    except KeyboardInterrupt:
+        print("interrupted: nothing was tested", file=sys.stderr)
+        return pytest.ExitCode.INTERRUPTED
     tests, here = tests_in_kernel(config)
     config.args = here
     if not here:

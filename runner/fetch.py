@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """python -m runner.fetch KERNEL ...: have Debian's QEMU and the kernels in build/, for runs that find no network.
 
-Exit status: 0 when all are there, 125 when one cannot be fetched.
+Exit status: 0 when all are there, 125 when one cannot be fetched, 130 when interrupted.
 """
 
 import sys
@@ -23,6 +23,9 @@ def main(kernels: list[str]) -> int:
     except CannotTest as error:
         say(f"cannot fetch: {error}")
         return CANNOT_TEST
+    except KeyboardInterrupt:
+        say("interrupted: what was not complete is not kept")
+        return 130
     return 0
 
 
