@@ -19,7 +19,7 @@ import pytest
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
-from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, missing_facts, this_host
+from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
 from lib.host_limits import FILES, HostLimit, file_limits, tightest
 from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
@@ -341,10 +341,10 @@ def _settings(option: Any) -> Settings:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """``-n auto``: a worker per CPU, but no more than there are memory and threads for; 0 is none but this process."""
     try:
-        settings, vcpus = _settings(config.option), max(_vcpus(config.option))
-    except SelectionError:
-        return 1  # pytest_configure will say what is wrong
-    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, workers_here(settings, vcpus))
+        most = workers_here(_settings(config.option), max(_vcpus(config.option)))
+        return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, most)
+    except (SelectionError, HostLimit, OSError):
+        return 0  # pytest_configure will say what is wrong
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -483,6 +483,7 @@ def kvm(lacks: Lacks, settings: Settings, host: Host, pytestconfig: pytest.Confi
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         lacks(str(error))
+    let_signals_in()
     with device:
         if reason := missing_facts(host) or keep_memory_in_place():
             lacks(reason)

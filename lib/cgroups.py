@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+# Without a limit v1 shows the largest number of pages that fits into 63 bits
+_UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,25 @@ def memory() -> list[Allowance]:
         taken = _number(folder / ("memory.usage_in_bytes" if v1 else "memory.current")) or 0
         taken -= min(taken, _statistic(folder / "memory.stat", "total_inactive_file" if v1 else "inactive_file"))
         files = [folder / name for name in (("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high"))]
-        # Without a limit v1 shows the largest number of pages that fits.
-        limits = [(file, most) for file in files if (most := _number(file)) is not None and most < 1 << 62]
+        limits = [(file, most) for file in files if (most := _number(file)) is not None and most < _UNLIMITED]
         found += [Allowance(file, most, taken) for file, most in limits]
     return found
+
+
+def huge_pages(page_size: int) -> list[Allowance]:
+    """How many bytes there may be in hugetlb pages of a size, used or reserved, for each group that limits them.
+
+    A pod of Kubernetes that asks for none may have none, however many the host has free.
+    """
+    unit = "GB" if page_size >= 1 << 30 else "MB"
+    name = f"hugetlb.{page_size >> (30 if unit == 'GB' else 20)}{unit}"
+    return [
+        Allowance(folder / f"{name}{part}.{limit}", most, _number(folder / f"{name}{part}.{usage}") or 0)
+        for folder in _folders("hugetlb")
+        for part in ("", ".rsvd")
+        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes"))
+        if (most := _number(folder / f"{name}{part}.{limit}")) is not None and most < _UNLIMITED
+    ]
 
 
 def oom_kills() -> int | None:

@@ -4,6 +4,7 @@
 import ctypes
 import errno
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def keep_memory_in_place() -> str | None:
         "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0), and"
         f" set_mempolicy, which keeps it off, is refused: {refused}"
     )
+
+
+def let_signals_in() -> None:
+    """Have the signals that end a KVM_RUN come to this thread, and those that it will start.
+
+    Whoever started the process may have blocked them, which is inherited: each vCPU that is to stop would look as if it hung.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGALRM})
 
 
 def _backend() -> str:

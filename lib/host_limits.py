@@ -127,6 +127,15 @@ def any_limit_of_mapped_memory() -> str | None:
     return None if limit is None else str(limit)
 
 
+def huge_page_limits(page_size: int) -> list[Limit]:
+    """What limits the hugetlb pages of a size that this process may have, in bytes, beside the pool."""
+    remedy = "raise it; a pod of Kubernetes has to ask for hugepages- in its limits"
+    return [
+        Limit(f"{group.file} allows {group.most // MIB} MiB", group.most - group.taken, remedy)
+        for group in cgroups.huge_pages(page_size)
+    ]
+
+
 def promise_limits() -> list[Limit]:
     """What limits the memory that all processes may map together, in bytes: with vm.overcommit_memory=2 no more than there is.
 
@@ -170,7 +179,7 @@ def explained(what: str, size: int = 0) -> Iterator[None]:
 
 def why_not_permitted(code: int) -> str | None:
     """Why a system call that this kernel has may have failed with *code*: a filter of the container's."""
-    if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) and status("Seccomp") == _FILTERED:
+    if code in (errno.EPERM, errno.ENOSYS) and status("Seccomp") == _FILTERED:
         return (
             f"{errno.errorcode[code]}, which is the seccomp filter's answer (allow the call in the container's profile:"
             " docker run --security-opt seccomp=FILE)"

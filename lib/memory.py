@@ -64,6 +64,9 @@ class Backing:
                     f"{self.name}: needs {needed} free huge pages of {size_text(self.page_size)}, {free} are free"
                     f" (echo {needed} > {pool}/nr_hugepages)"
                 )
+            groups = host_limits.huge_page_limits(self.page_size)
+            if limit := host_limits.tightest(groups, needed * self.page_size):
+                return f"{self.name}: needs {needed} huge pages of {size_text(self.page_size)}, but {limit}"
         elif self.page_size and (reason := _why_no_thp(self.page_size)):
             return f"{self.name}: {reason}"
         return None

@@ -11,6 +11,8 @@ from runner.guest_init import BEGINS
 
 _CONSOLE_LINES = 25
 _REPORT_LINES = 40
+# __oom_kill_process() in mm/oom_kill.c
+_OUT_OF_MEMORY = re.compile(r"(Out of memory|Memory cgroup out of memory).*: Killed process \d+")
 _TIMESTAMP = re.compile(r"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
 
 
@@ -73,6 +75,8 @@ def judge(console: str, booted: bool, overdue: str | None, emulated: bool) -> En
     if worst:
         ending = Ending.PANIC if worst.kind is Kind.PANIC else Ending.OOPS
         return End(ending, _panic_reason(worst.lines) or why, tuple(worst.lines[:_REPORT_LINES]))
+    if not overdue and any(map(_OUT_OF_MEMORY.match, _without_timestamps(console))):
+        return End(Ending.NOT_TESTED, "the kernel killed the suite for want of memory (a larger --vm-memory)", tail)
     return End(Ending.HANG if overdue else Ending.SUITE_DIED, why, tail)
 
 

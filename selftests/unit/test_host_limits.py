@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -384,6 +385,24 @@ def test_limits_of_groups_above(proc: Callable[..., None], tmp_path: Path) -> No
     assert cgroups.pids() == []
 
 
+@pytest.mark.parametrize(("file", "usage"), [("max", "current"), ("rsvd.max", "rsvd.current")])
+def test_huge_pages_of_a_control_group(
+    proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, usage: str
+) -> None:
+    """The host has enough of them free, and this group may not have them."""
+    at = tmp_path / "cgroup"
+    proc({"pools/hugepages-2048kB/free_hugepages": "16\n"})
+    monkeypatch.setattr(memory, "_HUGEPAGES", tmp_path / "pools")
+    proc({"self/cgroup": "0::/pod\n", "self/mountinfo": MOUNTS_V2.format(root="/", at=at)})
+    proc({f"cgroup/pod/hugetlb.2MB.{file}": f"{8 * MIB}\n", f"cgroup/pod/hugetlb.2MB.{usage}": f"{4 * MIB}\n"})
+    backing = BACKINGS["anonymous_hugetlb_2mb"]
+    assert backing.missing(4 * MIB) is None
+    reason = backing.missing(6 * MIB)
+    assert reason is not None
+    expected = f"anonymous_hugetlb_2mb: needs 3 huge pages of 2 MiB, but {at}/pod/hugetlb.2MB.{file} allows 8 MiB ("
+    assert reason.startswith(expected)
+
+
 # --- transparent huge pages -------------------------------------------------------------------------------------------
 
 
@@ -542,6 +561,21 @@ def test_results_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -
     lines = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT: /proc/nowhere: ")]
     assert len(lines) == (2 if expected else 1)
     assert ("LOST (written but not reported)" in suite.output) == bool(expected)
+
+
+# --- what else is inherited -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm")
+def test_signals_that_are_blocked(suite: Suite) -> None:
+    """Those that get a vCPU out of its guest have to come, whatever the parent's mask was: else it looks like a hang."""
+
+    def limit() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+    plugin = "import lib.writers\nlib.writers.HANG_TIMEOUT = 3\n"
+    status = suite(*ONE, "--log-mode=dirty-log,dirty-ring", limit=limit, plugin=plugin)
+    assert status == 0, suite.output
 
 
 # --- errors that are nobody's but KVM's -------------------------------------------------------------------------------

@@ -238,6 +238,7 @@ OOPS = [
     "[    5.0] RIP: 0010:f",
 ]
 PANIC = ["[    6.0] Kernel panic - not syncing: Fatal exception", "[    6.0] Kernel Offset: disabled"]
+OUT_OF_MEMORY = ["[    5.0] Out of memory: Killed process 148 (python3) total-vm:4522100kB, anon-rss:224504kB"]
 INT3 = ["[    5.0] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"]
 
 
@@ -252,6 +253,8 @@ INT3 = ["[    5.0] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"]
         ([], False, "too late", Ending.NO_BOOT),
         ([], True, "too late", Ending.HANG),
         ([], True, None, Ending.SUITE_DIED),
+        (OUT_OF_MEMORY, True, None, Ending.NOT_TESTED),
+        ([*OUT_OF_MEMORY, *PANIC], True, None, Ending.PANIC),
         (INT3, True, None, Ending.EMULATOR_FAULT),
         ([*INT3, *PANIC], False, None, Ending.EMULATOR_FAULT),
     ],
