@@ -78,8 +78,8 @@ FAULTS = (
         until="",
         does="translates code again between another CPU's store to it being noticed and being done: the same as with"
         " 'code translated before its page is locked', but seldom; not with thread=single",
-        showed="'Oops: int3' with one key switched in a loop, three CPUs on two of the host's: after 23 to 263 times, and"
-        " not in 262 and 337 others (10.0, 11.1); with thread=single not in 1585",
+        showed="'Oops: int3' with one key switched in a loop, three CPUs on two of the host's: in 8 of 11 runs, after at most"
+        " 429 times (10.0 and 11.1 with Linux 6.12; in none of 4 with 7.2); with thread=single not in 1585 times",
         source="notdirty_write() in accel/tcg/cputlb.c; the runner boots again (ending.py)",
     ),
     Fault(
