@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from lib import guest_program, known_bugs
+from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
@@ -228,6 +229,8 @@ def _prepare(config: pytest.Config) -> None:
         config.stash[_plan_key] = []
         _prepare_remote(config)
         return
+    if option.emulated:
+        _hold_static_keys(config, settings)
     check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
@@ -246,6 +249,25 @@ def _prepare(config: pytest.Config) -> None:
     config.pluginmanager.register(WorkerCrashes(by_id, option.require_kvm), "worker-crashes")
     if option.report_to is not None:
         config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
+
+
+def _hold_static_keys(config: pytest.Config, settings: Settings) -> None:
+    """Keep two VMs to the end of the session, so that no static key of KVM's switches as others come and go.
+
+    QEMU's TCG with several threads now and then takes the breakpoint by which the kernel switches one for an oops (int3); see
+    "code invalidated before it is changed" in runner/emulator_faults.py.
+    """
+    try:
+        kvm = Kvm(settings.kvm_device)
+    except KvmUnavailable:
+        return  # each test will say why
+    with kvm:
+        for prepare in (None, arch.use_what_has_static_keys):
+            vm = kvm.create_vm()
+            config.add_cleanup(vm.close)
+            if prepare is not None:
+                prepare(kvm.fd, vm.fd)
+            vm.create_vcpu(0)
 
 
 def _prepare_remote(config: pytest.Config) -> None:
@@ -477,7 +499,7 @@ def emulates(host: Host) -> bool:
 
 
 @pytest.fixture(scope="session")
-def kvm(lacks: Lacks, settings: Settings, host: Host, pytestconfig: pytest.Config) -> Iterator[Kvm]:
+def kvm(lacks: Lacks, settings: Settings, host: Host) -> Iterator[Kvm]:
     """The open KVM device; a test that uses it counts as one that ran on KVM."""
     try:
         device = Kvm(settings.kvm_device)
@@ -487,19 +509,7 @@ def kvm(lacks: Lacks, settings: Settings, host: Host, pytestconfig: pytest.Confi
     with device:
         if reason := missing_facts(host) or keep_memory_in_place():
             lacks(reason)
-        with _one_vm(device) if pytestconfig.option.emulated else nullcontext():
-            yield device
-
-
-@contextmanager
-def _one_vm(kvm: Kvm) -> Iterator[None]:
-    """Keep a VM with a vCPU: static keys then do not switch as a first VM comes or a last one goes.
-
-    QEMU's TCG with several threads now and then takes the breakpoint by which the kernel switches one for an oops (int3).
-    """
-    with kvm.create_vm() as vm:
-        vm.create_vcpu(0)
-        yield
+        yield device
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,13 +81,14 @@ def assemble(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GuestProgramError(f"{target.parent} cannot be made: {error.strerror}") from None
-    object_file, linked = target.with_suffix(".o"), target.with_suffix(".tmp")
-    _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
-    _tool(
-        *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
-        *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
-    )
-    linked.replace(target)  # in one step: another process may be about to load it
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may be doing the same
+        object_file, linked = Path(folder) / "object", Path(folder) / "linked"
+        _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
+        _tool(
+            *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
+            *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
+        )
+        linked.replace(target)  # in one step: another process may be about to load it
 
 
 def _tool(name: str, *arguments: str) -> None:

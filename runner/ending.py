@@ -84,7 +84,7 @@ def is_emulators_fault(line: str) -> bool:
     """Whether a line of the kernel's log tells of a fault of QEMU's emulation, which says nothing about the kernel.
 
     int3: a CPU runs into the breakpoint that another one puts where it switches a static key, and the kernel does not
-    recognise it as its own any more; with multi-threaded TCG (QEMU 7.2: 3 of 25 boots), never on hardware.
+    recognise it as its own any more; with multi-threaded TCG, never on hardware (emulator_faults.py has the causes).
     """
     return bool(re.search(r"^Oops: int3\b|^int3: 0000 \[#", line))
 

@@ -115,7 +115,7 @@ def keep_off_cpu_0() -> None:
     """Run the tests on the other CPUs: in QEMU's TCG, a guest that runs on the first one is now and then corrupted.
 
     Each FXRSTOR or XRSTOR of any CPU clears a bit in the first CPU's hflags2, without a lock (cpu_clear_ignne() in
-    target/i386/tcg/*/fpu_helper.c, QEMU 7.2 to 10.0 at least). The same word tells whether nested paging is on. When VMRUN or
+    target/i386/tcg/*/fpu_helper.c, QEMU 4.2 to 10.2 at least). The same word tells whether nested paging is on. When VMRUN or
     #VMEXIT changes that at the same moment, the change is lost: the guest ends in a triple fault, or the host's memory is
     taken for the guest's and the kernel panics ("corrupted stack end detected inside scheduler").
     """

@@ -32,6 +32,7 @@ from lib.arch.x86_64.vcpu_state import (
     init_descriptor_tables,
     init_vcpu,
     set_msr,
+    use_what_has_static_keys,
 )
 
 NAME = "x86_64"
@@ -79,5 +80,6 @@ __all__ = [
     "init_descriptor_tables",
     "init_vcpu",
     "set_msr",
+    "use_what_has_static_keys",
     "vector_stores",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lib import uapi
 from lib.arch.x86_64.cpuid import Cpuid
 from lib.arch.x86_64.uapi import (
+    KVM_CAP_XEN_HVM,
     KVM_CREATE_IRQCHIP,
     KVM_GET_REGS,
     KVM_GET_SREGS,
@@ -16,11 +17,13 @@ from lib.arch.x86_64.uapi import (
     KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SREGS,
+    KVM_XEN_HVM_CONFIG,
     kvm_msr_entry,
     kvm_msrs,
     kvm_regs,
     kvm_segment,
     kvm_sregs,
+    kvm_xen_hvm_config,
 )
 from lib.ioctl import ioctl
 
@@ -47,6 +50,9 @@ _CR4 = 1 << 10 | 1 << 9 | 1 << 5  # OSXMMEXCPT OSFXSR PAE
 _CR4_LA57 = 1 << 12
 _EFER_LME, _EFER_LMA, _EFER_NX = 1 << 8, 1 << 10, 1 << 11
 _RFLAGS_RESERVED = 1 << 1
+
+# The register that Xen's guests write for their hypercall page; any other would do
+_XEN_MSR = 0x40000000
 
 _GENERAL_REGISTERS = [field[0] for field in kvm_regs._fields_]
 
@@ -165,6 +171,18 @@ def get_sregs(vcpu_fd: int) -> kvm_sregs:
 def create_irqchip(vm_fd: int) -> None:
     """KVM_CREATE_IRQCHIP: have KVM emulate the interrupt controllers of a VM that has no vCPU yet."""
     ioctl(vm_fd, KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
+
+
+def use_what_has_static_keys(kvm_fd: int, vm_fd: int) -> None:
+    """Have a VM without vCPUs use what KVM switches a static key for when the first VM does: local APICs, and Xen.
+
+    apic_sw_disabled (arch/x86/kvm/lapic.c) and kvm_xen_enabled (arch/x86/kvm/xen.c); a VM that has no local APIC holds
+    kvm_has_noapic_vcpu.
+    """
+    create_irqchip(vm_fd)
+    if ioctl(kvm_fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", KVM_CAP_XEN_HVM):
+        config = kvm_xen_hvm_config(msr=_XEN_MSR)
+        ioctl(vm_fd, KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
 
 
 def set_msr(vcpu_fd: int, index: int, value: int) -> None:
