@@ -426,13 +426,13 @@ def _lacks(config: pytest.Config, reason: str) -> NoReturn:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     with _host_limits_excused(item):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     with _host_limits_excused(item):
         return (yield)
 

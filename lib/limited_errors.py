@@ -37,7 +37,8 @@ def _explain_one(error: BaseException) -> str | None:
     if isinstance(error, OSError) and not isinstance(error, KvmError):  # those were looked at when they came
         code = error.errno or 0
         if refusal := host_limits.why_not_permitted(code):
-            *_, last = traceback.extract_tb(error.__traceback__)
-            return f"a system call in {last.name}() of {Path(last.filename).name} is refused: {refusal}"
+            frames = traceback.extract_tb(error.__traceback__)
+            where = "".join(f" in {frame.name}() of {Path(frame.filename).name}" for frame in frames[-1:])
+            return f"a system call{where} is refused: {refusal}"
         return host_limits.explain(code)
     return None
