@@ -52,7 +52,7 @@ from runner.kernel_options import (
     kernel_options,
     option_name,
     options_in_kernel,
-    tests_in_kernel,
+    split_tests,
 )
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
@@ -116,37 +116,24 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if _is_worker(config):
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
-    if option.kernel is None:
-        why = None
-    elif option.kernel == AT_HAND:
-        why = _why_not_here(option)
-    else:
-        why = "another kernel is asked for"
-    if why is None:
+    try:
+        elsewhere = option.kernel is not None and _needs_kernel(config)
+    except HostLimit as limit:
+        raise pytest.UsageError(f"nothing can run here: {limit}") from None
+    if not elsewhere:
         if option.kvm_params:
             raise pytest.UsageError(
                 "--kvm-params is for another kernel (--kernel); here, load KVM with these parameters"
             )
         return None
-    # Imported here: in the other kernel, where this file is loaded too, it would cost a second or two of emulated time.
-    from runner.qemu import Machine
-    from runner.target import EMULATION_SIZES, find_target
-
-    if option.kernel == AT_HAND:
-        say(f"KVM cannot be used on this host ({why}): the tests run in a kernel of their own, in QEMU")
+    tests, here = split_tests(config)
+    if not tests:
+        return None
     try:
-        machine = Machine(
-            parse_number("--vm-memory", option.vm_memory, 256),
-            parse_number("--vm-cpus", option.vm_cpus, 1),
-            option.append,
-        )
-        limit = min(parse_number("--time-limit", option.time_limit, 1) + (_soak(option) or 0), _LONGEST)
-        target = find_target(
-            option.kernel, option.kvm_params, option.accel, option.cpu_model, option.qemu, machine, limit
-        )
+        target = _find_target(config)
     except SelectionError as error:
         raise pytest.UsageError(str(error)) from None
-    except (CannotTest, OSError, RuntimeError) as error:
+    except (CannotTest, HostLimit, OSError, RuntimeError) as error:
         if option.kernel == AT_HAND:
             config.stash[_hint_key] = f"to run under emulation instead: {error}"
             return None
@@ -155,15 +142,10 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     except KeyboardInterrupt:
         print("interrupted: nothing was tested", file=sys.stderr)
         return pytest.ExitCode.INTERRUPTED
-    tests, here = tests_in_kernel(config)
     config.args = here
     if not here:
         # One process in the kernel: emulated, two only get in each other's way.
         option.numprocesses, option.dist, option.tx = 0, "no", []
-    if target.qemu.emulated:
-        for name, size in EMULATION_SIZES.items():
-            if getattr(option, name) is None:
-                setattr(option, name, size)
     _set_results(config, target.label)
     try:
         Path(option.results).mkdir(parents=True, exist_ok=True)
@@ -174,6 +156,41 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     config.stash[_target_key] = target
     config.stash[_remote_tests_key] = tests
     return None
+
+
+def _needs_kernel(config: pytest.Config) -> bool:
+    """Whether the tests on KVM run in another kernel: one that is named, or one at hand as this host has no usable KVM."""
+    if config.option.kernel != AT_HAND:
+        return True
+    why = _why_not_here(config.option)
+    if why is not None:
+        say(f"KVM cannot be used on this host ({why}): the tests that need it run in a kernel of their own, in QEMU")
+    return why is not None
+
+
+def _find_target(config: pytest.Config) -> "Target":
+    """Find the kernel and the machine to run in, and take the sizes of emulation where none are given.
+
+    :raises SelectionError: an option is wrong
+    :raises CannotTest: something is missing or does not fit
+    """
+    # Imported here: in the other kernel, where this file is loaded too, it would cost a second or two of emulated time.
+    from runner.qemu import Machine
+    from runner.target import EMULATION_SIZES, find_target
+
+    option = config.option
+    machine = Machine(
+        parse_number("--vm-memory", option.vm_memory, 256),
+        parse_number("--vm-cpus", option.vm_cpus, 1),
+        option.append,
+    )
+    limit = min(parse_number("--time-limit", option.time_limit, 1) + (_soak(option) or 0), _LONGEST)
+    target = find_target(option.kernel, option.kvm_params, option.accel, option.cpu_model, option.qemu, machine, limit)
+    if target.qemu.emulated:
+        for name, size in EMULATION_SIZES.items():
+            if getattr(option, name) is None:
+                setattr(option, name, size)
+    return target
 
 
 def _why_not_here(option: Any) -> str | None:
@@ -280,8 +297,9 @@ def _prepare_remote(config: pytest.Config) -> None:
     host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
     facts = Facts(host, asdict(config.stash[_settings_key]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
-    report.must_test, report.nothing_ran_status = True, CANNOT_TEST
     option = config.option
+    # With auto the tests of this host may be all that was asked for.
+    report.must_test, report.nothing_ran_status = option.kernel != AT_HAND, CANNOT_TEST
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )

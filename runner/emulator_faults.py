@@ -103,21 +103,10 @@ def faults_of(version: str) -> list[Fault]:
     ]
 
 
-def sound(version: str) -> bool:
-    """Whether nothing is known for which a version is to be avoided."""
-    return not any(fault.avoid for fault in faults_of(version))
-
-
 def withheld(failed: Collection[str]) -> tuple[str, ...]:
     """The features of the CPU that must not be offered where these checks of emulator_probe.py failed."""
     found = (fault for fault in FAULTS if not set(failed).isdisjoint(fault.checks))
     return tuple(dict.fromkeys(feature for fault in found for feature in fault.withhold))
-
-
-def unexplained(failed: Iterable[str]) -> list[str]:
-    """Those of the failed checks about which nothing can be done here: with them there is no verdict."""
-    mendable = {check for fault in FAULTS if fault.withhold for check in fault.checks}
-    return [check for check in failed if check not in mendable]
 
 
 def without(cpu_model: str, features: Iterable[str]) -> str:

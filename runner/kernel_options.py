@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from runner.qemu import ACCELERATORS
-
-_OWN_TESTS = "selftests/unit"
-_CONTRACT = ("selftests", f"--ignore={_OWN_TESTS}")
 ROOT = Path(__file__).resolve().parent.parent
+_OWN_TESTS = "selftests/unit"
 AT_HAND = "auto"
+ACCELERATORS = ("auto", "tcg", "kvm")
 
 # Options with a default that is a number: default, unit, help
 _MACHINE_OPTIONS = {
@@ -82,7 +80,7 @@ def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -
     return words
 
 
-def tests_in_kernel(config: pytest.Config) -> tuple[list[str], list[str]]:
+def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
     """Which tests are to run there, and which on this host.
 
     With ``--kernel auto`` the suite's tests of itself stay here; with a kernel that is named they run there if they are
@@ -94,16 +92,20 @@ def tests_in_kernel(config: pytest.Config) -> tuple[list[str], list[str]]:
         if config.getoption(name):
             raise pytest.UsageError(f"{word} cannot be used with --kernel")
     stay = config.option.kernel == AT_HAND
-    if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        return list(_CONTRACT), [_OWN_TESTS] if stay else []
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
     there: list[str] = []
     here: list[str] = []
-    for argument in config.args:
+    for argument in config.args if named else [str(ROOT / "selftests")]:
         path, separator, name = argument.partition("::")
         try:
             inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
         except ValueError:
             raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
-        own = inside.is_relative_to(_OWN_TESTS)
-        (here if stay and own else there).append(f"{inside}{separator}{name}")
+        if stay and inside.is_relative_to(_OWN_TESTS):
+            here.append(f"{ROOT / inside}{separator}{name}")
+            continue
+        there.append(f"{inside}{separator}{name}")
+        if Path(_OWN_TESTS).is_relative_to(inside):
+            there.append(f"--ignore={_OWN_TESTS}")
+            here += [str(ROOT / _OWN_TESTS)] if stay else []
     return there, here

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.emulator import Emulator, find_emulator
-from runner.emulator_faults import sound, unexplained, withheld, without
+from runner.emulator_faults import faults_of, withheld, without
 from runner.emulator_probe import probe
 from runner.errors import CannotTest
 
 _VENDORS = ("kvm_intel", "kvm_amd")
-ACCELERATORS = ("auto", "tcg", "kvm")
 # Without ERMS and FSRM the kernel clears and copies memory by words, not by string instructions, which TCG does byte by byte.
 _EMULATED_CPU = "max,-erms,-fsrm"
 _LIBC = ctypes.CDLL(None)
@@ -31,14 +30,14 @@ class Qemu:
     """An emulator, and what it is to accelerate with.
 
     :ivar vendor: KVM's module for the CPU that its machines have
-    :ivar gaps: what its emulation does wrong, for which the CPU model lacks a feature
+    :ivar restrictions: what it is kept from for the faults of its emulation, a line each
     """
 
     emulator: Emulator
     accel: str
     cpu_model: str
     vendor: str
-    gaps: tuple[str, ...] = ()
+    restrictions: tuple[str, ...] = ()
 
     @property
     def emulated(self) -> bool:
@@ -87,13 +86,18 @@ def _emulating(emulator: Emulator, cpu_model: str) -> Qemu:
 
     :raises CannotTest: it does something wrong that the tests cannot do without
     """
-    # Of versions with known faults, some need two threads of QEMU's at once (emulator_faults.py).
-    accel = f"tcg,thread={'multi' if sound(emulator.version) else 'single'}"
+    faults = [fault for fault in faults_of(emulator.version) if fault.avoid]
+    # What such versions do wrong needs two CPUs at work at once.
+    accel = f"tcg,thread={'single' if faults else 'multi'}"
+    restrictions = [f"all CPUs share a thread, as QEMU {emulator.version} {fault.does}" for fault in faults[-1:]]
     failed = probe(emulator.command, cpu_model, accel)
-    if fatal := unexplained(failed):
-        raise CannotTest(f"QEMU {emulator.version} ({emulator.origin}) with CPU {cpu_model}: {failed[fatal[0]]}")
+    offered = without(cpu_model, withheld(failed))
+    left = failed if offered == cpu_model else probe(emulator.command, offered, accel)
+    if left:
+        raise CannotTest(f"QEMU {emulator.version} ({emulator.origin}) with CPU {offered}: {next(iter(left.values()))}")
+    restrictions += [f"the CPU is {offered}, as {reason}" for reason in failed.values()]
     # TCG emulates SVM with nested paging, and no VMX.
-    return Qemu(emulator, accel, without(cpu_model, withheld(failed)), "kvm_amd", tuple(failed.values()))
+    return Qemu(emulator, accel, offered, "kvm_amd", tuple(restrictions))
 
 
 def _nested_vendor() -> str | None:

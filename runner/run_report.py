@@ -164,7 +164,7 @@ class RunReport:
             terminalreporter.section("not run: how many tests of which files, and why")
             for line in table.not_run_lines(self._not_run):
                 terminalreporter.line(line)
-            if not self.facts.machine:
+            if self._not_on_kvm and not self.facts.machine:
                 terminalreporter.line(
                     "a kernel of its own has what many of them need: make check-kernel KERNEL=debian:6.12"
                 )

@@ -60,8 +60,9 @@ class Target:
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
             f"kernel   {self.kernel.release} ({shown(image)})",
+            f"qemu     {self.qemu.emulator.version} ({self.qemu.emulator.origin})",
             f"machine  {self.qemu}, {self.machine.cpus} CPUs{spare}, {self.machine.memory} MiB{append}",
-            *(f"withheld from the CPU: {gap}" for gap in self.qemu.gaps),
+            *(f"         {restriction}" for restriction in self.qemu.restrictions),
             f"params   {asked}{added}",
         ]
 
@@ -100,14 +101,13 @@ def find_target(
     """
     wanted = parse_parameters(parameters)
     found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
-    at_hand = kernels_at_hand() if kernel == AT_HAND else []
-    found = at_hand[0] if at_hand else find_kernel(DEFAULT_KERNEL if kernel == AT_HAND else kernel)
+    found, modules = _at_hand(found_qemu.vendor) if kernel == AT_HAND else _with_modules(kernel, found_qemu.vendor)
     free = available_memory() // MIB
     if machine.memory > free:
         raise CannotTest(
             f"--vm-memory: {machine.memory} MiB are not there, the host or its control group has {free} MiB free"
+            " (a smaller --vm-memory)"
         )
-    modules = kvm_modules(found, found_qemu.vendor)
     check_parameters(wanted, modules, found_qemu.vendor)
     added = {
         name: value
@@ -116,6 +116,21 @@ def find_target(
         and any(name == f"{module.name}.{known}" for module in modules for known in module.parameters)
     }
     return Target(found, modules, wanted, added, found_qemu, machine, time_limit)
+
+
+def _at_hand(vendor: str) -> tuple[Kernel, list[Module]]:
+    """The newest kernel at hand that has KVM, with its modules; one is fetched if there is none."""
+    for kernel in kernels_at_hand():
+        try:
+            return kernel, kvm_modules(kernel, vendor)
+        except CannotTest:
+            continue  # such as a kernel for guests, which has no KVM
+    return _with_modules(DEFAULT_KERNEL, vendor)
+
+
+def _with_modules(name: str, vendor: str) -> tuple[Kernel, list[Module]]:
+    kernel = find_kernel(name)
+    return kernel, kvm_modules(kernel, vendor)
 
 
 def _words(parameters: dict[str, str]) -> str:

@@ -8,23 +8,28 @@ import stat
 import struct
 import subprocess
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from runner import check_kernel, debian, matrix
+from runner import check_kernel, debian, matrix, target
 from runner.cpio import CpioWriter
+from runner.emulator import Emulator
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
+from runner.kernel_options import split_tests
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
+from runner.qemu import Machine, Qemu
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
 from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, not_run_lines, skipped_everywhere
 from runner.target import Target
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 RELEASE = "6.12.0-test"
 
 
@@ -291,6 +296,45 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
     assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
     assert report.kernel_reports[1].known_bug is None
     assert report.remarks == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "there", "here"),
+    [
+        ("auto", None, ["selftests", "--ignore=selftests/unit"], ["selftests/unit"]),
+        ("auto", ["selftests"], ["selftests", "--ignore=selftests/unit"], ["selftests/unit"]),
+        ("auto", ["."], [".", "--ignore=selftests/unit"], ["selftests/unit"]),
+        ("auto", ["selftests/unit/test_uapi.py::test_x"], [], ["selftests/unit/test_uapi.py::test_x"]),
+        ("auto", ["selftests/test_slots.py::test_x[a]"], ["selftests/test_slots.py::test_x[a]"], []),
+        ("debian:6.12", None, ["selftests", "--ignore=selftests/unit"], []),
+        ("debian:6.12", ["selftests/unit/falsified_kernel.py"], ["selftests/unit/falsified_kernel.py"], []),
+    ],
+)
+def test_which_tests_run_in_the_kernel(
+    kernel: str, arguments: list[str] | None, there: list[str], here: list[str]
+) -> None:
+    """With auto the suite's tests of itself stay on the host, however tests are named; a named kernel gets all."""
+    source = pytest.Config.ArgsSource.TESTPATHS if arguments is None else pytest.Config.ArgsSource.ARGS
+    config: Any = SimpleNamespace(
+        getoption=lambda _name: None,
+        option=SimpleNamespace(kernel=kernel),
+        args_source=source,
+        args=arguments or ["selftests"],
+        invocation_params=SimpleNamespace(dir=ROOT),
+    )
+    assert split_tests(config) == (there, [f"{ROOT / path}" for path in here])
+
+
+def test_auto_takes_a_kernel_that_has_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer kernel at hand that has no KVM is passed over."""
+    without, with_kvm = (Kernel(tmp_path, release, tmp_path / release) for release in ("7.9", "6.1"))
+    for kernel, built_in in ((without, ""), (with_kvm, "kvm.ko\nkvm-amd.ko\n")):
+        kernel.modules.mkdir()
+        (kernel.modules / "modules.builtin").write_text(built_in)
+    qemu = Qemu(Emulator(("qemu",), "10.0.13", "here"), "tcg", "max", "kvm_amd")
+    monkeypatch.setattr(target, "kernels_at_hand", lambda: [without, with_kvm])
+    monkeypatch.setattr(target, "find_qemu", lambda *_: qemu)
+    assert target.find_target("auto", "", None, None, None, Machine(1, 1, ""), 1).kernel == with_kvm
 
 
 @pytest.mark.parametrize("spelling", ["--results=out", "--results out"])
