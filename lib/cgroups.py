@@ -62,9 +62,13 @@ def huge_pages(page_size: int) -> list[Allowance]:
 
 
 def oom_kills() -> int | None:
-    """How many processes of this process's group the kernel has killed so far for want of memory; None if it does not say."""
+    """How many processes of this process's group the kernel has killed so far for want of memory; None if it does not say.
+
+    It is the group of who was killed that counts it, not the one whose limit was reached (memcg_memory_event_mm() in
+    __oom_kill_process(), mm/oom_kill.c); memory.events alone has those of the groups below too.
+    """
     for folder in _folders("memory"):
-        for name in ("memory.events", "memory.oom_control"):
+        for name in ("memory.events.local", "memory.events", "memory.oom_control"):
             if (folder / name).exists():
                 return _statistic(folder / name, "oom_kill")
     return None

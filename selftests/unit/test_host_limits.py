@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -29,6 +30,7 @@ from lib.kvm import Kvm
 from lib.limited_errors import explain_error
 from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
 from lib.userfault import MissingPages
+from runner.worker_crashes import WorkerCrashes
 from selftests.unit import limits
 from selftests.unit.limits import Limit, rlimit
 
@@ -300,6 +302,55 @@ def test_a_worker_killed_by_nobody_knows_what(suite: Suite) -> None:
     assert suite(*ONE, "-n1", plugin=plugin) == FAILED
     assert "crashed while running" in suite.output
     assert "1 cells: 1 FAIL" in suite.output
+
+
+SACRIFICING_PLUGIN = """
+import os, signal
+def pytest_runtest_call(item):
+    if not os.fork():
+        open("/proc/self/oom_score_adj", "w").write("1000")
+        bytearray(1 << 30)
+    assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_worker_that_crashes_by_itself(suite: Suite, group: MakeGroup) -> None:
+    """A SIGSEGV is a failure, though the kernel has just killed another process for want of memory."""
+    limit = group("memory", "memory.max", "300M")
+    assert suite(*ONE, "-n1", limit=limit, plugin=SACRIFICING_PLUGIN) == FAILED, suite.output
+    assert "crashed while running" in suite.output
+    assert "1 cells: 1 FAIL" in suite.output
+
+
+@pytest.mark.parametrize(
+    ("kills", "died_of", "outcome"),
+    [
+        ((0, 1), signal.SIGKILL, "skipped"),
+        ((0, 1), signal.SIGSEGV, "failed"),
+        ((0, 1), signal.SIGXCPU, "failed"),
+        ((1, 1), signal.SIGKILL, "failed"),  # before the test began
+    ],
+)
+def test_crashes_that_memory_explains(
+    monkeypatch: pytest.MonkeyPatch, kills: tuple[int, int], died_of: signal.Signals, outcome: str
+) -> None:
+    """A worker that SIGKILL ended after the kernel had killed since its test began, and for each kill one."""
+    counts = iter([*kills[:1] * 2, *kills[1:] * 2])
+    monkeypatch.setattr(host_limits, "oom_kills", lambda: next(counts))
+    with subprocess.Popen(["sleep", "9"]) as process:
+        process.send_signal(died_of)
+    crashes = WorkerCrashes({}, required=False)
+    crashes.pytest_runtest_logstart("first")
+    crashes.pytest_runtest_logstart("second")
+    found = []
+    for name in ("first", "second"):
+        report = pytest.TestReport(name, (name, 0, name), {}, "failed", "crashed", "call")
+        report.node = SimpleNamespace(gateway=SimpleNamespace(_io=SimpleNamespace(popen=process)))  # type: ignore[attr-defined]
+        crashes.pytest_handlecrashitem(name, report)
+        found.append(report.outcome)
+    assert found == [outcome, "failed"]
 
 
 MEMINFO = """
