@@ -39,6 +39,14 @@ def no_thp() -> None:
     _prctl(_PR_SET_THP_DISABLE, 1)
 
 
+def why_no_user(user: int) -> str | None:
+    """Why a process cannot go on as *user*: as in a user namespace that has not got the id."""
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    if any(first <= user < first + count for first, _, count in ranges):
+        return None
+    return f"this user namespace has no user {user}"
+
+
 def refused(*calls: int, code: int = errno.EPERM) -> Limit:
     """A seccomp filter that has system calls fail, as those of containers do."""
     code_of_call = 0  # offset of the number in struct seccomp_data
@@ -81,9 +89,18 @@ def group(controller: str, file: str, value: str) -> Iterator[Limit]:
         raise NoGroups(f"no group can be made here: {error.strerror}") from error
     try:
         (folder / (_NAMES_IN_V1.get(file, file) if v1.is_dir() else file)).write_text(value)
+        if file == "memory.max":
+            _forbid_swap(folder, value)
         yield lambda: _join(folder)
     finally:
         folder.rmdir()
+
+
+def _forbid_swap(folder: Path, memory: str) -> None:
+    """Have a group's memory be all that it has, where swap is counted at all."""
+    for file, value in (("memory.swap.max", "0"), ("memory.memsw.limit_in_bytes", memory)):
+        if (folder / file).exists():
+            (folder / file).write_text(value)
 
 
 def _join(folder: Path) -> None:
