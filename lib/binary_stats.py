@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from lib import uapi
+from lib.ioctl import call_on_kvm
 
 _TYPES = {
     uapi.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
@@ -73,7 +74,8 @@ class BinaryStats:
         return value
 
     def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._fd, size, offset)
+        with call_on_kvm("pread", f"statistics file, {size} bytes at {offset}"):
+            data = os.pread(self._fd, size, offset)
         if len(data) != size:
             raise BadStats(f"the statistics file has {len(data)} bytes of {size} at {offset}")
         return data

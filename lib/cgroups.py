@@ -45,6 +45,11 @@ def memory() -> list[Allowance]:
     return found
 
 
+def refused_threads() -> int:
+    """How many threads and processes have been refused so far for one of these limits."""
+    return sum(_statistic(folder / "pids.events", "max") for folder in _folders("pids"))
+
+
 def huge_pages(page_size: int) -> list[Allowance]:
     """How many bytes there may be in hugetlb pages of a size, used or reserved, for each group that limits them.
 

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from lib import uapi
 from lib.arch import current as arch
-from lib.host_limits import explained
+from lib.ioctl import call_on_kvm
 
 ENTRY_SIZE = 16
 _WORDS = ENTRY_SIZE // 4  # 32-bit words per entry: flags, slot, and the two halves of offset
@@ -32,7 +32,7 @@ class DirtyRing:
         self.entries = entries
         self.next = 0
         size, offset = entries * ENTRY_SIZE, arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
-        with explained(f"cannot map a dirty ring of {entries} entries", size):
+        with call_on_kvm("mmap", f"dirty ring of {entries} entries", size):
             self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
         self._bytes = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))

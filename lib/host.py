@@ -8,7 +8,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import host_limits
+from lib import filtered_calls
 from lib.arch import current as arch
 from lib.host_limits import available_memory
 
@@ -122,7 +122,7 @@ def keep_memory_in_place() -> str | None:
         return None  # a kernel without it
     except OSError:
         pass  # hidden: it may be on
-    refused = host_limits.why_not_permitted(code) or errno.errorcode.get(code)
+    refused = filtered_calls.why_refused("set_mempolicy", code) or errno.errorcode.get(code)
     return (
         "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0), and"
         f" set_mempolicy, which keeps it off, is refused: {refused}"

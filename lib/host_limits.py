@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What the host or a container withholds: an error that such a limit explains says nothing about KVM.
 
-Whether one does is looked up when the error comes, and as close to it as can be: what was taken then is soon given back. An
-error that no limit explains is none of these, for it may be KVM's.
+Whether one does is looked up when the error comes, and as close to it as can be: what was taken then is soon given back. A
+limit that is near explains nothing: it has to be reached. An error that no limit explains may be KVM's.
 """
 
 import errno
@@ -23,11 +23,11 @@ MIB = 1 << 20
 # What a test has of these at once, at most: vCPUs, collectors, KVM's helper threads; VMs, vCPUs and what the interpreter opens
 THREADS = 16
 FILES = 64
-# What is left of memory, beyond what was asked for, when it counts as used up: others take and give back all the time
-_SPARE = 64 * MIB
+# What KVM takes at once, at most, and has given back when it says that it could not: about 11 bytes for each page of a slot
+# (reverse map, page tracking, dirty log: kvm_alloc_memslot_metadata(), arch/x86/kvm/x86.c), of which the largest has 4 GiB
+_KVM_TAKES = 12 * MIB
 OTHER_THREAD_LIMITS = "the whole host has as many as it may (sysctl kernel.threads-max, kernel.pid_max)"
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24  # <linux/capability.h>
-_FILTERED = "2"  # Seccomp: in /proc/self/status
 
 
 class HostLimit(Exception):
@@ -52,12 +52,10 @@ def explain(code: int, size: int = 0) -> str | None:
     :param size: how many bytes were asked for, if that is known
     """
     limit = None
-    if code == errno.EAGAIN:
-        return _why_no_thread()
     if code in (errno.EMFILE, errno.ENFILE):
         return _why_no_file()
     if code == errno.ENOMEM:
-        limit = tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _SPARE)
+        limit = tightest([*address_space_limits(), *promise_limits(), *memory_limits()], size + _KVM_TAKES)
     if code == errno.EFBIG:
         most = _rlimit(resource.RLIMIT_FSIZE)
         if most is not None and most < size:
@@ -177,22 +175,39 @@ def explained(what: str, size: int = 0) -> Iterator[None]:
         raise
 
 
-def why_not_permitted(code: int) -> str | None:
-    """Why a system call that this kernel has may have failed with *code*: a filter of the container's."""
-    if code in (errno.EPERM, errno.ENOSYS) and status("Seccomp") == _FILTERED:
-        return (
-            f"{errno.errorcode[code]}, which is the seccomp filter's answer (allow the call in the container's profile:"
-            " docker run --security-opt seccomp=FILE)"
-        )
-    return None
+class _Refusals:
+    """The threads that control groups have refused since this process began; each explains one error."""
+
+    def __init__(self) -> None:
+        self._explained = cgroups.refused_threads()
+
+    def take_one(self) -> bool:
+        """Whether there was one more."""
+        if cgroups.refused_threads() <= self._explained:
+            return False
+        self._explained += 1
+        return True
 
 
-def _why_no_thread() -> str | None:
-    if limit := tightest(thread_limits(), THREADS):
-        return f"no more threads can be started: {limit}"
-    if not _refuses_threads():
-        return None
-    reason = explain(errno.ENOMEM, _rlimit(resource.RLIMIT_STACK) or 0)
+_refusals = _Refusals()
+
+
+def why_thread_refused() -> str | None:
+    """The limit for which the kernel has just refused a thread; None when it has not, as far as can be seen."""
+    return _name_thread_limit() if _refusals.take_one() or _refuses_threads() else None
+
+
+def why_no_thread() -> str | None:
+    """The limit for which the interpreter could not start a thread, a while ago; others have ended since."""
+    return (
+        _name_thread_limit()
+        if _refusals.take_one() or tightest(thread_limits(), THREADS) or _refuses_threads()
+        else None
+    )
+
+
+def _name_thread_limit() -> str:
+    reason = tightest(thread_limits(), THREADS) or explain(errno.ENOMEM, _rlimit(resource.RLIMIT_STACK) or 0)
     return f"no more threads can be started: {reason or OTHER_THREAD_LIMITS}"
 
 
@@ -201,18 +216,20 @@ def _refuses_threads() -> bool:
     try:
         thread.start()
     except RuntimeError:
+        _refusals.take_one()  # this one
         return True
     thread.join()
     return False
 
 
 def _why_no_file() -> str | None:
-    if limit := tightest(file_limits(), FILES):
-        return f"no more files can be opened: {limit}"
+    # RLIMIT_NOFILE counts the files of this process alone, which gives none back in between.
     try:
         os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
-        return f"no more files can be opened: {error.strerror} (sysctl fs.file-max)"
+        limit = tightest(file_limits(), 1) if error.errno == errno.EMFILE else None
+        reason = limit or f"{error.strerror} (sysctl fs.file-max)"
+        return f"no more files can be opened: {reason}"
     return None
 
 

@@ -4,9 +4,11 @@
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lib.host_limits import HostLimit, explain
+from lib.host_limits import HostLimit, explain, why_thread_refused
 
 _NRBITS, _TYPEBITS, _SIZEBITS = 8, 8, 14
 _TYPESHIFT = _NRBITS
@@ -38,7 +40,7 @@ def _IOWR(kind: int, number: int, struct: Struct) -> int:
 
 
 class KvmError(OSError):
-    """A KVM ioctl that failed: its name, what was asked, and the errno by name."""
+    """An ioctl or another call on a file of KVM's that failed: its name, what was asked, and the errno by name."""
 
     def __init__(self, code: int, name: str, asked: str = "") -> None:
         super().__init__(code, os.strerror(code))
@@ -65,6 +67,13 @@ _libc_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _libc_ioctl.restype = ctypes.c_int
 
 
+# What starts a thread of the kernel's: the one that zaps huge pages for nx_huge_pages, at KVM_CREATE_VM or, since Linux 6.13,
+# at the first KVM_RUN as a child of the process (kvm_arch_post_init_vm(), kvm_mmu_post_init_vm(), arch/x86/kvm/mmu/mmu.c)
+_THREAD_STARTERS = ("KVM_CREATE_VM", "KVM_RUN")
+# Linux 6.13 has ENOMEM for each reason ("vhost: return task creation error instead of NULL")
+_NO_THREAD = (errno.EAGAIN, errno.ENOMEM)
+
+
 def raw_ioctl(fd: int, request: int, arg: Any = None) -> tuple[int, int]:
     """Make the system call and return (result, errno); errno is 0 unless the result is negative."""
     result: int = _libc_ioctl(fd, request, arg)
@@ -85,9 +94,27 @@ def ioctl(fd: int, request: int, name: str, arg: Any = None, asked: str = "") ->
     return result
 
 
-def fail(code: int, name: str, asked: str = "") -> NoReturn:
-    """Raise what :func:`ioctl` raises for error *code*."""
+def fail(code: int, name: str, asked: str = "", size: int = 0) -> NoReturn:
+    """Raise what :func:`ioctl` raises for error *code*.
+
+    :param size: how many bytes of memory were asked for
+    """
     error = KvmError(code, name, asked)
-    if limit := explain(code):
+    limit = explain(code, size)
+    if limit is None and name in _THREAD_STARTERS and code in _NO_THREAD:
+        limit = why_thread_refused()
+    if limit is not None:
         raise HostLimit(f"{error}: {limit}") from error
     raise error
+
+
+@contextmanager
+def call_on_kvm(name: str, asked: str, size: int = 0) -> Iterator[None]:
+    """Have a system call on a file of KVM's, which is no ioctl, fail as :func:`ioctl` does; the parameters are fail()'s."""
+    code = 0
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+    if code:  # only here, for the OSError is not to be seen any more
+        fail(code, name, asked, size)

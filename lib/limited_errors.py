@@ -2,8 +2,6 @@
 """Which errors of a test are the host's: those that a limit of it explains, and that are no answer of KVM's."""
 
 import errno
-import traceback
-from pathlib import Path
 
 from lib import host_limits
 from lib.host_limits import HostLimit
@@ -29,16 +27,13 @@ def _explain_one(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         # The interpreter's own; KVM has no part in it. By now the others have ended, and given back their stacks.
-        reason = host_limits.any_limit_of_mapped_memory() or host_limits.OTHER_THREAD_LIMITS
-        return host_limits.explain(errno.EAGAIN) or f"no more threads can be started: {reason}"
+        return host_limits.why_no_thread() or (
+            "no more threads can be started: "
+            f"{host_limits.any_limit_of_mapped_memory() or host_limits.OTHER_THREAD_LIMITS}"
+        )
     if isinstance(error, MemoryError) and not error.args:
         # The interpreter's own too.
         return host_limits.any_limit_of_mapped_memory() or host_limits.explain(errno.ENOMEM)
     if isinstance(error, OSError) and not isinstance(error, KvmError):  # those were looked at when they came
-        code = error.errno or 0
-        if refusal := host_limits.why_not_permitted(code):
-            frames = traceback.extract_tb(error.__traceback__)
-            where = "".join(f" in {frame.name}() of {Path(frame.filename).name}" for frame in frames[-1:])
-            return f"a system call{where} is refused: {refusal}"
-        return host_limits.explain(code)
+        return host_limits.explain(error.errno or 0)
     return None

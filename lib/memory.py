@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import host_limits
+from lib import filtered_calls, host_limits
 from lib.host_limits import HostLimit, explained
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -143,7 +143,7 @@ class GuestMemory:
         what = f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory"
         try:
             with explained(what):
-                self._map.madvise(_MADV_POPULATE_WRITE, self._offset, self.size)
+                _madvise(self._map, _MADV_POPULATE_WRITE, self._offset, self.size)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise GuestMemoryError(f"{what}: {error.strerror}") from error
@@ -200,11 +200,21 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
         if fd >= 0:
             os.close(fd)
     if backing.page_size and not backing.hugetlb:
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        _madvise(mapped, mmap.MADV_HUGEPAGE, 0, length)
     elif not backing.page_size and not backing.shared and _THP.exists():
         # Where THP is "always" this memory would be huge too, and the base-page cells would test nothing of their own.
-        mapped.madvise(mmap.MADV_NOHUGEPAGE)
+        _madvise(mapped, mmap.MADV_NOHUGEPAGE, 0, length)
     return mapped
+
+
+def _madvise(mapped: mmap.mmap, advice: int, offset: int, size: int) -> None:
+    """madvise() of a part of a mapping."""
+    try:
+        mapped.madvise(advice, offset, size)
+    except OSError as error:
+        if reason := filtered_calls.why_refused("madvise", error.errno or 0):
+            raise HostLimit(f"madvise is refused: {reason}") from error
+        raise
 
 
 def _memory_file(backing: Backing, length: int) -> int:
@@ -218,7 +228,7 @@ def _memory_file(backing: Backing, length: int) -> int:
                 os.close(fd)
                 raise
     except OSError as error:
-        if reason := host_limits.why_not_permitted(error.errno or 0):
+        if reason := filtered_calls.why_refused("memfd_create", error.errno or 0):
             raise HostLimit(f"{backing.name}: memfd_create: {reason}") from error
         name = errno.errorcode.get(error.errno or 0)
         raise GuestMemoryError(

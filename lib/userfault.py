@@ -9,7 +9,7 @@ from ctypes import Structure, c_int64, c_uint64
 from pathlib import Path
 from types import TracebackType
 
-from lib import host_limits
+from lib import filtered_calls, host_limits
 from lib.arch import current as arch
 from lib.host_limits import HostLimit
 from lib.ioctl import _IOWR, KvmError, errno_name, ioctl
@@ -51,7 +51,7 @@ def _why_not(code: int) -> str:
         and switch.read_text().strip() == "0"
     ):
         return "EPERM, this user may not handle the kernel's page faults (sysctl vm.unprivileged_userfaultfd=1)"
-    if switch.exists() and (reason := host_limits.why_not_permitted(code)):
+    if switch.exists() and (reason := filtered_calls.why_refused("userfaultfd", code)):
         return reason
     if code == errno.ENOSYS:
         return "this kernel has none (CONFIG_USERFAULTFD)"

@@ -8,8 +8,7 @@ import os
 
 from lib import uapi
 from lib.dirty_ring import DirtyRing
-from lib.host_limits import explained
-from lib.ioctl import fail, ioctl, raw_ioctl
+from lib.ioctl import call_on_kvm, fail, ioctl, raw_ioctl
 
 EXIT_REASONS = {
     value: name
@@ -29,7 +28,7 @@ class Vcpu:
         self.fd = fd
         self.id = vcpu_id
         try:
-            with explained(f"cannot map struct kvm_run of vCPU {vcpu_id}", mmap_size):
+            with call_on_kvm("mmap", f"struct kvm_run of vCPU {vcpu_id}", mmap_size):
                 self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(fd)

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import pytest
 
-from lib import cgroups, host, host_limits, memory
+from lib import cgroups, filtered_calls, host, host_limits, memory
 from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
@@ -583,11 +583,79 @@ def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_any_other_call_refused(suite: Suite) -> None:
-    """Where it was made, and that it is the filter's answer."""
+    """Which call it was, and that it is the filter's answer."""
     line = suite.nothing_ran(suite(*ONE, limit=limits.refused(SYS_MADVISE)))
-    assert (
-        "a system call in _map_backing() of memory.py is refused: EPERM, which is the seccomp filter's answer" in line
-    )
+    assert "madvise is refused: EPERM, which is the seccomp filter's answer" in line
+
+
+REFUSING_KVM_PLUGIN = """
+import mmap, os
+import lib.binary_stats, lib.{module}
+from lib.{module} import {name}
+honest = {name}.{method}
+def refuses(*arguments, **options):
+    raise PermissionError(1, "Operation not permitted")
+def on_kvm(*arguments, **options):
+    {call}, kept = refuses, {call}
+    try:
+        return honest(*arguments, **options)
+    finally:
+        {call} = kept
+{name}.{method} = on_kvm
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "tests", "expected"),
+    [
+        (("vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
+        (
+            ("dirty_ring", "DirtyRing", "__init__", "mmap.mmap"),
+            [*ONE, "--log-mode=dirty-ring"],
+            "mmap(dirty ring of 1024 entries): EPERM",
+        ),
+        (
+            ("binary_stats", "BinaryStats", "__init__", "os.pread"),
+            ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_has"],
+            "pread(statistics file, 24 bytes at 0): EPERM",
+        ),
+    ],
+    ids=["kvm_run", "ring", "stats"],
+)
+@pytest.mark.usefixtures("kvm")
+def test_no_filter_excuses_kvm_itself(
+    suite: Suite, where: tuple[str, str, str, str], tests: list[str], expected: str
+) -> None:
+    """An EPERM of a call on KVM's own file is KVM's, though a filter refuses other calls."""
+    plugin = REFUSING_KVM_PLUGIN.format(**dict(zip(("module", "name", "method", "call"), where, strict=True)))
+    assert suite(*tests, limit=limits.refused(arch.SYS_USERFAULTFD), plugin=plugin) == FAILED, suite.output
+    assert expected in suite.output
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "madvise", "set_mempolicy", "userfaultfd"])
+def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
+    """A filter explains the errors of the calls that it refuses, with the code that it gives them, and of no others."""
+    numbers = {
+        "memfd_create": SYS_MEMFD_CREATE,
+        "madvise": SYS_MADVISE,
+        "set_mempolicy": arch.SYS_SET_MEMPOLICY,
+        "userfaultfd": arch.SYS_USERFAULTFD,
+    }
+
+    def refused() -> set[tuple[str, str]]:
+        codes = (errno.EPERM, errno.ENOSYS, errno.EACCES)
+        return {
+            (one, errno.errorcode[code]) for one in numbers for code in codes if filtered_calls.why_refused(one, code)
+        }
+
+    def body() -> str:
+        before = {one for one in refused() if one[0] != call}  # a container has a filter of its own
+        limits.refused(numbers[call])()
+        return str(refused() - before)
+
+    if os.geteuid():
+        pytest.skip("needs root: others may be refused a userfaultfd by the kernel")
+    assert in_child(body, tmp_path) == str({(call, "EPERM")})
 
 
 # --- files that are hidden, or cannot be written ----------------------------------------------------------------------
@@ -649,11 +717,14 @@ lib.ioctl.raw_ioctl = lib.vcpu.raw_ioctl = raw_ioctl
 """
 
 
-@pytest.mark.parametrize(
+NO_FAULT_OF_THE_HOST = pytest.mark.parametrize(
     ("request_", "code"),
     [("KVM_RUN", code) for code in ("EAGAIN", "ENOMEM", "EMFILE")]
     + [("KVM_CREATE_VCPU", "ENOMEM"), ("KVM_CREATE_VCPU", "ENFILE"), ("KVM_GET_DIRTY_LOG", "EAGAIN")],
 )
+
+
+@NO_FAULT_OF_THE_HOST
 @pytest.mark.usefixtures("kvm")
 def test_an_error_without_a_limit_fails(suite: Suite, request_: str, code: str) -> None:
     """No limit of this host explains it, so it is KVM's."""
@@ -663,11 +734,61 @@ def test_an_error_without_a_limit_fails(suite: Suite, request_: str, code: str) 
     assert "1 cells: 1 FAIL" in suite.output
 
 
-def test_a_verdict_is_never_excused() -> None:
-    """A broken contract is one, whatever it came after."""
-    error = AssertionError("lost")
-    error.__context__ = HostLimit("no threads")
-    assert explain_error(error) is None
+@NO_FAULT_OF_THE_HOST
+@pytest.mark.usefixtures("kvm")
+def test_limits_that_are_only_near(suite: Suite, group: MakeGroup, request_: str, code: str) -> None:
+    """There is a limit of threads, and it leaves a few: it explains nothing."""
+    limit = group("pids", "pids.max", "17")
+    assert suite(*ONE, limit=limit, plugin=PLANTED.format(code=code, request=request_)) == FAILED, suite.output
+    assert "1 cells: 1 FAIL" in suite.output
+
+
+def test_threads_that_no_call_starts(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
+    """EAGAIN of a request that starts no thread is KVM's, though there can be no more threads."""
+    plugin = PLANTED.format(code="EAGAIN", request="KVM_CREATE_VCPU")
+    assert suite(*ONE, limit=group("pids", "pids.max", "1"), plugin=plugin) == FAILED, suite.output
+    assert "KVM_CREATE_VCPU(id=0): EAGAIN" in suite.output
+
+
+def test_memory_that_is_nearly_used_up(proc: Callable[..., None]) -> None:
+    """What is left has to be less than what was asked for and KVM may take."""
+    proc({"meminfo": MEMINFO.replace("1500000", "13000")})
+    assert explain(errno.ENOMEM) is None
+    assert explain(errno.ENOMEM, MIB) is not None
+    proc({"meminfo": MEMINFO.replace("1500000", "12000")})
+    assert explain(errno.ENOMEM) == "the host has 1953 MiB (end other programs)"
+
+
+def test_files_that_are_nearly_used_up(tmp_path: Path) -> None:
+    """As long as one more can be opened, EMFILE is not this limit's."""
+
+    def body() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        number = 0
+        while number < 98:
+            number = os.open("/", os.O_PATH)
+        return f"{number} {explain(errno.EMFILE)} {os.open('/', os.O_PATH)} {explain(errno.EMFILE)}"
+
+    expected = "RLIMIT_NOFILE lets a process have 100 files open (ulimit -n 1024)"
+    assert in_child(body, tmp_path) == f"98 None 99 no more files can be opened: {expected}"
+
+
+@pytest.mark.parametrize(("taken", "explained"), [(2, 1), (0, 0)])
+def test_a_refusal_explains_one_error(
+    proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, explained: int
+) -> None:
+    """What the group has refused, when those who took the threads have ended since."""
+    proc({"self/cgroup": "0::/\n", "self/mountinfo": MOUNTS_V2.format(root="/", at=tmp_path / "cgroup")})
+    proc({"cgroup/pids.max": "4\n", "cgroup/pids.current": f"{taken}\n", "cgroup/pids.events": "max 7\n"})
+    monkeypatch.setattr(host_limits, "_refusals", host_limits._Refusals())
+    assert host_limits.why_thread_refused() is None
+    proc({"cgroup/pids.events": f"max {7 + explained}\n"})
+    found = [host_limits.why_thread_refused() for _ in range(2)]
+    assert [one is not None for one in found] == [bool(explained), False]
+
+
+def test_errors_of_unknown_origin() -> None:
+    """An error that no limit explains is one."""
     assert explain_error(RuntimeError("anything")) is None
     assert explain_error(MemoryError("slot 0 has no room")) is None
     assert explain_error(KvmError(errno.ENOMEM, "KVM_CREATE_VM")) is None
