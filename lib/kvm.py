@@ -8,6 +8,7 @@ import stat
 from types import TracebackType
 
 from lib import uapi
+from lib.host_limits import explained
 from lib.ioctl import ioctl, raw_ioctl
 from lib.vm import Vm
 
@@ -24,6 +25,7 @@ class Kvm:
 
     :param device: path of the device node
     :raises KvmUnavailable: when it does not exist, may not be opened, or does not speak API version 12
+    :raises HostLimit: when a limit is why it cannot be opened
     """
 
     def __init__(self, device: str = DEFAULT_DEVICE) -> None:
@@ -75,7 +77,8 @@ class Kvm:
 
 def _open(device: str) -> int:
     try:
-        return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        with explained(f"{device} cannot be opened"):
+            return os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise KvmUnavailable(
             f"{device} does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd), and if that fails switch on VT-x or"

@@ -787,6 +787,23 @@ def test_a_refusal_explains_one_error(
     assert [one is not None for one in found] == [bool(explained), False]
 
 
+def test_a_device_that_cannot_be_opened(tmp_path: Path, settings: Settings, kvm: Kvm) -> None:
+    """Files that are used up are a limit, and no KVM that is unavailable."""
+
+    def body() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        try:
+            Kvm(settings.kvm_device)
+        except HostLimit as error:
+            return str(error)
+        return "it is open"
+
+    expected = (
+        f"{settings.kvm_device} cannot be opened: no more files can be opened: RLIMIT_NOFILE lets a process have 3"
+    )
+    assert in_child(body, tmp_path).startswith(expected)
+
+
 def test_errors_of_unknown_origin() -> None:
     """An error that no limit explains is one."""
     assert explain_error(RuntimeError("anything")) is None
