@@ -12,7 +12,7 @@ from types import TracebackType
 from lib import filtered_calls, host_limits
 from lib.arch import current as arch
 from lib.host_limits import HostLimit
-from lib.ioctl import _IOWR, KvmError, errno_name, ioctl
+from lib.ioctl import _IOWR, errno_name, ioctl
 
 _UFFD = 0xAA
 _UFFD_API = 0xAA
@@ -74,7 +74,7 @@ class MissingPages:
             ioctl(
                 self._fd, _UFFDIO_REGISTER, "UFFDIO_REGISTER", ctypes.byref(request), f"start={hva:#x}, len={size:#x}"
             )
-        except KvmError:
+        except BaseException:
             self.close()
             raise
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import pytest
 
-from lib import cgroups, filtered_calls, host, host_limits, memory
+from lib import cgroups, filtered_calls, host, host_limits, memory, userfault
 from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
@@ -802,6 +802,21 @@ def test_a_device_that_cannot_be_opened(tmp_path: Path, settings: Settings, kvm:
         f"{settings.kvm_device} cannot be opened: no more files can be opened: RLIMIT_NOFILE lets a process have 3"
     )
     assert in_child(body, tmp_path).startswith(expected)
+
+
+def test_a_userfaultfd_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed, whichever error its set-up ended with."""
+    fd = os.open("/", os.O_PATH)
+    monkeypatch.setattr(userfault, "_syscall", lambda *_: fd)
+
+    def limited(*_arguments: object) -> NoReturn:
+        raise HostLimit("no memory")
+
+    monkeypatch.setattr(userfault, "ioctl", limited)
+    with pytest.raises(HostLimit, match="no memory"):
+        MissingPages(0, arch.PAGE_SIZE)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_errors_of_unknown_origin() -> None:
