@@ -2,24 +2,54 @@
 """Which errors of a test are the host's: those that a limit of it explains, and that are no answer of KVM's."""
 
 import errno
+from collections.abc import Iterator
 
 from lib import host_limits
+from lib.guest import GuestError
 from lib.host_limits import HostLimit
 from lib.ioctl import KvmError
+from lib.vcpu_thread import VcpuHang
+
+# What a test has found out about KVM; no limit excuses it, whatever came before or after
+_VERDICTS = (AssertionError, GuestError, VcpuHang)
 
 
 def explain_error(error: BaseException) -> str | None:
     """The limit that explains an error of a test, in one line; None when none does.
 
-    :param error: looked at with all that it came from, unless there is a verdict among that
+    :param error: looked at with what it came from: its causes, and the limits and system calls that failed before it
     """
-    chain: list[BaseException] = []
-    while error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__ or error
-    if any(isinstance(one, AssertionError) for one in chain):
+    if any(isinstance(one, _VERDICTS) for one in _all_before(error)):
         return None
-    return next(filter(None, map(_explain_one, chain)), None)
+    for one in _origins(error):
+        if isinstance(one, KvmError):
+            return None  # it was looked at when it came
+        if limit := _explain_one(one):
+            return limit
+    return None
+
+
+def _all_before(error: BaseException) -> Iterator[BaseException]:
+    """*error* and all errors that were being handled when it came, shown or not."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if not any(one is other for other in seen):
+            seen.append(one)
+            waiting += [other for other in (one.__cause__, one.__context__) if other is not None]
+            yield one
+
+
+def _origins(error: BaseException) -> Iterator[BaseException]:
+    """*error* and what it came from."""
+    one: BaseException | None = error
+    seen: list[BaseException] = []
+    while one is not None and not any(one is other for other in seen):
+        seen.append(one)
+        yield one
+        handled = None if one.__suppress_context__ else one.__context__
+        one = one.__cause__ or (handled if isinstance(handled, HostLimit | OSError) else None)
 
 
 def _explain_one(error: BaseException) -> str | None:
@@ -34,6 +64,6 @@ def _explain_one(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) and not error.args:
         # The interpreter's own too.
         return host_limits.any_limit_of_mapped_memory() or host_limits.explain(errno.ENOMEM)
-    if isinstance(error, OSError) and not isinstance(error, KvmError):  # those were looked at when they came
+    if isinstance(error, OSError):
         return host_limits.explain(error.errno or 0)
     return None

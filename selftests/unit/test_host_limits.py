@@ -24,12 +24,14 @@ from lib import cgroups, filtered_calls, host, host_limits, memory, userfault
 from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
+from lib.guest import GuestError
 from lib.host_limits import HostLimit, explain
 from lib.ioctl import KvmError
 from lib.kvm import Kvm
 from lib.limited_errors import explain_error
 from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
 from lib.userfault import MissingPages
+from lib.vcpu_thread import VcpuHang
 from runner.worker_crashes import WorkerCrashes
 from selftests.unit import limits
 from selftests.unit.limits import Limit, rlimit
@@ -817,6 +819,40 @@ def test_a_userfaultfd_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> Non
         MissingPages(0, arch.PAGE_SIZE)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+@pytest.mark.parametrize("verdict", [AssertionError, GuestError, VcpuHang])
+def test_verdicts_before_and_after_a_limit(verdict: type[Exception]) -> None:
+    """What a test has found out is not excused by a limit that came before it, nor by one that came at its end."""
+    error = verdict("lost")
+    error.__context__ = HostLimit("no threads")
+    assert explain_error(error) is None
+    error = verdict("lost")
+    error.__cause__ = HostLimit("no threads")
+    assert explain_error(error) is None
+    limit = HostLimit("no threads")
+    limit.__context__ = verdict("lost")
+    assert explain_error(limit) is None
+    limit.__suppress_context__ = True
+    assert explain_error(limit) is None
+
+
+def test_what_an_error_came_from() -> None:
+    """Its cause, and a limit that was being handled when it came, unless that is suppressed."""
+    error = ValueError("an empty ring")
+    error.__context__ = HostLimit("no threads")
+    assert explain_error(error) == "no threads"
+    error.__suppress_context__ = True
+    assert explain_error(error) is None
+    error.__cause__ = HostLimit("no files")
+    assert explain_error(error) == "no files"
+    error = ValueError("an empty ring")
+    error.__context__ = KeyError("another one")
+    error.__context__.__context__ = HostLimit("no threads")
+    assert explain_error(error) is None
+    kvm_error = KvmError(errno.ENOMEM, "KVM_CREATE_VM")
+    kvm_error.__context__ = HostLimit("no threads")
+    assert explain_error(kvm_error) is None
 
 
 def test_errors_of_unknown_origin() -> None:
