@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from runner.cpio import CpioWriter
 from runner.errors import CannotTest
 from runner.modules import Module
-from runner.store import BUILD, locked
+from runner.store import BUILD, locked, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = BUILD / "initramfs"
@@ -84,17 +84,18 @@ def base_digest() -> str:
 def _base() -> Path:
     """The part that is the same for all runs; it is made if it is not there."""
     path = CACHE / f"python-{base_digest()}.cpio"
-    with locked(CACHE):
-        if not path.exists():
-            _make_base(path)
+    if not path.exists():
+        with locked(CACHE):
+            if not path.exists():
+                _make_base(path)
     return path
 
 
 def _make_base(path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        tree = Path(folder) / "tree"
+    with scratch(CACHE) as folder:
+        tree = folder / "tree"
         _collect_python(tree)
-        partial = Path(folder) / "cpio"
+        partial = folder / "cpio"
         with partial.open("wb") as file:
             archive = CpioWriter(file)
             archive.add_node("/dev/console", 5, 1)  # the kernel opens it for the first program
@@ -190,7 +191,7 @@ def _overlay(modules: Sequence[Module], orders: Mapping[str, Any]) -> bytes:
         loads.append((f"/modules/{module.name}.ko", " ".join(mine)))
         archive.add_file(loads[-1][0], module.data)
     archive.add_file("/orders.json", json.dumps({**orders, "modules": loads}).encode())
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in _SUITE_FOLDERS:
             shutil.copytree(ROOT / name, tree / "suite" / name, ignore=_ignore_compiled)

@@ -21,11 +21,13 @@ def is_complete(folder: Path) -> bool:
 
 def fill(folder: Path, write: Callable[[Path], None]) -> Path:
     """Have *write* fill *folder*, unless it is complete. It appears in one step, so no other run sees a part of it."""
+    if is_complete(folder):
+        return folder
     with locked(folder.parent):
         if not is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-                partial = Path(temporary) / "root"
+            with scratch(folder.parent) as temporary:
+                partial = temporary / "root"
                 partial.mkdir()
                 write(partial)
                 (partial / _COMPLETE).touch()
@@ -34,10 +36,21 @@ def fill(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A temporary folder in *folder*, which is locked. Those that killed runs left there are removed."""
+    for stray in folder.glob(".*"):
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        yield Path(temporary)
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Let one run at a time work in *folder*; a run that has to wait says so."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # To read is enough for flock(2), and another user's file can be no more than read.
+    descriptor = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,12 +2,14 @@
 """What is fetched from the Debian archive: where from, which QEMU is used, and what a fetch that breaks off leaves."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from runner import apt, emulator, fetch, qemu
+from runner import apt, emulator, fetch, initramfs, qemu
 from runner.apt import Suite, mirror
 from runner.emulator import PROGRAM, find_emulator
 from runner.errors import CANNOT_TEST, CannotTest
@@ -63,6 +65,32 @@ def test_two_runs_that_fill_at_once(tmp_path: Path) -> None:
         run.join()
     assert [run.exitcode for run in runs] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "x"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is complete is used without a lock; and where one is needed, another user's lock file may be read-only."""
+    opened: list[int] = []
+    real = os.open
+
+    def recorded(path: Path, flags: int, *more: Any, **named: Any) -> int:
+        opened.extend([flags & os.O_ACCMODE] if Path(path).name == ".lock" else [])
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", recorded)
+    monkeypatch.setattr(initramfs, "CACHE", tmp_path)
+    monkeypatch.setattr(initramfs, "_make_base", Path.touch)
+    for _ in range(2):
+        fill(tmp_path / "a", lambda _path: None)
+        initramfs._base()
+    assert opened == [os.O_RDONLY] * 2  # by the first turn
+
+
+def test_what_a_killed_run_left(tmp_path: Path) -> None:
+    """The next run that fills a folder removes it, and nothing else."""
+    for name in (".partial/root", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    fill(tmp_path / "a", lambda _path: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a", "other"]
 
 
 # --- the archive ------------------------------------------------------------------------------------------------------
