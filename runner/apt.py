@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Packages from the Debian archive, with an apt state of our own: nothing is installed, and the machine's apt is unchanged."""
 
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from runner.apt_sources import mirror
 from runner.errors import CannotTest
 from runner.store import BUILD
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_SOURCES = Path("/etc/apt")
 _CARRY = "without network, run make fetch in a clone that has it, and copy its build/kernels and build/qemu here"
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
-# A source in either format of sources.list(5)
-_URI = re.compile(r"^(?:URIs:|deb\s+(?:\[[^\]]*\]\s+)?)\s*(\S+)", re.MULTILINE)
 
 
 class Suite:
@@ -99,22 +95,6 @@ class Suite:
         if done.returncode:
             raise CannotTest(f"{tool} {arguments[-1]} ({self.name}) failed: {last_line(done.stderr)} ({_CARRY})")
         return done.stdout
-
-
-def mirror() -> str:
-    """The mirror of the Debian archive that this machine's apt uses, or the one that DEBIAN_MIRROR names.
-
-    :raises CannotTest: there is none
-    """
-    if named := os.environ.get("DEBIAN_MIRROR"):
-        return named
-    files = [_SOURCES / "sources.list", *sorted((_SOURCES / "sources.list.d").glob("*"))]
-    texts = [path.read_text(errors="replace") for path in files if path.is_file() and os.access(path, os.R_OK)]
-    # Mirrors carry the archive under this name (debian.org/mirror/ftpmirror).
-    uris: list[str] = [uri for text in texts for uri in _URI.findall(text) if re.search(r"/debian/?$", uri)]
-    if not uris:
-        raise CannotTest("apt has no mirror of the Debian archive among its sources: name one in DEBIAN_MIRROR=URI")
-    return uris[0]
 
 
 def unpack(packages: Sequence[Path], folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from runner import apt, emulator, fetch, initramfs, qemu
-from runner.apt import Suite, mirror
+from runner import apt, apt_sources, emulator, fetch, initramfs, qemu
+from runner.apt import Suite
+from runner.apt_sources import mirror
 from runner.emulator import PROGRAM, find_emulator
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.store import fill, is_complete
@@ -96,29 +97,78 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
 # --- the archive ------------------------------------------------------------------------------------------------------
 
 
+MIRROR = "http://mirror.test/debian"
+STANZA = f"Types: deb\nURIs: {MIRROR}\nSuites: bookworm\nComponents: main\n"
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the sources that the machine's apt has; it has none."""
+    (tmp_path / "apt/sources.list.d").mkdir(parents=True)
+    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
+    monkeypatch.setattr(apt_sources, "_APT", tmp_path / "apt")
+    return tmp_path / "apt/sources.list.d"
+
+
 @pytest.mark.parametrize(
-    "source",
+    ("name", "text"),
     [
-        "deb http://mirror.test/debian bookworm main",
-        "deb [signed-by=/key arch=amd64] http://mirror.test/debian bookworm main",
-        "Types: deb\nURIs: http://mirror.test/debian\nSuites: bookworm\n",
+        ("../sources.list", f"deb {MIRROR} bookworm main\n"),
+        ("b.list", f"# deb http://comment.test/debian sid main\n  deb\t{MIRROR}  bookworm contrib main # why"),
+        ("b.list", f"deb [signed-by=/debian-archive.gpg arch=amd64] {MIRROR} trixie-updates main"),
+        ("b.sources", STANZA),
+        ("b.sources", f"# a comment\n{STANZA}"),
+        ("b.sources", STANZA.replace("URIs:", "uris:\n # not a comment\n").replace("Suites", "SUITES")),
+        ("b.sources", STANZA.replace("URIs:", "URIs: http://other.test/apt")),
+        ("b.sources", f"{STANZA}Enabled: yes\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg"),
+        ("b.sources", f"{STANZA.replace(MIRROR, 'http://no.test/debian')}Enabled: no\n\n{STANZA}"),
     ],
-    ids=["one-line", "with-options", "deb822"],
 )
-def test_the_mirror_of_apts_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_the_mirror_of_apts_sources(sources: Path, name: str, text: str) -> None:
     """Packages come from the mirror that the machine's apt uses, in either format of its sources."""
-    (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / "sources.list.d/a.sources").write_text("deb http://other.test/apt stable main\n")
-    (tmp_path / "sources.list.d/b.sources").write_text(f"# deb http://comment.test/debian x main\n{source}\n")
-    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
-    monkeypatch.setattr(apt, "_SOURCES", tmp_path)
-    assert mirror() == "http://mirror.test/debian"
+    (sources / name).write_text(text)
+    assert mirror() == MIRROR
 
 
-def test_no_mirror_but_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.list", "deb https://docker.test/linux/debian bookworm stable"),
+        ("a.list", "deb [signed-by=/keys/other.gpg] https://other.test/debian bookworm main"),
+        ("a.list", "deb https://nodes.test/debian nodistro main"),
+        ("a.list", "deb https://security.test/debian bookworm-security main"),
+        ("a.list", "deb https://other.test/apt bookworm main"),
+        ("a.list", "deb-src https://source.test/debian bookworm main"),
+        ("a.list.save", "deb http://old.test/debian bookworm main"),
+        ("a.sources", f"Enabled: No\n{STANZA}".replace("mirror", "old")),
+        ("a.sources", f"{STANZA}Signed-By: /keys/other.gpg\n".replace("mirror", "other")),
+        ("a.sources", STANZA.replace("mirror", "source").replace("deb\n", "deb-src\n")),
+        ("a.sources", STANZA.replace("mirror", "docker").replace("main", "stable")),
+    ],
+)
+def test_sources_that_are_not_debians(sources: Path, name: str, text: str) -> None:
+    """Third parties, what is switched off, and what apt does not read are passed over, though they come first."""
+    (sources / name).write_text(text)
+    with pytest.raises(CannotTest, match="no mirror"):
+        mirror()
+    (sources / "b.sources").write_text(STANZA)
+    assert mirror() == MIRROR
+
+
+@pytest.mark.parametrize("scheme", ["mirror+file://", "mirror+file:", "mirror:file:"])
+def test_a_list_of_mirrors(sources: Path, scheme: str) -> None:
+    """Where the sources name a list of mirrors, as those of Debian's cloud images do, its first one is taken."""
+    listed = sources.parent / "mirrors.list"
+    (sources / "a.sources").write_text(STANZA.replace(MIRROR, f"{scheme}{listed}"))
+    with pytest.raises(CannotTest, match="no mirror"):
+        mirror()
+    listed.write_text(f"# a comment\n\n{MIRROR}\tpriority:1 type:deb\nhttp://second.test/debian\n")
+    assert mirror() == MIRROR
+
+
+@pytest.mark.usefixtures("sources")
+def test_no_mirror_but_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where apt has no mirror of Debian's archive, DEBIAN_MIRROR names one."""
-    monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
-    monkeypatch.setattr(apt, "_SOURCES", tmp_path)
     with pytest.raises(CannotTest, match="name one in DEBIAN_MIRROR=URI"):
         mirror()
     monkeypatch.setenv("DEBIAN_MIRROR", "http://named.test/debian")

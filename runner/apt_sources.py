@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The mirror of the Debian archive, as the sources of this machine's apt name it."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import CannotTest
+
+_APT = Path("/etc/apt")
+# sources.list(5): the two formats
+_ONE_LINE = re.compile(r"^[ \t]*deb[ \t]+(?:\[([^\]]*)\][ \t]*)?(\S+)[ \t]+(\S+)[ \t]+([^#\n]*)", re.MULTILINE)
+_FIELD = re.compile(r"^([\w-]+):(.*(?:\n[ \t].*)*)", re.MULTILINE)
+_NO = ("no", "false", "without", "off", "disable", "0")  # apt-pkg/contrib/strutl.cc, StringToBool()
+# What a mirror holds beside these suites, such as -security, it holds under another URI.
+_SUITE = re.compile(
+    r"(stable|oldstable|oldoldstable|testing|unstable|sid|bullseye|bookworm|trixie|forky|duke)(-updates|-backports)?"
+)
+# Mirrors carry the archive under this name (debian.org/mirror/ftpmirror).
+_ARCHIVE = re.compile(r"/debian/?$")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One entry of apt's sources.
+
+    :ivar key: what it has to be signed by; empty if it does not say
+    """
+
+    uris: list[str]
+    suites: list[str]
+    components: list[str]
+    key: str
+
+    @property
+    def is_debian(self) -> bool:
+        """Whether it is of the Debian archive. Third parties name suites as Debian does, but have keys of their own."""
+        named = "main" in self.components and any(map(_SUITE.fullmatch, self.suites))
+        return named and (not self.key or "debian-archive" in self.key)
+
+
+def mirror() -> str:
+    """The mirror of the Debian archive that this machine's apt uses, or the one that DEBIAN_MIRROR names.
+
+    :raises CannotTest: there is none
+    """
+    if named := os.environ.get("DEBIAN_MIRROR"):
+        return named
+    for source in _sources():
+        for uri in source.uris if source.is_debian else ():
+            if _ARCHIVE.search(real := _behind(uri)):
+                return real
+    raise CannotTest("apt has no mirror of the Debian archive among its sources: name one in DEBIAN_MIRROR=URI")
+
+
+def _sources() -> Iterator[_Source]:
+    """The entries of the files that apt reads, in its order."""
+    parts = sorted(path for path in (_APT / "sources.list.d").glob("*") if path.suffix in (".list", ".sources"))
+    for path in (_APT / "sources.list", *parts):
+        if path.is_file() and os.access(path, os.R_OK):
+            yield from (_stanzas if path.suffix == ".sources" else _lines)(path.read_text(errors="replace"))
+
+
+def _lines(text: str) -> Iterator[_Source]:
+    for options, uri, suite, components in _ONE_LINE.findall(text):
+        key = re.search(r"signed-by=(\S+)", options)
+        yield _Source([uri], [suite], components.split(), key[1] if key else "")
+
+
+def _stanzas(text: str) -> Iterator[_Source]:
+    text = re.sub(r"^#.*\n?", "", text, flags=re.MULTILINE)
+    for stanza in re.split(r"\n\s*\n", text):
+        fields = {name.lower(): value.split() for name, value in _FIELD.findall(stanza)}
+        types, enabled, uris, suites, components, key = (
+            fields.get(name, []) for name in ("types", "enabled", "uris", "suites", "components", "signed-by")
+        )
+        if "deb" in types and not (enabled and enabled[0].lower() in _NO):
+            yield _Source(uris, suites, components, " ".join(key))
+
+
+def _behind(uri: str) -> str:
+    """*uri*, or the first one of the list that it names, as Debian's cloud images have it (apt-transport-mirror(1))."""
+    match = re.fullmatch(r"mirror[+:]file:(?://(?=/))?(/.*)", uri)
+    if match is None:
+        return uri
+    try:
+        listed = Path(match[1]).read_text(errors="replace").splitlines()
+    except OSError:
+        return uri
+    return next((line.split()[0] for line in listed if line.strip() and not line.lstrip().startswith("#")), uri)
