@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Packages from the Debian archive, with an apt state of our own: nothing is installed, and the machine's apt is unchanged."""
 
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,33 +14,53 @@ from runner.errors import CannotTest
 from runner.store import BUILD
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_CARRY = "without network, run make fetch in a clone that has it, and copy its build/kernels and build/qemu here"
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
+_CARRY = "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here"
+# Read after the machine's configuration, of which this leaves the way to the network: no hooks, no release that it prefers.
+_NOT_OURS = "".join(f"#clear {name};\n" for name in ("APT::Update", "APT::Default-Release", "AptCli"))
+# Which line of what apt-get and dpkg-deb say names the cause, the most telling first; the last line rarely does.
+_NO_NETWORK = "Failed to fetch|does not have a Release file"
+_TELLING = ("No space left|enough free space", _NO_NETWORK, "^E: ", "error:")
+
+
+def require(instead: str) -> None:
+    """Check that this machine can fetch packages.
+
+    :param instead: what can be done where it cannot
+    :raises CannotTest: it has no apt, or not the archive's key
+    """
+    for tool in _TOOLS:
+        if shutil.which(tool) is None:
+            raise CannotTest(
+                f"Debian packages are fetched with {tool}, which this machine lacks: {instead}, or {_CARRY}"
+            )
+    if not _KEYRING.exists():
+        raise CannotTest(f"{_KEYRING} is not there: apt install debian-archive-keyring, or {instead}")
 
 
 class Suite:
     """One suite of the Debian archive, such as ``trixie``; its main component.
 
-    :raises CannotTest: this machine has no apt, no key or no mirror for it
+    :raises CannotTest: this machine names no mirror of it
     """
 
     def __init__(self, name: str) -> None:
-        for tool in _TOOLS:
-            if shutil.which(tool) is None:
-                raise CannotTest(f"Debian packages are fetched with {tool}, which this machine lacks ({_CARRY})")
-        if not _KEYRING.exists():
-            raise CannotTest(f"{_KEYRING} is not there: apt install debian-archive-keyring")
         self.name = name
         self._folder = BUILD / "apt" / name
         for folder in ("lists/partial", "archives/partial"):
             (self._folder / folder).mkdir(parents=True, exist_ok=True)
-        sources, status = self._folder / "sources.list", self._folder / "status"
-        sources.write_text(f"deb [signed-by={_KEYRING}] {mirror()} {name} main\n")
+        sources, status, config = (self._folder / file for file in ("sources.list", "status", "apt.conf"))
+        # By file: apt would use packages where they are, by copy: it puts them with the archives (sources.list(5)).
+        uri = re.sub("^file:", "copy:", mirror())
+        sources.write_text(f"deb [signed-by={_KEYRING}] {uri} {name} main\n")
         status.touch()
+        config.write_text(_NOT_OURS)
         # With an empty status nothing counts as installed: what a package needs is all of it in the archive.
         self._options = [
-            *("-o", f"Dir::State={self._folder}", "-o", f"Dir::State::Lists={self._folder}/lists"),
+            *("-c", str(config), "-o", f"Dir::State={self._folder}", "-o", f"Dir::State::Lists={self._folder}/lists"),
             *("-o", f"Dir::State::status={status}", "-o", f"Dir::Cache={self._folder}"),
+            *("-o", f"Dir::Cache::archives={self._folder}/archives", "-o", "Dir::Cache::pkgcache=pkgcache.bin"),
+            *("-o", "Dir::Cache::srcpkgcache=srcpkgcache.bin"),
             *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", "Dir::Etc::Preferences=/dev/null", "-o", "Dir::Etc::PreferencesParts=/dev/null"),
             *("-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"),
@@ -91,9 +113,14 @@ class Suite:
         self._run("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
 
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
-        done = subprocess.run([tool, *self._options, *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+        command = [tool, *self._options, *arguments]
+        english = os.environ | {"LC_ALL": "C.UTF-8"}  # cause() reads what it says
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=english)
         if done.returncode:
-            raise CannotTest(f"{tool} {arguments[-1]} ({self.name}) failed: {last_line(done.stderr)} ({_CARRY})")
+            why = cause(done.stderr)
+            carry = re.search(_NO_NETWORK, why) and not re.search(_TELLING[0], why)
+            hint = f" (without network, {_CARRY})" if carry else ""
+            raise CannotTest(f"{tool} {arguments[-1]} ({self.name}) failed: {why}{hint}")
         return done.stdout
 
 
@@ -106,9 +133,10 @@ def unpack(packages: Sequence[Path], folder: Path) -> None:
         command = ["dpkg-deb", "-x", str(package), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CannotTest(f"{package} cannot be unpacked: {last_line(done.stderr)}")
+            raise CannotTest(f"{package} cannot be unpacked: {cause(done.stderr)}")
 
 
-def last_line(text: str) -> str:
-    """The last line of what a tool said."""
-    return (text.strip().splitlines() or ["no message"])[-1]
+def cause(text: str) -> str:
+    """The line of what apt-get or dpkg-deb said that tells why it failed."""
+    lines = text.strip().splitlines() or ["no message"]
+    return next((line for pattern in _TELLING for line in lines if re.search(pattern, line)), lines[-1])

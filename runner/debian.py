@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.apt import Suite, last_line, unpack
+from runner.apt import Suite, cause, require, unpack
 from runner.errors import CannotTest
 from runner.store import BUILD, fill, is_complete, locked, say, shown
 
@@ -37,6 +37,7 @@ def fetch(wanted: str, cache: Path) -> Path:
     with locked(BUILD / "apt"):
         if cached := _newest_cached(name, cache):  # another run fetched it meanwhile
             return cached
+        require(f"give the path of a kernel instead of debian:{wanted}")
         say(f"fetching a Debian kernel {version} ({flavour}) into {shown(cache)}, as none that fits is there")
         found = _search(name)
         if found is None:
@@ -72,7 +73,7 @@ def package_fields(package: Path) -> dict[str, str]:
     done = subprocess.run(["dpkg-deb", "-f", str(package)], capture_output=True, text=True, check=False)
     fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", done.stdout, re.MULTILINE))
     if done.returncode or "Package" not in fields:
-        raise CannotTest(f"{package} is not a Debian package: {last_line(done.stderr)}")
+        raise CannotTest(f"{package} is not a Debian package: {cause(done.stderr)}")
     return fields
 
 

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.apt import Suite, last_line, unpack
+from runner.apt import Suite, cause, require, unpack
 from runner.debian import version_key
 from runner.emulator_faults import faults_of
 from runner.errors import CannotTest
@@ -17,6 +17,7 @@ PROGRAM = "qemu-system-x86_64"
 _CACHE = BUILD / "qemu"
 _SUITE = "trixie"  # its QEMU, 10.0, is the newest one that the whole suite was seen to pass in
 _PACKAGE = "qemu-system-x86"
+_INSTEAD = f"install {PROGRAM}, or name one with --qemu PATH"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
@@ -95,6 +96,7 @@ def _newest_cached() -> Path | None:
 
 
 def _fetch(why: str) -> Path:
+    require(_INSTEAD)
     say(f"fetching QEMU, about 40 MB of Debian packages, into {shown(_CACHE)}, as {why}")
     suite = Suite.updated(_SUITE)
     packages = suite.download_with_dependencies(_PACKAGE)
@@ -112,5 +114,5 @@ def _version(command: tuple[str, ...]) -> str:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     match = re.search(r"QEMU emulator version (\S+)", done.stdout)
     if match is None:
-        raise CannotTest(f"{command[0]} is not a QEMU that runs here: {last_line(done.stderr or done.stdout)}")
+        raise CannotTest(f"{command[0]} is not a QEMU that runs here: {cause(done.stderr or done.stdout)}")
     return match[1]

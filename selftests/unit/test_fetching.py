@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What is fetched from the Debian archive: where from, which QEMU is used, and what a fetch that breaks off leaves."""
 
+import hashlib
 import multiprocessing
 import os
+import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner import apt, apt_sources, emulator, fetch, initramfs, qemu
-from runner.apt import Suite
+from runner import apt, apt_sources, debian, emulator, fetch, initramfs, qemu
+from runner.apt import Suite, cause
 from runner.apt_sources import mirror
-from runner.emulator import PROGRAM, find_emulator
+from runner.emulator import PROGRAM, debian_emulator, find_emulator
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.store import fill, is_complete
 
@@ -175,6 +179,90 @@ def test_no_mirror_but_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert mirror() == "http://named.test/debian"
 
 
+def make_archive(folder: Path) -> None:
+    """An archive of the suite trixie, unsigned, with one package, ``tiny``."""
+    index = folder / "dists/trixie/main/binary-amd64/Packages"
+    for path in (index.parent, folder / "tree/DEBIAN"):
+        path.mkdir(parents=True)
+    control = "Package: tiny\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <n@o.test>\nDescription: none\n"
+    (folder / "tree/DEBIAN/control").write_text(control)
+    subprocess.run(["dpkg-deb", "-b", str(folder / "tree"), str(folder / "tiny.deb")], check=True, capture_output=True)
+    package = (folder / "tiny.deb").read_bytes()
+    digest = hashlib.sha256(package).hexdigest()
+    index.write_text(f"{control}Filename: tiny.deb\nSize: {len(package)}\nSHA256: {digest}\n\n")
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt-get is not there")
+def test_a_machine_with_an_apt_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configuration is not heeded, its hooks do not run, and its archives are not removed."""
+    mine, marker = tmp_path / "mine/user.deb", tmp_path / "marker"
+    mine.parent.mkdir()
+    mine.touch()
+    hooks = ("APT::Update::Pre-Invoke", "APT::Update::Post-Invoke", "APT::Update::Post-Invoke-Success")
+    settings = [
+        *(f'{hook}:: "touch {marker}";' for hook in (*hooks, "DPkg::Post-Invoke", "AptCli::Hooks::Install")),
+        *('APT::Default-Release "bookworm";', f'Dir::Cache::archives "{mine.parent}";'),
+    ]
+    (tmp_path / "hostile.conf").write_text("\n".join(settings))
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "hostile.conf"))
+    monkeypatch.setenv("DEBIAN_MIRROR", f"file://{tmp_path}/archive")
+    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
+    make_archive(tmp_path / "archive")
+    suite = Suite("trixie")
+    source = suite._folder / "sources.list"
+    source.write_text(re.sub(r"\[.*\]", "[trusted=yes]", source.read_text()))
+    suite._update()
+    assert suite.packages("t") == ["tiny"]
+    (downloaded,) = suite.download_with_dependencies("tiny")
+    assert downloaded.is_relative_to(tmp_path / "build")
+    assert [path.name for path in suite.download(["tiny"])] == ["tiny_1_amd64.deb"]
+    suite.forget_archives()
+    assert (mine.exists(), downloaded.exists(), marker.exists()) == (True, False, False)
+    with pytest.raises(CannotTest, match=r"failed: E: Unable to locate package none$"):
+        suite.download_with_dependencies("none")
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("E: Failed to fetch http://a  Could not connect\nE: Some index files failed to download.", 0),
+        ("W: old\nE: Failed to fetch http://a  Hash mismatch\nE: Write error - write (28: No space left on device)", 2),
+        ("E: You don't have enough free space in /a.\nE: Aborting.", 0),
+        ("tar: ./a: Cannot write: No space left on device\ndpkg-deb: error: tar subprocess returned 2", 0),
+        ("one\ndpkg-deb: error: 'a' is not a Debian format archive\nlast", 1),
+        ("W: a warning\nE: Unable to locate package a\nlast", 1),
+        ("first\nlast", 1),
+    ],
+)
+def test_the_line_that_names_the_cause(said: str, line: int) -> None:
+    """Of what a tool said that line is shown, wherever it is."""
+    assert cause(said) == said.splitlines()[line]
+    assert cause("") == "no message"
+
+
+@pytest.mark.parametrize(
+    ("said", "network"),
+    [
+        ("E: Failed to fetch http://a  Could not connect", True),
+        ("E: The repository 'http://a trixie Release' does not have a Release file.", True),
+        ("E: Failed to fetch http://a  Write error - write (28: No space left on device)", False),
+        ("E: Unable to locate package a", False),
+    ],
+)
+def test_what_helps_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, network: bool) -> None:
+    """Only where the network is missing are people sent to a machine that has it."""
+    tool = tmp_path / "apt-get"
+    tool.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 100\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("DEBIAN_MIRROR", MIRROR)
+    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
+    with pytest.raises(CannotTest) as raised:
+        Suite("trixie")._update()
+    assert str(raised.value).startswith(f"apt-get update (trixie) failed: {said}")
+    assert ("without network" in str(raised.value)) == network
+
+
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive that cannot be reached, and nothing in the cache."""
@@ -198,11 +286,27 @@ def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("tool", ["apt-get", "apt-cache", "dpkg-deb"])
-def test_a_machine_without_apt(monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
-    """The missing tool is named."""
+def test_a_machine_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    """The missing tool is named, and what can be done without it."""
     monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/usr/bin/{name}")
-    with pytest.raises(CannotTest, match=f"fetched with {tool}, which this machine lacks"):
-        Suite("trixie")
+    for module in (emulator, debian):
+        monkeypatch.setattr(module, "BUILD", tmp_path)
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "qemu")
+    lacks = f"fetched with {tool}, which this machine lacks"
+    with pytest.raises(
+        CannotTest, match=f"{lacks}: install {PROGRAM}, or name one with --qemu PATH, or run make fetch"
+    ):
+        debian_emulator("why")
+    with pytest.raises(CannotTest, match=f"{lacks}: give the path of a kernel instead of debian:6.12, or run make"):
+        debian.fetch("6.12", tmp_path / "kernels")
+
+
+def test_a_machine_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that has it is named."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(apt, "_KEYRING", Path("/nonexistent"))
+    with pytest.raises(CannotTest, match="apt install debian-archive-keyring, or give a path"):
+        apt.require("give a path")
 
 
 # --- which QEMU -------------------------------------------------------------------------------------------------------
