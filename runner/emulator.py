@@ -49,7 +49,11 @@ def find_emulator(named: str | None, emulates: bool) -> Emulator:
     path = shutil.which(PROGRAM)
     if path is None:
         return debian_emulator(f"this host has no {PROGRAM}")
-    host = _installed(path, "this host's")
+    try:
+        host = _installed(path, "this host's")
+    except CannotTest as error:
+        say(f"{error}; Debian's is used instead")
+        return debian_emulator(f"this host's {PROGRAM} does not run")
     fault = next((fault for fault in faults_of(host.version) if fault.avoid), None)
     if fault is None or not emulates:
         return host
@@ -71,6 +75,10 @@ def debian_emulator(why: str) -> Emulator:
     :param why: the reason that is shown for it
     :raises CannotTest: it cannot be fetched
     """
+    if re.search("[:;]", str(_CACHE)):  # both part the folders of the loader's option --library-path (ld.so(8))
+        raise CannotTest(
+            f"Debian's QEMU does not run from {_CACHE}: move the suite to a path without : and ;, or {_INSTEAD}"
+        )
     folder = _newest_cached()
     if folder is None:
         with locked(BUILD / "apt"):
@@ -100,7 +108,9 @@ def _fetch(why: str) -> Path:
     say(f"fetching QEMU, about 40 MB of Debian packages, into {shown(_CACHE)}, as {why}")
     suite = Suite.updated(_SUITE)
     packages = suite.download_with_dependencies(_PACKAGE)
-    (package,) = (path for path in packages if path.name.startswith(f"{_PACKAGE}_"))
+    package = next((path for path in packages if path.name.startswith(f"{_PACKAGE}_")), None)
+    if package is None:
+        raise CannotTest(f"apt-get install {_PACKAGE} ({_SUITE}) downloaded other packages only: {_INSTEAD}")
     version = re.sub(r"^\d+%3a|\+.*", "", package.name.split("_")[1])
 
     def write(folder: Path) -> None:
@@ -111,8 +121,11 @@ def _fetch(why: str) -> Path:
 
 
 def _version(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    match = re.search(r"QEMU emulator version (\S+)", done.stdout)
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:  # such as one that was built for another machine
+        raise CannotTest(f"{command[0]} is not a QEMU that runs here: {error.strerror}") from None
+    match = re.search(r"QEMU emulator version v?(\d\S*)", done.stdout)
     if match is None:
         raise CannotTest(f"{command[0]} is not a QEMU that runs here: {cause(done.stderr or done.stdout)}")
     return match[1]

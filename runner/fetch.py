@@ -9,7 +9,7 @@ import sys
 from runner.emulator import debian_emulator
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel import find_kernel
-from runner.store import say, shown
+from runner.store import BUILD, say, shown
 
 
 def main(kernels: list[str]) -> int:
@@ -22,6 +22,9 @@ def main(kernels: list[str]) -> int:
             say(f"kernel {kernel.release} is in {shown(kernel.image.parent)}")
     except CannotTest as error:
         say(f"cannot fetch: {error}")
+        return CANNOT_TEST
+    except OSError as error:
+        say(f"cannot fetch: {error.filename or BUILD}: {error.strerror}")
         return CANNOT_TEST
     except KeyboardInterrupt:
         say("interrupted: what was not complete is not kept")

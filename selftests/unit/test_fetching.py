@@ -309,6 +309,17 @@ def test_a_machine_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
         apt.require("give a path")
 
 
+def test_a_build_folder_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing can be written a fetch ends with one line that says so."""
+    (tmp_path / "build").touch()
+    monkeypatch.setattr(emulator, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
+    assert fetch.main([]) == CANNOT_TEST
+    assert capsys.readouterr().err == f"cannot fetch: {tmp_path}/build/apt: Not a directory\n"
+
+
 # --- which QEMU -------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +401,50 @@ def test_an_unsound_qemu_and_no_network(
     assert find_emulator(None, emulates=True).version == UNSOUND
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "it is used all the same, as no other can be had: no network" in line
+
+
+@pytest.mark.parametrize("content", ["#!/bin/sh\nexit 127\n", "\x7fELF of another machine"], ids=["script", "binary"])
+def test_a_broken_qemu_of_the_host(host_qemu: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """Debian's takes its place, and one line says why; one that is named so is an error."""
+    path = install(host_qemu, SOUND)
+    path.write_text(content)
+    assert find_emulator(None, emulates=True).version == "fetched"
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{path} is not a QEMU that runs here: ")
+    assert line.endswith("; Debian's is used instead")
+    with pytest.raises(CannotTest, match="is not a QEMU that runs here"):
+        find_emulator(str(path), emulates=True)
+
+
+def test_versions_that_people_build(host_qemu: Path) -> None:
+    """A leading v does not count; where no number is, that is not a QEMU to use."""
+    install(host_qemu, "v9.2.0-rc1")
+    assert find_emulator(None, emulates=True).version == "9.2.0-rc1"
+    install(host_qemu, "unknown")
+    assert find_emulator(None, emulates=True).version == "fetched"
+
+
+@pytest.mark.parametrize("mark", [":", ";"])
+def test_a_path_that_the_loader_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """Debian's QEMU is not fetched to where its loader would not find the libraries."""
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / f"a{mark}b/build/qemu")
+    with pytest.raises(CannotTest, match="move the suite to a path without : and ;, or install"):
+        debian_emulator("why")
+
+
+def test_a_package_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the archive hands out other packages than QEMU's that is one line."""
+
+    class Empty:
+        def download_with_dependencies(self, _name: str) -> list[Path]:
+            return []
+
+    monkeypatch.setattr(emulator, "require", lambda _instead: None)
+    monkeypatch.setattr(Suite, "updated", lambda _name: Empty())
+    monkeypatch.setattr(emulator, "BUILD", tmp_path)
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "qemu")
+    with pytest.raises(CannotTest, match="downloaded other packages only: install qemu-system-x86_64"):
+        debian_emulator("why")
 
 
 @pytest.mark.usefixtures("no_network")
