@@ -137,6 +137,6 @@ def unpack(packages: Sequence[Path], folder: Path) -> None:
 
 
 def cause(text: str) -> str:
-    """The line of what apt-get or dpkg-deb said that tells why it failed."""
+    """The line of what apt-get or dpkg-deb said that names the cause of its failure."""
     lines = text.strip().splitlines() or ["no message"]
     return next((line for pattern in _TELLING for line in lines if re.search(pattern, line)), lines[-1])

@@ -54,7 +54,7 @@ class WorkerCrashes:
 
 def _signal_of(worker: Any) -> int | None:
     """The signal that a worker died of; None when it cannot be known, as of one on another machine."""
-    # execnet tells nobody else how its child ended (Popen2IOMaster, execnet/gateway_io.py).
+    # execnet keeps to itself how its child ended (Popen2IOMaster, execnet/gateway_io.py).
     process: subprocess.Popen[bytes] | None = getattr(worker.gateway._io, "popen", None)
     if process is None:
         return None
