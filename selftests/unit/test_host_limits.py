@@ -694,6 +694,15 @@ def test_results_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -
 # --- what else is inherited -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
+@pytest.mark.usefixtures("kvm")
+def test_one_cpu_for_all_threads(suite: Suite, plugin: str, expected: int) -> None:
+    """Two vCPUs and a collector that share a CPU are slower, and judged as ever."""
+    cpu = min(os.sched_getaffinity(0))
+    cells = [*CELL, *SIZES, "--log-mode=dirty-log,clear-log,dirty-ring", "--backing=anonymous", "--vcpus=2"]
+    assert suite(*cells, limit=lambda: os.sched_setaffinity(0, {cpu}), plugin=plugin) == expected, suite.output
+
+
 @pytest.mark.usefixtures("kvm")
 def test_signals_that_are_blocked(suite: Suite) -> None:
     """Those that get a vCPU out of its guest have to come, whatever the parent's mask was: else it looks like a hang."""
