@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from lib import guest_program, known_bugs
-from lib.arch import current as arch
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
@@ -56,6 +55,7 @@ from runner.kernel_options import (
 )
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
+from runner.static_keys import StaticKeys
 from runner.store import say
 from runner.worker_crashes import WorkerCrashes
 
@@ -247,7 +247,9 @@ def _prepare(config: pytest.Config) -> None:
         _prepare_remote(config)
         return
     if option.emulated:
-        _hold_static_keys(config, settings)
+        keys = StaticKeys(settings.kvm_device)
+        keys.hold()
+        config.pluginmanager.register(keys, "static-keys")
     check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
@@ -266,25 +268,6 @@ def _prepare(config: pytest.Config) -> None:
     config.pluginmanager.register(WorkerCrashes(by_id, option.require_kvm), "worker-crashes")
     if option.report_to is not None:
         config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
-
-
-def _hold_static_keys(config: pytest.Config, settings: Settings) -> None:
-    """Keep two VMs to the end of the session, so that no static key of KVM's switches as others come and go.
-
-    QEMU's TCG with several threads now and then takes the breakpoint by which the kernel switches one for an oops (int3); see
-    "code invalidated before it is changed" in runner/emulator_faults.py.
-    """
-    try:
-        kvm = Kvm(settings.kvm_device)
-    except KvmUnavailable:
-        return  # each test will say why
-    with kvm:
-        for prepare in (None, arch.use_what_has_static_keys):
-            vm = kvm.create_vm()
-            config.add_cleanup(vm.close)
-            if prepare is not None:
-                prepare(kvm.fd, vm.fd)
-            vm.create_vcpu(0)
 
 
 def _prepare_remote(config: pytest.Config) -> None:

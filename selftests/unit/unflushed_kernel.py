@@ -7,6 +7,7 @@ test_check_kernel.py names it before tests that have to see that. Nothing collec
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,13 +24,15 @@ CALLERS = (
 )
 
 
-def test_kvm_flushes_nothing_from_here_on() -> None:
+def test_kvm_flushes_nothing_from_here_on(pytestconfig: pytest.Config) -> None:
     """kvm_flush_remote_tlbs() (virt/kvm/kvm_main.c) returns at once: KVM's module is loaded anew with it."""
     if os.getppid() != 1 or not Path(ORDERS).exists():
         pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
     modules = {
         Path(path).name: (Path(path), arguments) for path, arguments in json.loads(Path(ORDERS).read_text())["modules"]
     }
+    keys: Any = pytestconfig.pluginmanager.get_plugin("static-keys")
+    keys.release()
     for name in ("kvm_amd", "kvm"):
         unload_module(name)
     for name in ("kvm.ko", "kvm_amd.ko"):
@@ -40,3 +43,4 @@ def test_kvm_flushes_nothing_from_here_on() -> None:
             for function in [FLUSH, *(name for name in CALLERS if name in names)]:
                 replace_function(module, function, RETURN_0)
         load_module(bytes(module), arguments)
+    keys.hold()
