@@ -15,7 +15,7 @@ from runner.store import shown
 
 # The kernel to fetch where none is at hand: the one that the suite is run in most
 DEFAULT_KERNEL = "debian:6.12"
-# Lets a guest have KVM emulate an instruction of its choice: 131 tests of KVM's emulator need it, and no other notices.
+# Lets a guest have KVM emulate an instruction of its choice: 120 tests in test_writes.py need it, and no other notices.
 EMULATION_PREFIX = {"kvm.force_emulation_prefix": "1"}
 # Sizes at which a cell takes seconds where every instruction is emulated, as the suite's options have them
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
