@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -44,6 +45,7 @@ from lib.selection import (
 )
 from lib.tracked_vm import ContractBroken
 from runner.errors import CANNOT_TEST, CannotTest
+from runner.interruption import Interruption, heed_once
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
     AT_HAND,
@@ -53,6 +55,7 @@ from runner.kernel_options import (
     options_in_kernel,
     split_tests,
 )
+from runner.planned_tests import PlannedTests
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
 from runner.static_keys import StaticKeys
@@ -71,6 +74,7 @@ _settings_key = pytest.StashKey[Settings]()
 _target_key: "pytest.StashKey[Target]" = pytest.StashKey()
 _remote_tests_key = pytest.StashKey[list[str]]()
 _hint_key = pytest.StashKey[str]()
+_interruption_key = pytest.StashKey[Interruption]()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -114,8 +118,12 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
     option = config.option
     if _is_worker(config):
+        signal.signal(signal.SIGINT, heed_once)
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
+    interruption = config.stash[_interruption_key] = Interruption()
+    interruption.heed()
+    config.pluginmanager.register(interruption, "interruption")
     try:
         elsewhere = option.kernel is not None and _needs_kernel(config)
     except HostLimit as limit:
@@ -265,7 +273,9 @@ def _prepare(config: pytest.Config) -> None:
     facts.kernel_log = _watch_kernel_log(config, report)
     config.pluginmanager.register(report, "run-report")
     by_id = {str(one.cell): asdict(one.cell) for one in planned}
-    config.pluginmanager.register(WorkerCrashes(by_id, option.require_kvm), "worker-crashes")
+    planned_tests = PlannedTests(by_id, config.stash[_interruption_key])
+    config.pluginmanager.register(planned_tests, "planned-tests")
+    config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
     if option.report_to is not None:
         config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
 
@@ -290,7 +300,10 @@ def _prepare_remote(config: pytest.Config) -> None:
     if target.qemu.emulated:
         options.append("--emulated")
     config.pluginmanager.register(report, "run-report")
-    session = RemoteSession(target, options, config.stash[_remote_tests_key], bool(config.args), results, report)
+    planned = PlannedTests({}, config.stash[_interruption_key])
+    config.pluginmanager.register(planned, "planned-tests")
+    tests = config.stash[_remote_tests_key]
+    session = RemoteSession(target, options, tests, bool(config.args), results, report, planned)
     config.pluginmanager.register(session, "remote-session")
 
 

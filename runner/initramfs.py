@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from packaging.requirements import Requirement
 
@@ -57,19 +57,20 @@ _LEFT_OUT = (
 )
 
 
-def build(path: Path, modules: Sequence[Module], orders: Mapping[str, Any]) -> None:
-    """Write the initramfs to *path*.
+def build(file: BinaryIO, modules: Sequence[Module], orders: Mapping[str, Any]) -> None:
+    """Write the initramfs to *file*.
 
     :param orders: what the first program is to do; the modules are added
     :raises CannotTest: it cannot be written
     """
     try:
-        with path.open("wb") as file:
-            with _base().open("rb") as base:
-                shutil.copyfileobj(base, file, 1 << 20)
-            file.write(_overlay(modules, orders))
+        with _base().open("rb") as base:
+            shutil.copyfileobj(base, file, 1 << 20)
+        file.write(_overlay(modules, orders))
+        file.flush()
     except OSError as error:
-        raise CannotTest(f"the initramfs cannot be made: {error.filename or path}: {error.strerror}") from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise CannotTest(f"the initramfs cannot be made: {where}{error.strerror}") from None
     except subprocess.CalledProcessError as error:
         raise CannotTest(f"the initramfs cannot be made: {error.stderr.decode(errors='replace').strip()}") from None
 

@@ -118,11 +118,12 @@ class Deadline(Exception):
 class RunningMachine:
     """A machine from its start to its end.
 
+    :param initramfs: the descriptor of a file with it
     :param console: where the first serial port's output goes
     :raises CannotTest: QEMU does not start
     """
 
-    def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: Path, console: Path) -> None:
+    def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: int, console: Path) -> None:
         # All that the kernel says goes to the console: it is the log that a panic leaves. -1: end at once on a panic.
         # Huge pages are for the hugetlb backings; those of 1 GiB can only be had at boot.
         huge_pages = "hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40" if qemu.emulated else ""
@@ -137,11 +138,12 @@ class RunningMachine:
                     *(*qemu.emulator.command, "-accel", qemu.accel, "-cpu", qemu.cpu_model, "-smp", str(cpus)),
                     *("-m", f"{machine.memory}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                     *("-serial", f"file:{console}", "-serial", "stdio"),
-                    *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", command_line),
+                    *("-kernel", str(kernel), "-initrd", f"/proc/self/fd/{initramfs}", "-append", command_line),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                pass_fds=[initramfs],
                 preexec_fn=_end_with_parent,
             )
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
-import signal
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from runner import initramfs
 from runner.ending import End, Ending, is_emulators_fault, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import REPORTS
+from runner.planned_tests import PlannedTests
 from runner.qemu import Deadline, RunningMachine
 from runner.run_report import Facts, KernelReport, RunReport, write_failure
 from runner.target import Target
@@ -43,10 +43,18 @@ class RemoteSession:
     :param tests_here: whether some tests of the session run on this host, before those
     :param results: where the files go
     :param report: takes the facts of the run from here
+    :param planned: takes the tests from here
     """
 
     def __init__(
-        self, target: Target, options: list[str], tests: list[str], tests_here: bool, results: Path, report: RunReport
+        self,
+        target: Target,
+        options: list[str],
+        tests: list[str],
+        tests_here: bool,
+        results: Path,
+        report: RunReport,
+        planned: PlannedTests,
     ) -> None:
         self._target = target
         self._options = options
@@ -54,6 +62,7 @@ class RemoteSession:
         self._tests_here = tests_here
         self._results = results
         self._report = report
+        self._planned = planned
         self._items: dict[str, tuple[Any, Any]] = {}
         self._left: list[str] = []
         self._running: str | None = None
@@ -71,13 +80,12 @@ class RemoteSession:
         done = yield
         self._session = session
         self._config = session.config
-        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             self.end = self._boot_until_done()
         except (CannotTest, OSError) as error:
             self.end = End(Ending.NOT_TESTED, str(error))
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            self._report.remarks.append(f"console and kernel log: {self._report.shown_results}")
         self._close(self.end)
         return done
 
@@ -106,19 +114,17 @@ class RemoteSession:
         """Boot once, and run what is left to run."""
         suffix = "" if boot == 1 else f"-{boot}"
         console = self._results / f"console{suffix}.log"
-        archive = self._results / "initramfs.cpio"
         self._running = None
-        try:
-            target = self._target
+        target = self._target
+        # A file without a name: it is gone with the processes that use it, whatever ends them.
+        with tempfile.TemporaryFile(dir=self._results) as archive:
             initramfs.build(archive, target.modules, self._orders())
-            machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive, console)
-            try:
-                return self._follow(machine, archive)
-            finally:
-                machine.stop()
-                (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
+            machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive.fileno(), console)
+        try:
+            return self._follow(machine)
         finally:
-            archive.unlink(missing_ok=True)
+            machine.stop()
+            (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
 
     def _orders(self) -> dict[str, Any]:
         tests = self._left if self._items else self._tests
@@ -137,14 +143,12 @@ class RemoteSession:
             "environment": _ENVIRONMENT,
         }
 
-    def _follow(self, machine: RunningMachine, archive: Path) -> End:
+    def _follow(self, machine: RunningMachine) -> End:
         """Take up what the machine tells, to its end."""
         booted, overdue = False, None
         try:
             for message in machine.messages(self._target.time_limit):
-                if not booted:
-                    booted = True
-                    archive.unlink()  # QEMU has read it
+                booted = True
                 if "cannot" in message:
                     return End(Ending.NO_KVM, message["cannot"], tuple(machine.console().splitlines()[-12:]))
                 if "ended" in message:
@@ -200,6 +204,7 @@ class RemoteSession:
         elif "items" in message and not self._items:
             self._items = message["items"]
             self._left = list(self._items)
+            self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in self._items.items()})
             self._session.testscollected += len(self._items)
         elif "start" in message:
             self._running = message["start"]
@@ -235,11 +240,10 @@ class RemoteSession:
         report = self._report
         if end.ending is not Ending.FINISHED:
             if self._running is not None and end.ending not in _NOT_THE_TESTS:
-                text = f"{end}, while this test ran (the last of the kernel's console is shown below)"
-                self._forward(self._running, "call", "failed", text)
-                self._left = [nodeid for nodeid in self._left if nodeid != self._running]
-            for nodeid in self._left:
-                self._forward(nodeid, "setup", "skipped", (nodeid, 0, f"Skipped: not run: {end.ending.value}"))
+                self._fail(
+                    self._running, f"{end}, while this test ran (the last of the kernel's console is shown below)"
+                )
+            self._planned.why = end.ending.value
         elif self._status in _STOPPED:
             report.remarks += [
                 "",
@@ -247,17 +251,16 @@ class RemoteSession:
                 *self._output.splitlines(),
             ]
         report.end = {"ending": end.ending.name, "text": str(end), "console": list(end.console)}
-        report.remarks.append(f"console and kernel log: {report.shown_results}")
         if end.ending is not Ending.FINISHED:
             report.remarks += ["", f"KERNEL {self._target.kernel.release}: {end}"]
             if end.console:
                 report.remarks += ["the last of its console:", *(f"  {line}" for line in end.console)]
 
-    def _forward(self, nodeid: str, when: Any, outcome: Any, longrepr: Any) -> None:
-        """Report a test that cannot do so itself."""
+    def _fail(self, nodeid: str, text: str) -> None:
+        """Report the failure of a test that cannot do so itself."""
         location, properties = self._items[nodeid]
         report = pytest.TestReport(
-            nodeid, tuple(location), {}, outcome, longrepr, when, user_properties=[tuple(pair) for pair in properties]
+            nodeid, tuple(location), {}, "failed", text, "call", user_properties=[tuple(pair) for pair in properties]
         )
         self._config.hook.pytest_runtest_logreport(report=report)
 
@@ -272,8 +275,3 @@ class RemoteSession:
 
 class _EmulatorFault(Exception):
     """The kernel reported what only a fault of the emulator makes it report."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End the run in an orderly way, as Ctrl-C does."""
-    raise KeyboardInterrupt

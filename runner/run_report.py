@@ -12,6 +12,7 @@ import pytest
 from runner import table
 
 ROOT = Path(__file__).resolve().parent.parent
+_DID_NOT_RUN = ("skipped", "not run")
 
 
 @dataclass
@@ -79,10 +80,10 @@ class RunReport:
             return
         properties: dict[str, Any] = dict(report.user_properties)
         outcome, reason = verdict(report, properties)
-        if outcome == "skipped":
+        if outcome in _DID_NOT_RUN:
             self._not_run.setdefault(reason, []).append(report.nodeid)
         if properties.get("kvm"):
-            if outcome == "skipped":
+            if outcome in _DID_NOT_RUN:
                 self._not_on_kvm.append(reason)
             else:
                 self._on_kvm += 1
@@ -118,6 +119,8 @@ class RunReport:
         if session.exitstatus == pytest.ExitCode.OK:
             if self._nothing_ran:
                 session.exitstatus = self.nothing_ran_status
+            elif self._interrupted:
+                session.exitstatus = pytest.ExitCode.INTERRUPTED
             elif self._unexplained:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -189,8 +192,13 @@ class RunReport:
         return any(report.known_bug is None for report in self.kernel_reports)
 
     @property
+    def _interrupted(self) -> bool:
+        """Whether a planned test did not come to run."""
+        return any(one["verdict"] == "not run" for one in (*self._rows.values(), *self._tests.values()))
+
+    @property
     def _nothing_ran(self) -> bool:
-        return not self._on_kvm and (bool(self._not_on_kvm) or self.must_test)
+        return not self._on_kvm and not self._interrupted and (bool(self._not_on_kvm) or self.must_test)
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
         """The rows in the order of the plan: workers finish in any."""
@@ -227,7 +235,7 @@ def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str,
         return "known bug", report.wasxfail.removeprefix("reason: ")
     if report.outcome == "skipped":
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        return "skipped", reason.removeprefix("Skipped: ")
+        return properties.get("verdict", "skipped"), reason.removeprefix("Skipped: ").removeprefix("not run: ")
     if report.outcome == "failed":
         return "FAIL", properties.get("kernel_log", "")
     return properties.get("verdict", "pass"), ""

@@ -14,7 +14,7 @@ _FIGURES = {
     "ring_full_exits": "ring full",
     "seconds": "seconds",
 }
-VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped")
+VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped", "not run")
 
 Row = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ def not_run_lines(tests: Mapping[str, Sequence[str]]) -> list[str]:
     return lines
 
 
-_SHORT = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip"}
+_SHORT = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip", "not run": "-"}
 
 
 def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:

@@ -5,13 +5,10 @@ import grp
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +22,7 @@ from lib.selection import smallest_ring
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1"]
-USAGE_ERROR, NOTHING_RAN, INTERRUPTED = 4, 5, 2
-
-
-def heed_ctrl_c() -> None:
-    """In a new process: a shell that started these tests in the background has them ignore SIGINT, and all they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+USAGE_ERROR, NOTHING_RAN = 4, 5
 
 
 class Suite:
@@ -171,36 +163,6 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     plain = suite("--deselect=selftests/test_dirty_log.py", *dense, "--no-known-bugs")
     assert plain.returncode == 1
     assert "LOST (written but not reported)" in plain.stdout
-
-
-@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
-@pytest.mark.usefixtures("kvm")
-def test_ctrl_c_ends_the_run_at_once(suite: Suite, workers: list[str]) -> None:
-    """SIGINT to the process group, as a terminal sends it: no process stays, and the status says interrupted."""
-    process = subprocess.Popen(
-        suite.command(*ONE_CELL, "--log-mode=dirty-log,clear-log", "--test-mem=4M", "--iterations=1000000", *workers),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
-    time.sleep(4)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == INTERRUPTED, output
-    deadline = time.monotonic() + 10
-    while group_members(process.pid):
-        assert time.monotonic() < deadline, "processes of the run are still there"
-        time.sleep(0.1)
-
-
-def group_members(group: int) -> list[str]:
-    """The processes of a group that still run."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state, _parent, process_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state != "Z":
-                members.append(path.parent.name)
-    return members
 
 
 @pytest.mark.parametrize(

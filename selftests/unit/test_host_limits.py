@@ -32,6 +32,8 @@ from lib.limited_errors import explain_error
 from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
 from lib.userfault import MissingPages
 from lib.vcpu_thread import VcpuHang
+from runner.interruption import Interruption
+from runner.planned_tests import PlannedTests
 from runner.worker_crashes import WorkerCrashes
 from selftests.unit import limits
 from selftests.unit.limits import Limit, rlimit
@@ -345,7 +347,7 @@ def test_crashes_that_memory_explains(
     monkeypatch.setattr(host_limits, "oom_kills", lambda: next(counts))
     with subprocess.Popen(["sleep", "9"]) as process:
         process.send_signal(died_of)
-    crashes = WorkerCrashes({}, required=False)
+    crashes = WorkerCrashes(PlannedTests({}, Interruption()), required=False)
     crashes.pytest_runtest_logstart("first")
     crashes.pytest_runtest_logstart("second")
     found = []

@@ -19,10 +19,12 @@ from runner.emulator import Emulator
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
+from runner.interruption import Interruption
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.kernel_options import split_tests
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
+from runner.planned_tests import PlannedTests
 from runner.qemu import Machine, Qemu
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
@@ -289,7 +291,7 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
     """A WARN as KVM is loaded fails the run; what a test saw is there once; what came at boot is only remarked."""
     report = RunReport(tmp_path, Facts({}, {}, []))
     report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
-    session = RemoteSession(cast(Target, None), [], [], False, tmp_path, report)
+    session = RemoteSession(cast(Target, None), [], [], False, tmp_path, report, PlannedTests({}, Interruption()))
     titles = ("early", BEGINS, "loading", "seen")
     lines = [f"[    1.0] {'' if title == BEGINS else 'WARNING: '}{title}" for title in titles]
     session.add_reports("\n".join(lines))

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Runs that end before all of their tests have run: nothing is lost, and what did not run is in the table and the files."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CELLS = [
+    "--guest-mode=48bit-4k",
+    "--backing=anonymous",
+    "--stop=forced",
+    "--density=sparse",
+    "--log-mode=dirty-log,clear-log",
+]
+SIZES = ["--test-mem=4M", "--interval=1"]
+ENDLESS, SHORT = "--iterations=1000000", "--iterations=40"
+PASSED, FAILED, INTERRUPTED = 0, 1, 2
+
+pytestmark = pytest.mark.usefixtures("kvm")
+
+
+@dataclass
+class Run:
+    """A run of four cells in a process group of its own, to be interfered with."""
+
+    folder: Path
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text(errors="replace")
+
+    def await_output(self, text: str) -> None:
+        """Wait until the run has printed *text*."""
+        deadline = time.monotonic() + 60
+        while text not in self.output:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output
+            time.sleep(0.05)
+
+    def workers(self) -> list[int]:
+        pid = self.process.pid
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def ends(self) -> int:
+        """Wait for its end: of that, no process stays."""
+        status = self.process.wait(60)
+        deadline = time.monotonic() + 10
+        while group_members(self.process.pid):
+            assert time.monotonic() < deadline, "processes of the run are still there"
+            time.sleep(0.1)
+        assert "Traceback" not in self.output
+        assert "INTERNALERROR" not in self.output
+        return status
+
+    def verdicts(self) -> list[tuple[str, str]]:
+        """Verdict and reason of each cell, as the results file has them; junit.xml has each of them too."""
+        data = json.loads((self.folder / "results/results.json").read_text())
+        cases = ElementTree.parse(self.folder / "junit.xml").getroot().iter("testcase")
+        tags = {"failure": "FAIL", "error": "FAIL", "skipped": "not run"}
+        in_junit = [next((tags[child.tag] for child in case if child.tag in tags), "pass") for case in cases]
+        assert sorted(in_junit) == sorted(cell["verdict"] for cell in data["cells"])
+        return [(cell["verdict"], cell["reason"]) for cell in data["cells"]]
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Call it with pytest's options to have a run of four cells started."""
+    runs = []
+
+    def begin(*options: str, stdout: Any = None, plugin: str = "") -> Run:
+        (tmp_path / "under_test.py").write_text(plugin)
+        files = [f"--results={tmp_path}/results", f"--junitxml={tmp_path}/junit.xml"]
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "under_test", "selftests/test_dirty_log.py"]
+        with (tmp_path / "output.txt").open("wb") as output:
+            process = subprocess.Popen(
+                [*command, *CELLS, *SIZES, *files, *options], cwd=ROOT, stdout=stdout or output,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
+                env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            )  # fmt: skip
+        runs.append(Run(tmp_path, process))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        with suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+
+
+def heed_ctrl_c() -> None:
+    """In a new process: a shell that started these tests in the background has them ignore SIGINT, and all they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def group_members(group: int) -> list[str]:
+    """The processes of a group that still run."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, _parent, process_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                members.append(path.parent.name)
+    return members
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "workers"),
+    [
+        (signal.SIGINT, True, "-n2"),  # as a terminal sends it
+        (signal.SIGINT, True, "-n0"),
+        (signal.SIGTERM, False, "-n2"),
+        (signal.SIGTERM, True, "-n2"),
+        (signal.SIGHUP, False, "-n0"),
+    ],
+)
+def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bool, workers: str) -> None:
+    """The run ends in an orderly way, and says of each cell that it was interrupted, and by what."""
+    run = start(ENDLESS, workers)
+    run.await_output("::test_dirty_log[")
+    (os.killpg if to_all else os.kill)(run.process.pid, number)
+    assert run.ends() == INTERRUPTED
+    interrupted = f"the run was interrupted ({number.name})"
+    assert {reason.removesuffix(", while it ran") for _, reason in run.verdicts()} == {interrupted}
+    assert [verdict for verdict, _ in run.verdicts()] == ["not run"] * 4
+    assert "4 cells: 4 not run" in run.output
+    assert "NOTHING WAS TESTED" not in run.output
+
+
+def test_impatience_loses_nothing(start: Start) -> None:
+    """Ctrl-C is pressed again and again while the run ends: it says that it ends already, and keeps its results."""
+    run = start(ENDLESS, "-n2")
+    run.await_output("::test_dirty_log[")
+    for _ in range(6):
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert run.ends() == INTERRUPTED
+    assert "the run ends already, and writes its results" in run.output
+    assert len(run.verdicts()) == 4
+
+
+STUCK_PLUGIN = """
+import time
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    time.sleep(1000)
+"""
+
+
+def test_an_end_that_hangs_can_be_left(start: Start) -> None:
+    """After some seconds Ctrl-C gives the results up, and the status is that of the signal."""
+    run = start(ENDLESS, "-n0", plugin=STUCK_PLUGIN)
+    run.await_output("::test_dirty_log[")
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(5.5)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.ends() == 128 + signal.SIGINT
+
+
+def test_a_terminal_that_closes(start: Start) -> None:
+    """What can no longer be shown is in the files all the same."""
+    ours, theirs = pty.openpty()
+    run = start(ENDLESS, "-n2", stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    while b"::test_dirty_log[" not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    os.killpg(run.process.pid, signal.SIGHUP)
+    assert run.ends() == INTERRUPTED
+    assert len(run.verdicts()) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "verdict"),
+    [(signal.SIGKILL, FAILED, ("FAIL", "")), (signal.SIGTERM, INTERRUPTED, ("not run", "SIGTERM ended its process"))],
+)
+def test_a_worker_that_is_killed(start: Start, number: signal.Signals, status: int, verdict: tuple[str, str]) -> None:
+    """Its cell is in the table, the others run; SIGTERM is someone's doing, and SIGKILL may be the kernel's own."""
+    run = start(SHORT, "-n1")
+    run.await_output("::test_dirty_log[")
+    os.kill(run.workers()[0], number)
+    assert run.ends() == status
+    assert sorted(run.verdicts()) == sorted([verdict, *[("pass", "")] * 3])
+
+
+LOSING_PLUGIN = """
+from lib.vm import Vm
+get_dirty_log = Vm.get_dirty_log
+def falsified(vm, slot, bitmap):
+    get_dirty_log(vm, slot, bitmap)
+    bitmap[:] = bytes(len(bitmap))
+Vm.get_dirty_log = falsified
+"""
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_what_a_failure_kept_from_running(start: Start, workers: str) -> None:
+    """With -x the cells after the first failure are there, and the reason names the option."""
+    run = start("--iterations=2", "-x", workers, plugin=LOSING_PLUGIN)
+    assert run.ends() in (FAILED, INTERRUPTED), run.output  # the latter is xdist's
+    assert run.verdicts().count(("not run", "the run stopped after 1 failure (--maxfail)")) == 3
+    assert run.verdicts()[0][0] == "FAIL"
