@@ -17,6 +17,7 @@ from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
 from lib.memory import GIB
 from lib.oracle import Finding, Kind, Oracle, Reap
+from lib.progress import Meter
 from lib.vcpu_thread import State
 from lib.write_stream import make_stream, sweep_length
 from lib.writers import DENSE, SPARSE, Writers
@@ -106,6 +107,7 @@ class DirtyLogRun:
             TEST_SLOT,
             may_log_twice=uses_pml(this_host()),
         )
+        self._meter = Meter(settings.iterations, settings.interval / 1000)
         self._draw = random.Random(f"{settings.seed}/reap")
         self._collector = Collector(self.writers.threads, self.writers.cond, self._collect)
         self.writers.helpers.append(self._collector)
@@ -164,7 +166,9 @@ class DirtyLogRun:
     def _iterate(self, iteration: int) -> None:
         # The first iteration lasts until every page was written once, as the C test's does.
         needed = self._sweep if iteration == 1 else MIN_WRITES
-        goals = [count + needed for count in self.published()]
+        begun = self.published()
+        goals = [count + needed for count in begun]
+        self._meter.begin(begun, goals)
         interval = self.settings.interval / 1000
         end = time.monotonic() + interval
         self._collector.begin(iteration, self._draw.uniform(0, interval))
@@ -174,6 +178,7 @@ class DirtyLogRun:
             return self.published()[vcpu] < goals[vcpu]
 
         def written_enough() -> bool:
+            self._meter.read(self.published)
             return time.monotonic() >= end and not any(map(below_goal, range(len(goals))))
 
         self.writers.wait(lambda: written_enough() or bool(self._collector.stuck), "writing", below_goal)
