@@ -5,13 +5,15 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from runner.apt_sources import mirror
 from runner.errors import CannotTest
-from runner.store import BUILD
+from runner.store import BUILD, say
+from runner.waiting import bytes_in, duration, waiting
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
@@ -90,7 +92,7 @@ class Suite:
         folder = self._folder / "download"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        self._run("apt-get", "-qq", "download", *names, cwd=folder)
+        self._fetch(folder, "download", *names, cwd=folder)
         return sorted(folder.glob("*.deb"))
 
     def download_with_dependencies(self, name: str) -> list[Path]:
@@ -99,9 +101,9 @@ class Suite:
         :raises CannotTest: one is not there, or the download fails
         """
         self._run("apt-get", "clean")
-        options = ("-qq", "-y", "--no-install-recommends", "--download-only")
-        self._run("apt-get", *options, "install", name)
-        return sorted((self._folder / "archives").glob("*.deb"))
+        archives = self._folder / "archives"
+        self._fetch(archives, "-y", "--no-install-recommends", "--download-only", "install", name)
+        return sorted(archives.glob("*.deb"))
 
     def forget_archives(self) -> None:
         """Remove what was downloaded, once it is unpacked."""
@@ -109,8 +111,28 @@ class Suite:
         shutil.rmtree(self._folder / "download", ignore_errors=True)
 
     def _update(self) -> None:
-        # Error-Mode: without it apt takes a mirror that cannot be reached for a warning.
-        self._run("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
+        lists = self._folder / "lists"
+        with waiting(
+            f"reading Debian's package lists of {self.name}", lambda: (None, f"{_megabytes(bytes_in(lists))} MB")
+        ):
+            # Error-Mode: without it apt takes a mirror that cannot be reached for a warning.
+            self._run("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
+
+    def _fetch(self, folder: Path, *arguments: str, cwd: Path | None = None) -> None:
+        """Run apt-get with *arguments*, which have it download packages into *folder*, and show how far it is."""
+        uris = self._run("apt-get", "-qq", "--print-uris", *arguments, cwd=cwd)
+        sizes = [int(size) for size in re.findall(r"^'.*?' \S+ (\d+)", uris, re.MULTILINE)]
+        total, started = sum(sizes), time.monotonic()
+        packages = f"{len(sizes)} {'package' if len(sizes) == 1 else 'packages'}"
+        what, size = f"downloading {packages}", f"{_megabytes(total)} MB"
+
+        def figure() -> tuple[float, str]:
+            done = bytes_in(folder)
+            return done / max(total, 1), f"{_megabytes(done)} of {size}"
+
+        with waiting(what, figure, f"{what}, {size}"):
+            self._run("apt-get", "-qq", *arguments, cwd=cwd)
+        say(f"downloaded {packages}, {size}, in {duration(max(time.monotonic() - started, 1))}")
 
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
         command = [tool, *self._options, *arguments]
@@ -129,11 +151,18 @@ def unpack(packages: Sequence[Path], folder: Path) -> None:
 
     :raises CannotTest: one is damaged, or there is no space
     """
-    for package in packages:
-        command = ["dpkg-deb", "-x", str(package), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CannotTest(f"{package} cannot be unpacked: {cause(done.stderr)}")
+    unpacked = 0
+    with waiting("unpacking packages", lambda: (unpacked / len(packages), f"{unpacked} of {len(packages)}")):
+        for package in packages:
+            command = ["dpkg-deb", "-x", str(package), str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CannotTest(f"{package} cannot be unpacked: {cause(done.stderr)}")
+            unpacked += 1
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
 
 
 def cause(text: str) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runner.waiting import waiting
+
 BUILD = Path(__file__).resolve().parent.parent / "build"
 _COMPLETE = ".complete"  # written last: a folder without it is left over from a run that broke off
 
@@ -55,8 +57,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another run that is at work in {shown(folder)}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            what = f"waiting for another run that is at work in {shown(folder)}"
+            with waiting(what, begin=what):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
