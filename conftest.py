@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from runner.kernel_options import (
     split_tests,
 )
 from runner.planned_tests import PlannedTests
+from runner.progress import Progress, WorkerProgress
 from runner.report_stream import ReportStream
 from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
 from runner.static_keys import StaticKeys
@@ -242,7 +243,11 @@ def _prepare(config: pytest.Config) -> None:
         config.stash[_settings_key] = _settings(option)
         config.stash[_plan_key] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
         _watch_kernel_log(config, None)
+        with suppress(KeyError, OSError):  # a controller that is elsewhere does without
+            config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
         return
+    if not option.collectonly and option.report_to is None:
+        config.pluginmanager.register(Progress(config), "progress")
     if option.seed is None:
         option.seed = str(random.SystemRandom().randrange(1 << 32))
     _set_results(config, os.uname().release)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lib.progress import Step
 from runner import initramfs
 from runner.ending import End, Ending, is_emulators_fault, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
@@ -70,6 +71,7 @@ class RemoteSession:
         self._output = ""
         self.end: End | None = None
 
+    @pytest.hookimpl(tryfirst=True)  # before pytest says that it collects
     def pytest_collection(self) -> bool | None:
         """Nothing is collected here, unless tests run here too."""
         return None if self._tests_here else True
@@ -80,6 +82,7 @@ class RemoteSession:
         done = yield
         self._session = session
         self._config = session.config
+        self._progress: Any = self._config.pluginmanager.get_plugin("progress")
         try:
             self.end = self._boot_until_done()
         except (CannotTest, OSError) as error:
@@ -116,6 +119,8 @@ class RemoteSession:
         console = self._results / f"console{suffix}.log"
         self._running = None
         target = self._target
+        how = "emulated" if target.qemu.emulated else "virtualized"
+        self._progress.doing(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         # A file without a name: it is gone with the processes that use it, whatever ends them.
         with tempfile.TemporaryFile(dir=self._results) as archive:
             initramfs.build(archive, target.modules, self._orders())
@@ -148,7 +153,9 @@ class RemoteSession:
         booted, overdue = False, None
         try:
             for message in machine.messages(self._target.time_limit):
-                booted = True
+                if not booted:
+                    booted = True
+                    self._progress.doing(f"collecting the tests in Linux {self._target.kernel.release}")
                 if "cannot" in message:
                     return End(Ending.NO_KVM, message["cannot"], tuple(machine.console().splitlines()[-12:]))
                 if "ended" in message:
@@ -213,6 +220,8 @@ class RemoteSession:
             self._take_report(message["report"])
         elif "kernel_log" in message:
             self._report.kernel_reports += [KernelReport(**report) for report in message["kernel_log"]]
+        elif "step" in message and self._running is not None:
+            self._progress.take(self._running, Step(*message["step"]))
         elif "failure" in message:
             write_failure(self._results, *message["failure"])
         elif "internal_error" in message:

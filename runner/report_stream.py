@@ -2,11 +2,17 @@
 """pytest's reports as lines of JSON, for a pytest on another machine to take up (runner/remote.py)."""
 
 import json
+import time
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 
+from lib import progress
+from lib.progress import Step
 from runner.run_report import RunReport
+
+_STEPS_EVERY = 2.0  # seconds; the machine that takes them up has its own work
 
 
 class ReportStream:
@@ -20,6 +26,8 @@ class ReportStream:
         self._report = report
         self._file = open(path, "w")  # noqa: SIM115 (open as long as the session lasts)
         self.send(environment=vars(report.facts))
+        self._next_step = 0.0
+        progress.listener = self._send_step
 
     def send(self, **message: Any) -> None:
         """Write one message."""
@@ -31,6 +39,7 @@ class ReportStream:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.send(start=nodeid)
+        self._next_step = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._send_report(report)
@@ -47,7 +56,13 @@ class ReportStream:
         self.send(kernel_log=[vars(one) for one in self._report.kernel_reports])
 
     def pytest_unconfigure(self) -> None:
+        progress.listener = None
         self._file.close()
+
+    def _send_step(self, step: Step) -> None:
+        if (now := time.monotonic()) >= self._next_step:
+            self._next_step = now + _STEPS_EVERY
+            self.send(step=astuple(step))
 
     def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
         self.send(report=self._config.hook.pytest_report_to_serializable(config=self._config, report=report))

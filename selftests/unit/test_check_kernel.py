@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,10 @@ def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     (case,) = ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
     assert "dirty-ring-48bit-4k" in case.attrib["name"]
     assert not list(done.results.glob("*.cpio"))
+    assert re.search(
+        rf"^booting Linux {re.escape(kernel.release)} in QEMU [\d.]+ \(emulated\)$", done.output, re.MULTILINE
+    )
+    assert "\x1b" not in done.output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run says while it lasts: lines at the bottom of a terminal, and after some silence plain lines elsewhere."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import random
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO, cast
+
+import pytest
+
+from lib import progress
+from lib.progress import Meter, Step
+from runner import progress as run_progress
+from runner import waiting
+from runner.apt import Suite
+from runner.interruption import Interruption
+from runner.live_lines import LiveLines, is_terminal
+from runner.planned_tests import PlannedTests
+from runner.progress import Progress, WorkerProgress
+from runner.remote import RemoteSession
+from runner.report_stream import ReportStream
+from runner.run_report import Facts, RunReport
+from runner.store import locked
+from runner.target import Target
+from runner.waiting import duration
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ROWS, COLUMNS = 24, 80
+INTERRUPTED = 2
+ONE_CELL = [
+    *("--log-mode=dirty-log", "--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse"),
+    *("--vcpus=1", "--test-mem=4M"),
+]
+CELL = "dirty-log-48bit-4k-anonymous-forced-sparse-1vcpu"
+
+
+# --- a terminal -------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """What a terminal shows of the bytes that it gets; it knows the sequences that are used here, and no other."""
+
+    def __init__(self, rows: int = ROWS, columns: int = COLUMNS) -> None:
+        self._rows, self._columns = rows, columns
+        self._lines = [""] * rows
+        self._gone: list[str] = []
+        self._row = self._column = 0
+        self._saved = (0, 0)
+
+    def feed(self, text: str) -> None:
+        """Take what was printed."""
+        for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|\x1b.|[^\x1b]", text, re.DOTALL):
+            if part == "\r":
+                self._column = 0
+            elif part in ("\n", "\x1bD"):
+                self._down()
+            elif part == "\x1b7":
+                self._saved = (self._row, self._column)
+            elif part == "\x1b8":
+                self._row, self._column = self._saved
+            elif part == "\x1b[K":
+                self._lines[self._row] = self._lines[self._row][: self._column]
+            elif part == "\x1b[J":
+                self._lines[self._row :] = [
+                    self._lines[self._row][: self._column],
+                    *[""] * (self._rows - self._row - 1),
+                ]
+            elif match := re.fullmatch(r"\x1b\[(\d+)A", part):
+                self._row = max(self._row - int(match[1]), 0)
+            elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
+                assert len(part) == 1, f"unknown sequence {part!r}"
+                self._put(part)
+
+    @property
+    def text(self) -> str:
+        """All lines, those that were scrolled off first; empty ones at the end do not count."""
+        return "\n".join(line.rstrip() for line in (*self._gone, *self._lines)).rstrip()
+
+    @property
+    def cursor_line(self) -> str:
+        return self._lines[self._row]
+
+    def _put(self, character: str) -> None:
+        if self._column == self._columns:
+            self._column = 0
+            self._down()
+        line = self._lines[self._row].ljust(self._column)
+        self._lines[self._row] = line[: self._column] + character + line[self._column + 1 :]
+        self._column += 1
+
+    def _down(self) -> None:
+        if self._row == self._rows - 1:
+            self._gone.append(self._lines.pop(0))
+            self._lines.append("")
+        else:
+            self._row += 1
+
+
+@dataclass
+class Terminal:
+    """A pseudo terminal.
+
+    :ivar file: what programs print to
+    """
+
+    file: TextIO
+    _master: int
+
+    def printed(self) -> str:
+        """What was printed since this was last asked."""
+        self.file.flush()
+        data = b""
+        while select.select([self._master], [], [], 0)[0]:
+            data += os.read(self._master, 1 << 16)
+        return data.decode()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    master, slave = open_terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(slave, "w") as file:
+        yield Terminal(file, master)
+    os.close(master)
+
+
+def open_terminal(rows: int = ROWS, columns: int = COLUMNS) -> tuple[int, int]:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    return master, slave
+
+
+# --- lines below what is printed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_live_lines_leave_no_trace(terminal: Terminal, seed: int) -> None:
+    """Whatever is printed between, at the screen's top and bottom, they are below it, and gone at the end."""
+    draw = random.Random(seed)
+    lines, screen, plain = LiveLines(terminal.file), Screen(), Screen()
+    for _ in range(60):
+        if draw.randrange(2):
+            text = draw.choice(["", "\n", "word ", "a line\n", "x" * 79, "\r", "wrapped " * 20])
+            lines.write(text)
+            plain.feed(text.replace("\n", "\r\n"))
+            screen.feed(terminal.printed())
+        else:
+            shown = [f"live {number}".ljust(draw.randrange(6, COLUMNS), "=") for number in range(draw.randrange(6))]
+            lines.show(shown)
+            screen.feed(terminal.printed())
+            assert screen.text.splitlines()[-len(shown) :] == shown or not shown
+        assert screen.cursor_line == plain.cursor_line
+    lines.close()
+    screen.feed(terminal.printed())
+    assert screen.text == plain.text
+
+
+def test_no_live_lines_change_nothing(terminal: Terminal) -> None:
+    """A screen whose last line is in use does not scroll for none."""
+    lines = LiveLines(terminal.file)
+    lines.write("printed\n" * ROWS)
+    terminal.printed()
+    lines.show([])
+    lines.close()
+    assert terminal.printed() == ""
+
+
+def test_a_terminal_that_is_low(terminal: Terminal) -> None:
+    """There are no more lines than fit below the cursor."""
+    fcntl.ioctl(terminal.file, termios.TIOCSWINSZ, struct.pack("HHHH", 3, COLUMNS, 0, 0))
+    lines, screen = LiveLines(terminal.file), Screen(rows=3)
+    lines.write("printed\n" * 5 + "here")
+    lines.show(["1", "2", "3", "4"])
+    screen.feed(terminal.printed())
+    assert screen.text.splitlines()[-3:] == ["here", "1", "2"]
+    lines.close()
+
+
+@pytest.mark.parametrize(("kind", "live"), [("xterm", True), ("dumb", False), (None, False)])
+def test_what_a_live_terminal_is(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, kind: str | None, live: bool
+) -> None:
+    """It can move its cursor, and says so in TERM."""
+    monkeypatch.delenv("TERM") if kind is None else monkeypatch.setenv("TERM", kind)
+    assert is_terminal(terminal.file) == live
+    assert not is_terminal(io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# --- a cell's figures -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that is set by hand."""
+    clock = SimpleNamespace(now=100.0)
+    for module in ("lib.progress", "runner.progress", "runner.report_stream"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_time_that_a_cell_takes_yet(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the slower vCPU's share of the writes in the first iteration, and then by how long the later ones took."""
+    steps: list[Step] = []
+    monkeypatch.setattr(progress, "listener", steps.append)
+    meter = Meter(11, interval=1)
+
+    def after(seconds: float, *writes: int) -> Step:
+        clock.now += seconds
+        meter.read(lambda: writes)
+        return steps[-1]
+
+    meter.begin([0, 0], [100, 100])
+    meter.read(lambda: [0, 0])
+    assert not steps  # it has only begun
+    assert after(2, 0, 1) == Step(1, 11, 1, None)
+    assert after(2, 20, 50) == Step(1, 11, 70, 4 / 20 * 80 + 10)
+    assert len(steps) == 2
+    after(0.01, 21, 50)
+    assert len(steps) == 2  # one a moment ago is enough
+    meter.begin([100, 110], [200, 200])
+    assert after(0.5, 101, 111) == Step(2, 11, 212, 0.5 + 9)
+    clock.now += 3.5
+    meter.begin([200, 200], [300, 300])
+    assert after(1, 250, 250) == Step(3, 11, 500, 3 + 8 * 4)
+    assert after(10, 260, 250).left == 8 * 4
+
+
+def progress_of(total: int = 2) -> Any:
+    """A Progress, and the session it is in, of *total* tests."""
+    plugin: Any = Progress(cast(pytest.Config, None))
+    plugin._session = SimpleNamespace(testscollected=total)
+    plugin._started = run_progress._Activity("").started
+    return plugin
+
+
+def test_the_tests_that_run_are_named(clock: SimpleNamespace) -> None:
+    """The oldest first, with their time and figures; of many some, so that each line fits."""
+    plugin = progress_of(total=20)
+    plugin.pytest_runtest_logstart(nodeid=f"selftests/test_dirty_log.py::test_dirty_log[{CELL}]")
+    clock.now += 5
+    for number in range(5):
+        plugin.pytest_runtest_logstart(nodeid=f"selftests/test_a.py::test_{number}")
+    plugin.take(f"selftests/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
+    clock.now += 65
+    assert plugin._live_lines(79) == [
+        "[........................]  0 of 20 tests, 1 min 10 s",
+        "1 min 10 s  dirty-log-48bit..: iteration 12 of 32, 1.2 M writes, about 1 s left",
+        *(f" 1 min 5 s  test_{number}" for number in range(3)),
+        "            and 2 more",
+    ]
+    assert all(len(line) <= 40 for line in plugin._live_lines(40))
+    assert plugin._plain_line() == (
+        f"after 1 min 10 s: 0 of 20 tests are done, now: {CELL}"
+        " (1 min 10 s, iteration 12 of 32, 1.2 M writes, about 1 s left);"
+        " test_0 (1 min 5 s); test_1 (1 min 5 s); test_2 (1 min 5 s); 2 more"
+    )
+
+
+def test_what_is_done_between_tests(clock: SimpleNamespace) -> None:
+    """Such as a boot: until the next test begins, whatever ran before."""
+    plugin = progress_of(total=0)
+    plugin.pytest_runtest_logstart(nodeid="a")
+    plugin.doing("booting")
+    clock.now += 12
+    assert plugin._live_lines(79) == ["booting: 12 s"]
+    assert plugin._plain_line() == "after 12 s: booting, for 12 s now"
+    plugin.pytest_runtest_logstart(nodeid="b")
+    assert plugin._live_lines(79) == ["0 of 0 tests, 12 s", "   0 s  b"]
+
+
+def report(nodeid: str, when: Any, outcome: Any) -> pytest.TestReport:
+    return pytest.TestReport(nodeid, ("", 0, ""), {}, outcome, None, when)
+
+
+def test_tests_that_are_done_are_counted() -> None:
+    """With their first verdict, and once; a worker that crashed ends its test too."""
+    plugin = progress_of(total=4)
+    for nodeid in "abc":
+        plugin.pytest_runtest_logstart(nodeid=nodeid)
+    plugin.pytest_runtest_logreport(report("a", "setup", "passed"))
+    assert plugin._count() == "0 of 4 tests"
+    plugin.pytest_runtest_logreport(report("a", "call", "passed"))
+    plugin.pytest_runtest_logreport(report("a", "teardown", "failed"))
+    plugin.pytest_runtest_logreport(report("b", "setup", "skipped"))
+    plugin.pytest_runtest_logreport(report("b", "teardown", "passed"))
+    assert (plugin._count(), [test.name for test in plugin._oldest()]) == ("2 of 4 tests", ["c"])
+    plugin.pytest_runtest_logreport(report("c", "???", "failed"))
+    assert (plugin._count(), plugin._oldest(), plugin._plain_line()) == ("3 of 4 tests", [], None)
+
+
+def test_figures_of_workers(restored_listener: None) -> None:
+    """The controller sees each worker's newest step; one that is being written, or of a test that is over, is left out."""
+    plugin = progress_of()
+    nodes = [SimpleNamespace(workerinput={}) for _ in range(2)]
+    for node, nodeid in zip(nodes, "ab", strict=True):
+        plugin.pytest_configure_node(node=node)
+        plugin.pytest_runtest_logstart(nodeid=nodeid)
+        worker = WorkerProgress(*node.workerinput["progress"])
+        worker.pytest_runtest_logstart(nodeid=nodeid)
+        assert progress.listener is not None
+        progress.listener(Step(1, 9, 5, None))
+        progress.listener(Step(2, 9, 10, None))
+        plugin._read_records()
+        worker.pytest_unconfigure()
+    assert [test.step for test in plugin._oldest()] == [Step(2, 9, 10, None)] * 2
+    os.pwrite(plugin._records, b'["b", 3, 9, 100, n', nodes[1].workerinput["progress"][1])
+    plugin.pytest_runtest_logreport(report("a", "teardown", "passed"))
+    plugin._read_records()
+    assert [test.step for test in plugin._oldest()] == [Step(2, 9, 10, None)]
+    plugin.pytest_unconfigure()
+
+
+@pytest.fixture
+def restored_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listener of the run that these tests are in comes back after a test that sets another."""
+    monkeypatch.setattr(progress, "listener", None)
+
+
+def test_figures_of_a_kernel(tmp_path: Path, clock: SimpleNamespace, restored_listener: None) -> None:
+    """A session in another kernel tells its steps, of each test at once and then now and then."""
+    facts = Facts({}, {}, [])
+    stream = ReportStream(cast(pytest.Config, None), str(tmp_path / "stream"), RunReport(tmp_path, facts))
+    told = []
+    for test in ("a", "b"):
+        stream.pytest_runtest_logstart(nodeid=test)
+        for iteration in range(1, 5):
+            assert progress.listener is not None
+            progress.listener(Step(iteration, 4, 100, 1.5))
+            clock.now += 1
+    stream.pytest_unconfigure()
+    messages = [json.loads(line) for line in (tmp_path / "stream").read_text().splitlines()]
+    assert [message["step"][0] for message in messages if "step" in message] == [1, 3, 1, 3]
+
+    report, planned = RunReport(tmp_path, facts), PlannedTests({}, Interruption())
+    session: Any = RemoteSession(cast(Target, None), [], [], False, tmp_path, report, planned)
+    session._running = "b"
+    session._progress = SimpleNamespace(take=lambda *what: told.append(what))
+    session._take(messages[-1])
+    assert told == [("b", Step(3, 4, 100, 1.5))]
+
+
+# --- downloads, and other waits before pytest has begun ---------------------------------------------------------------
+
+SLOW_APT = """#!/bin/sh
+case "$*" in
+*--print-uris*)
+    echo "'http://mirror.test/a_1_amd64.deb' a_1_amd64.deb 1000000 SHA256:0"
+    echo "'http://mirror.test/b%3a_1_amd64.deb' b_1_amd64.deb 1000000";;
+*)
+    head -c 1000000 /dev/zero >a_1_amd64.deb
+    until [ -e "$0.seen" ]; do sleep 0.05; done
+    head -c 1000000 /dev/zero >b_1_amd64.deb;;
+esac
+"""
+
+
+@pytest.fixture
+def slow_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """A suite of the archive with two packages of 1 MB, of which the second one comes when the first was shown."""
+    (tmp_path / "apt-get").write_text(SLOW_APT)
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("DEBIAN_MIRROR", "http://mirror.test/debian")
+    monkeypatch.setattr("runner.apt.BUILD", tmp_path / "build")
+    monkeypatch.setattr(waiting, "SILENCE", 0.1)
+    monkeypatch.setattr(waiting, "_TICK", 0.1)
+    real = waiting._print
+
+    def shown(text: str) -> None:
+        real(text)
+        if "1.0 of 2.0 MB" in text:
+            (tmp_path / "apt-get.seen").touch()
+
+    monkeypatch.setattr(waiting, "_print", shown)
+    return Suite("trixie")
+
+
+def test_a_download_without_a_terminal(slow_suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its size comes first, then now and then how far it is, and at the end how long it took."""
+    assert len(slow_suite.download(["a", "b"])) == 2
+    first, *between, last = capsys.readouterr().err.splitlines()
+    assert first == "downloading 2 packages, 2.0 MB"
+    assert any(re.fullmatch(r"downloading 2 packages: 1\.0 of 2\.0 MB, \d s", line) for line in between)
+    assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", last)
+
+
+def test_a_download_on_a_terminal(slow_suite: Suite, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line with a bar that changes; at the end how long it took takes its place."""
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    slow_suite.download(["a", "b"])
+    printed, screen = terminal.printed(), Screen()
+    assert re.search(r"\rdownloading 2 packages: \[#{12}\.{12}\] 1\.0 of 2\.0 MB, \d s\x1b\[K", printed)
+    screen.feed(printed)
+    assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", screen.text)
+
+
+def test_a_long_name_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is clipped, so that the line fits with the figures."""
+    monkeypatch.setattr(sys, "stderr", terminal.file)
+    monkeypatch.setattr(waiting, "_TICK", 0.05)
+    calls = threading.Semaphore(0)
+
+    def figure() -> tuple[float, str]:
+        calls.release()
+        return 0.5, "50 %"
+
+    with waiting.waiting("kernel " * 20, figure):
+        for _ in range(2):  # the first was shown when the second is asked for
+            assert calls.acquire(timeout=30)
+    printed, screen = terminal.printed(), Screen()
+    assert f"{'kernel ' * 20}"[:39] + "..: [############............] 50 %, 0 s\x1b[K" in printed
+    screen.feed(printed)
+    assert screen.text == ""
+
+
+def test_a_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that finds another one at work says so at once, and then for how long."""
+    with locked(tmp_path):
+        other = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    lines = []
+
+    def shown(text: str) -> None:
+        lines.append(text)
+        if len(lines) == 2:
+            os.close(other)
+
+    monkeypatch.setattr(waiting, "SILENCE", 0.1)
+    monkeypatch.setattr(waiting, "_print", shown)
+    with locked(tmp_path):
+        assert lines[0] == f"waiting for another run that is at work in {tmp_path}\n"
+        assert re.fullmatch(rf"{re.escape(lines[0].strip())}: \d s\n", lines[1])
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def command(results: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", *ONE_CELL),
+        *(f"--results={results}", *arguments),
+    ]
+
+
+def started(words: list[str], output: int, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start a command; if *output* is a terminal it becomes its own, so that what is typed there reaches it."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may have it ignored in the background
+        if os.isatty(output):
+            fcntl.ioctl(output, termios.TIOCSCTTY, 0)
+
+    return subprocess.Popen(
+        words, cwd=ROOT, stdin=output, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare,
+        env=os.environ | {"TERM": "xterm"} | environment,
+    )  # fmt: skip
+
+
+@contextmanager
+def ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Have nothing of a run stay when a test ends early."""
+    with process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def read(source: int, seconds: float = 60) -> Iterator[str]:
+    """What comes from a terminal or a pipe, to its end."""
+    deadline = time.monotonic() + seconds
+    while select.select([source], [], [], max(deadline - time.monotonic(), 0))[0]:
+        try:
+            data = os.read(source, 1 << 16)
+        except OSError:  # EIO: the terminal's last user has gone
+            return
+        if not data:
+            return
+        yield data.decode(errors="replace")
+    pytest.fail(f"it did not end within {seconds} s")
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
+@pytest.mark.usefixtures("kvm")
+def test_a_long_cell_on_a_terminal(tmp_path: Path, workers: list[str]) -> None:
+    """It is at the bottom with iteration, writes and time left; Ctrl-C takes that away, and nothing of it stays."""
+    master, slave = open_terminal()
+    process = started(command(tmp_path / "results", "--iterations=9000", *workers), slave)
+    os.close(slave)
+    screen = Screen(rows=200)
+    interrupted = False
+    figures = r"^ +\d+ s  dirty-\S+\.\.: iteration \d+ of 9000, \d+( k)? writes, about \d.* left$"
+    with ended(process):
+        for text in read(master):
+            screen.feed(text)
+            if not interrupted and re.search(rf"^\[\.+\]  0 of 1 tests, \d+ s\n{figures}", screen.text, re.MULTILINE):
+                os.write(master, b"\x03")
+                interrupted = True
+        assert process.wait(10) == INTERRUPTED, screen.text
+    os.close(master)
+    assert interrupted, screen.text
+    assert "^C" in screen.text
+    assert "KeyboardInterrupt" in screen.text
+    assert not re.search(r"iteration \d|\[\.+\]|of 1 tests", screen.text), screen.text
+
+
+IMPATIENT = """
+import runner.progress
+runner.progress.SILENCE = runner.progress.MORE_SILENCE = 1.0
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_long_cell_without_a_terminal(tmp_path: Path) -> None:
+    """Plain lines name it after some silence, and again; so they do where the lines at the bottom would be in the way."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    pipe, terminals = os.pipe(), [open_terminal() for _ in range(2)]
+    path = {"PYTHONPATH": str(tmp_path)}
+    with ExitStack() as stack:
+        runs = {}
+        for name, (source, output), options, environment in (
+            ("pipe", pipe, ["-n2"], {}),
+            ("dumb", terminals[0], [], {"TERM": "dumb"}),
+            ("no capture", terminals[1], ["-s"], {}),
+        ):
+            words = command(tmp_path / name, "-p", "impatient", "--iterations=17", "--interval=200", *options)
+            runs[name] = (source, started(words, output, **environment, **path))
+            stack.enter_context(ended(runs[name][1]))
+            stack.callback(os.close, source)
+            os.close(output)
+        for name, (source, process) in runs.items():
+            text = "".join(read(source)).replace("\r\n", "\n")
+            assert process.wait(10) == 0, text
+            named = rf"{CELL} \(\d+ s, iteration \d+ of 17, \d+( k)? writes, about \d s left\)"
+            lines = re.findall(rf"(?m)^after \d+ s: 0 of 1 tests are done, now: {named}$", text)
+            assert len(lines) >= 2, f"{name}: {text}"
+            assert not re.search(r"\x1b[^\[]|\x1b\[[^\dm]", text), f"{name}: {text!r}"
