@@ -19,6 +19,7 @@ from lib.memory import GIB
 from lib.oracle import Finding, Kind, Oracle, Reap
 from lib.progress import Meter
 from lib.vcpu_thread import State
+from lib.wording import counted
 from lib.write_stream import make_stream, sweep_length
 from lib.writers import DENSE, SPARSE, Writers
 
@@ -203,12 +204,12 @@ class DirtyLogRun:
         findings: list[Finding] = []
         for reap in reaps:
             findings += self.oracle.check_reap(reap)
+        for vcpu in self._collector.stuck:
+            exits = self.writers.threads[vcpu].ring_full_exits
+            detail = f"after {counted(exits, 'such exit')} of this vCPU in all"
+            findings.append(Finding(Kind.STUCK, iteration, self.figures.reaps + len(reaps), vcpu, (), detail))
         done = reaps[-1].before
         findings += self.oracle.check_memory(iteration, done, self._words)
-        stuck = self._collector.stuck
-        if stuck:
-            detail = f"vCPUs {stuck}, after {sum(thread.ring_full_exits for thread in self.writers.threads)} such exits in all"
-            findings.insert(0, Finding(Kind.STUCK, iteration, self.figures.reaps + len(reaps), None, (), detail))
         dirty = len(set().union(*(pages for reap in reaps for pages in reap.collected.pages)))
         self.figures.iterations = iteration
         self.figures.writes = sum(done)

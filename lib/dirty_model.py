@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from lib.wording import listed
+
 Entry = tuple[int, int]  # slot and page of a ring's entry
 
 
@@ -160,7 +162,7 @@ class BitmapModel(DirtyModel):
         """
         state, found = self.slots[slot], set(pages)
         wrong = {"lost": state.dirty - found, "false": found - state.dirty - state.maybe}
-        if text := ", ".join(f"{kind} pages {_some(sorted(pages))}" for kind, pages in wrong.items() if pages):
+        if text := ", ".join(f"{kind} {listed('page', sorted(pages))}" for kind, pages in wrong.items() if pages):
             raise Difference(f"slot {slot}: {text}")
         state.dirty = found if self.manual else set()
         state.maybe.clear()
@@ -251,7 +253,7 @@ class RingModel(DirtyModel):
         """
         expected = sum(len(ring.taken) for ring in self.rings)
         if count != expected:
-            raise Difference(f"KVM_RESET_DIRTY_RINGS took {count} entries back, {expected} were harvested")
+            raise Difference(f"entries harvested: {expected}, reset by KVM_RESET_DIRTY_RINGS: {count}")
         for ring in self.rings:
             for slot, page in ring.taken:
                 if slot in self.slots:
@@ -263,7 +265,3 @@ class RingModel(DirtyModel):
 def _entries(entries: Sequence[Entry]) -> str:
     shown = ", ".join(map(str, entries[:6])) or "nothing"
     return shown + (f" and {len(entries) - 6} more" if len(entries) > 6 else "")
-
-
-def _some(pages: Sequence[int]) -> str:
-    return ", ".join(map(str, pages[:8])) + (f" and {len(pages) - 8} more" if len(pages) > 8 else "")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib import filtered_calls, host_limits
 from lib.host_limits import HostLimit, explained
+from lib.wording import counted
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -60,13 +61,14 @@ class Backing:
                 return f"{self.name}: this host's CPU has no {size_text(self.page_size)} huge pages"
             free, needed = int((pool / "free_hugepages").read_text()), self.pages_for(size)
             if free < needed:
+                pages = counted(needed, "free huge page")
                 return (
-                    f"{self.name}: needs {needed} free huge pages of {size_text(self.page_size)}, {free} are free"
+                    f"{self.name}: needs {pages} of {size_text(self.page_size)}, the host has {free}"
                     f" (echo {needed} > {pool}/nr_hugepages)"
                 )
             groups = host_limits.huge_page_limits(self.page_size)
             if limit := host_limits.tightest(groups, needed * self.page_size):
-                return f"{self.name}: needs {needed} huge pages of {size_text(self.page_size)}, but {limit}"
+                return f"{self.name}: needs {counted(needed, 'huge page')} of {size_text(self.page_size)}, but {limit}"
         elif self.page_size and (reason := _why_no_thp(self.page_size)):
             return f"{self.name}: {reason}"
         return None

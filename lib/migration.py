@@ -110,7 +110,7 @@ class Migration:
             reported = sum(map(len, collected.pages))
             if collected.reset != reported:
                 raise ContractBroken(
-                    f"KVM_RESET_DIRTY_RINGS took {collected.reset} entries of {reported} that were harvested"
+                    f"entries harvested: {reported}, reset by KVM_RESET_DIRTY_RINGS: {collected.reset}"
                 )
             for slots, offsets in zip(collected.slots, collected.pages, strict=True):
                 for slot, offset in zip(slots, offsets, strict=True):

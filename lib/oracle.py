@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The oracle: it knows every write that the guest made, and holds KVM's reports and the guest's memory to it.
 
-A collection ("reap") of dirty pages is not an instant: the guest goes on writing while it lasts. What is known of each vCPU is
-the number of writes that were done before the reap began (*before*) and the number done after it ended (*after*), and one
-write more that may be under way at either moment. So, for the reaps k-1 and k of a vCPU:
+A collection of dirty pages (here a "reap") is not an instant: the guest goes on writing while it lasts. What is known of each
+vCPU is the number of writes that were done before the reap began (*before*) and the number done after it ended (*after*), and
+one write more that may be under way at either moment. So, for the reaps k-1 and k of a vCPU:
 
 - writes after the end of k-1 and before the start of k **must** be in k;
 - writes during k-1 must be in k-1 or in k;
@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lib.log_modes import Collected
+from lib.wording import counted
 from lib.write_stream import WriteStream
 
 WORDS_PER_PAGE = 512
@@ -60,8 +61,8 @@ class Kind(Enum):
     DUPLICATE = "more ring entries than writes"
     WRONG_SLOT = "ring entry names another slot"
     BAD_OFFSET = "page beyond the end of the slot"
-    RESET_COUNT = "KVM_RESET_DIRTY_RINGS took another number of entries than were harvested"
-    GAP = "dirty ring entries behind a clean one"
+    RESET_COUNT = "KVM_RESET_DIRTY_RINGS reset another number of entries than were harvested"
+    GAP = "dirty ring entries behind one that is not dirty"
     STUCK = "KVM_EXIT_DIRTY_RING_FULL again with nothing to harvest"
 
 
@@ -83,7 +84,7 @@ class Finding:
 
     def __str__(self) -> str:
         whose = "" if self.vcpu is None else f", vCPU {self.vcpu}"
-        where = f"reap {self.reap}" if self.reap else "memory"
+        where = f"collection {self.reap}" if self.reap else "memory"
         return f"iteration {self.iteration}, {where}{whose}: {self.kind.name} ({self.kind.value}): {self.detail}"
 
 
@@ -174,7 +175,7 @@ class Oracle:
         if self._per_vcpu:
             harvested = sum(map(len, reap.collected.pages))
             if reap.collected.reset != harvested:
-                found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, taken back {reap.collected.reset}")
+                found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, reset {reap.collected.reset}")
         self._reports.append((len(self._reap_iterations), array("I", reported)))
         self._reported_before = reported
         self._rings_before = [Counter(pages) for pages in reap.collected.pages] if self._per_vcpu else []
@@ -200,7 +201,7 @@ class Oracle:
             actual = words[vcpu::WORDS_PER_PAGE]
             if actual != memoryview(expected):
                 wrong = [page for page in range(self.npages) if actual[page] != expected[page]]
-                detail = f"{len(wrong)} pages; " + "; ".join(
+                detail = f"{counted(len(wrong), 'page')}; " + "; ".join(
                     f"page {page} expected {self._value_text(vcpu, expected[page])}"
                     f" found {self._value_text(vcpu, actual[page])}"
                     for page in wrong[:8]
@@ -221,9 +222,9 @@ class Oracle:
         ]
         reap = next((number for number, pages in reversed(self._reports) if page in pages), 0)
         if reap:
-            reported = f"last reported in reap {reap} (iteration {self._reap_iterations[reap - 1]})"
+            reported = f"last reported in collection {reap} (iteration {self._reap_iterations[reap - 1]})"
         else:
-            reported = f"not reported in the last {len(self._reports)} reaps"
+            reported = f"not reported in the last {counted(len(self._reports), 'collection')}"
         return f"page {page}: last written by {', '.join(writes) or 'nobody'}; {reported}"
 
     def _check_source(self, reap: Reap, index: int, vcpus: Sequence[int], found: _Found) -> set[int]:
@@ -235,7 +236,7 @@ class Oracle:
         reported = set(entries)
         if reported and max(reported) >= self.npages:
             beyond = [page for page in reported if page >= self.npages]
-            found(Kind.BAD_OFFSET, vcpu, beyond, f"{len(beyond)} pages, the slot has {self.npages}")
+            found(Kind.BAD_OFFSET, vcpu, beyond, f"{counted(len(beyond), 'page')}, the slot has {self.npages}")
             reported.difference_update(beyond)
         if not self._first_of_all_set:
             may: set[int] = set()
@@ -243,7 +244,7 @@ class Oracle:
                 may.update(self._streams[writer].between(self._seen[writer].before, reap.after[writer] + 1))
             false = reported - may
             if false:
-                found(Kind.FALSE, vcpu, false, f"{len(false)} of {len(reported)} reported pages")
+                found(Kind.FALSE, vcpu, false, f"{len(false)} of {counted(len(reported), 'reported page')}")
         if vcpu is not None and len(reported) < len(entries):
             self._check_duplicates(reap, vcpu, entries, found)
         if reap.collected.behind_gap and reap.collected.behind_gap[index]:
@@ -251,7 +252,7 @@ class Oracle:
                 Kind.GAP,
                 vcpu,
                 (),
-                f"{reap.collected.behind_gap[index]} entries cannot be reached by an in-order harvest",
+                f"a harvest in order does not reach {counted(reap.collected.behind_gap[index], 'entry', 'entries')}",
             )
         return reported
 
@@ -264,7 +265,8 @@ class Oracle:
         if self._first_of_all_set:
             absent = [page for page in range(self.npages) if page not in reported]
             if absent:
-                found(Kind.LOST, None, absent, f"{len(absent)} pages are not in the first reap, which must report all")
+                detail = f"{counted(len(absent), 'page')} not in the first collection, which must report all"
+                found(Kind.LOST, None, absent, detail)
             return
         for vcpu, (stream, seen) in enumerate(zip(self._streams, self._seen, strict=True)):
             before = reap.before[vcpu]
@@ -280,9 +282,8 @@ class Oracle:
             must = set(stream.between(since, max(since, before)))
             missing |= must - reported
             if missing:
-                found(
-                    Kind.LOST, vcpu, missing, f"{len(missing)} pages; {len(must)} pages were written between the reaps"
-                )
+                since_then = f"{counted(len(must), 'page')} written since the collection before"
+                found(Kind.LOST, vcpu, missing, f"{counted(len(missing), 'page')}; {since_then}")
 
     @property
     def _first_of_all_set(self) -> bool:
@@ -295,9 +296,8 @@ class Oracle:
             return entries
         wrong = [(page, slot) for page, slot in zip(entries, slots, strict=True) if slot != self._slot]
         named = ", ".join(f"{slot:#x}" for slot in sorted({slot for _, slot in wrong})[:4])
-        found(
-            Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], f"{len(wrong)} entries say {named}, not {self._slot:#x}"
-        )
+        detail = f"{counted(len(wrong), 'entry says', 'entries say')} {named}, not {self._slot:#x}"
+        found(Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], detail)
         return [page for page, slot in zip(entries, slots, strict=True) if slot == self._slot]
 
     def _check_duplicates(self, reap: Reap, vcpu: int, entries: list[int], found: _Found) -> None:
@@ -312,7 +312,7 @@ class Oracle:
                 if count > (may[page] + again) * each:
                     excess.append(page)
         if excess:
-            found(Kind.DUPLICATE, vcpu, excess, f"{len(excess)} pages")
+            found(Kind.DUPLICATE, vcpu, excess, counted(len(excess), "page"))
 
     def _value_text(self, vcpu: int, value: int) -> str:
         iteration = self._iteration_of(vcpu, value)

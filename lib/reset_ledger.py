@@ -93,7 +93,7 @@ class ResetLedger:
         """
         if self.taken != self.harvested:
             raise ContractBroken(
-                f"KVM_RESET_DIRTY_RINGS took {self.taken} entries in {self.calls} calls, {self.harvested} were harvested"
+                f"entries harvested: {self.harvested}, reset by KVM_RESET_DIRTY_RINGS: {self.taken}, calls: {self.calls}"
             )
 
     def _is_harvested(self, vcpu: int, position: int) -> bool:

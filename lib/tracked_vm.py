@@ -23,6 +23,7 @@ from lib.memory import GIB
 from lib.oracle import Kind
 from lib.vcpu import Vcpu
 from lib.vm import Memslot, Vm
+from lib.wording import listed
 
 PAGE = arch.PAGE_SIZE
 # Guest-virtual address of guest-physical address 0 of the test slots
@@ -197,11 +198,10 @@ class TrackedVm:
                 reported.setdefault(slot, []).append(offset)
         harvested = sum(map(len, collected.pages))
         if collected.reset != harvested:
-            raise ContractBroken(
-                f"KVM_RESET_DIRTY_RINGS took {collected.reset} entries of {harvested} that were harvested"
-            )
+            raise ContractBroken(f"entries harvested: {harvested}, reset by KVM_RESET_DIRTY_RINGS: {collected.reset}")
         if any(collected.behind_gap):
-            raise ContractBroken(f"dirty ring entries behind a clean one: {collected.behind_gap}, by vCPU")
+            where = [f"{number} of vCPU {vcpu}" for vcpu, number in enumerate(collected.behind_gap) if number]
+            raise ContractBroken(f"dirty ring entries behind one that is not dirty: {', '.join(where)}")
         return reported
 
     def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:
@@ -239,7 +239,9 @@ class TrackedVm:
         }
         findings = {kind: pages for kind, pages in wrong.items() if pages}
         if findings:
-            text = ", ".join(f"{_WORDS[kind]} {_some(pages)}" for kind, pages in findings.items())
+            text = ", ".join(
+                f"{_WORDS[kind]} {listed('page', pages)} ({kind.value})" for kind, pages in findings.items()
+            )
             raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}", findings)
 
     def read_bitmap(self, slot: int) -> list[int]:
@@ -294,8 +296,3 @@ class ContractBroken(AssertionError):
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
     """A signal's handler; the signal does its work by coming."""
-
-
-def _some(pages: Sequence[int]) -> str:
-    shown = ", ".join(map(str, pages[:8]))
-    return f"pages {shown}" + (f" and {len(pages) - 8} more" if len(pages) > 8 else "")

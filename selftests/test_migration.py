@@ -13,6 +13,7 @@ from lib.cell import PAGE, Settings
 from lib.kvm import Kvm
 from lib.memory import BACKINGS
 from lib.migration import Migration
+from lib.wording import counted
 from lib.write_stream import WriteStream
 from lib.writers import SPARSER
 from lib.writers_vm import WritersVm
@@ -50,7 +51,7 @@ def test_migration(
 ) -> None:  # fmt: skip
     """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
     own_properties = list(request.node.user_properties)
-    name = f"{log_mode}, {vcpus} vCPUs, {pattern}"
+    name = f"{log_mode}, {counted(vcpus, 'vCPU')}, {pattern}"
     draw = random.Random(f"{settings.seed}/{name}")
     shapes = LARGE if thorough else SMALL
     for count, backing in shapes:

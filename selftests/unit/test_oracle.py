@@ -234,6 +234,6 @@ def test_history_tells_the_last_write_and_report() -> None:
     checks.check_memory(1, [1], words)
     assert (
         checks.history(3)
-        == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in reap 1 (iteration 1)"
+        == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in collection 1 (iteration 1)"
     )
-    assert checks.history(5) == "page 5: last written by nobody; not reported in the last 1 reaps"
+    assert checks.history(5) == "page 5: last written by nobody; not reported in the last 1 collection"

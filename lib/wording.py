@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Counted nouns, and text in lines of a given width."""
+
+import re
+import textwrap
+from collections.abc import Sequence
+
+WIDTH = 80
+_SHOWN = 8
+_SHORT_COMMAND = 30
+# A space at which no line is broken
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 page``, ``2 pages``."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(noun: str, numbers: Sequence[int]) -> str:
+    """``page 3``, ``pages 3, 64, 69``: the first ones, and how many there are beside."""
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return f"{noun if len(numbers) == 1 else noun + 's'} {shown}{more}"
+
+
+def wrapped(text: str, width: int = WIDTH, first: str = "", later: str = "  ") -> list[str]:
+    """*text* in lines of *width* columns, broken between words.
+
+    Words are never broken, so that paths stay whole. A command to copy, which is in parentheses and names a path or is
+    short, has a line of its own rather than two, where it fits into one.
+
+    :param first: what the first line begins with
+    :param later: what the others begin with
+    """
+
+    def kept(match: re.Match[str]) -> str:
+        command = "/" in match[0] or len(match[0]) <= _SHORT_COMMAND
+        return match[0].replace(" ", NO_BREAK) if command and len(later + match[0]) <= width else match[0]
+
+    lines = textwrap.wrap(
+        re.sub(r"\([^()]*\)\S?", kept, text),
+        width,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines]
