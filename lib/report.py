@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a failed cell shows: where it ran, what was wrong where, and the command that repeats it."""
+"""What a failed cell shows: where it ran, what was wrong where, and the command that reproduces it."""
 
 import os
 import shlex
@@ -12,6 +12,7 @@ from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import Host
 from lib.oracle import Kind
+from lib.wording import NO_BREAK, WIDTH, counted, wrapped
 
 _FIRST_PAGES = 8
 _FINDINGS = 12
@@ -30,7 +31,8 @@ def environment_lines(host: Host) -> list[str]:
     telling = [
         f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _TELLING_PARAMETERS
     ]
-    return [f"kernel   {host.kernel}", f"backend  {host.backend} ({', '.join(telling)})", f"cpu      {host.cpu}"]
+    backend = f"backend  {host.backend} ({', '.join(telling)})"
+    return [f"kernel   {host.kernel}", *_column(backend), f"cpu      {host.cpu}"]
 
 
 def this_pytest() -> str:
@@ -39,6 +41,11 @@ def this_pytest() -> str:
     if python.startswith(os.getcwd() + os.sep):
         python = os.path.relpath(python)
     return shlex.join([python, "-m", "pytest"])
+
+
+def reproduce_line(command: str) -> str:
+    """The line that gives the *command* which makes a failure again."""
+    return f"reproduce {command}"
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,13 @@ def repeat_command(cell: Cell, context: Context) -> str:
 
 
 def context_lines(cell: Cell, context: Context) -> list[str]:
-    """What every failure of a cell tells: where it ran, what ran, and how to run it again."""
-    dimensions = ", ".join(f"{field.name} {getattr(cell, field.name)}" for field in fields(cell))
+    """What every failure of a cell tells: where it ran, what ran, and the command that reproduces it."""
+    dimensions = [f"{field.name}{NO_BREAK}{getattr(cell, field.name)}" for field in fields(cell)]
     return [
         *environment_lines(context.host),
-        f"cell     {dimensions}",
+        *_column(f"cell     {', '.join(dimensions)}"),
         f"seed     {context.settings.seed}",
-        f"repeat   {repeat_command(cell, context)}",
+        reproduce_line(repeat_command(cell, context)),
     ]
 
 
@@ -86,19 +93,26 @@ def failure_text(error: DirtyTrackingError, context: Context) -> str:
     kinds = ", ".join(
         f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.findings)
     )
+    done = [
+        counted(figures.writes, "write"),
+        f"{counted(figures.reaps, 'collection')} of dirty pages",
+        counted(figures.ring_full_exits, "ring-full exit"),
+    ]
     lines = [
-        f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}",
+        *wrapped(f"KVM broke the contract of dirty tracking in iteration {figures.iterations}: {kinds}"),
         "",
         *context_lines(run.cell, context),
-        f"figures  {figures.writes} writes, {figures.reaps} reaps, {figures.ring_full_exits} ring-full exits",
+        f"figures  {', '.join(done)}",
         "",
-        *(str(finding) for finding in error.findings[:_FINDINGS]),
+        "what was wrong, in the order in which it happened:",
+        *(line for finding in error.findings[:_FINDINGS] for line in wrapped(str(finding), first="  ", later="    ")),
     ]
     if len(error.findings) > _FINDINGS:
-        lines.append(f"... and {len(error.findings) - _FINDINGS} findings more")
+        lines.append(f"  ... and {counted(len(error.findings) - _FINDINGS, 'finding')} more")
     pages = _first_pages(error)
     if pages:
-        lines += ["", "first pages concerned:", *(f"  {run.oracle.history(page)}" for page in pages)]
+        lines += ["", "first pages concerned:"]
+        lines += [line for page in pages for line in wrapped(run.oracle.history(page), first="  ", later="    ")]
         lines += ["", *slot_map(error, run.memslot.npages)]
     return "\n".join(lines)
 
@@ -110,7 +124,7 @@ def failure_data(error: DirtyTrackingError, context: Context) -> dict[str, Any]:
         "host": asdict(context.host),
         "cell": asdict(run.cell),
         "settings": asdict(context.settings),
-        "repeat": repeat_command(run.cell, context),
+        "reproduce": repeat_command(run.cell, context),
         "figures": asdict(run.figures),
         "findings": [
             asdict(finding) | {"kind": finding.kind.name, "pages": list(finding.pages)} for finding in error.findings
@@ -130,7 +144,13 @@ def slot_map(error: DirtyTrackingError, npages: int) -> list[str]:
                 marks[page // per_mark] = mark
     rows = ["".join(marks[start : start + _MAP_COLUMNS]) for start in range(0, len(marks), _MAP_COLUMNS)]
     legend = ", ".join(f"{mark} {kind.value}" for kind, mark in _MARKS)
-    return [f"slot map, {per_mark} pages a character ({legend}):", *(f"  {row}" for row in rows)]
+    title = f"slot map, {counted(per_mark, 'page')} a character: {legend}"
+    return [*wrapped(title), *(f"  {row}" for row in rows)]
+
+
+def _column(text: str) -> list[str]:
+    """A line that begins with a name of the left column, which is to stay empty where it needs more lines."""
+    return wrapped(text, WIDTH, "", " " * 9)
 
 
 def _pages(error: DirtyTrackingError, kinds: Sequence[Kind]) -> Iterable[int]:

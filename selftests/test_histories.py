@@ -15,7 +15,7 @@ from lib.history_search import search
 from lib.host import Host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
-from lib.report import environment_lines, this_pytest
+from lib.report import environment_lines, reproduce_line, this_pytest
 
 # The known bug that shrinks_slot_in_rings() keeps off
 RING_RESET_BUG = "ring-reset-drops-mask"
@@ -32,7 +32,7 @@ def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]
         yield settings.seed + number
 
 
-def failure_text(failure: HistoryFailed, host: Host, repeat: str) -> str:
+def failure_text(failure: HistoryFailed, host: Host, command: str) -> str:
     """What a developer gets to see, with a script to paste into a report."""
     notes = getattr(failure, "__notes__", [])
     return "\n".join(
@@ -41,7 +41,7 @@ def failure_text(failure: HistoryFailed, host: Host, repeat: str) -> str:
             *notes,
             "",
             *environment_lines(host),
-            f"repeat   {repeat}",
+            reproduce_line(command),
             "",
             "the shortest history that shows it, as a script (python - < FILE, in the suite's folder):",
             "",

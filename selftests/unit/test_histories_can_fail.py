@@ -239,7 +239,7 @@ def test_a_full_ring_that_is_told_wrongly(
 
 def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
-    with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost pages 9$"):
+    with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost page 9$"):
         run_history(kvm, host, "dirty-log", SOUND)
 
 
@@ -270,13 +270,13 @@ def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path:
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
         "KVM and the model of its contract differ: dirty-log: step",
-        "lost pages 0",
+        "lost page 0",
         "kernel   ",
         "python -",
     ):
         assert expected in done.stdout
     script_text = re.search(r"^from lib\.history import .*?^\]\)$", done.stdout, re.MULTILINE | re.DOTALL)
-    command = re.search(r"^repeat   (.*)$", done.stdout, re.MULTILINE)
+    command = re.search(r"^reproduce (.*)$", done.stdout, re.MULTILINE)
     assert script_text and command
     again = run_pytest(f"{command[1]} -p faulty", tmp_path)
     assert again.returncode == 1, again.stdout + again.stderr
