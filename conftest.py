@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -28,7 +29,15 @@ from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
 from lib.limited_errors import explain_error
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, size_text
-from lib.report import Context, context_lines, environment_lines, failure_data, failure_text, this_pytest
+from lib.report import (
+    Context,
+    context_lines,
+    environment_lines,
+    failure_data,
+    failure_text,
+    reproduce_line,
+    this_pytest,
+)
 from lib.selection import (
     DEFAULT_VCPUS,
     DIMENSIONS,
@@ -44,6 +53,7 @@ from lib.selection import (
     workers_here,
 )
 from lib.tracked_vm import ContractBroken
+from lib.wording import wrapped
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.interruption import Interruption, heed_once
 from runner.kernel_log_watch import RunWatch, TestWatch
@@ -146,7 +156,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         if option.kernel == AT_HAND:
             config.stash[_hint_key] = f"to run under emulation instead: {error}"
             return None
-        print(f"cannot test: {error}", file=sys.stderr)
+        print(f"cannot be tested: {error}", file=sys.stderr)
         return CANNOT_TEST
     except KeyboardInterrupt:
         print("interrupted: nothing was tested", file=sys.stderr)
@@ -567,7 +577,7 @@ class Outcome:
     """Runs the body of a KVM test, and turns what came of it into pytest's terms.
 
     A broken contract is a failure with the whole report, unless a known bug explains all of it; other errors get the
-    context and the command that repeats them.
+    context and the command that reproduces them.
     """
 
     def __init__(self, request: pytest.FixtureRequest, host: Host, settings: Settings) -> None:
@@ -655,21 +665,52 @@ def outcome(request: pytest.FixtureRequest, host: Host, settings: Settings) -> O
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure tells where it was, and the command that repeats it; the report of a cell does by itself."""
+    """A failure tells where it was, and the command that reproduces it; the report of a cell does by itself."""
+    if call.excinfo is not None and call.excinfo.errisinstance(ContractBroken) and item.config.option.tbstyle == "auto":
+        call.excinfo = _in_short(call.excinfo)
     report = yield
     fixtures = getattr(item, "fixturenames", ())
     if report.failed and "kvm" in fixtures and "planned_cell" not in fixtures:
         option = item.config.option
         arguments = [item.nodeid, "--seed", option.seed, *(["--thorough"] if option.thorough else [])]
-        repeat = f"repeat   {option.repeat_with or this_pytest()} {shlex.join(arguments)}"
-        report.sections.append(("where, and how to repeat it", "\n".join([*environment_lines(this_host()), repeat])))
+        command = reproduce_line(f"{option.repeat_with or this_pytest()} {shlex.join(arguments)}")
+        report.sections.append(
+            ("where, and how to reproduce it", "\n".join([*environment_lines(this_host()), command]))
+        )
     return report
 
 
-def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+def _in_short(broken: pytest.ExceptionInfo[BaseException]) -> pytest.ExceptionInfo[BaseException]:
+    """What KVM did wrong, and the test's own lines that found it; ``--tb=long`` shows the suite's lines too."""
+    trace = broken.value.__traceback__
+    frames = [
+        f"{os.path.relpath(frame.filename, ROOT)}:{frame.lineno}: in {frame.name}\n    {frame.line}"
+        for frame in traceback.extract_tb(trace)
+        if Path(frame.filename).is_relative_to(ROOT / "selftests")
+    ]
+    message = [part for line in str(broken.value).splitlines() for part in wrapped(line)]
+    text = "\n".join([*message, *getattr(broken.value, "__notes__", []), "", *frames])
+    return pytest.ExceptionInfo.from_exception(pytest.fail.Exception(text, pytrace=False).with_traceback(trace))
+
+
+def pytest_report_teststatus(
+    report: pytest.CollectReport | pytest.TestReport,
+) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
     """Known bugs by their name, in the progress lines and the count at the end."""
     if isinstance(report, pytest.TestReport) and report.when == "call":
         outcome, _ = verdict(report, dict(report.user_properties))
         if outcome.startswith("known bug"):
-            return outcome.replace(",", ""), "k", outcome.upper()  # pytest's count at the end has commas of its own
+            # pytest's count at the end has commas of its own
+            return outcome.replace(",", ""), "k", (outcome.upper(), {"yellow": True})
     return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> Generator[None, None, None]:
+    """After all that there is to say comes the verdict on the kernel."""
+    yield
+    report: RunReport | None = config.pluginmanager.get_plugin("run-report")
+    if report is not None and not config.option.collectonly:
+        report.show_verdict(terminalreporter, exitstatus)

@@ -106,7 +106,7 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
     ended = data["end"].get("text", "finished")
     reason = "" if status == 0 else "tests failed" if status == 1 and ended == "finished" else ended
     if status not in (0, 1) and ended == "finished":
-        reason = "a signal ended it" if killed else lines[-1].removeprefix("cannot test: ")
+        reason = "a signal ended it" if killed else lines[-1].removeprefix("cannot be tested: ")
     release = data["host"].get("kernel", kernel)
     return Run(kernel, parameters, status, data["cells"], data["tests"], release, reason)
 

@@ -2,6 +2,7 @@
 """What a run leaves behind: the table, the results file, and a verdict on runs that tested nothing."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,20 @@ from typing import Any
 
 import pytest
 
+from lib.wording import counted
 from runner import table
+from runner.kernel_verdict import Outcome, Word, judge, place
+from runner.screen import Screen
 
 ROOT = Path(__file__).resolve().parent.parent
-_DID_NOT_RUN = ("skipped", "not run")
+# The suite's tests of itself, which say nothing about a kernel unless they are sent there by name
+_OWN_TESTS = "selftests/unit/"
+# What ended a run before its tests had come to their end
+_STOPPED: dict[int, str] = {
+    pytest.ExitCode.INTERRUPTED: "interrupted",
+    pytest.ExitCode.INTERNAL_ERROR: "ended by an error of the suite",
+    pytest.ExitCode.USAGE_ERROR: "refused",
+}
 
 
 @dataclass
@@ -66,6 +77,9 @@ class RunReport:
         self.must_test = False
         self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
         self._results = results
+        self._kept = False
+        self._session: pytest.Session | None = None
+        self._verdicts: dict[str, str] = {}
         self._rows: dict[str, dict[str, Any]] = {}
         self._tests: dict[str, dict[str, str]] = {}
         self._on_kvm = 0
@@ -75,15 +89,19 @@ class RunReport:
         self._migrations: dict[str, dict[str, Any]] = {}
         self._tests_by_title: dict[str, list[str]] = {}
 
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
         properties: dict[str, Any] = dict(report.user_properties)
         outcome, reason = verdict(report, properties)
-        if outcome in _DID_NOT_RUN:
+        self._verdicts[report.nodeid] = "FAIL" if self._verdicts.get(report.nodeid) == "FAIL" else outcome
+        if outcome in table.UNTESTED:
             self._not_run.setdefault(reason, []).append(report.nodeid)
         if properties.get("kvm"):
-            if outcome in _DID_NOT_RUN:
+            if outcome in table.UNTESTED:
                 self._not_on_kvm.append(reason)
             else:
                 self._on_kvm += 1
@@ -138,54 +156,108 @@ class RunReport:
             "migrations": self._migrations,
         }
         (self._results / "results.json").write_text(json.dumps(data, indent=1))
+        (self._results / "table.txt").write_text(
+            "".join(f"{line}\n" for line in table.long_table(self._ordered_rows()))
+        )
+        self._kept = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        screen = Screen(terminalreporter)
+        verbose = terminalreporter.config.get_verbosity() > 0
         rows = self._ordered_rows()
         if rows:
-            host = self.facts.host
-            terminalreporter.section(
-                f"dirty tracking on kernel {host['kernel']}, {host['backend']}: {self.facts.place}"
-            )
-            for line in table.format_table(rows):
-                terminalreporter.line(line)
-            terminalreporter.line("")
-            for line in _known_bug_findings(rows):
-                terminalreporter.line(line)
-            terminalreporter.line(table.summary(rows))
-            terminalreporter.line(f"files: {self.shown_results}")
+            self._show_matrix(screen, rows, verbose)
         if self._migrations:
-            terminalreporter.section("migrations: pages that each round copied, and milliseconds it took")
+            screen.section("migrations: pages that each round copied, and milliseconds it took")
             for line in table.migration_lines([*self._migrations.values()]):
-                terminalreporter.line(line)
+                screen.line(line)
         if self._caught:
-            terminalreporter.section("planted faults: within how many iterations each was caught")
+            screen.section("planted faults: within how many iterations each was caught")
             for fault, within in sorted(self._caught.items()):
-                terminalreporter.line(f"{fault}: {', '.join(sorted(within))}")
+                screen.line(f"{fault}: {', '.join(sorted(within))}")
         if self.kernel_reports:
-            self._show_kernel_reports(terminalreporter)
-        if self._not_run:
-            terminalreporter.section("not run: how many tests of which files, and why")
-            for line in table.not_run_lines(self._not_run):
-                terminalreporter.line(line)
-            if self._not_on_kvm and not self.facts.machine:
-                terminalreporter.line(
-                    "a kernel of its own has what many of them need: make check-kernel KERNEL=debian:6.12"
-                )
-        if self._nothing_ran:
-            reasons = "; ".join(dict.fromkeys(self._not_on_kvm)) or "none that was selected needs it"
-            terminalreporter.line(f"NOTHING WAS TESTED: no test ran on KVM: {reasons}", red=True)
-        for line in self.remarks:
-            terminalreporter.line(line)
+            self._show_kernel_reports(screen)
+        self._show_untested(screen)
+        for remark in self.remarks:
+            if remark.startswith(" "):
+                screen.verbatim(remark)
+            else:
+                screen.line(remark)
 
-    def _show_kernel_reports(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("the kernel's log")
+    def show_verdict(self, terminalreporter: pytest.TerminalReporter, exit_status: int) -> None:
+        """The line that a person can quote: kernel, place, verdict, counts, and where the files are."""
+        on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
+        judges = {test for test in on_kvm if self.must_test or not test.startswith(_OWN_TESTS)}
+        if self.must_test:
+            judges |= set(self._verdicts)
+        verdicts = self._verdicts | on_kvm
+        outcome = Outcome(
+            kernel=Counter(verdict for test, verdict in verdicts.items() if test in judges),
+            own=Counter(verdict for test, verdict in verdicts.items() if test not in judges),
+            planned=self._session.testscollected if self._session is not None else 0,
+            stopped=_STOPPED.get(exit_status, ""),
+            log_reports=sum(report.known_bug is None for report in self.kernel_reports),
+            end=self.end,
+            untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
+        )
+        word, text = judge(outcome)
+        files = f"; files: {self.shown_results}" if self._kept else ""
+        failed = word in (Word.BAD, Word.CANNOT) or bool(outcome.own["FAIL"])
+        green = word is Word.GOOD and not failed
+        screen = Screen(terminalreporter)
+        screen.line()
+        screen.line(
+            f"{place(self.facts.host, self.facts.machine)}: {text}{files}",
+            bold=True,
+            red=failed,
+            green=green,
+        )
+
+    def _show_matrix(self, screen: Screen, rows: list[dict[str, Any]], verbose: bool) -> None:
+        screen.section("dirty tracking, cell by cell")
+        host = self.facts.host
+        screen.line(f"kernel {host['kernel']}, {host['backend']}: {self.facts.place}")
+        if any(row["verdict"] not in table.UNTESTED for row in rows):
+            screen.line()
+            for line in table.table_for(rows, screen.width, verbose):
+                screen.row(line)
+            screen.line()
+        for bug, cells in _known_bugs(rows).items():
+            screen.line(f"known bug {bug} (known_bugs.toml has what it is):")
+            for row in cells:
+                names = " ".join(str(row[name]) for name in table.DIMENSIONS[:-1])
+                screen.line(f"  {names}, {counted(row['vcpus'], 'vCPU')}:")
+                findings = str(row.get("findings", "")).splitlines()
+                for finding in findings if verbose else findings[:1]:
+                    screen.line(f"    {finding}")
+        screen.line(table.summary(rows))
+
+    def _show_untested(self, screen: Screen) -> None:
+        """What did not come to its test, a line per reason."""
+        not_run: dict[str, list[str]] = {}
+        for test, row in (self._rows | self._tests).items():
+            if row["verdict"] == "not run":
+                not_run.setdefault(row["reason"], []).append(test)
+        if not (self._not_run or not_run):
+            return
+        screen.section("what did not run: how many tests, of which files, and why")
+        lines = table.untested_lines(not_run, "not run") + table.untested_lines(self._not_run, "skipped")
+        for line in lines:
+            screen.line(line, indent="    ")
+        if self._not_on_kvm and not self.facts.machine:
+            screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
+
+    def _show_kernel_reports(self, screen: Screen) -> None:
+        screen.section("the kernel's log")
         for report in self.kernel_reports:
             while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
             explained = f", known bug {report.known_bug}" if report.known_bug else ""
-            terminalreporter.line(f"{report.kind}{explained}{while_running}:", red=not report.known_bug)
+            screen.line(
+                f"{report.kind}{explained}{while_running}:", red=not report.known_bug, yellow=bool(report.known_bug)
+            )
             # That of a test is in its own report.
             for line in report.lines[:1] if report.known_bug or report.tests else report.lines:
-                terminalreporter.line(f"  {line}")
+                screen.verbatim(f"  {line}")
 
     @property
     def _unexplained(self) -> bool:
@@ -220,13 +292,13 @@ def not_kept(results: Path | str, error: OSError) -> str:
     return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} (--results DIR puts them elsewhere)"
 
 
-def _known_bug_findings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
+def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The cells in which each known bug showed."""
+    cells: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["verdict"] == "known bug":
-            lines.append(f"{row['reason']} in {' '.join(str(row[name]) for name in table.DIMENSIONS)}:")
-            lines += [f"  {finding}" for finding in row.get("findings", "").splitlines()]
-    return lines
+            cells.setdefault(row["reason"], []).append(row)
+    return cells
 
 
 def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from runner.planned_tests import PlannedTests
 from runner.qemu import Machine, Qemu
 from runner.remote import RemoteSession
 from runner.run_report import Facts, KernelReport, RunReport
-from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, not_run_lines, skipped_everywhere
+from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
 from runner.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -466,7 +466,7 @@ def test_the_matrix_ends_with_a_table_and_a_status(
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     assert matrix.main([str(matrix_file(tmp_path, 'kernels = ["a", "b"]'))]) == expected
     shown = capsys.readouterr().out
-    assert "dirty-log  48bit-4k    shmem    forced  sparse   1      pass" in shown
+    assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass" in shown
     assert (tmp_path / next(iter(tmp_path.glob("results/matrix-*/table.txt")))).exists()
 
 
@@ -510,19 +510,25 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
 
 def test_what_did_not_run_has_a_line_each() -> None:
     """A line per reason, the one that kept most from running first, with the files of its tests."""
-    lines = not_run_lines(
+    lines = untested_lines(
         {
             "no SMM": ["selftests/x86_64/test_smm.py::test_a"],
-            "no SVM": [
+            "48bit-1g: no PDPE1GB": ["selftests/test_c.py::c"],
+            "no SVM: it is off": [
                 "selftests/x86_64/test_b.py::test_b[x]",
                 "selftests/x86_64/test_b.py::test_b[y]",
                 "selftests/test_c.py::d",
             ],
-        }
+            "57bit-4k: no LA57": ["selftests/test_c.py::a"],
+            "57bit-2m: no LA57": ["selftests/test_c.py::b"],
+        },
+        "skipped",
     )
     assert [line.strip() for line in lines] == [
-        "3 of x86_64/test_b.py, test_c.py: no SVM",
-        "1 of x86_64/test_smm.py: no SMM",
+        "3 skipped, x86_64/test_b.py, test_c.py: no SVM: it is off",
+        "2 skipped, test_c.py: 57bit-4k, 57bit-2m: no LA57",
+        "1 skipped, x86_64/test_smm.py: no SMM",
+        "1 skipped, test_c.py: 48bit-1g: no PDPE1GB",
     ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""From a user's words to cells: options, the matrix, known bugs, the table."""
+"""From a user's words to cells: options, the matrix, known bugs."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -23,7 +23,6 @@ from lib.selection import (
     parse_number,
     parse_size,
 )
-from runner.table import format_table, summary
 
 CELL = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
 
@@ -209,22 +208,3 @@ def test_a_broken_list_is_told(tmp_path: Path, old: str, new: str, message: str)
 )
 def test_release_numbers(release: str, numbers: tuple[int, ...]) -> None:
     assert version_numbers(release) == numbers
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_has_a_row_per_cell_and_counts_known_bugs_apart() -> None:
-    dimensions = {"log_mode": "dirty-log", "guest_mode": "48bit-4k", "backing": "shmem", "stop": "forced"}
-    done = {"density": "sparse", "vcpus": 2, "iterations": 32, "writes": 9, "dirty": 8, "clean": 7, "seconds": 1.25}
-    rows = [
-        {**dimensions, **done, "ring_full_exits": 3, "verdict": "pass", "reason": ""},
-        {**dimensions, "density": "sparse", "vcpus": 1, "verdict": "skipped", "reason": "no LA57"},
-        {**dimensions, **done, "verdict": "known bug", "reason": "some-bug"},
-    ]
-    header, first, second, third = (line.split() for line in format_table(rows))
-    assert header[:2] == ["log", "mode"]
-    assert first == ["dirty-log", "48bit-4k", "shmem", "forced", "sparse", "2", "32", "9", "8", "7", "3", "1.2", "pass"]
-    assert second[-9:] == ["-", "-", "-", "-", "-", "-", "skipped:", "no", "LA57"]
-    assert third[-3:] == ["known", "bug:", "some-bug"]
-    assert summary(rows) == "3 cells: 1 pass, 1 known bug, 1 skipped"

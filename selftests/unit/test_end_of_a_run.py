@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run prints at its end: the table, what did not run, and the verdict on the kernel, as wide as the terminal is."""
+
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections import Counter
+from collections.abc import Callable
+from fcntl import ioctl
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.selection import DIMENSIONS
+from lib.wording import counted, listed, wrapped
+from runner.kernel_verdict import Outcome, Word, judge, place
+from runner.table import Line, counts_of_tests, long_table, short_table, summary, table_for
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
+DONE = CELL | {"iterations": 32, "writes": 302_559, "dirty": 8, "clean": 7, "ring_full_exits": 3, "seconds": 1.25}
+
+
+def shown(lines: list[Line]) -> list[str]:
+    return [str(line) for line in lines]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_fits_into_80_columns() -> None:
+    """Whatever its values, its figures and its verdict; and no two cells look alike."""
+    names = (*DIMENSIONS, "vcpus")
+    cells = [dict(zip(names, values, strict=True)) for values in product(*DIMENSIONS.values(), (1, 512))]
+    figures = {"writes": 999_949_999_999, "seconds": 86_400.0, "verdict": "known bug, not seen", "reason": "a-bug " * 9}
+    header, *lines = shown(short_table([cell | figures for cell in cells]))
+    assert max(map(len, (header, *lines))) <= 80
+    assert len({tuple(line.split()[:6]) for line in lines}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("writes", "text"),
+    [(None, "-"), (9_999, "9999"), (10_000, "10k"), (272_960, "273k"), (999_499, "999k"), (999_500, "1.0M"),
+     (1_234_567, "1.2M"), (9_949_999, "9.9M"), (9_950_000, "10M"), (2_000_000_000, "2.0G"), (1_500_000_000_000, "1500G")],
+)  # fmt: skip
+def test_writes_in_a_few_characters(writes: int | None, text: str) -> None:
+    _, line = short_table([CELL | {"writes": writes, "seconds": 1.0, "verdict": "pass"}])
+    assert str(line).split()[6] == text
+
+
+def test_the_short_table_has_what_was_tested() -> None:
+    """Cells that were not tested have no row in it; the long one names them, with their reasons and all figures."""
+    rows = [
+        DONE | {"verdict": "pass", "reason": ""},
+        CELL | {"verdict": "skipped", "reason": "no LA57"},
+        CELL | {"verdict": "not run", "reason": "interrupted"},
+        DONE | {"verdict": "known bug", "reason": "some-bug"},
+    ]
+    header, first, second = shown(short_table(rows))
+    assert header.split() == ["log", "mode", "guest", "backing", "stop", "density", "vCPU", "writes", "sec", "verdict"]
+    assert first.split() == ["dirty-log", "48bit-4k", "anon", "forced", "sparse", "1", "303k", "1.2", "pass"]
+    assert second.endswith("1.2  known bug")
+    long = [line.split() for line in shown(long_table(rows))]
+    assert long[1] == [
+        *["dirty-log", "48bit-4k", "anonymous", "forced", "sparse", "1", "32", "302559", "8", "7", "3", "1.2", "pass"]
+    ]
+    assert long[2][-9:] == ["-", "-", "-", "-", "-", "-", "skipped:", "no", "LA57"]
+    assert long[3][-3:] == ["not", "run:", "interrupted"]
+    assert summary(rows) == "4 cells: 1 pass, 1 known bug, 1 skipped, 1 not run"
+
+
+def test_a_reason_is_shown_where_there_is_room() -> None:
+    """For all rows, or for none."""
+    bug = "pvm-ring-overflow-of-a-very-long-name"
+    row = DONE | {"verdict": "known bug", "reason": bug}
+    assert bug in str(short_table([row], 120)[1])
+    assert shown(short_table([row], 80))[1].endswith("known bug")
+
+
+@pytest.mark.parametrize(("width", "verbose", "long"), [(80, True, False), (200, False, False), (200, True, True)])
+def test_the_long_table_where_it_fits(width: int, verbose: bool, long: bool) -> None:
+    lines = shown(table_for([DONE | {"verdict": "pass"}, CELL | {"verdict": "skipped"}], width, verbose))
+    assert ("iterations" in lines[0]) == long
+    assert len(lines) == 2
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_singular_and_plural() -> None:
+    assert counted(1, "page") == "1 page"
+    assert counted(0, "page") == "0 pages"
+    assert counted(2, "entry", "entries") == "2 entries"
+    assert listed("page", [3]) == "page 3"
+    assert listed("page", range(11)) == "pages 0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert summary([DONE | {"verdict": "pass"}]) == "1 cell: 1 pass"
+    verdicts = Counter({"known bug": 4, "known bug, not seen": 1, "pass": 2, "FAIL": 1, "not run": 3, "skipped": 5})
+    expected = "2 passed, 1 failed, 4 known bugs, 1 known bug not seen, 5 skipped, 3 not run"
+    assert counts_of_tests(verdicts) == expected
+
+
+def test_commands_and_paths_stay_whole() -> None:
+    """What is in parentheses gets a line of its own, and a word that is too long is not cut."""
+    command = "(echo 513 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages)"
+    path = "/" + "long" * 30
+    lines = wrapped(
+        f"needs 513 free huge pages of 2 MiB, the host has 0 {command}, or so: {path}", 80, "    1 ", "      "
+    )
+    assert [line for line in lines if command in line]
+    assert [line for line in lines if line.strip() == path]
+    assert all(len(line) <= 80 for line in lines if path not in line)
+    assert lines[0].startswith("    1 needs")
+    assert wrapped("a " + "(too long for one line) " * 1 + "b", 12) == ["a (too long", "  for one", "  line) b"]
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+HOST = {"kernel": "6.12.1", "backend": "kvm_amd"}
+GOOD = Counter({"pass": 9, "known bug": 1, "skipped": 2})
+BAD = GOOD + Counter({"FAIL": 1})
+PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syncing"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word", "text"),
+    [
+        (Outcome(GOOD), Word.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
+        (Outcome(GOOD, planned=12), Word.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
+        (Outcome(Counter({"known bug": 2})), Word.GOOD, "good: 2 known bugs"),
+        (Outcome(BAD), Word.BAD, "bad: 9 passed, 1 failed, 1 known bug, 2 skipped"),
+        (
+            Outcome(GOOD, Counter({"FAIL": 2, "pass": 3})),
+            Word.GOOD,
+            "good: 9 passed, 1 known bug, 2 skipped; the suite's own tests: 3 passed, 2 failed",
+        ),
+        (
+            Outcome(Counter(), Counter({"FAIL": 2})),
+            Word.NONE,
+            "no verdict: the suite's own tests: 2 failed",
+        ),
+        (Outcome(Counter()), Word.NONE, "no verdict: no test was selected"),
+        (Outcome(GOOD, log_reports=1), Word.BAD, "bad: 1 report in the kernel's log; 9 passed, 1 known bug, 2 skipped"),
+        (
+            Outcome(GOOD, planned=40, stopped="interrupted"),
+            Word.NONE,
+            "interrupted: 12 of 40 tests ran (9 passed, 1 known bug, 2 skipped): no verdict",
+        ),
+        (
+            Outcome(Counter({"pass": 1, "not run": 1}), planned=2, stopped="interrupted"),
+            Word.NONE,
+            "interrupted: 1 of 2 tests ran (1 passed, 1 not run): no verdict",
+        ),
+        (Outcome(Counter(), stopped="interrupted"), Word.NONE, "interrupted: 0 tests ran: no verdict"),
+        (
+            Outcome(Counter({"FAIL": 1}), planned=3, stopped="interrupted"),
+            Word.BAD,
+            "bad: interrupted: 1 of 3 tests ran (1 failed)",
+        ),
+        (Outcome(Counter({"pass": 1}), Counter({"FAIL": 1}), planned=3), Word.NONE,
+         "stopped: 2 of 3 tests ran (1 passed): no verdict; the suite's own tests: 1 failed"),
+        (
+            Outcome(Counter({"skipped": 5}), untested=Counter({"no KVM": 4, "no LA57": 1})),
+            Word.CANNOT,
+            "cannot be tested: no test ran on KVM: no KVM (and 1 other reason, above); 5 skipped",
+        ),
+        (
+            Outcome(Counter(), Counter({"pass": 7}), untested=Counter()),
+            Word.CANNOT,
+            "cannot be tested: no test ran on KVM: none that was selected needs it; the suite's own tests: 7 passed",
+        ),
+        (
+            Outcome(Counter({"FAIL": 1, "skipped": 3}), end=PANIC),
+            Word.BAD,
+            "bad: the kernel panicked; 1 failed, 3 skipped",
+        ),
+        (
+            Outcome(Counter(), end={"ending": "NO_BOOT", "text": "the kernel does not boot: why"}, untested=Counter()),
+            Word.CANNOT,
+            "cannot be tested: the kernel does not boot: why",
+        ),
+        (
+            Outcome(GOOD, end={"ending": "NOT_TESTED", "text": "it cannot be tested: QEMU ended"}),
+            Word.CANNOT,
+            "cannot be tested: QEMU ended; 9 passed, 1 known bug, 2 skipped",
+        ),
+        (
+            Outcome(Counter({"FAIL": 1}), end={"ending": "EMULATOR_FAULT", "text": "the emulator failed: int3"}),
+            Word.BAD,
+            "bad: 1 failed",
+        ),
+    ],
+)  # fmt: skip
+def test_the_verdict_of_each_outcome(outcome: Outcome, word: Word, text: str) -> None:
+    assert judge(outcome) == (word, text)
+
+
+@pytest.mark.parametrize(
+    ("host", "machine", "text"),
+    [
+        (HOST, {}, "6.12.1, kvm_amd on this host"),
+        (HOST | {"backend": "unknown"}, {}, "6.12.1, KVM on this host"),
+        (HOST, {"qemu": "10.0", "emulated": True}, "6.12.1, kvm_amd in QEMU 10.0 (emulated)"),
+        (HOST, {"qemu": "7.2", "emulated": False}, "6.12.1, kvm_amd in QEMU 7.2 (virtualized)"),
+    ],
+)
+def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text: str) -> None:
+    assert place(host, machine) == text
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+FAULTY_PLUGIN = """
+from lib.vm import Vm
+get_dirty_log = Vm.get_dirty_log
+def falsified(vm, slot, bitmap):
+    get_dirty_log(vm, slot, bitmap)
+    bitmap[:] = bytes(len(bitmap))
+Vm.get_dirty_log = falsified
+"""
+MIXED = [
+    "selftests/test_dirty_log.py", "--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024",
+    "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k", "--backing=anonymous", "--stop=forced",
+    "--density=sparse", "--vcpus=1",
+]  # fmt: skip
+ESCAPE = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., str]:
+    """Run pytest with KVM's bitmaps falsified, on a terminal of 80 columns or in a pipe; returns all that it wrote."""
+    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+
+    def run_it(*arguments: str, terminal: bool, **environment: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-p", "faulty", f"--results={tmp_path}/results", *arguments]
+        ours, theirs = pty.openpty() if terminal else os.pipe()
+        if terminal:
+            ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        removed = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS")
+        inherited = {name: value for name, value in os.environ.items() if name not in removed}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+            env=inherited | {"PYTHONPATH": str(tmp_path), "TERM": "xterm"} | environment,
+        )  # fmt: skip
+        os.close(theirs)
+        with process, open(ours, "rb") as output:
+            return read_all(output.fileno()).replace("\r\n", "\n")
+
+    return run_it
+
+
+def read_all(descriptor: int) -> str:
+    """All that comes until the other side closes, which a pseudoterminal tells by EIO."""
+    parts = []
+    try:
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+    except OSError:
+        pass
+    return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "arguments", "environment", "coloured"),
+    [
+        (True, [], {}, True),
+        (True, ["-n2", "-v"], {"NO_COLOR": "1"}, False),
+        (False, [], {}, False),
+        (False, ["--color=yes"], {}, True),
+    ],
+    ids=["terminal", "no-colour", "pipe", "pipe-in-colour"],
+)
+@pytest.mark.usefixtures("kvm")
+def test_the_end_of_a_run(
+    run: Callable[..., str], needs_log_mode: Callable[[str], None], terminal: bool, arguments: list[str],
+    environment: dict[str, str], coloured: bool,
+) -> None:  # fmt: skip
+    """A pass, a failure and a skip, the verdict below them all, and no line wider than the terminal but commands."""
+    needs_log_mode("dirty-ring")
+    output = run(*MIXED, *arguments, terminal=terminal, **environment)
+    assert ("\x1b[31m\x1b[1mFAIL\x1b[0m" in output) == coloured
+    assert ("\x1b[32mpass\x1b[0m" in output) == coloured
+    assert ("\x1b" in output) == coloured
+    plain = ESCAPE.sub("", output)
+    failure, _, end = plain.partition("dirty tracking, cell by cell")
+    assert re.search(r"^dirty-log  +48bit-4k +anon +forced +sparse +1 .* FAIL$", end, re.MULTILINE)
+    assert re.search(r"^dirty-ring +48bit-4k +anon +forced +sparse +1 .* pass$", end, re.MULTILINE)
+    assert "1 pass, 1 FAIL" in end
+    verdict = " ".join(end.partition("short test summary")[2].split())
+    assert re.search(r"FAILED .* \S+, kvm_\w+ on this host: bad: 1 passed, 1 failed", verdict)
+    assert "; files: " in verdict
+    whole = ("FAILED ", "reproduce ", "____")
+    report = "KVM broke the contract" + failure.partition("KVM broke the contract")[2] + end
+    if terminal:
+        wide = [line for line in report.splitlines() if len(line) > 80 and " " in line.strip()]
+        assert not [line for line in wide if not line.startswith(whole)]
+    else:
+        assert re.search(r" on this host: bad: .*; files: \S+$", end, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_broken_contract_is_told_first(run: Callable[..., str]) -> None:
+    """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
+    test = "selftests/test_slots.py::test_off_and_on_again[dirty-log]"
+    output = run(test, terminal=False)
+    report = output.partition("= FAILURES =")[2].splitlines()
+    assert re.match(r"dirty-log: .*lost page", report[2]), output
+    assert len(report[2 : report.index("")]) <= 2
+    assert re.search(r"^selftests/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
+    assert "lib/tracked_vm.py" not in output
+    assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed ", output, re.MULTILINE)
+    assert "lib/tracked_vm.py" in run(test, "--tb=long", terminal=False)
+
+
+def test_own_tests_are_no_verdict_on_a_kernel(run: Callable[..., str]) -> None:
+    output = run("selftests/unit/test_uapi.py", "-q", terminal=False)
+    assert re.search(r": no verdict: the suite's own tests: \d+ passed(, \d+ skipped)?$", output, re.MULTILINE), output
