@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 
 from lib.oracle import Kind
 from lib.tracked_vm import ContractBroken
+from lib.wording import counted
 from lib.write_stream import WriteStream
 
 _SHOWN = 8
@@ -154,7 +155,7 @@ class CollectionLog:
         self._toggles = [*latest.values()]
         if self._findings:
             findings, self._findings = self._findings, []
-            more = f"\nand {len(findings) - _SHOWN} findings more" if len(findings) > _SHOWN else ""
+            more = f"\nand {counted(len(findings) - _SHOWN, 'finding')} more" if len(findings) > _SHOWN else ""
             shown = "\n".join(text for _, text in findings[:_SHOWN])
             raise ContractBroken(shown + more, {kind for kind, _ in findings})
 
@@ -378,7 +379,7 @@ class CollectionLog:
         writes = f"writes {one.before} to {one.after}" + (", all vCPUs stopped" if one.exact else "")
         text = (
             f"{kind.name} ({kind.value}{': ' + why if why else ''}): collection at {one.start} to {one.end} of pages"
-            f" {one.first} to {one.last - 1}{whose}, {writes}: {len(pages)} pages: {some}"
+            f" {one.first} to {one.last - 1}{whose}, {writes}: {counted(len(pages), 'page')}: {some}"
         )
         self._findings.append((kind, text))
 

@@ -23,6 +23,7 @@ from lib.log_modes import LOG_MODES, ClearLog, DirtyRing, reset_all
 from lib.memory import BACKINGS, GuestMemory
 from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from lib.vcpu import Vcpu
+from lib.wording import counted
 
 VCPUS = 2
 # Where a slot can be: places side by side, in none of which it begins or ends on a 64-page boundary of guest memory
@@ -74,7 +75,7 @@ def replay(mode: str, steps: Sequence["Step"], device: str = DEFAULT_DEVICE) -> 
             run_history(kvm, this_host(), mode, steps)
         except HistoryFailed as failure:
             sys.exit(str(failure))
-    print(f"{mode}: KVM and the model agree in all of {len(steps)} steps")
+    print(f"{mode}: KVM and the model agree in all of {counted(len(steps), 'step')}")
 
 
 def run_history(
@@ -205,7 +206,8 @@ class Pair:
         done = 1 + next((index for index, (_, page) in enumerate(left) if pushed and (slot, page) == pushed[-1]), -1)
         self.model.ran(vcpu, slot, left[:done], pushed)
         if not self._is_full(vcpu):
-            raise Difference(f"vCPU {vcpu}: KVM_EXIT_DIRTY_RING_FULL, with {self._used(vcpu)} entries used")
+            used = counted(self._used(vcpu), "entry", "entries")
+            raise Difference(f"vCPU {vcpu}: KVM_EXIT_DIRTY_RING_FULL, with {used} used")
         self.empty_rings()
         again = [(Access.REDONE, left[done - 1][1])] if done and not self.emulates else []
         return again + left[done:]

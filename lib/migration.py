@@ -14,6 +14,7 @@ from lib.cell import PAGE
 from lib.host import this_host, uses_pml
 from lib.log_modes import DirtyRing
 from lib.tracked_vm import ContractBroken
+from lib.wording import counted
 from lib.writers_vm import WritersVm
 
 _SHOWN = 8
@@ -88,11 +89,10 @@ class Migration:
                 where = [slice(page * PAGE, (page + 1) * PAGE) for page in range(memslot.npages)]
                 pages = [page for page, its in enumerate(where) if source[its] != copy[its]]
             some = ", ".join(map(str, pages[:_SHOWN]))
-            wrong.append(f"slot {slot}: {len(pages)} pages of {memslot.npages}: {some}")
+            wrong.append(f"slot {slot}: {len(pages)} of {counted(memslot.npages, 'page')}: {some}")
         if wrong:
-            raise ContractBroken(
-                f"{self.vm.mode.name}: after {len(self.rounds)} rounds the copy differs from the source in {'; '.join(wrong)}"
-            )
+            after = f"{self.vm.mode.name}: after {counted(len(self.rounds), 'round')}"
+            raise ContractBroken(f"{after} the copy differs from the source in {'; '.join(wrong)}")
 
     def figures(self) -> list[dict[str, Any]]:
         """The rounds as plain data."""

@@ -9,6 +9,7 @@ from lib import uapi
 from lib.cell import HANG_TIMEOUT
 from lib.tracked_vm import ContractBroken
 from lib.vm import Vm
+from lib.wording import counted
 
 Harvest = list[tuple[int, int]]  # slot and offset of each entry
 
@@ -83,7 +84,7 @@ class ResetLedger:
             if time.monotonic() > deadline:
                 raise ContractBroken(
                     f"KVM_RESET_DIRTY_RINGS leaves harvested entries in the rings of vCPUs {left} for {HANG_TIMEOUT:g} s,"
-                    f" in {self.calls} calls"
+                    f" in {counted(self.calls, 'call')}"
                 )
 
     def settle(self) -> None:
