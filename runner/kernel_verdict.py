@@ -71,7 +71,7 @@ def judge(outcome: Outcome) -> tuple[Word, str]:
         word, text = Word.CANNOT, "; ".join(filter(None, (why, counts)))
     elif stopped:
         return Word.NONE, f"{counts}: {Word.NONE.value}{_own(outcome)}"
-    elif outcome.untested is not None:
+    elif outcome.untested is not None and (outcome.kernel or outcome.own):
         word, text = Word.CANNOT, "; ".join(filter(None, (_untested(outcome.untested), counts)))
     elif any(outcome.kernel[verdict] for verdict in outcome.kernel if verdict not in UNTESTED):
         word, text = Word.GOOD, counts

@@ -131,8 +131,8 @@ def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) ->
         for row in rows:
             function = str(row["test"]).partition("[")[0].removeprefix("selftests/")
             counts.setdefault(function, {}).setdefault(name, Counter())[str(row["verdict"])] += 1
-    lines = [["test", *names]]
-    lines += [[function, *(_cases(columns.get(name)) for name in names)] for function, columns in counts.items()]
+    lines = [[*names, "test"]]  # the long names last
+    lines += [[*(_cases(columns.get(name)) for name in names), function] for function, columns in counts.items()]
     return _left(lines)
 
 

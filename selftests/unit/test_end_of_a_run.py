@@ -145,6 +145,7 @@ PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syn
             "no verdict: the suite's own tests: 2 failed",
         ),
         (Outcome(Counter()), Word.NONE, "no verdict: no test was selected"),
+        (Outcome(Counter(), untested=Counter()), Word.NONE, "no verdict: no test was selected"),
         (Outcome(GOOD, log_reports=1), Word.BAD, "bad: 1 report in the kernel's log; 9 passed, 1 known bug, 2 skipped"),
         (
             Outcome(GOOD, planned=40, stopped="interrupted"),

@@ -501,9 +501,9 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
     ]
     lines = cross_table_of_tests(["A", "B"], [one, two])
     assert [line.split() for line in lines] == [
-        ["test", "A", "B"],
-        ["test_a.py::test_b", "1", "1s", "2F"],
-        ["test_a.py::test_c", "1s", "2k"],
+        ["A", "B", "test"],
+        ["1", "1s", "2F", "test_a.py::test_b"],
+        ["1s", "2k", "test_a.py::test_c"],
     ]
     assert skipped_everywhere([one, [*two[:2], row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
 
