@@ -61,7 +61,10 @@ def judge(outcome: Outcome) -> tuple[Word, str]:
     if stopped:
         of = f" of {outcome.planned}" if outcome.planned else ""
         tests = "test" if (outcome.planned or ran) == 1 else "tests"
-        counts = f"{stopped}: {ran}{of} {tests} ran" + (f" ({counts})" if counts else "")
+        came_to = counts_of_tests(
+            Counter({word: number for word, number in outcome.kernel.items() if word != "not run"})
+        )
+        counts = f"{stopped}: {ran}{of} {tests} ran" + (f" ({came_to})" if came_to else "")
     if outcome.kernel["FAIL"] or outcome.log_reports or ending.exit_status == 1:
         in_log = f"{counted(outcome.log_reports, 'report')} in the kernel's log" if outcome.log_reports else ""
         died = ending.value if ending.exit_status == 1 else ""

@@ -102,7 +102,7 @@ def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str
     lines = []
     for text, those in sorted(ids.items(), key=lambda item: -len(item[1])):
         files = dict.fromkeys(test.partition("::")[0].removeprefix("selftests/") for test in those)
-        about = ", ".join(filter(None, names[text]))
+        about = ", ".join(sorted(filter(None, names[text])))
         lines.append(f"{len(those):5} {verdict}, {', '.join(files)}: {about + ': ' if about else ''}{text}")
     return lines
 

@@ -526,7 +526,7 @@ def test_what_did_not_run_has_a_line_each() -> None:
     )
     assert [line.strip() for line in lines] == [
         "3 skipped, x86_64/test_b.py, test_c.py: no SVM: it is off",
-        "2 skipped, test_c.py: 57bit-4k, 57bit-2m: no LA57",
+        "2 skipped, test_c.py: 57bit-2m, 57bit-4k: no LA57",
         "1 skipped, x86_64/test_smm.py: no SMM",
         "1 skipped, test_c.py: 48bit-1g: no PDPE1GB",
     ]
