@@ -282,8 +282,9 @@ class Oracle:
             must = set(stream.between(since, max(since, before)))
             missing |= must - reported
             if missing:
-                since_then = f"{counted(len(must), 'page')} written since the collection before"
-                found(Kind.LOST, vcpu, missing, f"{counted(len(missing), 'page')}; {since_then}")
+                begin = "the collection before" if len(self._reap_iterations) > 1 else "tracking began"
+                detail = f"{counted(len(missing), 'page')}; {counted(len(must), 'page')} written since {begin}"
+                found(Kind.LOST, vcpu, missing, detail)
 
     @property
     def _first_of_all_set(self) -> bool:

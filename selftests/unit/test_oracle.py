@@ -237,3 +237,13 @@ def test_history_tells_the_last_write_and_report() -> None:
         == "page 3: last written by write 1 of vCPU 0 (iteration 1); last reported in collection 1 (iteration 1)"
     )
     assert checks.history(5) == "page 5: last written by nobody; not reported in the last 1 collection"
+
+
+def test_findings_are_told_in_words_of_the_field() -> None:
+    """Singular and plural, and which writes a collection was to report."""
+    checks = oracle([3, 1, 4])
+    (first,) = checks.check_reap(reap([], before=1))
+    (second,) = checks.check_reap(reap([], before=3))
+    lost = "vCPU 0: LOST (written but not reported)"
+    assert str(first) == f"iteration 1, collection 1, {lost}: 1 page; 1 page written since tracking began"
+    assert str(second) == f"iteration 1, collection 2, {lost}: 2 pages; 2 pages written since the collection before"
