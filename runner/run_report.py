@@ -222,7 +222,9 @@ class RunReport:
             for line in table.table_for(rows, screen.width, verbose):
                 screen.row(line)
             screen.line()
+        screen.line(table.summary(rows))
         for bug, cells in _known_bugs(rows).items():
+            screen.line()
             screen.line(f"known bug {bug} (known_bugs.toml has what it is):")
             for row in cells:
                 names = " ".join(str(row[name]) for name in table.DIMENSIONS[:-1])
@@ -230,7 +232,6 @@ class RunReport:
                 findings = str(row.get("findings", "")).splitlines()
                 for finding in findings if verbose else findings[:1]:
                     screen.line(f"    {finding}")
-        screen.line(table.summary(rows))
 
     def _show_untested(self, screen: Screen) -> None:
         """What did not come to its test, a line per reason."""
