@@ -22,7 +22,6 @@ _OWN_TESTS = "selftests/unit/"
 _STOPPED: dict[int, str] = {
     pytest.ExitCode.INTERRUPTED: "interrupted",
     pytest.ExitCode.INTERNAL_ERROR: "ended by an error of the suite",
-    pytest.ExitCode.USAGE_ERROR: "refused",
 }
 
 
@@ -186,6 +185,8 @@ class RunReport:
 
     def show_verdict(self, terminalreporter: pytest.TerminalReporter, exit_status: int) -> None:
         """The line that a person can quote: kernel, place, verdict, counts, and where the files are."""
+        if exit_status == pytest.ExitCode.USAGE_ERROR:
+            return  # pytest says what is wrong with the command
         on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
         judges = {test for test in on_kvm if self.must_test or not test.startswith(_OWN_TESTS)}
         if self.must_test:
