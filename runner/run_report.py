@@ -83,7 +83,7 @@ class RunReport:
         self._tests: dict[str, dict[str, str]] = {}
         self._on_kvm = 0
         self._not_on_kvm: list[str] = []
-        self._not_run: dict[str, list[str]] = {}
+        self._untested: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in table.UNTESTED}
         self._caught: dict[str, list[str]] = {}
         self._migrations: dict[str, dict[str, Any]] = {}
         self._tests_by_title: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ class RunReport:
         outcome, reason = verdict(report, properties)
         self._verdicts[report.nodeid] = "FAIL" if self._verdicts.get(report.nodeid) == "FAIL" else outcome
         if outcome in table.UNTESTED:
-            self._not_run.setdefault(reason, []).append(report.nodeid)
+            self._untested[outcome].setdefault(reason, []).append(report.nodeid)
         if properties.get("kvm"):
             if outcome in table.UNTESTED:
                 self._not_on_kvm.append(reason)
@@ -236,16 +236,12 @@ class RunReport:
 
     def _show_untested(self, screen: Screen) -> None:
         """What did not come to its test, a line per reason."""
-        not_run: dict[str, list[str]] = {}
-        for test, row in (self._rows | self._tests).items():
-            if row["verdict"] == "not run":
-                not_run.setdefault(row["reason"], []).append(test)
-        if not (self._not_run or not_run):
+        if not any(self._untested.values()):
             return
         screen.section("what did not run: how many tests, of which files, and why")
-        lines = table.untested_lines(not_run, "not run") + table.untested_lines(self._not_run, "skipped")
-        for line in lines:
-            screen.line(line, indent="    ")
+        for verdict in reversed(table.UNTESTED):
+            for line in table.untested_lines(self._untested[verdict], verdict):
+                screen.line(line, indent="    ")
         if self._not_on_kvm and not self.facts.machine:
             screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
 
