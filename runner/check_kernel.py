@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""check_kernel.py KERNEL [options of pytest]: test a kernel, with an exit status as ``git bisect run`` wants it.
-
-0: good; 1: bad; 125: it cannot be tested (it does not boot, has no KVM, is no kernel); 128: nothing can be tested like
-this (wrong options, nothing selected), which ends a bisection; 130: interrupted.
-"""
+"""Test a kernel, with an exit status as ``git bisect run`` wants it; see _USAGE."""
 
 import os
 import sys
@@ -12,9 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+_AT_HAND = "auto"  # kernel_options.AT_HAND, which cannot be imported before main() has set the path
 # Options that name a file to write
-_FILES = ("--results", "--junitxml", "--junit-xml")
-_USAGE = "usage: check_kernel.py KERNEL [options of pytest]"
+_FILES = ("--results", "--junitxml", "--junit-xml", "--log-file")
+_USAGE = """\
+usage: check_kernel.py KERNEL [options of pytest, and tests to run]
+
+Boots KERNEL in QEMU and runs the suite in it. KERNEL is a bzImage, a build tree, a .deb, an unpacked package, the release
+of an installed kernel, or debian:6.12. `pytest --help` has the options, among them those of the machine.
+
+exit status
+  0    good: all tests passed
+  1    bad: a test failed, or the kernel reported a bug, oopsed, panicked or hung
+  125  it cannot be tested: it does not boot, has no KVM, is no kernel for this machine
+  128  nothing can be tested like this: a wrong option, no test that matches; this ends a bisection
+  130  interrupted"""
 # pytest's own exit statuses that say nothing about the kernel (https://docs.pytest.org/en/stable/reference/exit-codes.html)
 STATUSES: dict[int, int] = {
     pytest.ExitCode.INTERRUPTED: 130,
@@ -26,8 +34,11 @@ STATUSES: dict[int, int] = {
 
 def main(arguments: list[str]) -> int:
     """Run pytest with the kernel that *arguments* name first."""
-    if not arguments or not arguments[0] or arguments[0].startswith("-"):
-        print(f"{_USAGE}: no kernel is named", file=sys.stderr)
+    if {"-h", "--help"} & {*arguments}:
+        print(_USAGE)
+        return 0
+    if mistake := _mistake(arguments):
+        print(f"check_kernel.py: {mistake}", file=sys.stderr)
         return 128
     kernel, *options = arguments
     # Paths are seen from where the user is, tests from the suite, which pytest has to be in to find its settings.
@@ -40,6 +51,18 @@ def main(arguments: list[str]) -> int:
     return STATUSES.get(status, status)
 
 
+def _mistake(arguments: list[str]) -> str | None:
+    if not arguments or not arguments[0] or arguments[0].startswith("-"):
+        return "no kernel is named: check_kernel.py KERNEL [options of pytest], such as debian:6.12; --help tells more"
+    if arguments[0] == _AT_HAND:
+        return (
+            f"{_AT_HAND} is no kernel to check: name one (debian:6.12); make run takes one at hand where it needs one"
+        )
+    if any(argument.partition("=")[0] == "--kernel" for argument in arguments):
+        return "--kernel: the kernel is named already, as the first argument"
+    return None
+
+
 def _with_absolute_paths(options: list[str]) -> list[str]:
     """*options* with the paths in them made absolute, each in one word: pytest would take a second word for a test's path."""
     words: list[str] = []
@@ -48,7 +71,7 @@ def _with_absolute_paths(options: list[str]) -> list[str]:
         name, equals, value = option.partition("=")
         if name in (*_FILES, "--qemu"):
             value = value if equals else next(left, "")
-            if name in _FILES or _is_path(value):
+            if value and (name in _FILES or _is_path(value)):
                 value = os.path.abspath(os.path.expanduser(value))
             words.append(f"{name}={value}")
         else:

@@ -26,6 +26,11 @@ def fetch(wanted: str, cache: Path) -> Path:
 
     :raises CannotTest: there is none, or it cannot be downloaded
     """
+    if candidate := re.fullmatch(r"(\d+(?:\.\d+)*)[-~]?rc\d+.*", wanted):
+        raise CannotTest(
+            f"debian:{wanted}: release candidates are in none of {', '.join(_SUITES)}; name a release, such as"
+            f" debian:{candidate[1]}, or give the tree of a kernel that you built"
+        )
     match = re.fullmatch(r"(\d+(?:\.\d+)*)(?:-([a-z0-9-]+))?", wanted)
     if not match:
         raise CannotTest(f"debian:{wanted}: write it as debian:6.12 or debian:6.12-rt-amd64")

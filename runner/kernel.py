@@ -4,6 +4,7 @@
 import gzip
 import lzma
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -58,7 +59,10 @@ def find_kernel(name: str) -> Kernel:
     if "/" not in name and (found := _installed(Path("/"), name)):
         return found
     installed = ", ".join(kernel.release for kernel in kernels_under(Path("/"))) or "none"
-    raise CannotTest(f"no kernel {name!r}: neither a file or folder, nor an installed release (installed: {installed})")
+    hint = f"; Debian's is debian:{name}" if re.fullmatch(r"\d+(\.\d+)+", name) else ""
+    raise CannotTest(
+        f"no kernel {name!r}: neither a file or folder, nor an installed release (installed: {installed}){hint}"
+    )
 
 
 def kernels_at_hand() -> list[Kernel]:

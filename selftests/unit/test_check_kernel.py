@@ -468,7 +468,19 @@ def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str
     assert message in one_line(check_kernel(name))
 
 
-def test_no_kernel_named(check_kernel: CheckKernel) -> None:
-    done = check_kernel("")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "no kernel is named"), ("-v", "no kernel is named"), ("auto", "auto is no kernel to check")],
+)
+def test_no_kernel_named(check_kernel: CheckKernel, name: str, message: str) -> None:
+    done = check_kernel(name)
     assert done.status == NOT_LIKE_THIS
-    assert "no kernel is named" in done.output
+    (line,) = done.output.splitlines()
+    assert message in line
+
+
+def test_the_usage_has_each_status(check_kernel: CheckKernel) -> None:
+    done = check_kernel("--help")
+    assert done.status == GOOD
+    for status in (GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED):
+        assert f"\n  {status} " in done.output

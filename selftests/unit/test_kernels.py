@@ -167,6 +167,23 @@ def cached(cache: Path, *releases: str) -> None:
         (cache / release / ".complete").touch()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("7.2", r"neither a file or folder, nor an installed release .*; Debian's is debian:7\.2$"),
+        ("7.2-rc3", r"nor an installed release \(installed: [^;]*$"),
+        (
+            "debian:7.2-rc3",
+            "release candidates are in none of trixie, bookworm, sid; name a release, such as debian:7.2,",
+        ),
+        ("debian:7.2~rc3-rt-amd64", "release candidates are in none of"),
+    ],
+)
+def test_kernels_that_debian_has_under_another_name(name: str, message: str) -> None:
+    with pytest.raises(CannotTest, match=message):
+        find_kernel(name)
+
+
 def test_debian_takes_the_newest_that_fits_from_the_cache(tmp_path: Path) -> None:
     """Versions are compared number by number, and flavours do not mix; what was cut short is not taken."""
     cached(tmp_path, "6.1.0-9-cloud-amd64", "6.1.0-10-cloud-amd64", "6.12.9+deb12-cloud-amd64", "6.12.9+deb12-rt-amd64")
