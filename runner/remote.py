@@ -21,7 +21,8 @@ from runner.target import Target
 _MOST_BOOTS = 3
 # Of pytest's plugins few are of use there, and each costs time.
 _NEEDLESS = [
-    f"-pno:{name}" for name in ("doctest", "legacypath", "logging", "unittest", "subtests", "junitxml", "pastebin")
+    f"-pno:{name}"
+    for name in ("cacheprovider", "doctest", "legacypath", "logging", "unittest", "subtests", "junitxml", "pastebin")
 ]
 _ENVIRONMENT = {
     "PYTHONPATH": initramfs.SITE,

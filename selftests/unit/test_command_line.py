@@ -107,6 +107,23 @@ def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[s
     assert message in line
 
 
+def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
+    """--lf works, and its file is not in the checkout's first folder."""
+    options = [
+        *QUICK,
+        *ONE_CELL,
+        "--log-mode=dirty-log",
+        "--kvm-device=/nonexistent",
+        "--require-kvm",
+        "-p",
+        "no:xdist",
+    ]
+    options += ["selftests/unit/test_uapi.py", "-o", f"cache_dir={tmp_path}/cache"]
+    assert re.search(r"=== \d+ passed, .*1 error in ", suite(*options).stdout)
+    assert re.search(r"=== 1 error in ", suite(*options, "--lf").stdout)
+    assert not (ROOT / ".pytest_cache").exists()
+
+
 def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
     """The smallest size depends on the backend; the message names it, and that size is taken."""
     if reason := DirtyRing.supported(kvm):
