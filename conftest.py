@@ -273,7 +273,7 @@ def _prepare(config: pytest.Config) -> None:
         keys = StaticKeys(settings.kvm_device)
         keys.hold()
         config.pluginmanager.register(keys, "static-keys")
-    check_settings(settings, dimensions["vcpus"], config.getoption("numprocesses", None) or 1)
+    check_settings(settings, dimensions["vcpus"][-1], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
             check_with_kvm(kvm, settings, dimensions)

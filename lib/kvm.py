@@ -80,6 +80,8 @@ def _open(device: str) -> int:
         with explained(f"{device} cannot be opened"):
             return os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
+        if device != DEFAULT_DEVICE:
+            raise KvmUnavailable(f"{device} does not exist (--kvm-device; KVM's own is {DEFAULT_DEVICE})") from None
         raise KvmUnavailable(
             f"{device} does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd), and if that fails switch on VT-x or"
             " SVM in the firmware, or nested virtualization in the hypervisor below"
@@ -106,5 +108,5 @@ def _how_to_open(device: str, error: PermissionError) -> str:
         return f"join its group (sudo usermod -aG {group} $USER, then log in again), {elsewhere}"
     return (
         f"it is group {group}'s with mode {stat.filemode(status.st_mode)[1:]}"
-        f" (sudo chgrp kvm {device}; sudo chmod 660 {device}; and join group kvm), {elsewhere}"
+        f" (be root, or: sudo chgrp kvm {device}; sudo chmod 660 {device}; and join group kvm), {elsewhere}"
     )

@@ -12,6 +12,7 @@ from lib.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_da
 from lib.dirty_ring import ENTRY_SIZE
 from lib.host_limits import (
     THREADS,
+    Limit,
     address_space_limits,
     available_memory,
     memory_limits,
@@ -37,7 +38,8 @@ DEFAULT_VCPUS = (1, 2)
 # What a worker needs beside guest memory: interpreter, tables and the oracle's sets (measured: below 120 MiB at 1 GiB)
 _WORKER_MEMORY = 150 * MIB
 _HOUR = 3_600_000  # in milliseconds
-_UNITS = {"k": KIB, "m": MIB, "g": GIB}
+_UNITS = {"k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+_UNITS_TEXT = "K, M, G or T"
 
 
 class SelectionError(ValueError):
@@ -63,14 +65,20 @@ def parse_names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ..
 
 def parse_number(option: str, text: str, least: int, most: int | None = None) -> int:
     """A whole number, in decimal or with 0x."""
-    try:
-        value = int(text, 0)
-    except ValueError:
-        raise SelectionError(f"{option}: {text!r} is not a whole number") from None
+    value = _whole_number(text)
+    if value is None:
+        raise SelectionError(f"{option}: {text!r} is not a whole number")
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
         raise SelectionError(f"{option}: {text} is out of range, it must be {bounds}")
     return value
+
+
+def _whole_number(text: str) -> int | None:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
 
 
 def parse_milliseconds(option: str, text: str) -> float:
@@ -85,38 +93,72 @@ def parse_milliseconds(option: str, text: str) -> float:
 
 
 def parse_size(option: str, text: str) -> int:
-    """A size in bytes, with an optional unit K, M or G; whole pages."""
-    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
-    size = parse_number(option, number, 1) * unit
+    """A size in bytes, with an optional unit; whole pages."""
+    number, unit = (text, "") if _whole_number(text) is not None else (text[:-1], text[-1:])
+    value = _whole_number(number)
+    if value is None:
+        raise SelectionError(
+            f"{option}: {text!r} is no size: write a whole number and a unit ({_UNITS_TEXT}), such as 64M"
+        )
+    if unit and unit.lower() not in _UNITS:
+        raise SelectionError(f"{option}: {text!r} has an unknown unit {unit!r} (the units are {_UNITS_TEXT})")
+    size = value * _UNITS.get(unit.lower(), 1)
     if size % PAGE:
         raise SelectionError(f"{option}: {text} is not a multiple of the page size ({PAGE})")
+    if size < PAGE:
+        raise SelectionError(f"{option}: {text} is out of range, it must be at least a page ({PAGE})")
     return size
 
 
-def check_settings(settings: Settings, vcpus: Sequence[int], workers: int) -> None:
-    """Check what can be checked without KVM.
+def check_values(settings: Settings, vcpus: int) -> None:
+    """Check what depends on no host.
 
-    :param workers: how many cells run at once
-    :raises SelectionError: a value that no KVM takes, or more memory than the host has
+    :param vcpus: of the largest VM
+    :raises SelectionError: a value that no KVM takes
     """
     count = settings.ring_count
     if count & (count - 1):
         raise SelectionError(f"--ring-count: {count} is not a power of two")
-    if max(vcpus) > MAX_VCPUS:
-        raise SelectionError(f"--vcpus: {max(vcpus)} is out of range, a page has words for {MAX_VCPUS}")
-    each = f"{workers} at a time need" if workers > 1 else "needs"
-    needed = _worker_memory(settings, max(vcpus))
-    together = tightest([*memory_limits(), *promise_limits()], workers * needed)
-    if limit := together or tightest(address_space_limits(), needed):
-        raise SelectionError(
-            f"--test-mem: {size_text(settings.test_mem)} {each} {workers * needed // MIB} MiB of memory, but {limit.text},"
-            f" {max(limit.left, 0) // MIB} MiB of it free (a smaller --test-mem, fewer workers with -n, or {limit.remedy})"
-        )
+    if vcpus > MAX_VCPUS:
+        raise SelectionError(f"--vcpus: {vcpus} is out of range, a page has words for {MAX_VCPUS}")
+
+
+def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
+    """Check what can be checked without KVM.
+
+    :param vcpus: of the largest VM
+    :param workers: how many cells run at once
+    :raises SelectionError: a value that no KVM takes, or more memory than the host has
+    """
+    check_values(settings, vcpus)
+    check_memory(settings, vcpus, workers, [*memory_limits(), *promise_limits()])
+    check_memory(settings, vcpus, 1, address_space_limits())
     if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
         raise SelectionError(
             f"-n: {workers} workers need {workers * THREADS} threads, but {limit.text}, {max(limit.left, 0)} of them free"
             f" (fewer workers, or {limit.remedy})"
         )
+
+
+def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[Limit]) -> None:
+    """Check that *workers* at a time have memory enough.
+
+    :raises SelectionError: one of the limits does not allow it; the option that takes most is to blame
+    """
+    needed = workers * _worker_memory(settings, vcpus)
+    limit = tightest(limits, needed)
+    if limit is None:
+        return
+    if workers * vcpus * settings.ring_count * ENTRY_SIZE > needed // 2:
+        option, what = "--ring-count", f"rings of {settings.ring_count} entries"
+    else:
+        option, what = "--test-mem", size_text(settings.test_mem)
+    verb = f"{workers} at a time need" if workers > 1 else "need" if option == "--ring-count" else "needs"
+    fewer = ", fewer workers with -n" if workers > 1 else ""
+    raise SelectionError(
+        f"{option}: {what} {verb} {needed // MIB} MiB of memory, but {limit.text},"
+        f" {max(limit.left, 0) // MIB} MiB of it free (a smaller {option}{fewer}, or {limit.remedy})"
+    )
 
 
 def workers_here(settings: Settings, vcpus: int) -> int:

@@ -279,7 +279,7 @@ def test_memory_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> 
     line = suite.refused(suite(*ONE, "--test-mem=1G", limit=limit))
     assert "--test-mem: 1 GiB needs " in line
     assert " allows 300 MiB, " in line
-    assert "fewer workers with -n, or docker run --memory" in line
+    assert "(a smaller --test-mem, or docker run --memory" in line
     assert suite(*ONE, "-n", "auto", limit=limit) == 0, suite.output
     assert "1/1 worker" in suite.output
 

@@ -34,7 +34,8 @@ def test_names_keep_the_order_of_the_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("64M", 64 * MIB), ("1g", GIB), ("8K", 8 * KIB), ("0x2000", 8192), ("4096", 4096)]
+    ("text", "size"),
+    [("64M", 64 * MIB), ("1g", GIB), ("8K", 8 * KIB), ("0x2000", 8192), ("4096", 4096), ("2T", 2048 * GIB)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size("--x", text) == size
@@ -52,12 +53,29 @@ def test_sizes(text: str, size: int) -> None:
         (lambda: parse_milliseconds("--interval", "nan"), "--interval: nan ms is out of range"),
         (lambda: parse_milliseconds("--interval", "soon"), "--interval: 'soon' is not a number of milliseconds"),
         (lambda: parse_size("--test-mem", "1000"), "--test-mem: 1000 is not a multiple of the page size"),
-        (lambda: parse_size("--test-mem", "1T"), "--test-mem: '1T' is not a whole number"),
-        (lambda: parse_size("--test-mem", "-1M"), "--test-mem: -1 is out of range"),
-        (lambda: check_settings(Settings(ring_count=1000), (1,), 1), "--ring-count: 1000 is not a power of two"),
-        (lambda: check_settings(Settings(), (513,), 1), "--vcpus: 513 is out of range"),
-        (lambda: check_settings(Settings(test_mem=1 << 50), (1,), 1), "MiB of memory, but the host has"),
-        (lambda: check_settings(Settings(test_mem=GIB), (1,), 1 << 20), "1048576 at a time need"),
+        (
+            lambda: parse_size("--test-mem", "1P"),
+            "--test-mem: '1P' has an unknown unit 'P' (the units are K, M, G or T)",
+        ),
+        (
+            lambda: parse_size("--test-mem", "10X"),
+            "--test-mem: '10X' has an unknown unit 'X' (the units are K, M, G or T)",
+        ),
+        (
+            lambda: parse_size("--test-mem", "G"),
+            "--test-mem: 'G' is no size: write a whole number and a unit (K, M, G or T)",
+        ),
+        (lambda: parse_size("--test-mem", "64MB"), "--test-mem: '64MB' is no size: "),
+        (lambda: parse_size("--test-mem", ""), "--test-mem: '' is no size: "),
+        (lambda: parse_size("--test-mem", "-1M"), "--test-mem: -1M is out of range, it must be at least a page (4096)"),
+        (lambda: check_settings(Settings(ring_count=1000), 1, 1), "--ring-count: 1000 is not a power of two"),
+        (lambda: check_settings(Settings(), 513, 1), "--vcpus: 513 is out of range"),
+        (lambda: check_settings(Settings(test_mem=1 << 50), 1, 1), "MiB of memory, but the host has"),
+        (lambda: check_settings(Settings(test_mem=GIB), 1, 1 << 20), "1048576 at a time need"),
+        (
+            lambda: check_settings(Settings(ring_count=1 << 40), 1, 1),
+            "--ring-count: rings of 1099511627776 entries need ",
+        ),
     ],
 )
 def test_bad_values_get_one_clear_line(parse: object, message: str) -> None:
