@@ -55,13 +55,16 @@ from lib.selection import (
 from lib.tracked_vm import ContractBroken
 from lib.wording import wrapped
 from runner.errors import CANNOT_TEST, CannotTest
+from runner.guest_session import guest_session
 from runner.interruption import Interruption, heed_once
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
     AT_HAND,
     add_kernel_options,
+    flags_given,
     kernel_options,
     option_name,
+    options_given,
     options_in_kernel,
     split_tests,
 )
@@ -269,7 +272,8 @@ def _prepare(config: pytest.Config) -> None:
         config.stash[_plan_key] = []
         _prepare_remote(config)
         return
-    if option.emulated:
+    guest = guest_session(config)
+    if guest is not None and guest.emulated:
         keys = StaticKeys(settings.kvm_device)
         keys.hold()
         config.pluginmanager.register(keys, "static-keys")
@@ -291,8 +295,8 @@ def _prepare(config: pytest.Config) -> None:
     planned_tests = PlannedTests(by_id, config.stash[_interruption_key])
     config.pluginmanager.register(planned_tests, "planned-tests")
     config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
-    if option.report_to is not None:
-        config.pluginmanager.register(ReportStream(config, option.report_to, report), "report-stream")
+    if guest is not None:
+        config.pluginmanager.register(ReportStream(config, guest.report_to, report), "report-stream")
 
 
 def _prepare_remote(config: pytest.Config) -> None:
@@ -311,14 +315,12 @@ def _prepare_remote(config: pytest.Config) -> None:
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )
-    options.append(f"--repeat-with={this_pytest()} {shlex.join(kernel_options(option))}")
-    if target.qemu.emulated:
-        options.append("--emulated")
+    repeat_with = f"{this_pytest()} {shlex.join(kernel_options(option))}"
+    tests = config.stash[_remote_tests_key]
     config.pluginmanager.register(report, "run-report")
     planned = PlannedTests({}, config.stash[_interruption_key])
     config.pluginmanager.register(planned, "planned-tests")
-    tests = config.stash[_remote_tests_key]
-    session = RemoteSession(target, options, tests, bool(config.args), results, report, planned)
+    session = RemoteSession(target, options, repeat_with, tests, bool(config.args), results, report, planned)
     config.pluginmanager.register(session, "remote-session")
 
 
@@ -509,10 +511,23 @@ def thorough(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture(scope="session")
 def throwaway_kernel(lacks: Lacks, pytestconfig: pytest.Config) -> None:
     """For what may harm the kernel it runs on, if that has a bug: skips unless the kernel was booted for the test."""
-    if not pytestconfig.option.emulated:
+    if guest_session(pytestconfig) is None:
         lacks(
             "could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)"
         )
+
+
+@pytest.fixture(scope="session")
+def emulated_cpu(pytestconfig: pytest.Config) -> bool:
+    """Whether QEMU's TCG emulates the CPU of this kernel, and everything takes long."""
+    session = guest_session(pytestconfig)
+    return session is not None and session.emulated
+
+
+@pytest.fixture(scope="session")
+def repeat_with(pytestconfig: pytest.Config) -> str:
+    """The command that runs pytest as it runs now, without the tests and their settings."""
+    return _command(pytestconfig)
 
 
 @pytest.fixture(scope="session")
@@ -573,6 +588,12 @@ def _huge_page_pool() -> Iterator[None]:
 # --- what a run leaves behind -----------------------------------------------------------------------------------------
 
 
+def _command(config: pytest.Config) -> str:
+    session = guest_session(config)
+    command = this_pytest() if session is None else session.repeat_with
+    return " ".join([command, *flags_given(config.option, ["thorough", "require_kvm", "no_known_bugs"])])
+
+
 class Outcome:
     """Runs the body of a KVM test, and turns what came of it into pytest's terms.
 
@@ -589,7 +610,7 @@ class Outcome:
     @contextmanager
     def expected(self, cell: Cell, settings: Settings | None = None) -> Iterator[None]:
         """Run the body; *settings* are those of the run, when they are not the command line's."""
-        context = Context(self._host, settings or self._settings, self._config.option.repeat_with or this_pytest())
+        context = Context(self._host, settings or self._settings, _command(self._config))
         bug = self._known_bug(cell)
         try:
             yield
@@ -671,9 +692,8 @@ def pytest_runtest_makereport(
     report = yield
     fixtures = getattr(item, "fixturenames", ())
     if report.failed and "kvm" in fixtures and "planned_cell" not in fixtures:
-        option = item.config.option
-        arguments = [item.nodeid, "--seed", option.seed, *(["--thorough"] if option.thorough else [])]
-        command = reproduce_line(f"{option.repeat_with or this_pytest()} {shlex.join(arguments)}")
+        arguments = [item.nodeid, *options_given(item.config.option, [*_SETTING_PARSERS, "kvm_device", "soak"])]
+        command = reproduce_line(f"{_command(item.config)} {shlex.join(arguments)}")
         report.sections.append(
             ("where, and how to reproduce it", "\n".join([*environment_lines(this_host()), command]))
         )

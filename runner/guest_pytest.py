@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""pytest in the booted kernel: it is imported while KVM is loaded, and begins when it gets a line to read."""
+"""guest_pytest.py SESSION [options of pytest]: pytest in the booted kernel.
 
+It is imported while KVM is loaded, and begins when it gets a line to read. SESSION is a GuestSession as JSON.
+"""
+
+import json
 import sys
 
 import pytest
 
+from runner.guest_session import GuestSession
+
 if __name__ == "__main__":
+    session = GuestSession(**json.loads(sys.argv[1]))
     sys.stdin.readline()
-    sys.exit(pytest.main(sys.argv[1:]))
+    sys.exit(pytest.main(sys.argv[2:], plugins=[session]))

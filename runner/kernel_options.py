@@ -49,11 +49,17 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
     )
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
     group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
-    group.addoption("--report-to", metavar="PATH", help="(set by --kernel) write all reports to this file as JSON")
-    group.addoption(
-        "--repeat-with", metavar="COMMAND", help="(set by --kernel) how the host runs pytest in this kernel"
-    )
-    group.addoption("--emulated", action="store_true", help="(set by --kernel) QEMU's TCG emulates this kernel's CPU")
+
+
+def options_given(option: Any, names: Iterable[str]) -> list[str]:
+    """Those of the named options that have a value, as words of a command line."""
+    given = {name: getattr(option, name) for name in names}
+    return [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
+
+
+def flags_given(option: Any, names: Iterable[str]) -> list[str]:
+    """The same for options without a value."""
+    return [option_name(name) for name in names if getattr(option, name)]
 
 
 def kernel_options(option: Any) -> list[str]:
@@ -69,9 +75,7 @@ def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -
     :param names: the suite's options that take a value
     :param flags: those that do not
     """
-    given = {name: getattr(option, name) for name in names}
-    words = [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
-    words += [option_name(name) for name in flags if getattr(option, name)]
+    words = [*options_given(option, names), *flags_given(option, flags)]
     for name, letter in _PYTEST_OPTIONS.items():
         if value := getattr(option, name):
             words += [letter, str(value)] if len(letter) == 2 else [f"{letter}={value}"]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
+import json
 import tempfile
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from runner import initramfs
 from runner.ending import End, Ending, is_emulators_fault, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import REPORTS
+from runner.guest_session import GuestSession
 from runner.planned_tests import PlannedTests
 from runner.qemu import Deadline, RunningMachine
 from runner.run_report import Facts, KernelReport, RunReport, write_failure
@@ -25,7 +28,7 @@ _NEEDLESS = [
     for name in ("cacheprovider", "doctest", "legacypath", "logging", "unittest", "subtests", "junitxml", "pastebin")
 ]
 _ENVIRONMENT = {
-    "PYTHONPATH": initramfs.SITE,
+    "PYTHONPATH": f"{initramfs.SITE}:/suite",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     "PATH": "/usr/bin:/bin",
@@ -42,6 +45,7 @@ _NOT_THE_TESTS = (Ending.EMULATOR_FAULT, Ending.NOT_TESTED)
 class RemoteSession:
     """A plugin that runs pytest with *options* and *tests* as its arguments in the kernel of *target*.
 
+    :param repeat_with: the command that does so again
     :param tests_here: whether some tests of the session run on this host, before those
     :param results: where the files go
     :param report: takes the facts of the run from here
@@ -52,6 +56,7 @@ class RemoteSession:
         self,
         target: Target,
         options: list[str],
+        repeat_with: str,
         tests: list[str],
         tests_here: bool,
         results: Path,
@@ -59,6 +64,7 @@ class RemoteSession:
         planned: PlannedTests,
     ) -> None:
         self._target = target
+        self._repeat_with = repeat_with
         self._options = options
         self._tests = tests
         self._tests_here = tests_here
@@ -134,6 +140,7 @@ class RemoteSession:
 
     def _orders(self) -> dict[str, Any]:
         tests = self._left if self._items else self._tests
+        session = GuestSession(REPORTS, self._repeat_with, self._target.qemu.emulated)
         return {
             "parameters": self._target.parameters,
             "added_parameters": self._target.added,
@@ -141,8 +148,8 @@ class RemoteSession:
             "command": [
                 initramfs.PYTHON,
                 "runner/guest_pytest.py",
+                json.dumps(asdict(session)),
                 *_NEEDLESS,
-                f"--report-to={REPORTS}",
                 *self._options,
                 *tests,
             ],

@@ -15,7 +15,7 @@ from lib.history_search import search
 from lib.host import Host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
-from lib.report import environment_lines, reproduce_line, this_pytest
+from lib.report import environment_lines, reproduce_line
 
 # The known bug that shrinks_slot_in_rings() keeps off
 RING_RESET_BUG = "ring-reset-drops-mask"
@@ -53,7 +53,8 @@ def failure_text(failure: HistoryFailed, host: Host, command: str) -> str:
 @pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_any_history(
     kvm: Kvm, host: Host, settings: Settings, needs_log_mode: Callable[[str], None], thorough: bool,
-    soak: int | None, pytestconfig: pytest.Config, request: pytest.FixtureRequest, mode: str,
+    soak: int | None, pytestconfig: pytest.Config, request: pytest.FixtureRequest, emulated_cpu: bool, repeat_with: str,
+    mode: str,
 ) -> None:  # fmt: skip
     """Writes, loads, GET, CLEAR, harvests, resets, tracking on and off, slots made, moved, deleted: KVM does as the model."""
     needs_log_mode(mode)
@@ -67,14 +68,13 @@ def test_any_history(
     def run(steps: Sequence[Step]) -> None:
         run_history(kvm, host, mode, steps, leave_out)
 
-    rounds = EMULATED_ROUNDS if pytestconfig.option.emulated else ROUNDS
+    rounds = EMULATED_ROUNDS if emulated_cpu else ROUNDS
     seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
     found = search(run, issubclass(LOG_MODES[mode], DirtyRing), seeds)
     if found is not None:
         seed, failure = found
-        command = pytestconfig.option.repeat_with or this_pytest()
         test = shlex.quote(f"selftests/test_histories.py::test_any_history[{mode}]")
-        text = failure_text(failure, host, f"{command} {test} --seed {seed}")
+        text = failure_text(failure, host, f"{repeat_with} {test} --seed {seed}")
         raise pytest.fail.Exception(text, pytrace=False)
 
 

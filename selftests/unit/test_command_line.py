@@ -124,6 +124,14 @@ def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
     assert not (ROOT / ".pytest_cache").exists()
 
 
+@pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
+def test_what_the_host_tells_a_kernel_is_no_option(suite: Suite, option: str) -> None:
+    """By hand it would let tests run that may corrupt this host's memory."""
+    done = suite(option, "--collect-only")
+    assert done.returncode == USAGE_ERROR
+    assert f"unrecognized arguments: {option}" in done.stderr
+
+
 def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
     """The smallest size depends on the backend; the message names it, and that size is taken."""
     if reason := DirtyRing.supported(kvm):
@@ -153,7 +161,8 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
     """Environment, dimensions, seed, pages with their history, a map; in JSON too; and the printed command fails alike."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = suite.command(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "-p", "faulty", "-n2")
+    options = ["--no-known-bugs", "--require-kvm", "--thorough"]
+    command = suite.command(*QUICK, *ONE_CELL, *options, "--log-mode=dirty-log", "-p", "faulty", "-n2")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
@@ -166,12 +175,28 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
     data = json.loads(file.read_text())
     assert {"host", "cell", "settings", "reproduce", "findings", "history", "map"} <= set(data)
     assert data["findings"][0]["kind"] == "LOST"
+    assert set(options) <= {*data["reproduce"].split()}
     command_again = f"{data['reproduce']} -p faulty --results={suite.results}"
     again = subprocess.run(
         command_again, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
     assert again.returncode == 1, again.stdout + again.stderr
     assert "1 cell: 1 FAIL" in again.stdout
+
+
+@pytest.mark.usefixtures("kvm")
+def test_what_repeats_a_test_that_is_no_cell(tmp_path: Path) -> None:
+    """Its command has every option that the run had."""
+    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+    test = "selftests/test_arming.py::test_pages_that_were_mapped_before_are_tracked[dirty-log]"
+    options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
+    command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("reproduce ")]
+    assert f"'{test}'" in line
+    assert set(options) <= {*line.split()}
 
 
 @pytest.mark.usefixtures("kvm")

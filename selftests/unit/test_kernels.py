@@ -308,7 +308,8 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
     """A WARN as KVM is loaded fails the run; what a test saw is there once; what came at boot is only remarked."""
     report = RunReport(tmp_path, Facts({}, {}, []))
     report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
-    session = RemoteSession(cast(Target, None), [], [], False, tmp_path, report, PlannedTests({}, Interruption()))
+    planned = PlannedTests({}, Interruption())
+    session = RemoteSession(cast(Target, None), [], "pytest", [], False, tmp_path, report, planned)
     titles = ("early", BEGINS, "loading", "seen")
     lines = [f"[    1.0] {'' if title == BEGINS else 'WARNING: '}{title}" for title in titles]
     session.add_reports("\n".join(lines))

@@ -356,7 +356,7 @@ def test_figures_of_a_kernel(tmp_path: Path, clock: SimpleNamespace, restored_li
     assert [message["step"][0] for message in messages if "step" in message] == [1, 3, 1, 3]
 
     report, planned = RunReport(tmp_path, facts), PlannedTests({}, Interruption())
-    session: Any = RemoteSession(cast(Target, None), [], [], False, tmp_path, report, planned)
+    session: Any = RemoteSession(cast(Target, None), [], "", [], False, tmp_path, report, planned)
     session._running = "b"
     session._progress = SimpleNamespace(take=lambda *what: told.append(what))
     session._take(messages[-1])
