@@ -341,6 +341,7 @@ def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) 
     done = check_kernel(kernel.image, "--time-limit=1")
     assert done.status == CANNOT_TEST
     assert "the kernel does not boot: it told nothing for 1 s (--time-limit)" in done.output
+    assert "NOTHING WAS TESTED" not in done.output
 
 
 def test_a_cpu_without_virtualization(check_kernel: CheckKernel, kernel: Kernel) -> None:
@@ -364,6 +365,7 @@ def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Ker
     done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
     assert done.status == CANNOT_TEST
     assert "KVM parameter kvm.tdp_mmu=1 did not take effect: it is N" in done.output
+    assert "NOTHING WAS TESTED" not in done.output
 
 
 def test_a_wrong_option_is_told_and_ends_a_bisection(check_kernel: CheckKernel, kernel: Kernel) -> None:
