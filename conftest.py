@@ -22,7 +22,7 @@ from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
-from lib.host_limits import FILES, HostLimit, file_limits, tightest
+from lib.host_limits import FILES, MIB, HostLimit, Limit, file_limits, tightest
 from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
@@ -43,7 +43,9 @@ from lib.selection import (
     DIMENSIONS,
     PlannedCell,
     SelectionError,
+    check_memory,
     check_settings,
+    check_values,
     check_with_kvm,
     parse_milliseconds,
     parse_names,
@@ -54,20 +56,25 @@ from lib.selection import (
 )
 from lib.tracked_vm import ContractBroken
 from lib.wording import wrapped
+from runner.early_collection import any_test_matches, no_test_matches
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.guest_session import guest_session
 from runner.interruption import Interruption, heed_once
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
     AT_HAND,
+    LONGEST,
     add_kernel_options,
     flags_given,
+    for_another_kernel,
     kernel_options,
+    machine_numbers,
     option_name,
     options_given,
     options_in_kernel,
     split_tests,
 )
+from runner.output_paths import OutputError, check_file, check_folder, make_folder, remove_if_empty
 from runner.planned_tests import PlannedTests
 from runner.progress import Progress, WorkerProgress
 from runner.report_stream import ReportStream
@@ -81,12 +88,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
-_LONGEST = 7 * 24 * 3600  # seconds
+_MOST_ITERATIONS = 1_000_000  # some days
+# Options of pytest's that show something and run no tests
+_ONLY_SHOW = ("help", "version", "collectonly", "showfixtures", "show_fixtures_per_test", "markers", "cacheshow")
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
 _settings_key = pytest.StashKey[Settings]()
 _target_key: "pytest.StashKey[Target]" = pytest.StashKey()
 _remote_tests_key = pytest.StashKey[list[str]]()
+_made_key = pytest.StashKey[list[Path]]()
 _hint_key = pytest.StashKey[str]()
 _interruption_key = pytest.StashKey[Interruption]()
 
@@ -106,19 +116,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--vcpus", metavar="N", help="vCPUs of each VM; default both 1 and 2")
     group.addoption("--full", action="store_true", help="every combination of these; default: every pair of values")
     default = Settings()
-    group.addoption("--iterations", metavar="N", help=f"how often to verify; default {default.iterations} [-i]")
     group.addoption(
-        "--interval", metavar="MS", help=f"how long the guest writes in each; default {default.interval:g} ms [-I]"
+        "--iterations",
+        metavar="N",
+        help=f"how often to verify, up to {_MOST_ITERATIONS}; default {default.iterations} [-i]",
     )
-    group.addoption("--ring-count", metavar="N", help=f"entries of a dirty ring; default {default.ring_count} [-c]")
+    group.addoption(
+        "--interval",
+        metavar="MS",
+        help=f"for how many milliseconds the guest writes in each, up to an hour; default {default.interval:g} [-I]",
+    )
+    group.addoption(
+        "--ring-count",
+        metavar="N",
+        help=f"entries of a dirty ring, a power of two that this KVM takes; default {default.ring_count} [-c]",
+    )
     group.addoption("--phys-offset", metavar="GPA", help="where the test memory begins; default: at the top [-p]")
-    group.addoption("--test-mem", metavar="SIZE", help="test memory, with K, M or G; 3 pages are added; default 1G")
-    group.addoption("--seed", metavar="N", help="decides what is written and when it is collected; default: a new one")
+    group.addoption(
+        "--test-mem",
+        metavar="SIZE",
+        help="test memory in bytes, or with a unit: K, M, G or T (1024, its square, ...), whole pages; 3 pages are added;"
+        " default 1G",
+    )
+    group.addoption(
+        "--seed", metavar="N", help="decides what is written and when it is collected, 0 or more; default: a new one"
+    )
     group.addoption("--thorough", action="store_true", help="the long form of each test that has one")
     group.addoption(
-        "--soak", metavar="S", help="make up random histories for so many seconds in each log mode (test_histories.py)"
+        "--soak",
+        metavar="S",
+        help="make up random histories for so many seconds in each log mode, up to a week (test_histories.py)",
     )
-    group.addoption("--kvm-device", metavar="PATH", default=DEFAULT_DEVICE, help=f"default {DEFAULT_DEVICE}")
+    group.addoption("--kvm-device", metavar="PATH", help=f"this host's KVM; default {DEFAULT_DEVICE}")
     group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
     group.addoption(
         "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
@@ -135,11 +164,16 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         signal.signal(signal.SIGINT, heed_once)
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
+    if _only_shows(option) and not option.collectonly:
+        return None
     interruption = config.stash[_interruption_key] = Interruption()
     interruption.heed()
     config.pluginmanager.register(interruption, "interruption")
     try:
+        _check_options(config)
         elsewhere = option.kernel is not None and _needs_kernel(config)
+    except (SelectionError, OutputError) as error:
+        raise pytest.UsageError(str(error)) from None
     except HostLimit as limit:
         raise pytest.UsageError(f"nothing can run here: {limit}") from None
     if not elsewhere:
@@ -149,12 +183,15 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             )
         return None
     tests, here = split_tests(config)
-    if not tests:
-        return None
     try:
+        if tests and not any_test_matches(option, [*DIMENSIONS, "vcpus"], tests):
+            if not here:
+                raise pytest.UsageError(no_test_matches(option, tests))
+            tests = []
+        if not tests:
+            config.args = here
+            return None
         target = _find_target(config)
-    except SelectionError as error:
-        raise pytest.UsageError(str(error)) from None
     except (CannotTest, HostLimit, OSError, RuntimeError) as error:
         if option.kernel == AT_HAND:
             config.stash[_hint_key] = f"to run under emulation instead: {error}"
@@ -168,16 +205,78 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not here:
         # One process in the kernel: emulated, two only get in each other's way.
         option.numprocesses, option.dist, option.tx = 0, "no", []
-    _set_results(config, target.label)
-    try:
-        Path(option.results).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise pytest.UsageError(f"--results: {option.results}: {error.strerror}") from None
+    _make_results(config, target.label)
     if option.xmlpath is None:
         option.xmlpath = f"{option.results}/junit.xml"
     config.stash[_target_key] = target
     config.stash[_remote_tests_key] = tests
     return None
+
+
+def _check_options(config: pytest.Config) -> None:
+    """Check all that can be checked of the options before anything else is done.
+
+    :raises SelectionError: a value is wrong, or an option does not go with the others
+    :raises OutputError: a file or folder of the run cannot be written
+    """
+    option = config.option
+    texts = {
+        "--kernel": (option.kernel, "kernel"),
+        "--qemu": (option.qemu, "program"),
+        "--cpu-model": (option.cpu_model, "CPU model"),
+        "--kvm-device": (option.kvm_device, "device"),
+        "--results": (option.results, "folder"),
+        **{name: (path, "file") for name, path in _files(option).items()},
+    }
+    for name, (text, what) in texts.items():
+        if text == "":
+            raise SelectionError(f"{name}: '' names no {what}")
+    if option.kernel is None and (unused := for_another_kernel(option)):
+        raise SelectionError(
+            f"{', '.join(unused)}: only for tests in another kernel (--kernel NAME, or make check-kernel)"
+        )
+    if option.kernel not in (None, AT_HAND) and option.kvm_device is not None:
+        raise SelectionError(
+            "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
+        )
+    numbers = machine_numbers(option)
+    if option.kernel is not None and option.kvm_params:
+        _check_form(option.kvm_params)
+    settings = _settings(option)
+    check_values(settings, _vcpus(option)[-1])
+    _soak(option)
+    _dimensions(option)
+    if option.kernel is not None and option.test_mem is not None:
+        memory = numbers["vm_memory"]
+        limit = Limit(f"the machine has {memory} MiB", memory * MIB, "a larger --vm-memory")
+        check_memory(settings, _vcpus(option)[-1], 1, [limit])
+    if not _only_shows(option):
+        check_folder("--results", ROOT / "results" if option.results is None else _seen_from(config, option.results))
+        for name, path in _files(option).items():
+            if path is not None:
+                check_file(name, _seen_from(config, path))
+
+
+def _check_form(parameters: str) -> None:
+    from runner.modules import parse_parameters  # see _find_target()
+
+    try:
+        parse_parameters(parameters)
+    except CannotTest as error:
+        raise SelectionError(f"--kvm-params: {error}") from None
+
+
+def _files(option: Any) -> dict[str, str | None]:
+    """By option, the files that pytest itself will write; its plugins for them may be off."""
+    return {"--junitxml": getattr(option, "xmlpath", None), "--log-file": getattr(option, "log_file", None)}
+
+
+def _seen_from(config: pytest.Config, path: str) -> Path:
+    return config.invocation_params.dir / path
+
+
+def _only_shows(option: Any) -> bool:
+    return any(getattr(option, name, None) for name in _ONLY_SHOW)
 
 
 def _needs_kernel(config: pytest.Config) -> bool:
@@ -193,7 +292,6 @@ def _needs_kernel(config: pytest.Config) -> bool:
 def _find_target(config: pytest.Config) -> "Target":
     """Find the kernel and the machine to run in, and take the sizes of emulation where none are given.
 
-    :raises SelectionError: an option is wrong
     :raises CannotTest: something is missing or does not fit
     """
     # Imported here: in the other kernel, where this file is loaded too, it would cost a second or two of emulated time.
@@ -201,13 +299,11 @@ def _find_target(config: pytest.Config) -> "Target":
     from runner.target import EMULATION_SIZES, find_target
 
     option = config.option
-    machine = Machine(
-        parse_number("--vm-memory", option.vm_memory, 256),
-        parse_number("--vm-cpus", option.vm_cpus, 1),
-        option.append,
-    )
-    limit = min(parse_number("--time-limit", option.time_limit, 1) + (_soak(option) or 0), _LONGEST)
-    target = find_target(option.kernel, option.kvm_params, option.accel, option.cpu_model, option.qemu, machine, limit)
+    numbers = machine_numbers(option)
+    machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], option.append or "")
+    limit = min(numbers["time_limit"] + (_soak(option) or 0), LONGEST)
+    parameters = option.kvm_params or ""
+    target = find_target(option.kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
     if target.qemu.emulated:
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
@@ -218,26 +314,33 @@ def _find_target(config: pytest.Config) -> "Target":
 def _why_not_here(option: Any) -> str | None:
     """Why this host's own KVM cannot be used."""
     try:
-        with Kvm(option.kvm_device) as kvm:
+        with Kvm(option.kvm_device or DEFAULT_DEVICE) as kvm:
             kvm.create_vm().close()
     except (KvmUnavailable, KvmError) as error:
         return str(error)
     return None
 
 
-def _set_results(config: pytest.Config, label: str) -> None:
-    """Settle where the result files go."""
+def _make_results(config: pytest.Config, label: str) -> None:
+    """Settle where the result files go, and make the folder."""
     given = config.option.results
     name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (name, *(f"{name}-{number}" for number in range(2, 100)))  # another run may have begun in the same second
     default = next(path for path in (ROOT / "results" / name for name in names) if not path.exists())
-    config.option.results = str(default if given is None else config.invocation_params.dir / given)
+    folder = default if given is None else _seen_from(config, given)
+    config.option.results = str(folder)
+    if not _only_shows(config.option):
+        config.stash[_made_key] = make_folder("--results", folder)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    remove_if_empty(config.stash.get(_made_key, []))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _prepare(config)
-    except (SelectionError, guest_program.GuestProgramError, known_bugs.KnownBugsError) as error:
+    except (SelectionError, OutputError, guest_program.GuestProgramError, known_bugs.KnownBugsError) as error:
         raise pytest.UsageError(str(error)) from None
     except Exception as error:
         if limit := explain_error(error):
@@ -259,13 +362,11 @@ def _prepare(config: pytest.Config) -> None:
         with suppress(KeyError, OSError):  # a controller that is elsewhere does without
             config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
         return
-    if not option.collectonly and option.report_to is None:
+    if not option.collectonly and guest_session(config) is None:
         config.pluginmanager.register(Progress(config), "progress")
     if option.seed is None:
         option.seed = str(random.SystemRandom().randrange(1 << 32))
-    _set_results(config, os.uname().release)
     settings = config.stash[_settings_key] = _settings(option)
-    _soak(option)  # to have it checked now
     dimensions = _dimensions(option)
     guest_program.assemble_all()
     if _target_key in config.stash:
@@ -273,6 +374,7 @@ def _prepare(config: pytest.Config) -> None:
         _prepare_remote(config)
         return
     guest = guest_session(config)
+    _make_results(config, os.uname().release)
     if guest is not None and guest.emulated:
         keys = StaticKeys(settings.kvm_device)
         keys.hold()
@@ -315,7 +417,7 @@ def _prepare_remote(config: pytest.Config) -> None:
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *_SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )
-    repeat_with = f"{this_pytest()} {shlex.join(kernel_options(option))}"
+    repeat_with = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
     tests = config.stash[_remote_tests_key]
     config.pluginmanager.register(report, "run-report")
     planned = PlannedTests({}, config.stash[_interruption_key])
@@ -368,12 +470,12 @@ def _vcpus(option: Any) -> tuple[int, ...]:
 
 
 def _soak(option: Any) -> int | None:
-    return None if option.soak is None else parse_number("--soak", option.soak, 1, _LONGEST)
+    return None if option.soak is None else parse_number("--soak", option.soak, 1, LONGEST)
 
 
 _SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
     "seed": lambda option, text: parse_number(option, text, 0),
-    "iterations": lambda option, text: parse_number(option, text, 1),
+    "iterations": lambda option, text: parse_number(option, text, 1, _MOST_ITERATIONS),
     "interval": parse_milliseconds,
     "ring_count": lambda option, text: parse_number(option, text, 1),
     "phys_offset": lambda option, text: parse_number(option, text, 0),
@@ -387,7 +489,7 @@ def _settings(option: Any) -> Settings:
         for name, parse in _SETTING_PARSERS.items()
         if (text := getattr(option, name)) is not None
     }
-    return Settings(kvm_device=option.kvm_device, **given)
+    return Settings(kvm_device=option.kvm_device or DEFAULT_DEVICE, **given)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -413,7 +515,32 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         return [*target.lines, chosen, tests, *here, seed]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
     unwatched = report.facts.kernel_log if report is not None else None
-    return [*environment_lines(this_host()), seed, *([f"kernel log {unwatched}"] if unwatched else [])]
+    unused = for_another_kernel(config.option)
+    return [
+        *environment_lines(this_host()),
+        seed,
+        *([f"kernel log {unwatched}"] if unwatched else []),
+        *([f"not used {', '.join(unused)}: the tests run on this host"] if unused else []),
+    ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    report: RunReport | None = session.config.pluginmanager.get_plugin("run-report")
+    if report is not None and getattr(session.config.option, "xmlpath", None):
+        from runner.junit_file import keep_errors_out  # see _find_target()
+
+        keep_errors_out(session.config, report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A selection that selects nothing is a mistake in it, and no verdict."""
+    report: RunReport | None = session.config.pluginmanager.get_plugin("run-report")
+    elsewhere = _target_key in session.config.stash
+    if report is not None and not elsewhere and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        report.remarks.append(no_test_matches(session.config.option, session.config.args))
 
 
 def _is_worker(config: pytest.Config) -> bool:

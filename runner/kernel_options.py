@@ -1,28 +1,39 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The command line of a run in another kernel: the host's options, and what of the command line goes into the kernel."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lib.selection import parse_number
+
 ROOT = Path(__file__).resolve().parent.parent
 _OWN_TESTS = "selftests/unit"
 AT_HAND = "auto"
 ACCELERATORS = ("auto", "tcg", "kvm")
 
-# Options with a default that is a number: default, unit, help
-_MACHINE_OPTIONS = {
-    "vm_memory": ("3072", "MIB", "memory of the machine"),
-    "vm_cpus": ("2", "N", "its CPUs"),
-    "time_limit": ("300", "S", "for how long the machine may tell nothing before it is taken to hang"),
+LONGEST = 7 * 24 * 3600  # seconds
+# Options with a number: default, least, most, unit, help
+_MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
+    "vm_memory": (3072, 256, None, "MIB", "memory of the machine, at least 256"),
+    "vm_cpus": (2, 1, None, "N", "its CPUs"),
+    "time_limit": (300, 1, LONGEST, "S", "for how long the machine may be silent before it is taken to hang"),
 }
-_TEXT_OPTIONS = ("kernel", "kvm_params", "qemu", "accel", "cpu_model", "append")
-# Options of pytest's own that the session in the kernel has to know, and those that make no sense there
-_PYTEST_OPTIONS = {"keyword": "-k", "markexpr": "-m", "tbstyle": "--tb", "maxfail": "--maxfail"}
-_PYTEST_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
-_IMPOSSIBLE = {"collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace"}
+_TEXT_OPTIONS = ("kvm_params", "qemu", "accel", "cpu_model", "append")
+# Options of pytest's own that the session in the kernel has to know: those that select tests, and others
+_EXPRESSIONS = {"keyword": "-k", "markexpr": "-m"}
+_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
+_PYTEST_OPTIONS = {"tbstyle": "--tb", "maxfail": "--maxfail"}
+_PYTEST_FLAGS = {"showlocals": "--showlocals", "runxfail": "--runxfail", "fulltrace": "--full-trace"}
+# Those that make no sense there
+_IMPOSSIBLE = {
+    "collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace",
+    "lf": "--lf", "failedfirst": "--ff", "newfirst": "--nf", "stepwise": "--stepwise",
+    "setuponly": "--setup-only", "setupplan": "--setup-plan", "setupshow": "--setup-show",
+}  # fmt: skip
 
 
 def option_name(field: str) -> str:
@@ -38,9 +49,9 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
         f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
     )
-    group.addoption("--kvm-params", metavar="PARAMS", default="", help="such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
-    for name, (default, unit, text) in _MACHINE_OPTIONS.items():
-        group.addoption(option_name(name), metavar=unit, default=default, help=f"{text}; default {default}")
+    group.addoption("--kvm-params", metavar="PARAMS", help="of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
+    for name, (default, _, _, unit, text) in _MACHINE_OPTIONS.items():
+        group.addoption(option_name(name), metavar=unit, help=f"{text}; default {default}")
     group.addoption(
         "--accel", choices=ACCELERATORS, help="QEMU's accelerator; default: kvm where it can be nested, else tcg"
     )
@@ -48,7 +59,23 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         "--qemu", metavar="PATH", help="the QEMU to use; default: this host's if it is known to be sound, else Debian's"
     )
     group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
-    group.addoption("--append", metavar="TEXT", default="", help="more of the kernel's command line")
+    group.addoption("--append", metavar="TEXT", help="more of the kernel's command line")
+
+
+def machine_numbers(option: Any) -> dict[str, int]:
+    """The values of the machine's options with a number.
+
+    :raises SelectionError: one is no number, or out of its range
+    """
+    return {
+        name: default if (text := getattr(option, name)) is None else parse_number(option_name(name), text, least, most)
+        for name, (default, least, most, _, _) in _MACHINE_OPTIONS.items()
+    }
+
+
+def for_another_kernel(option: Any) -> list[str]:
+    """The names of the given options that only mean something in another kernel; an empty text asks for nothing."""
+    return [option_name(name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS) if getattr(option, name)]
 
 
 def options_given(option: Any, names: Iterable[str]) -> list[str]:
@@ -62,11 +89,22 @@ def flags_given(option: Any, names: Iterable[str]) -> list[str]:
     return [option_name(name) for name in names if getattr(option, name)]
 
 
-def kernel_options(option: Any) -> list[str]:
-    """The options that have pytest run in the same kernel and machine again."""
-    defaults = {name: default for name, (default, _, _) in _MACHINE_OPTIONS.items()}
+def without_machine_options(words: list[str]) -> list[str]:
+    """A command line's words for a run on this host."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS):
+        parser.add_argument(option_name(name))
+    return parser.parse_known_args(words)[1]
+
+
+def kernel_options(option: Any, image: Path) -> list[str]:
+    """The options that have pytest run in the same kernel and machine again.
+
+    :param image: the kernel, if it was chosen
+    """
+    kernel = image if option.kernel == AT_HAND else option.kernel
     given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS)}
-    return [f"{option_name(name)}={value}" for name, value in given.items() if value and value != defaults.get(name)]
+    return [f"--kernel={kernel}", *(f"{option_name(name)}={value}" for name, value in given.items() if value)]
 
 
 def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -> list[str]:
@@ -75,13 +113,17 @@ def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -
     :param names: the suite's options that take a value
     :param flags: those that do not
     """
-    words = [*options_given(option, names), *flags_given(option, flags)]
-    for name, letter in _PYTEST_OPTIONS.items():
-        if value := getattr(option, name):
-            words += [letter, str(value)] if len(letter) == 2 else [f"{letter}={value}"]
-    for name, letter in _PYTEST_LISTS.items():
-        words += [f"{letter}={value}" for value in getattr(option, name) or []]
-    return words
+    words = [*options_given(option, names), *flags_given(option, flags), *selection_options(option)]
+    words += [f"{word}={value}" for name, word in _PYTEST_OPTIONS.items() if (value := getattr(option, name))]
+    return words + [word for name, word in _PYTEST_FLAGS.items() if getattr(option, name)]
+
+
+def selection_options(option: Any) -> list[str]:
+    """The options of pytest's own that select tests, as words of a command line."""
+    words = [
+        word for name, letter in _EXPRESSIONS.items() if (text := getattr(option, name)) for word in (letter, text)
+    ]
+    return words + [f"{word}={value}" for name, word in _LISTS.items() for value in getattr(option, name) or []]
 
 
 def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
@@ -93,8 +135,8 @@ def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
     :raises pytest.UsageError: one is not in this suite, or an option does not go with another kernel
     """
     for name, word in _IMPOSSIBLE.items():
-        if config.getoption(name):
-            raise pytest.UsageError(f"{word} cannot be used with --kernel")
+        if config.getoption(name, None):
+            raise pytest.UsageError(f"{word} cannot be used where the tests run in another kernel (--kernel)")
     stay = config.option.kernel == AT_HAND
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     there: list[str] = []

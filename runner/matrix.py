@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from runner.check_kernel import STATUSES
+from runner.kernel_options import without_machine_options
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,14 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
     options = [f"--results={folder}", *arguments]
     if kernel == _HOST:
         chosen = any((ROOT / word.partition("::")[0]).exists() for word in arguments if not word.startswith("-"))
-        command = [sys.executable, "-m", "pytest", "-v", *([] if chosen else _CONTRACT), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            *([] if chosen else _CONTRACT),
+            *without_machine_options(options),
+        ]
     else:
         program = str(ROOT / "runner" / "check_kernel.py")
         command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]

@@ -38,7 +38,7 @@ def parse_parameters(text: str) -> dict[str, str]:
     for word in text.split():
         match = re.fullmatch(r"([\w-]+)\.(\w+)=(\S*)", word)
         if not match:
-            raise CannotTest(f"KVM parameter {word!r}: write it as module.parameter=value, such as kvm_amd.npt=0")
+            raise CannotTest(f"{word!r} is no parameter: write it as module.parameter=value, such as kvm_amd.npt=0")
         found[f"{match[1].replace('-', '_')}.{match[2]}"] = match[3]
     return found
 

@@ -285,9 +285,9 @@ def write_failure(results: Path, name: str, data: Any) -> None:
     (results / f"{name}.json").write_text(json.dumps(data, indent=1))
 
 
-def not_kept(results: Path | str, error: OSError) -> str:
+def not_kept(results: Path | str, error: OSError, option: str = "--results DIR") -> str:
     """What to say when *results* cannot be written."""
-    return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} (--results DIR puts them elsewhere)"
+    return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} ({option} puts them elsewhere)"
 
 
 def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

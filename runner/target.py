@@ -100,14 +100,14 @@ def find_target(
     :raises CannotTest: something is missing or does not fit
     """
     wanted = parse_parameters(parameters)
-    found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
-    found, modules = _at_hand(found_qemu.vendor) if kernel == AT_HAND else _with_modules(kernel, found_qemu.vendor)
     free = available_memory() // MIB
     if machine.memory > free:
         raise CannotTest(
             f"--vm-memory: {machine.memory} MiB are not there, the host or its control group has {free} MiB free"
             " (a smaller --vm-memory)"
         )
+    found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
+    found, modules = _at_hand(found_qemu.vendor) if kernel == AT_HAND else _with_modules(kernel, found_qemu.vendor)
     check_parameters(wanted, modules, found_qemu.vendor)
     added = {
         name: value

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The suite as a user meets it: pytest in a process of its own, its exit status, and what it says."""
 
+import errno
 import grp
 import json
 import os
@@ -18,6 +19,7 @@ from lib.ioctl import raw_ioctl
 from lib.kvm import Kvm, KvmUnavailable
 from lib.log_modes import DirtyRing
 from lib.selection import smallest_ring
+from runner.output_paths import OutputError, check_file, check_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
@@ -82,7 +84,8 @@ def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
     ("arguments", "message"),
     [
         (["--ring-count=1000"], "--ring-count: 1000 is not a power of two"),
-        (["--iterations=0"], "--iterations: 0 is out of range, it must be at least 1"),
+        (["--iterations=0"], "--iterations: 0 is out of range, it must be from 1 to 1000000"),
+        (["--iterations=99999999999999999999"], "is out of range, it must be from 1 to 1000000"),
         (["--interval=1e300"], "--interval: 1e300 ms is out of range, it must be above 0 and at most 3600000"),
         (["--vcpus="], "--vcpus: '' is not a whole number"),
         (["--seed="], "--seed: '' is not a whole number"),
@@ -96,15 +99,106 @@ def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
         (["--phys-offset=0x100000"], "--phys-offset: test memory at 0x100000 runs into the guest's own memory"),
         (["--phys-offset=0x8000000000000"], "ends beyond the guest-physical limit"),
         (["--ring-count=1048576"], "--ring-count: 1048576 is out of range, this KVM takes at most 65536"),
+        (["--ring-count=1099511627776"], "--ring-count: rings of 1099511627776 entries need "),
+        (["--test-mem=10X"], "--test-mem: '10X' has an unknown unit 'X' (the units are K, M, G or T)"),
+        (["--kvm-device="], "--kvm-device: '' names no device"),
+        (["--kernel="], "--kernel: '' names no kernel"),
+        (["--kernel=auto", "--qemu="], "--qemu: '' names no program"),
+        (["--kernel=auto", "--cpu-model="], "--cpu-model: '' names no CPU model"),
+        (["--kernel=debian:6.12", "--kvm-device=/dev/kvm"], "--kvm-device: is this host's KVM, and the tests run in another"),
+        (["--kernel=debian:6.12", "--collect-only"], "--collect-only cannot be used where the tests run in another kernel"),
+        (["--kernel=debian:6.12", "--lf"], "--lf cannot be used where the tests run in another kernel"),
+        *(
+            ([option], f"{option.partition('=')[0]}: only for tests in another kernel (--kernel NAME, or make check-kernel)")
+            for option in ("--vm-memory=abc", "--vm-cpus=1", "--time-limit=9", "--append=x", "--accel=tcg", "--qemu=x",
+                           "--cpu-model=max", "--kvm-params=kvm.tdp_mmu=0")
+        ),
+        (["--junitxml="], "--junitxml: '' names no file"),
+        (["--junitxml=/proc/nope"], "--junitxml: /proc/nope: No such file or directory (--junitxml FILE puts it elsewhere)"),
+        (["--junitxml=/etc/passwd/x"], "--junitxml: /etc/passwd/x: Not a directory (--junitxml FILE puts it elsewhere)"),
+        (["--log-file=/proc/nope"], "--log-file: /proc/nope: No such file or directory"),
+        (["--results="], "--results: '' names no folder"),
+        (["--results=/proc/nope"], "--results: /proc/nope: No such file or directory (--results DIR puts the "),
+        (["--results=/etc/passwd"], "--results: /etc/passwd: Not a directory"),
+        (["--results=/etc/passwd/x"], "--results: /etc/passwd/x: Not a directory"),
+        (["--results=/sys/kernel"], "--results: /sys/kernel: Permission denied"),
+        (["--results=/dev/full"], "--results: /dev/full: Not a directory"),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("kvm")
 def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[str], message: str) -> None:
     done = suite(*arguments)
     assert done.returncode == USAGE_ERROR
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert message in line
+
+
+@pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
+def test_what_the_host_tells_a_kernel_is_no_option(suite: Suite, option: str) -> None:
+    """By hand it would let tests run that may corrupt this host's memory."""
+    done = suite(option, "--collect-only")
+    assert done.returncode == USAGE_ERROR
+    assert f"unrecognized arguments: {option}" in done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["-n2"], ["--collect-only"]], ids=["alone", "xdist", "collect-only"])
+def test_a_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None:
+    """It is said what was asked for, and nothing of KVM."""
+    done = suite("-k", "nothing_like", *more)
+    assert done.returncode == USAGE_ERROR, done.stdout
+    assert "\nno test matches -k 'nothing_like' in selftests/test_dirty_log.py\n" in done.stdout
+    assert "NOTHING WAS TESTED" not in done.stdout
+
+
+def test_options_that_are_not_used_here(suite: Suite) -> None:
+    """The machine's, where no other kernel is needed after all: the header says so."""
+    done = suite("--kernel=auto", "--vm-memory=300", "--qemu=/nonexistent", "--collect-only", "--kvm-device=/dev/kvm")
+    if "KVM cannot be used on this host" in done.stderr:
+        pytest.skip("this host has no KVM")
+    assert done.returncode == 0, done.stdout
+    assert "\nnot used --qemu, --vm-memory: the tests run on this host\n" in done.stdout
+
+
+def test_a_mistyped_device_is_told(suite: Suite) -> None:
+    done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device=kvm")
+    assert done.returncode == NOTHING_RAN
+    assert "KVM: kvm does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
+    assert "modprobe" not in done.stdout
+
+
+def test_only_results_leave_a_folder(suite: Suite, tmp_path: Path) -> None:
+    """The folders that a run made for its results are gone when there were none; those that were there stay."""
+    (tmp_path / "there").mkdir()
+    options = [f"--results={tmp_path}/there/made/results", f"--junitxml={tmp_path}/junit/x.xml"]
+    done = suite("--deselect=selftests/test_dirty_log.py", "selftests/unit/test_uapi.py", *options)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "junit/x.xml").exists()
+    assert not list((tmp_path / "there").iterdir())
+    assert suite("--collect-only", "--results=/proc/nope").returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """It may say so when the data is to go out only; what was made to find out is gone."""
+
+    def fails(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OutputError, match=f"^--results: {tmp_path}/a/b: {os.strerror(code)} "):
+        check_folder("--results", tmp_path / "a/b")
+    with pytest.raises(OutputError, match=f"^--junitxml: {tmp_path}/a/x.xml: {os.strerror(code)} "):
+        check_file("--junitxml", tmp_path / "a/x.xml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_there_are_kept(tmp_path: Path) -> None:
+    """To try whether a file can be written changes nothing in it."""
+    (tmp_path / "x.xml").write_text("before")
+    check_file("--junitxml", tmp_path / "x.xml")
+    check_folder("--results", tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
@@ -122,14 +216,6 @@ def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
     assert re.search(r"=== \d+ passed, .*1 error in ", suite(*options).stdout)
     assert re.search(r"=== 1 error in ", suite(*options, "--lf").stdout)
     assert not (ROOT / ".pytest_cache").exists()
-
-
-@pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
-def test_what_the_host_tells_a_kernel_is_no_option(suite: Suite, option: str) -> None:
-    """By hand it would let tests run that may corrupt this host's memory."""
-    done = suite(option, "--collect-only")
-    assert done.returncode == USAGE_ERROR
-    assert f"unrecognized arguments: {option}" in done.stderr
 
 
 def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
@@ -221,7 +307,7 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
         (0, 0o660, r"it is group root's with mode rw-rw---- \(be root, or: sudo chgrp kvm "),
         (0, 0o600, r"it is group root's with mode rw------- .*, or, without it, make check-kernel KERNEL=debian:6.12"),
     ],
-    ids=["of-a-group", "of-its-owner-alone", "of-roots-group"],
+    ids=["of-a-group", "of-its-owner-alone", "of-roots-group", "of-root-alone"],
 )
 def test_a_device_that_may_not_be_opened_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, mode: int, remedy: str

@@ -683,14 +683,41 @@ Vm.get_dirty_log = losing
 """
 
 
+VANISHING_FOLDER_PLUGIN = """
+import pathlib
+def pytest_runtest_call(item):
+    folder = pathlib.Path(item.config.option.results)
+    folder.rmdir()
+    folder.touch()
+"""
+
+
 @pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
 @pytest.mark.usefixtures("kvm")
-def test_results_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -> None:
-    """It is said, and the verdict is what it is."""
-    assert suite(*ONE, "--results=/proc/nowhere", plugin=plugin) == expected, suite.output
-    lines = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT: /proc/nowhere: ")]
-    assert len(lines) == (2 if expected else 1)
+def test_results_that_cannot_be_kept(suite: Suite, tmp_path: Path, plugin: str, expected: int) -> None:
+    """The folder goes away in the middle of the run: it is said, and the verdict is what it is."""
+    assert suite(*ONE, plugin=plugin + VANISHING_FOLDER_PLUGIN) == expected, suite.output
+    start = f"THE RESULTS ARE NOT KEPT: {tmp_path}/results: "
+    assert sum(line.startswith(start) for line in suite.output.splitlines()) == (2 if expected else 1)
     assert ("LOST (written but not reported)" in suite.output) == bool(expected)
+
+
+@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
+@pytest.mark.usefixtures("kvm")
+def test_a_junit_file_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -> None:
+    """The disk is full at the end: one line, and the verdict is what it is."""
+    assert suite(*ONE, "--junitxml=/dev/full", plugin=plugin) == expected, suite.output
+    (line,) = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT")]
+    assert line == "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device (--junitxml FILE puts them elsewhere)"
+    assert "generated xml file" not in suite.output
+
+
+@pytest.mark.usefixtures("kvm")
+def test_results_that_are_too_large(suite: Suite, tmp_path: Path) -> None:
+    """Files that may not grow to what the results of a small run take are refused before it."""
+    line = suite.refused(suite(*ONE, limit=rlimit(resource.RLIMIT_FSIZE, 100 << 10)))
+    assert line == f"ERROR: --results: {tmp_path}/results: File too large (--results DIR puts the files elsewhere)"
+    assert not (tmp_path / "results").exists()
 
 
 # --- what else is inherited -------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ import pytest
 
 from runner import check_kernel, debian, matrix, target
 from runner.cpio import CpioWriter
+from runner.early_collection import any_test_matches
 from runner.emulator import Emulator
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
 from runner.interruption import Interruption
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
-from runner.kernel_options import split_tests
+from runner.kernel_options import split_tests, without_machine_options
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.planned_tests import PlannedTests
@@ -336,13 +337,33 @@ def test_which_tests_run_in_the_kernel(
     """With auto the suite's tests of itself stay on the host, however tests are named; a named kernel gets all."""
     source = pytest.Config.ArgsSource.TESTPATHS if arguments is None else pytest.Config.ArgsSource.ARGS
     config: Any = SimpleNamespace(
-        getoption=lambda _name: None,
+        getoption=lambda _name, default: default,
         option=SimpleNamespace(kernel=kernel),
         args_source=source,
         args=arguments or ["selftests"],
         invocation_params=SimpleNamespace(dir=ROOT),
     )
     assert split_tests(config) == (there, [f"{ROOT / path}" for path in here])
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["selftests/test_dirty_log.py", "-k", "57bit-1g-anonymous_hugetlb_1gb-forced"],
+        ["selftests/test_dirty_log.py::test_dirty_log[dirty-ring-57bit-1g-anonymous_hugetlb_1gb-forced-sparse-2vcpus]"],
+    ],
+    ids=["by-name", "by-id"],
+)
+def test_cells_of_any_kernel_match(tests: list[str]) -> None:
+    """What this host lacks may be there in the kernel that is to be booted."""
+    option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
+    assert any_test_matches(option, [], tests)
+
+
+def test_the_hosts_run_in_a_matrix_has_no_machine() -> None:
+    """Its options are left out for the host, where they would be refused."""
+    words = ["--qemu", "qemu", "-k", "a or b", "--vm-memory=300", "selftests/test_slots.py", "--full"]
+    assert without_machine_options(words) == ["-k", "a or b", "selftests/test_slots.py", "--full"]
 
 
 def test_auto_takes_a_kernel_that_has_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +476,7 @@ def test_a_run_of_the_matrix_that_a_signal_ends(tmp_path: Path, monkeypatch: pyt
     assert (done.status, done.reason) == (125, "a signal ended it")
 
 
-@pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 125)])
+@pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 128)])
 def test_the_hosts_run_in_a_matrix_has_a_status_as_others_have(tmp_path: Path, option: str, status: int) -> None:
     """What ends the whole matrix, and where nothing ran."""
     assert matrix.run("host", "", tmp_path / "01", ["selftests/unit/test_pieces.py", option]).status == status
