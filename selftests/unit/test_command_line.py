@@ -160,6 +160,23 @@ def test_options_that_are_not_used_here(suite: Suite) -> None:
     assert "\nnot used --qemu, --vm-memory: the tests run on this host\n" in done.stdout
 
 
+def test_no_kernel_is_booted_for_nothing(suite: Suite) -> None:
+    """Where all that matches runs on this host, --kernel auto needs no other kernel, though there is no KVM."""
+    done = suite("selftests/unit/test_selection.py", "-k", "test_sizes", "--kernel=auto", "--kvm-device=/nonexistent")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "machine  " not in done.stdout
+    assert " passed, " in done.stdout
+
+
+def test_a_host_without_kvm_is_told_to_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device(path: str, flags: int) -> int:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    monkeypatch.setattr(os, "open", no_device)
+    with pytest.raises(KvmUnavailable, match=r"^/dev/kvm does not exist: load KVM \(modprobe kvm_intel or modprobe"):
+        Kvm()
+
+
 def test_a_mistyped_device_is_told(suite: Suite) -> None:
     done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device=kvm")
     assert done.returncode == NOTHING_RAN

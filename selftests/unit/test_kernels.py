@@ -22,7 +22,7 @@ from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
 from runner.interruption import Interruption
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
-from runner.kernel_options import split_tests, without_machine_options
+from runner.kernel_options import kernel_options, split_tests, without_machine_options
 from runner.matrix import MatrixError, load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.planned_tests import PlannedTests
@@ -358,6 +358,18 @@ def test_cells_of_any_kernel_match(tests: list[str]) -> None:
     """What this host lacks may be there in the kernel that is to be booted."""
     option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
     assert any_test_matches(option, [], tests)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "repeated"), [("auto", "/boot/vmlinuz-6.12"), ("debian:6.12", "debian:6.12")], ids=["chosen", "named"]
+)
+def test_the_same_machine_again(kernel: str, repeated: str) -> None:
+    """The command that repeats a failure has all that the machine was made of, and the kernel that was at hand then."""
+    given = {"kvm_params": "kvm.tdp_mmu=0", "qemu": None, "accel": "tcg", "cpu_model": None, "append": ""}
+    option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus=None, time_limit="60")
+    assert kernel_options(option, Path("/boot/vmlinuz-6.12")) == [
+        f"--kernel={repeated}", "--kvm-params=kvm.tdp_mmu=0", "--accel=tcg", "--vm-memory=3000", "--time-limit=60",
+    ]  # fmt: skip
 
 
 def test_the_hosts_run_in_a_matrix_has_no_machine() -> None:
