@@ -54,6 +54,7 @@ from lib.selection import (
     plan,
     workers_here,
 )
+from lib.toml_file import TomlError
 from lib.tracked_vm import ContractBroken
 from lib.wording import wrapped
 from runner.early_collection import any_test_matches, no_test_matches
@@ -160,6 +161,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
     option = config.option
+    _read_known_bugs(option)
     if _is_worker(config):
         signal.signal(signal.SIGINT, heed_once)
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
@@ -279,6 +281,15 @@ def _only_shows(option: Any) -> bool:
     return any(getattr(option, name, None) for name in _ONLY_SHOW)
 
 
+def _read_known_bugs(option: Any) -> None:
+    """Read the list of known bugs while a mistake in it costs nothing yet; it stays in memory."""
+    if not option.no_known_bugs:
+        try:
+            known_bugs.load()
+        except TomlError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
 def _needs_kernel(config: pytest.Config) -> bool:
     """Whether the tests on KVM run in another kernel: one that is named, or one at hand as this host has no usable KVM."""
     if config.option.kernel != AT_HAND:
@@ -340,7 +351,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _prepare(config)
-    except (SelectionError, OutputError, guest_program.GuestProgramError, known_bugs.KnownBugsError) as error:
+    except (SelectionError, OutputError, guest_program.GuestProgramError) as error:
         raise pytest.UsageError(str(error)) from None
     except Exception as error:
         if limit := explain_error(error):

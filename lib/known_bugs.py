@@ -2,21 +2,20 @@
 """The list of known kernel bugs, ``known_bugs.toml``: which of them concern a cell or a test on this host."""
 
 import re
-import tomllib
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.cell import Cell
+from lib.cell import MAX_VCPUS, Cell
 from lib.host import Host, version_numbers
 from lib.oracle import Finding, Kind
+from lib.selection import DIMENSIONS
+from lib.toml_file import ROOT, TomlError, TomlFile
 
-PATH = Path(__file__).resolve().parent.parent / "known_bugs.toml"
-
-
-class KnownBugsError(ValueError):
-    """The list has an entry that cannot be understood."""
+PATH = ROOT / "known_bugs.toml"
+_VALUES = DIMENSIONS | {"vcpus": tuple(str(count) for count in range(1, MAX_VCPUS + 1))}
 
 
 @dataclass(frozen=True)
@@ -63,34 +62,153 @@ class KnownBug:
         return bool(titles) and all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
 
 
-def load(path: Path = PATH) -> list[KnownBug]:
-    """Read the list.
+@cache
+def load(path: Path = PATH) -> tuple[KnownBug, ...]:
+    """Read the list, once in a process.
 
-    :raises KnownBugsError: an entry lacks a field, has an unknown one, or names a kind or dimension that does not exist
+    :raises TomlError: it cannot be read, or an entry says something that is not understood, or names what does not exist
     """
-    try:
-        data = tomllib.loads(path.read_text())
-        return [_parse(entry) for entry in data.get("bug", [])]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
-        raise KnownBugsError(f"{path.name}: {error}") from error
+    file = TomlFile(path)
+    for name in file.data:
+        if name != "bug":
+            raise file.error(f"no such field: {name} (there are entries [[bug]])", name)
+    entries = file.data.get("bug", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise file.error("an entry begins with [[bug]]", "bug")
+    bugs: dict[str, KnownBug] = {}
+    for number, values in enumerate(entries):
+        entry = _Entry(file, number, values)
+        bug = entry.parse()
+        if bug.id in bugs:
+            raise entry.error("id", "an entry before has the same")
+        bugs[bug.id] = bug
+    return tuple(bugs.values())
 
 
-def _parse(entry: dict[str, Any]) -> KnownBug:
-    values = dict(entry)
-    shows = values.pop("shows")
-    if shows not in ("always", "sometimes"):
-        raise ValueError(f'{entry["id"]}: shows must be "always" or "sometimes", not {shows!r}')
-    unknown = set(values.get("cells", {})) - {field.name for field in fields(Cell)}
-    if unknown:
-        raise ValueError(f"{entry['id']}: no such dimension: {', '.join(sorted(unknown))}")
-    if not values.get("cells") and not values.get("tests"):
-        raise ValueError(f"{entry['id']}: names neither cells nor tests")
-    for name in ("findings", "needs"):
-        if name in values:
-            values[name] = frozenset(Kind[kind] for kind in values[name])
-    if isinstance(values.get("backend"), str):
-        values["backend"] = [values["backend"]]
-    for name in ("backend", "kernels", "tests", "log"):
-        if name in values:
-            values[name] = tuple(values[name])
-    return KnownBug(always=shows == "always", **values)
+class _Entry:
+    """An entry of *file* as it was written, the *number*-th."""
+
+    def __init__(self, file: TomlFile, number: int, values: dict[str, Any]) -> None:
+        self._file = file
+        self._number = number
+        self._values = values
+
+    def error(self, key: str, text: str) -> TomlError:
+        """What is wrong with field *key*."""
+        name = self._values.get("id")
+        bug = f"bug {name!r}" if isinstance(name, str) else f"bug {self._number + 1} of the list"
+        return self._file.error(f"{bug}: {key}: {text}", key, "bug", self._number)
+
+    def parse(self) -> KnownBug:
+        known = {one.name for one in fields(KnownBug)} - {"always"} | {"shows"}
+        for key in self._values:
+            if key not in known:
+                raise self.error(key, f"no such field (there are {', '.join(sorted(known))})")
+        findings = self._kinds("findings")
+        bug = KnownBug(
+            id=self._text("id"),
+            summary=self._text("summary"),
+            evidence=self._text("evidence"),
+            backend=self._backend(),
+            findings=findings,
+            always=self._one_of("shows", [self._text("shows")], ("always", "sometimes")) == ("always",),
+            needs=self._kinds("needs") if "needs" in self._values else frozenset(Kind),
+            kernels=self._kernels(),
+            parameters=self._parameters(),
+            cells=self._cells(),
+            tests=self._tests(),
+            log=self._log(),
+        )
+        if not bug.cells and not bug.tests:
+            raise self.error("id", "the entry names neither cells nor tests")
+        if not bug.needs & findings:
+            raise self.error("needs", "none of them is among the findings")
+        return bug
+
+    def _text(self, key: str) -> str:
+        value = self._values.get(key)
+        if value is None:
+            raise self.error(key, "it is missing")
+        if not isinstance(value, str) or not value:
+            raise self.error(key, f"must be a string, not {value!r}")
+        return value
+
+    def _texts(self, key: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.error(key, f"must be a list of strings, not {value!r}")
+        return tuple(value)
+
+    def _table(self, key: str) -> dict[str, Any]:
+        value = self._values.get(key, {})
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a table in braces, not {value!r}")
+        return value
+
+    def _one_of(self, key: str, values: Iterable[str], choices: Sequence[str], what: str = "value") -> tuple[str, ...]:
+        for value in values:
+            if value not in choices:
+                raise self.error(key, f"no such {what}: {value!r} (there are {', '.join(choices)})")
+        return tuple(values)
+
+    def _kinds(self, key: str) -> frozenset[Kind]:
+        names = self._texts(key, self._values.get(key, []))
+        if not names:
+            raise self.error(key, "it is missing, or has no kind")
+        return frozenset(Kind[name] for name in self._one_of(key, names, tuple(Kind.__members__), "kind"))
+
+    def _backend(self) -> tuple[str, ...]:
+        value = self._values.get("backend")
+        names = [self._text("backend")] if not isinstance(value, list) else self._texts("backend", value)
+        for name in names:
+            if not name.startswith("kvm_"):
+                raise self.error("backend", f"no vendor module of KVM: {name!r} (such as kvm_amd or kvm_intel)")
+        return tuple(names)
+
+    def _kernels(self) -> tuple[str, str]:
+        bounds = self._texts("kernels", self._values.get("kernels", ["", ""]))
+        if len(bounds) != 2 or not all(re.fullmatch(r"(\d+(\.\d+)*)?", bound) for bound in bounds):
+            raise self.error("kernels", f'must be ["from", "before"], such as ["6.1", "6.12"], not {list(bounds)}')
+        return bounds[0], bounds[1]
+
+    def _parameters(self) -> dict[str, str]:
+        table = self._table("parameters")
+        for name, value in table.items():
+            if "." not in name or not isinstance(value, str):
+                raise self.error("parameters", f'must be such as {{ "kvm.tdp_mmu" = "Y" }}, not {name!r} = {value!r}')
+        return table
+
+    def _cells(self) -> dict[str, list[str]]:
+        table = self._table("cells")
+        for name in self._one_of("cells", table, tuple(_VALUES), "dimension"):
+            choices = _VALUES[name]
+            for value in self._texts("cells", table[name]):
+                if value not in choices:
+                    some = f"1 to {MAX_VCPUS}" if name == "vcpus" else ", ".join(choices)
+                    raise self.error("cells", f"{name} has no value {value!r} (there are {some})")
+        return table
+
+    def _tests(self) -> tuple[str, ...]:
+        names = self._texts("tests", self._values.get("tests", []))
+        known = _test_names() if names else frozenset()
+        for name in names:
+            if name not in known:
+                raise self.error("tests", f"no test function of selftests/ has the name {name!r}")
+        return names
+
+    def _log(self) -> tuple[str, ...]:
+        patterns = self._texts("log", self._values.get("log", []))
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self.error("log", f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
+@cache
+def _test_names() -> frozenset[str]:
+    """The names of the test functions that a bug can concern: those of the contract, not the suite's tests of itself."""
+    folder = ROOT / "selftests"
+    files = [path for path in folder.rglob("test_*.py") if not path.is_relative_to(folder / "unit")]
+    definition = re.compile(r"^\s*def (test_\w+)", re.MULTILINE)
+    return frozenset(name for path in files for name in definition.findall(path.read_text(encoding="utf-8")))

@@ -11,15 +11,17 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lib.toml_file import TomlError, TomlFile
 from runner.check_kernel import STATUSES
+from runner.errors import CannotTest
 from runner.kernel_options import without_machine_options
+from runner.modules import parse_parameters
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +32,6 @@ _CONTRACT = ["selftests", "--ignore=selftests/unit"]
 # pytest's own exit statuses there; where nothing ran, this host may have no KVM, and another kernel may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: 125}
 _VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
-
-
-class MatrixError(Exception):
-    """The file is wrong; the text is one line that says where."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +55,31 @@ class Run:
 def load(path: Path) -> tuple[list[str], list[str], list[str]]:
     """The kernels, sets of parameters and arguments of a matrix file.
 
-    :raises MatrixError: it cannot be read, or says something that is not understood
+    :raises TomlError: it cannot be read, or says something that is not understood
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise MatrixError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MatrixError(f"{path}: {error}") from None
-    for name, value in data.items():
+    file = TomlFile(path)
+    for name, value in file.data.items():
         if name not in _FIELDS:
-            raise MatrixError(f"{path}: no such field: {name} (there are {', '.join(_FIELDS)})")
+            raise file.error(f"no such field: {name} (there are {', '.join(_FIELDS)})", name)
         words = value if isinstance(value, list) else []
         if not isinstance(value, _FIELDS[name]) or not all(isinstance(word, str) for word in words):
-            raise MatrixError(f"{path}: {name} must be {'a list of strings' if _FIELDS[name] is list else 'a string'}")
-    if not data.get("kernels"):
-        raise MatrixError(f"{path}: it names no kernels")
+            kind = "a list of strings" if _FIELDS[name] is list else "a string"
+            raise file.error(f"{name} must be {kind}, not {value!r}", name)
+    kernels, sets = file.data.get("kernels", []), file.data.get("parameters") or [""]
+    if not all(kernels):
+        raise file.error("kernels: a name is empty", "kernels")
+    if not kernels:
+        raise file.error("it names no kernels", "kernels")
+    for text in sets:
+        try:
+            parse_parameters(text)
+        except CannotTest as error:
+            raise file.error(f"parameters: {error}", "parameters") from None
     try:
-        arguments = shlex.split(data.get("arguments", ""))
+        arguments = shlex.split(file.data.get("arguments", ""))
     except ValueError as error:
-        raise MatrixError(f"{path}: arguments: {error}") from None
-    return data["kernels"], data.get("parameters") or [""], arguments
+        raise file.error(f"arguments: {error}", "arguments") from None
+    return kernels, sets, arguments
 
 
 def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
@@ -126,7 +128,7 @@ def main(arguments: list[str]) -> int:
         return 128
     try:
         kernels, sets, options = load(Path(arguments[0]))
-    except MatrixError as error:
+    except TomlError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 128
     # One seed for all, so that they can be compared; the last --seed counts.

@@ -161,9 +161,10 @@ shows = "sometimes"
 """
 
 
-def read(folder: Path, text: str) -> list[known_bugs.KnownBug]:
+def read(folder: Path, text: str) -> tuple[known_bugs.KnownBug, ...]:
     path = folder / "known_bugs.toml"
     path.write_text(text)
+    known_bugs.load.cache_clear()
     return known_bugs.load(path)
 
 
@@ -202,23 +203,6 @@ def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
     (bug,) = read(tmp_path, ENTRY.replace('"GAP"]', '"FALSE"]\nneeds = ["LOST"]'))
     assert bug.explains([lost, false])
     assert not bug.explains([false])
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('"sometimes"', '"often"', "shows must be"),
-        ('"LOST"', '"LOSSES"', "LOSSES"),
-        ("log_mode", "mode", "no such dimension: mode"),
-        ('id = "x"', 'id = "x"\nsurprise = 1', "surprise"),
-        ('summary = "s"', "", "summary"),
-        ("[[bug]]", "[[bug", "known_bugs.toml"),
-        ('cells = { log_mode = ["dirty-ring"], vcpus = ["1"] }', "", "names neither cells nor tests"),
-    ],
-)
-def test_a_broken_list_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
-    with pytest.raises(known_bugs.KnownBugsError, match=message):
-        read(tmp_path, ENTRY.replace(old, new))
 
 
 @pytest.mark.parametrize(

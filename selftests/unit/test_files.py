@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The files that people edit, known_bugs.toml and matrix.toml: a mistake is one line, with the file's line and the key."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib import known_bugs
+from lib.toml_file import TomlError
+from runner.matrix import load as load_matrix
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+USAGE_ERROR = 4
+LIST = (ROOT / "known_bugs.toml").read_text()
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def line_of(text: str, start: str) -> int:
+    """The first line of *text* that begins so."""
+    return next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(start))
+
+
+# What is replaced in the repository's own list, by what, where the mistake is then, and what is said of it
+MISTAKES = {
+    "unknown-key": ("shows = ", "nonsense = 1\nshows = ", "nonsense", "nonsense: no such field (there are backend, cells, "),
+    "unknown-at-top": ("[[bug]]", "bugs = 1\n[[bug]]", "bugs", "no such field: bugs (there are entries [[bug]])"),
+    "no-list": ('findings = ["LOST", "GAP"', 'findings = "LOST" #', "findings",
+                "findings: must be a list of strings, not 'LOST'"),
+    "unknown-kind": ('"STUCK"', '"STUKC"', "findings", "findings: no such kind: 'STUKC' (there are LOST, FALSE, VALUE,"),
+    "unknown-need": ('needs = ["LOST"', 'needs = ["LOSS"', "needs", "needs: no such kind: 'LOSS' (there are LOST,"),
+    "no-need-of-the-findings": ('needs = ["LOST", "GAP", "STUCK", "RESET_COUNT"]', 'needs = ["VALUE"]', "needs",
+                                "needs: none of them is among the findings"),
+    "no-id": ('id = "pvm-ring-overflow"\n', "", "[[bug]]", "bug 1 of the list: id: it is missing"),
+    "no-summary": ('summary = "kvm_pvm', 'evidence_ = "kvm_pvm', "evidence_", "evidence_: no such field"),
+    "no-evidence": ('evidence = "ring of', '# "', "[[bug]]", "evidence: it is missing"),
+    "no-such-value": ('"dirty-ring-plain"]', '"dirty-rng"]', "cells",
+                      "cells: log_mode has no value 'dirty-rng' (there are dirty-log, clear-log,"),
+    "number-as-value": ('log_mode = ["dirty-ring", "dirty-ring-plain"]', "vcpus = [1]", "cells",
+                        "cells: must be a list of strings, not [1]"),
+    "too-many-vcpus": ('log_mode = ["dirty-ring", "dirty-ring-plain"]', 'vcpus = ["513"]', "cells",
+                       "cells: vcpus has no value '513' (there are 1 to 512)"),
+    "no-such-dimension": ("{ log_mode", "{ mode", "cells", "cells: no such dimension: 'mode' (there are log_mode,"),
+    "one-kernel": ('kernels = ["6.1", "6.2"]', 'kernels = ["x"]', "kernels",
+                   """kernels: must be ["from", "before"], such as ["6.1", "6.12"], not ['x']"""),
+    "no-release": ('kernels = ["6.1", "6.2"]', 'kernels = ["6.1", "6.2-rc1"]', "kernels",
+                   'kernels: must be ["from", "before"]'),
+    "no-pattern": ("log = ['^WARNING: ", "log = ['(", "log", "is no regular expression: missing ), unterminated subpattern"),
+    "no-such-test": ('["test_dense_writer_never_overruns_its_ring"]', '["test_no_such"]', "tests",
+                     "tests: no test function of selftests/ has the name 'test_no_such'"),
+    "backend-number": ('backend = "kvm_pvm"', "backend = 3", "backend", "backend: must be a string, not 3"),
+    "backend-misspelt": ('backend = "kvm_pvm"', 'backend = "pvm"', "backend",
+                         "backend: no vendor module of KVM: 'pvm' (such as"),
+    "parameter-number": ('"kvm_pvm.pvm_emul_batch" = "1024"', '"kvm_pvm.pvm_emul_batch" = 1024', "parameters",
+                         """parameters: must be such as { "kvm.tdp_mmu" = "Y" }, not 'kvm_pvm.pvm_emul_batch' = 1024"""),
+    "parameters-string": ('parameters = { "kvm_pvm.pvm_emul_batch" = "1024" }', 'parameters = "x"', "parameters",
+                          "parameters: must be a table in braces, not 'x'"),
+    "shows": ('shows = "sometimes"', 'shows = "often"', "shows", "shows: no such value: 'often' (there are always, some"),
+    "no-toml": ("needs = [", "needs = [[", "log", "not TOML: Unclosed array"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_known_bugs_has_its_line(tmp_path: Path, mistake: str) -> None:
+    """One line: file, line, entry, key, and what may be there instead."""
+    old, new, key, message = MISTAKES[mistake]
+    assert old in LIST
+    text = LIST.replace(old, new, 1)
+    path = write(tmp_path, "known_bugs.toml", text)
+    with pytest.raises(TomlError) as caught:
+        known_bugs.load(path)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert said.startswith(f"{path}:{line_of(text, key)}: "), said
+    assert message in said
+
+
+def test_an_id_of_two_known_bugs_is_refused(tmp_path: Path) -> None:
+    """The second entry is the one that is named."""
+    text = LIST.replace('id = "pvm-ring-overflow-always"', 'id = "pvm-ring-overflow"')
+    path = write(tmp_path, "known_bugs.toml", text)
+    second = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("id = ")][1]
+    with pytest.raises(TomlError, match=f":{second}: bug 'pvm-ring-overflow': id: an entry before has the same$"):
+        known_bugs.load(path)
+
+
+def test_a_later_entry_is_named_with_its_line(tmp_path: Path) -> None:
+    """Of equal keys in several entries it is the right one's line, also where a table has lines of its own."""
+    entry = '[[bug]]\nid = "{}"\nsummary = "s"\nevidence = "e"\nbackend = "kvm_amd"\nfindings = ["LOST"]\nshows = "always"\n'
+    second = entry.format("b") + '[bug.cells]\nlog_mode = ["nope"]\n'
+    path = write(tmp_path, "known_bugs.toml", entry.format("a") + '[bug.cells]\nstop = ["forced"]\n' + second)
+    with pytest.raises(TomlError, match=r":17: bug 'b': cells: log_mode has no value 'nope'"):
+        known_bugs.load(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(TomlError, match=f"^{path}: {message}$"):
+            known_bugs.load(path)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b"# 1\n# \xe4\n")
+    with pytest.raises(TomlError, match=f"^{latin}:2: not UTF-8$"):
+        known_bugs.load(latin)
+
+
+def test_the_list_of_known_bugs_is_cheap_to_read(tmp_path: Path) -> None:
+    """Each session and each worker reads it, also where every instruction is emulated."""
+    path = write(tmp_path, "known_bugs.toml", LIST)
+    start = time.thread_time()
+    assert known_bugs.load(path)
+    assert time.thread_time() - start < 0.1
+    assert known_bugs.load(path) is known_bugs.load(path)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A checkout whose files can be spoilt."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("conftest.py", "pytest.ini", "runner", "guest_code", "selftests", "build"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "lib", folder / "lib")  # a module looks for the checkout around its own file
+    return folder
+
+
+@pytest.mark.parametrize("text", [None, "[[bug]]\n"], ids=["missing", "broken"])
+@pytest.mark.parametrize("options", [[], ["--kernel=debian:0.1"], ["-n1"]], ids=["here", "in-a-kernel", "xdist"])
+def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, options: list[str]) -> None:
+    """One line and a usage error, before a kernel is looked for."""
+    if text is not None:
+        write(copy, "known_bugs.toml", text)
+    command = [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", "--collect-only", *options]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    expected = (
+        "No such file or directory" if text is None else "bug 1 of the list: findings: it is missing, or has no kind"
+    )
+    assert line.startswith("ERROR: known_bugs.toml:")
+    assert line.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# none\n", ":1: it names no kernels"),
+        ("\nkernels = [\n", ":3: not TOML: Invalid value"),
+        ('\nkernels = "debian:6.1"', ":2: kernels must be a list of strings, not 'debian:6.1'"),
+        ("\n\nkernels = [6.1]", ":3: kernels must be a list of strings, not [6.1]"),
+        ('kernels = ["a", ""]', ":1: kernels: a name is empty"),
+        ('kernels = ["a"]\nkernel = 1', ":2: no such field: kernel (there are kernels, parameters, arguments)"),
+        ('kernels = ["a"]\narguments = ["-v"]', ":2: arguments must be a string, not ['-v']"),
+        ('kernels = ["a"]\narguments = "-k \'x"', ":2: arguments: No closing quotation"),
+        (
+            'kernels = ["a"]\n# the MMU\nparameters = ["kvm.tdp_mmu"]',
+            ":3: parameters: KVM parameter 'kvm.tdp_mmu': write it",
+        ),
+    ],
+)
+def test_a_mistake_in_a_matrix_has_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, "matrix.toml", text)
+    with pytest.raises(TomlError) as caught:
+        load_matrix(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
