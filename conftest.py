@@ -7,7 +7,6 @@ import random
 import shlex
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -79,6 +78,7 @@ from runner.output_paths import OutputError, check_file, check_folder, make_fold
 from runner.planned_tests import PlannedTests
 from runner.progress import Progress, WorkerProgress
 from runner.report_stream import ReportStream
+from runner.results import new_folder
 from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
 from runner.static_keys import StaticKeys
 from runner.store import say
@@ -335,10 +335,7 @@ def _why_not_here(option: Any) -> str | None:
 def _make_results(config: pytest.Config, label: str) -> None:
     """Settle where the result files go, and make the folder."""
     given = config.option.results
-    name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (name, *(f"{name}-{number}" for number in range(2, 100)))  # another run may have begun in the same second
-    default = next(path for path in (ROOT / "results" / name for name in names) if not path.exists())
-    folder = default if given is None else _seen_from(config, given)
+    folder = new_folder(label) if given is None else _seen_from(config, given)
     config.option.results = str(folder)
     if not _only_shows(config.option):
         config.stash[_made_key] = make_folder("--results", folder)

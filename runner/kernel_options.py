@@ -41,6 +41,9 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+MACHINE_OPTIONS = tuple(map(option_name, (*_MACHINE_OPTIONS, "qemu", "accel", "cpu_model", "append")))
+
+
 def add_kernel_options(group: pytest.OptionGroup) -> None:
     """Add the options that name and describe another kernel to run in."""
     group.addoption(
@@ -138,7 +141,8 @@ def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
         if config.getoption(name, None):
             raise pytest.UsageError(f"{word} cannot be used where the tests run in another kernel (--kernel)")
     stay = config.option.kernel == AT_HAND
-    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    # On the command line, or as pytest's setting testpaths, which `make run` gives
+    named = config.args_source is not pytest.Config.ArgsSource.INVOCATION_DIR
     there: list[str] = []
     here: list[str] = []
     for argument in config.args if named else [str(ROOT / "selftests")]:

@@ -7,31 +7,68 @@ Exit status: 0 when all are good, 1 when one is bad, 125 when one cannot be test
 
 import json
 import random
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+if __name__ == "__main__":
+    # A program that is started by its path has only its own folder there.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from lib.toml_file import TomlError, TomlFile
 from runner.check_kernel import STATUSES
-from runner.errors import CannotTest
+from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_options import without_machine_options
 from runner.modules import parse_parameters
+from runner.results import new_folder
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
+_USAGE = "usage: matrix.py FILE [options of pytest]"
 _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
 # In place of a kernel: the one that runs here, with its own KVM as it is loaded
 _HOST = "host"
-_CONTRACT = ["selftests", "--ignore=selftests/unit"]
+_CONTRACT = ["-o", "testpaths=selftests/test_*.py selftests/x86_64"]
 # pytest's own exit statuses there; where nothing ran, this host may have no KVM, and another kernel may
-_HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: 125}
-_VERDICTS = {0: "good", 1: "BAD", 125: "cannot be tested"}
+_HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
+_NOT_RUN, _WRONG, _INTERRUPTED = -1, 128, 130
+_VERDICTS = {
+    0: "good",
+    1: "BAD",
+    CANNOT_TEST: "cannot be tested",
+    _WRONG: "cannot be run like this",
+    _INTERRUPTED: "interrupted",
+    _NOT_RUN: "not run",
+}
+_OWN_FILES = "each run has files of its own, below the matrix's folder (--results)"
+# Options that differ from run to run, and what decides them
+_TAKEN = {
+    "--kernel": "the file names the kernels",
+    "--kvm-params": "the file names the parameters",
+    "--junitxml": _OWN_FILES,
+    "--junit-xml": _OWN_FILES,
+}
+# How a run says why it could test nothing
+_REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: error: )(.+)")
+
+
+class _Ended(KeyboardInterrupt):
+    """Signal *number* is to end the matrix, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -83,75 +120,166 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
-    """Test one kernel, with all files in *folder*."""
-    folder.mkdir(parents=True)
+    """Test one kernel, with all files in *folder*. A signal that ends the matrix reaches the run, which is waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
     options = [f"--results={folder}", *arguments]
     if kernel == _HOST:
-        chosen = any((ROOT / word.partition("::")[0]).exists() for word in arguments if not word.startswith("-"))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            *([] if chosen else _CONTRACT),
-            *without_machine_options(options),
-        ]
+        command = [sys.executable, "-m", "pytest", "-v", *_CONTRACT, *without_machine_options(options)]
     else:
         program = str(ROOT / "runner" / "check_kernel.py")
         command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
+    interrupted = False
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            status = process.wait()  # it got the signal too, and ends in an orderly way
+        while process.returncode is None:
+            try:
+                process.wait()
+            except _Ended as ended:
+                interrupted = True
+                process.send_signal(ended.number)
+            except KeyboardInterrupt:
+                interrupted = True  # the terminal has sent it to the run too
+    return _judge(kernel, parameters, _INTERRUPTED if interrupted else process.returncode, folder)
+
+
+def _judge(kernel: str, parameters: str, status: int, folder: Path) -> Run:
+    """What came of a run that ended with *status*, from the files that it left."""
     killed = status < 0
     if killed:
-        status = 125
+        status = CANNOT_TEST
     elif kernel == _HOST:
         status = _HOST_STATUSES.get(status, status)
-    results = folder / "results.json"
-    data = json.loads(results.read_text()) if results.exists() else {"cells": [], "tests": [], "host": {}, "end": {}}
-    lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
+    data: dict[str, Any] = {"cells": [], "tests": [], "host": {}, "end": {}}
+    lacks = ""
+    try:
+        data |= json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        lacks = "it left no results: nothing was tested on KVM"
+    except (OSError, ValueError) as error:
+        lacks = f"its results cannot be read: {error}"
     ended = data["end"].get("text", "finished")
-    reason = "" if status == 0 else "tests failed" if status == 1 and ended == "finished" else ended
-    if status not in (0, 1) and ended == "finished":
-        reason = "a signal ended it" if killed else lines[-1].removeprefix("cannot be tested: ")
-    release = data["host"].get("kernel", kernel)
-    return Run(kernel, parameters, status, data["cells"], data["tests"], release, reason)
+    if killed:
+        reason = "a signal ended it"
+    elif status == 0 and lacks:
+        status, reason = _WRONG, lacks
+    elif status in (0, _INTERRUPTED):
+        reason = ""
+    elif ended != "finished":
+        reason = ended
+    elif status == 1:
+        reason = lacks or "tests failed"
+    else:
+        reason = _why(folder / "output.txt")
+    return Run(kernel, parameters, status, data["cells"], data["tests"], data["host"].get("kernel", kernel), reason)
+
+
+def _why(output: Path) -> str:
+    """Why a run could test nothing, from its *output*; its last line where none says so."""
+    lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+    reasons = [found[1] for line in lines if (found := _REASON.match(line))]
+    return reasons[-1] if reasons else lines[-1]
+
+
+def _take(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options *names* in *words*, each with its value, and the rest of *words*."""
+    found, rest, left = {}, [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if name in names:
+            found[name] = value if equals else next(left, "")
+        else:
+            rest.append(word)
+    return found, rest
+
+
+def _results(given: str | None) -> Path:
+    """The matrix's folder, made.
+
+    :raises OSError: it cannot be written
+    """
+    folder = new_folder("matrix") if given is None else Path(given).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.txt").write_text("")
+    return folder
 
 
 def main(arguments: list[str]) -> int:
     """Run the matrix."""
-    if not arguments:
-        print("usage: matrix.py FILE [options of pytest]", file=sys.stderr)
-        return 128
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    if not arguments or not arguments[0] or arguments[0].startswith("-"):
+        print(f"{_USAGE}: no file is named", file=sys.stderr)
+        return _WRONG
     try:
         kernels, sets, options = load(Path(arguments[0]))
     except TomlError as error:
         print(f"matrix: {error}", file=sys.stderr)
-        return 128
+        return _WRONG
     # One seed for all, so that they can be compared; the last --seed counts.
     options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *options, *arguments[1:]]
-    results = ROOT / "results" / f"matrix-{time.strftime('%Y%m%d-%H%M%S')}"
+    taken, options = _take(options, ["--results", *_TAKEN])
+    for name in taken:
+        if name in _TAKEN or not taken[name]:
+            print(f"matrix: {name}: {_TAKEN.get(name, 'no folder is named')}", file=sys.stderr)
+            return _WRONG
+    try:
+        results = _results(taken.get("--results"))
+    except OSError as error:
+        print(f"matrix: {error.filename}: {error.strerror} (--results DIR puts the files elsewhere)", file=sys.stderr)
+        return _WRONG
     pairs = [(kernel, parameters) for kernel in kernels for parameters in (sets if kernel != _HOST else [""])]
-    runs = []
-    for number, (kernel, parameters) in enumerate(pairs, 1):
-        print(f"[{number}/{len(pairs)}] {kernel} {parameters} ... ", end="", flush=True)
-        start = time.monotonic()
-        done = run(kernel, parameters, results / f"{number:02}", options)
-        print(
-            f"{_verdict(done)} ({len(done.cells)} cells, {len(done.tests)} tests, {time.monotonic() - start:.0f} s)",
-            flush=True,
-        )
-        runs.append(done)
-        if done.status >= 128:
-            break  # an option that is wrong for all of them, or Ctrl-C
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _end)
+    try:
+        runs = _run_all(pairs, results, options)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    runs += [Run(*pair, _NOT_RUN, [], [], pair[0], "") for pair in pairs[len(runs) :]]
     lines = _summary(runs)
-    (results / "table.txt").write_text("\n".join(lines) + "\n")
-    print("", *lines, f"files: {results.relative_to(ROOT)}", sep="\n")
+    try:
+        (results / "table.txt").write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
+    shown = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
+    _say("\n".join(["", *lines, f"files: {shown}"]), "\n")
     statuses = {done.status for done in runs}
-    return 1 if 1 in statuses else max(statuses)
+    if 1 in statuses:
+        return 1
+    return max(statuses) if max(statuses) >= _WRONG or _NOT_RUN not in statuses else _INTERRUPTED
+
+
+def _run_all(pairs: Sequence[tuple[str, str]], results: Path, options: list[str]) -> list[Run]:
+    """Run one after the other, as far as it makes sense."""
+    runs: list[Run] = []
+    with suppress(KeyboardInterrupt):  # where it comes between two runs
+        for number, (kernel, parameters) in enumerate(pairs, 1):
+            _say(f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'} ... ")
+            start = time.monotonic()
+            try:
+                done = run(kernel, parameters, results / f"{number:02}", options)
+            except OSError as error:
+                done = Run(kernel, parameters, CANNOT_TEST, [], [], kernel, f"{error.filename}: {error.strerror}")
+            runs.append(done)
+            cells, tests, seconds = len(done.cells), len(done.tests), time.monotonic() - start
+            _say(f"{_verdict(done)} ({cells} cells, {tests} tests, {seconds:.0f} s)", "\n")
+            if done.status >= _WRONG:
+                break  # an option that is wrong for all of them, or a signal
+    return runs
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise _Ended(number)
+
+
+def _say(text: str, end: str = "") -> None:
+    """Print *text*; the terminal may be gone by now."""
+    with suppress(OSError):
+        print(text, end=end, flush=True)
 
 
 def _verdict(done: Run) -> str:
@@ -164,9 +292,11 @@ def _summary(runs: list[Run]) -> list[str]:
         f"{name}  {done.release}  {done.parameters or 'defaults'}: {_verdict(done)}"
         for name, done in zip(names, runs, strict=True)
     ]
-    tests = [done.tests for done in runs]
-    cells = cross_table(names, [done.cells for done in runs]) if any(done.cells for done in runs) else []
-    lines = [*cells, "", *cross_table_of_tests(names, tests), "", *legend]
+    columns = {name: done for name, done in zip(names, runs, strict=True) if done.status != _NOT_RUN}
+    cells, tests = [done.cells for done in columns.values()], [done.tests for done in columns.values()]
+    lines = [*cross_table([*columns], cells), ""] if any(cells) else []
+    lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
+    lines += legend
     if nowhere := skipped_everywhere(tests):
         lines += ["", f"{len(nowhere)} tests were skipped everywhere:", *(f"  {test}" for test in nowhere)]
     return lines

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from runner import check_kernel, debian, matrix, target
+from runner import check_kernel, debian, matrix, results, target
 from runner.cpio import CpioWriter
 from runner.early_collection import any_test_matches
 from runner.emulator import Emulator
@@ -496,7 +496,7 @@ def test_the_matrix_ends_with_a_table_and_a_status(
         return matrix.Run(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], [], kernel, "")
 
     monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     assert matrix.main([str(matrix_file(tmp_path, 'kernels = ["a", "b"]'))]) == expected
     shown = capsys.readouterr().out
     assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass" in shown
@@ -575,7 +575,7 @@ def test_the_host_is_a_kernel_of_the_matrix_once(tmp_path: Path, monkeypatch: py
         return matrix.Run(kernel, parameters, 0, [], [], kernel, "")
 
     monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     matrix.main(
         [str(matrix_file(tmp_path, 'kernels = ["host", "b"]\nparameters = ["kvm_amd.npt=0", "kvm_amd.npt=1"]'))]
     )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""runner/matrix.py as a user meets it: what is refused before a run, why one failed, and what an interrupted matrix shows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import matrix, results
+from runner.kernel_options import MACHINE_OPTIONS
+from runner.table import DIMENSIONS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRAM = ROOT / "runner" / "matrix.py"
+CANNOT_TEST, WRONG, INTERRUPTED = 125, 128, 130
+CELL = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
+
+# In place of Python: it leaves results.json in the folder that --results names, and waits until a signal ends it.
+RUN = """#!{python}
+import json, pathlib, signal, sys, time
+(folder,) = [word[len("--results="):] for word in sys.argv if word.startswith("--results=")]
+signal.signal(signal.SIGINT, lambda *_: sys.exit(2))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+data = {{"cells": [{cell} | {{"verdict": "pass"}}], "tests": [], "host": {{"kernel": "6.0"}}, "end": {{}}}}
+pathlib.Path(folder, "results.json").write_text(json.dumps(data))
+time.sleep(60)
+"""
+DRIVER = """
+import sys
+from types import SimpleNamespace
+from runner import matrix
+matrix.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
+sys.exit(matrix.main(sys.argv[1:]))
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
+        ([""], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
+        (["--nope"], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
+        (["--help"], 0, "matrix.py FILE [options of pytest]: test each kernel of FILE"),
+        (["FILE", "--kernel=debian:6.12"], WRONG, "matrix: --kernel: the file names the kernels"),
+        (["FILE", "--kvm-params", "kvm.tdp_mmu=0"], WRONG, "matrix: --kvm-params: the file names the parameters"),
+        (["FILE", "--junitxml=x.xml"], WRONG, "matrix: --junitxml: each run has files of its own, below the matrix's folder"),
+        (["FILE", "--results"], WRONG, "matrix: --results: no folder is named"),
+        (["FILE", "--results="], WRONG, "matrix: --results: no folder is named"),
+        (["FILE", "--results=/proc/x"], WRONG, "matrix: /proc/x: No such file or directory (--results DIR puts the files"),
+        (["FILE", "--results", "FILE"], WRONG, "matrix.toml: File exists (--results DIR puts the files elsewhere)"),
+    ],
+)  # fmt: skip
+def test_the_matrix_by_itself(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    """Started by its path from another folder, it finds its modules; what is wrong is one line before any run."""
+    file = write(tmp_path / "matrix.toml", 'kernels = ["host"]\n')
+    words = [str(file) if word == "FILE" else word for word in arguments]
+    done = subprocess.run([sys.executable, PROGRAM, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert message in done.stdout + done.stderr
+    assert status == 0 or len((done.stdout + done.stderr).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        (["--no-such-option"], WRONG, "unrecognized arguments: --no-such-option"),
+        (["--iterations=0"], WRONG, "--iterations: 0 is out of range, it must be at least 1"),
+        (["selftests/nope.py"], WRONG, "file or directory not found: selftests/nope.py"),
+        (["--version"], WRONG, "it left no results: nothing was tested on KVM"),
+        (["selftests/test_dirty_log.py", "--kvm-device=/nonexistent"], CANNOT_TEST, "no test ran on KVM: /nonexistent does"),
+    ],
+)  # fmt: skip
+def test_why_a_run_failed_is_told(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
+    """What the run said of it, not pytest's last line; and a run without results is not good."""
+    done = matrix.run("host", "", tmp_path / "01", arguments)
+    assert done.status == status
+    assert reason in done.reason
+
+
+def test_results_of_an_earlier_matrix_are_not_taken(tmp_path: Path) -> None:
+    """With --results a folder can be used again: a run that leaves nothing has no cells of the last one."""
+    (tmp_path / "01").mkdir()
+    old = {"cells": [CELL | {"verdict": "pass"}], "tests": [], "host": {}, "end": {}}
+    (tmp_path / "01" / "results.json").write_text(json.dumps(old))
+    assert matrix.run("host", "", tmp_path / "01", ["--version"]).cells == []
+
+
+def test_results_that_broke_off_are_told(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"cells": [')
+    done = matrix._judge("a", "", 1, tmp_path)
+    assert (done.status, done.cells) == (1, [])
+    assert "its results cannot be read: " in done.reason
+
+
+def test_the_machine_of_a_matrix_is_not_the_hosts() -> None:
+    """Options of the machine are for the kernels that boot; all others are the host's too."""
+    words = ["--vm-memory", "4096", "-k", "a", "--qemu=/x", "--append", "b=c", "--seed=1"]
+    assert matrix._take(words, MACHINE_OPTIONS)[1] == ["-k", "a", "--seed=1"]
+
+
+def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a folder of its own, as runs have."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    assert [matrix._results(None).name for _ in range(3)] == ["matrix-now", "matrix-now-2", "matrix-now-3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_matrix_that_is_interrupted(tmp_path: Path, number: signal.Signals) -> None:
+    """It ends the run that is on, waits for it, and shows and keeps what was done and what was not."""
+    fake = write(tmp_path / "python", RUN.format(python=sys.executable, cell=CELL))
+    fake.chmod(0o755)
+    driver = write(tmp_path / "driver.py", DRIVER.format(fake=str(fake)))
+    file = write(tmp_path / "matrix.toml", 'kernels = ["a", "b", "c"]\n')
+    folder = tmp_path / "results"
+    process = subprocess.Popen(
+        [sys.executable, driver, file, f"--results={folder}"], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (folder / "01" / "results.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == INTERRUPTED, output
+    assert "[1/3] a defaults ... interrupted (1 cells, 0 tests, " in output
+    assert "\nA  6.0  defaults: interrupted\nB  b  defaults: not run\nC  c  defaults: not run\n" in output
+    assert "dirty-log  48bit-4k    shmem    forced  sparse   1      pass\n" in output
+    assert (folder / "table.txt").read_text() in output
+    assert "C  c  defaults: not run" in (folder / "table.txt").read_text()
+
+
+def test_a_killed_run_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had found counts as found; the run as one that could not be tested, and the next has its turn."""
+    fake = write(tmp_path / "python", RUN.format(python=sys.executable, cell=CELL) + "\n")
+    fake.write_text(fake.read_text().replace("time.sleep(60)", "import os\nos.kill(os.getpid(), signal.SIGKILL)"))
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    file = write(tmp_path / "matrix.toml", 'kernels = ["a", "b"]\n')
+    assert matrix.main([str(file), f"--results={tmp_path / 'results'}"]) == CANNOT_TEST
+    table = (tmp_path / "results" / "table.txt").read_text()
+    assert "1      pass  pass\n" in table
+    assert table.endswith(
+        "A  6.0  defaults: cannot be tested: a signal ended it\nB  6.0  defaults: cannot be tested: a signal ended it\n"
+    )
