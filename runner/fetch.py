@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """python -m runner.fetch KERNEL ...: have Debian's QEMU and the kernels in build/, for runs that find no network.
 
-Exit status: 0 when all are there, 125 when one cannot be fetched, 130 when interrupted.
+Exit status: 0 when all are there, 125 when one cannot be fetched, 128 when none is named like this, 130 when interrupted.
 """
 
 import sys
@@ -13,13 +13,16 @@ from runner.store import BUILD, say, shown
 
 
 def main(kernels: list[str]) -> int:
-    """Fetch what is not there yet, and say where it is."""
+    """Fetch what is not there yet, and say where it is: first the kernels, whose names may be wrong."""
+    if not all(kernels) or any(name.startswith("-") for name in kernels):
+        say("usage: python -m runner.fetch KERNEL ..., such as debian:6.12")
+        return 128
     try:
-        emulator = debian_emulator("one is needed where KVM cannot be used")
-        say(f"QEMU {emulator.version} is in {emulator.origin}")
         for name in kernels:
             kernel = find_kernel(name)
             say(f"kernel {kernel.release} is in {shown(kernel.image.parent)}")
+        emulator = debian_emulator("one is needed where KVM cannot be used")
+        say(f"QEMU {emulator.version} is in {emulator.origin}")
     except CannotTest as error:
         say(f"cannot fetch: {error}")
         return CANNOT_TEST

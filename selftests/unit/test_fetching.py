@@ -277,12 +277,32 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
     """One line says what could not be fetched, and how to fetch it elsewhere and carry it over."""
-    assert fetch.main(["debian:6.12"]) == CANNOT_TEST
+    assert fetch.main([]) == CANNOT_TEST
     shown = capsys.readouterr().err.strip().splitlines()
     assert len(shown) == 2, shown
     assert shown[0].startswith("fetching QEMU, about 40 MB of Debian packages, into ")
     assert shown[1].startswith("cannot fetch: apt-get update (trixie) failed: ")
     assert "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here" in shown[1]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        (
+            "nonsense",
+            CANNOT_TEST,
+            "cannot fetch: no kernel 'nonsense': neither a file or folder, nor an installed release",
+        ),
+        ("--help", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
+        ("", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
+    ],
+)
+def test_a_wrong_name_is_told_at_once(capsys: pytest.CaptureFixture[str], name: str, status: int, message: str) -> None:
+    """One line, before QEMU is fetched."""
+    assert fetch.main([name]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize("tool", ["apt-get", "apt-cache", "dpkg-deb"])
