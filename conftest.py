@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """pytest's side of the suite: the command line, the matrix, what a test may need, and what a run leaves behind."""
 
+import argparse
 import fcntl
 import os
 import random
@@ -12,10 +13,16 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+
+from runner.unmet import leave, unmet
+
+if reason := unmet():  # before it shows as an import that fails
+    leave(reason, pytest.ExitCode.USAGE_ERROR)
 
 from lib import guest_program, known_bugs
 from lib.cell import Cell, Settings
@@ -105,7 +112,16 @@ _interruption_key = pytest.StashKey[Interruption]()
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+class _NoWorkers(argparse.Action):
+    """Option -n where xdist, which has it, was not loaded: pytest would call it an unrecognized argument."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        loads = "it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
+        why = loads if find_spec("xdist") else "it is not installed"
+        raise pytest.UsageError(f"-n needs pytest-xdist: {why}")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     group = parser.getgroup(
         "dirty", "KVM dirty-page tracking (letters in brackets: the option of the C dirty_log_test)"
     )
@@ -154,6 +170,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
     )
     group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
+    if not pluginmanager.hasplugin("xdist") and (
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ or not find_spec("xdist")
+    ):
+        # Only this method takes lowercase letters, of which -n is one; xdist calls it too.
+        group._addoption("-n", action=_NoWorkers, help="(xdist is not loaded)")
     add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
 
 

@@ -5,6 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    # A program that is started by its path has only its own folder there; and any Python may have been named to start it.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from runner.unmet import leave, unmet
+
+    if reason := unmet():
+        leave(reason, 128)
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +53,6 @@ def main(arguments: list[str]) -> int:
     if _is_path(kernel):
         kernel = os.path.abspath(os.path.expanduser(kernel))
     options = _with_absolute_paths(options)
-    sys.path[0] = str(ROOT)
     os.chdir(ROOT)
     status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
     return STATUSES.get(status, status)

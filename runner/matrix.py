@@ -20,11 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
-
 if __name__ == "__main__":
-    # A program that is started by its path has only its own folder there.
+    # A program that is started by its path has only its own folder there; and any Python may have been named to start it.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from runner.unmet import leave, unmet
+
+    if reason := unmet():
+        leave(reason, 128)
+
+import pytest
 
 from lib.toml_file import TomlError, TomlFile
 from runner.check_kernel import STATUSES

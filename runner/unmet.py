@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Whether this Python has what the suite runs with; any other than the virtual environment's may not.
+
+Written for old Pythons too, which have to get as far as the message.
+"""
+
+import sys
+from importlib.util import find_spec
+
+_OLDEST_PYTHON = (3, 11)
+_OLDEST_PYTEST = (8, 0)
+_MODULES = {"pytest": "pytest", "elftools": "pyelftools", "hypothesis": "hypothesis"}
+_REMEDY = "take 'make run', or '.venv/bin/python -m pytest' ('make .venv/run' sets it up)"
+
+
+def unmet() -> str:
+    """What is missing, in one line, with the remedy; nothing when all is there."""
+    if sys.version_info < _OLDEST_PYTHON:
+        return _line("Python 3.11 or newer", "{}.{}".format(*sys.version_info))
+    for module, package in _MODULES.items():
+        if find_spec(module) is None:
+            return _line(package, "none")
+    import pytest
+
+    try:
+        __file__.encode()
+    except UnicodeEncodeError:  # xdist would send it to its workers
+        return "the path of the suite is not ASCII, and the locale says that all is: unset PYTHONUTF8, or set LC_ALL=C.UTF-8"
+    if tuple(map(int, pytest.__version__.split(".")[:2])) < _OLDEST_PYTEST:
+        return _line("pytest 8.0 or newer", pytest.__version__)
+    return ""
+
+
+def _line(needed: str, found: str) -> str:
+    return f"the suite needs {needed}, {sys.executable} has {found}: {_REMEDY}"
+
+
+def leave(reason: str, status: int) -> None:
+    """End this process with *reason* and *status*."""
+    sys.stderr.write(f"ERROR: {reason}\n")
+    sys.exit(status)

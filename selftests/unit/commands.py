@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Commands as a user starts them from the suite's folder."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Done = subprocess.CompletedProcess[str]
+
+
+def start(command: list[str], folder: Path, **environment: str) -> Done:
+    """Run *command* without what the user's environment says of kernels and Pythons."""
+    ours = ("KERNEL", "KVM_PARAMS", "MAKEFLAGS", "MAKELEVEL", "PYTHON", "WORKERS", "ARGS", "MATRIX", "C_TEST")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False, timeout=60
+    )

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""pytest and the programs started by other Pythons, and with other environments, than ours."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from selftests.unit.commands import ROOT, Done, start
+
+USAGE_ERROR = 4
+
+
+def run_pytest(folder: Path, /, *words: str, **environment: str) -> Done:
+    options = [
+        "--test-mem=4M",
+        "--iterations=1",
+        "--interval=1",
+        "--ring-count=1024",
+        "--log-mode=dirty-log",
+        "--collect-only",
+    ]
+    return start(
+        [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", *options, *words], folder, **environment
+    )
+
+
+@pytest.mark.parametrize("package", ["elftools", "hypothesis", "pytest"])
+def test_a_python_without_the_packages(tmp_path: Path, package: str) -> None:
+    """Where a package is missing or too old one line names the commands that have it."""
+    (tmp_path / "hide.py").write_text(
+        "import importlib.util, pytest\nfind_spec = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find_spec(name, *rest)\n"
+        if package != "pytest"
+        else "import pytest\npytest.__version__ = '7.2.1'\n"
+    )
+    done = run_pytest(ROOT, "-p", "hide", PYTHONPATH=str(tmp_path))
+    assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
+    (line,) = (done.stdout + done.stderr).strip().splitlines()
+    needs, has = {
+        "elftools": ("pyelftools", "none"),
+        "hypothesis": ("hypothesis", "none"),
+        "pytest": ("pytest 8.0 or newer", "7.2.1"),
+    }[package]
+    assert line == (
+        f"ERROR: the suite needs {needs}, {sys.executable} has {has}: take 'make run', or '.venv/bin/python -m pytest'"
+        " ('make .venv/run' sets it up)"
+    )
+
+
+@pytest.mark.parametrize("program", ["check_kernel.py", "matrix.py"])
+def test_a_program_without_the_packages(tmp_path: Path, program: str) -> None:
+    """No status that ``git bisect run`` would take for a verdict on the kernel."""
+    words = [sys.executable, "-S", str(ROOT / "runner" / program), "nothing"]  # -S: without any packages
+    done = start(words, tmp_path)
+    assert done.returncode == 128
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("ERROR: the suite needs pytest, ")
+
+
+def test_workers_without_xdist() -> None:
+    """With plugins not loaded by themselves ``-n`` says what loads xdist, which then works; all else works without."""
+    done = run_pytest(ROOT, "-n2", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done.returncode == USAGE_ERROR
+    (line,) = done.stderr.strip().splitlines()
+    assert (
+        line == "ERROR: -n needs pytest-xdist: it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
+    )
+    for words in (["-p", "xdist", "-n0"], []):
+        done = run_pytest(ROOT, *words, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+SURROUNDINGS = {
+    "safe-path": {"PYTHONSAFEPATH": "1"},
+    "no-bytecode": {"PYTHONDONTWRITEBYTECODE": "1"},
+    "ascii": {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "no-tmpdir": {"TMPDIR": "/nonexistent"},
+    "no-home": {"HOME": ""},
+    "addopts": {"PYTEST_ADDOPTS": "--color=yes -rs"},
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_pytest_in_other_surroundings(name: str) -> None:
+    """What Python and pytest are set up with changes no run; xdist's workers are Pythons of their own."""
+    done = run_pytest(ROOT, "-n1", **SURROUNDINGS[name])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_modules_of_the_same_names_elsewhere(tmp_path: Path) -> None:
+    """The suite's own folders come before PYTHONPATH."""
+    for package in ("lib", "runner", "selftests"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('not the suite')\n")
+    done = run_pytest(ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_path_with_spaces_and_other_letters(tmp_path: Path) -> None:
+    """The suite runs there, unless Python was made to believe that there are no such letters: that is one line."""
+    folder = tmp_path / "mit Leerzeichen, \u00fcberall"
+    folder.mkdir()
+    for name in ("conftest.py", "pytest.ini", "known_bugs.toml", "lib", "runner", "guest_code", "selftests"):
+        (folder / name).symlink_to(ROOT / name)
+    done = run_pytest(folder, "-n1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_pytest(folder, "-n1", **SURROUNDINGS["ascii"])
+    assert done.returncode == USAGE_ERROR
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("ERROR: the path of the suite is not ASCII")
