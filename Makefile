@@ -15,7 +15,9 @@ MATRIX ?= matrix.toml
 # A built dirty_log_test, for `make bench` to compare with
 C_TEST ?=
 
-PYTHON ?= python3
+# What makes the virtual environment; without it, python3 does, and one that works stays
+PYTHON ?=
+
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 # The tests that boot a kernel know the inside of 6.12's
@@ -23,6 +25,9 @@ FETCH = $(VENV)/bin/python -m runner.fetch $(or $(KERNEL),debian:6.12)
 
 # The matrix as `make test` runs it: everything, but small
 SHORT := --test-mem 64M --iterations 8 --ring-count 4096
+
+# What a user's own Python and pytest are set up with could keep the suite's from finding its modules and plugins.
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
 .PHONY: help run check-kernel matrix test fetch lint guest_code bench clean
@@ -32,13 +37,13 @@ help: ## list the targets
 	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
 
 run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
-	$(PYTEST) selftests/test_dirty_log.py -v -n $(WORKERS) --kernel auto $(ARGS)
+	$(PYTEST) -o testpaths=selftests/test_dirty_log.py -v -n $(WORKERS) --kernel auto $(ARGS)
 
 check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS='kvm_amd.npt=0'
 	@$(VENV)/bin/python runner/check_kernel.py "$(KERNEL)" --kvm-params "$(KVM_PARAMS)" $(ARGS)
 
 matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
-	@PYTHONPATH=. $(VENV)/bin/python runner/matrix.py "$(MATRIX)" $(ARGS)
+	@$(VENV)/bin/python runner/matrix.py "$(MATRIX)" $(ARGS)
 
 test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
 	@$(FETCH) || echo "the tests that boot a kernel will not run"
@@ -56,16 +61,63 @@ guest_code: $(VENV)/run ## assemble the guest programs
 	$(VENV)/bin/python -c 'from lib.guest_program import assemble_all; assemble_all()'
 
 bench: $(VENV)/run ## the inner loops beside C; with C_TEST=path the whole runs beside the C dirty_log_test
-	PYTHONPATH=. $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test $(C_TEST)) $(ARGS)
+	PYTHONPATH=. $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
 
 clean: ## remove what was built; results stay
 	rm -rf build $(VENV) .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/run: requirements.txt make_venv.sh
-	PYTHON=$(PYTHON) ./make_venv.sh $(VENV) requirements.txt
-	touch $@
+# A Python that is named is looked at each time; so is an environment whose Python is gone, or was upgraded.
+RENEW := $(if $(PYTHON),renew,$(shell $(VENV)/bin/python -c 'import _pytest' 2>/dev/null || echo renew))
+.PHONY: renew
 
-$(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh
-	PYTHON=$(PYTHON) ./make_venv.sh $(VENV) requirements-dev.txt
-	touch $(VENV)/run $@
+$(VENV)/run: requirements.txt make_venv.sh $(RENEW)
+	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh $(RENEW)
+	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-dev.txt
+	@touch $(VENV)/run $@
+
+# What was given is looked at before anything is done.
+#
+# The variables that each target heeds. All others are refused: a kernel that is named and not tested would pass.
+TAKES_run := ARGS WORKERS
+TAKES_check-kernel := KERNEL KVM_PARAMS ARGS
+TAKES_matrix := MATRIX ARGS
+TAKES_test := ARGS WORKERS
+TAKES_fetch := KERNEL
+TAKES_bench := C_TEST ARGS
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST PYTHON
+
+GOALS := $(or $(MAKECMDGOALS),help)
+origin_is = $(findstring $(1),$(origin $(2)))
+GIVEN := $(sort $(foreach name,$(.VARIABLES),$(if $(call origin_is,command line,$(name)),$(name))))
+# The environment may have variables of these names for something else: only a run that seems to be of another kernel counts.
+GIVEN += $(if $(filter run test,$(GOALS)),$(foreach name,KERNEL KVM_PARAMS,$(if $(call origin_is,environment,$(name)),$(name))))
+UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
+NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(GOALS),$(TAKES_$(goal))),$(GIVEN))
+takers = $(strip $(foreach goal,run check-kernel matrix test fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+
+ifneq ($(UNKNOWN),)
+$(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
+endif
+ifneq ($(NEEDLESS),)
+name := $(firstword $(NEEDLESS))
+$(error '$(name)=$($(name))' means nothing to 'make $(GOALS)': $(name) is for $(call takers,$(name)))
+endif
+ifneq ($(filter run test,$(GOALS)),)
+ifneq ($(shell case "$(WORKERS)" in (auto|logical) ;; (''|*[!0-9]*) echo wrong ;; esac),)
+$(error WORKERS: '$(WORKERS)' is neither a number nor auto)
+endif
+endif
+ifneq ($(filter check-kernel,$(GOALS)),)
+ifeq ($(strip $(KERNEL)),)
+$(error make check-kernel: no kernel is named: KERNEL=debian:6.12, a bzImage, a build tree, ... (README.md))
+endif
+endif
+ifneq ($(filter matrix,$(GOALS)),)
+ifeq ($(strip $(MATRIX)),)
+$(error make matrix: MATRIX names no file)
+endif
+endif

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from lib import guest_program, uapi
 from lib.arch import current as arch
 from lib.cell import PAGE, Cell, Settings
 from lib.dirty_log_run import DirtyLogRun
-from lib.kvm import Kvm
+from lib.kvm import Kvm, KvmUnavailable
 from lib.log_modes import Collected
 from lib.memory import BACKINGS, GIB, GuestMemory
 from lib.oracle import WORDS_PER_PAGE, Oracle, Reap
@@ -40,13 +41,31 @@ def main() -> None:
     parser.add_argument("--c-test", metavar="PATH", help="a built dirty_log_test to compare whole processes with")
     parser.add_argument("--iterations", type=int, default=32)
     arguments = parser.parse_args()
+    if reason := _why_not(arguments):
+        sys.exit(f"bench: {reason}")
     loops = build_loops()
-    guest_program.assemble_all()
+    print(f"{os.uname().release}, {arch.cpu_model()}")
     print(f"{'':44}{'suite':>12}{'C':>12}{'ratio':>8}")
     bench_verify(loops, arguments.rounds)
     bench_harvest(loops, arguments.rounds)
     if arguments.c_test:
         bench_processes(arguments.c_test, arguments.iterations)
+
+
+def _why_not(arguments: argparse.Namespace) -> str | None:
+    """What a benchmark would miss after a minute of others."""
+    if arguments.rounds < 1 or arguments.iterations < 1:
+        return "--rounds and --iterations must be at least 1"
+    if arguments.c_test and not shutil.which(arguments.c_test):
+        return f"--c-test: {arguments.c_test} is no program that can be run (C_TEST=<path of a built dirty_log_test>)"
+    if not shutil.which("gcc"):
+        return "no gcc on this machine to compile bench/loops.c with: install it (apt install gcc)"
+    try:
+        Kvm().close()
+        guest_program.assemble_all()
+    except (KvmUnavailable, guest_program.GuestProgramError) as error:
+        return str(error)
+    return None
 
 
 def build_loops() -> ctypes.CDLL:
@@ -162,5 +181,4 @@ def bench_processes(c_test: str, iterations: int, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{os.uname().release}, {arch.cpu_model()}")
     main()
