@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +38,7 @@ from runner.kernel_options import without_machine_options
 from runner.modules import parse_parameters
 from runner.results import new_folder
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
+from runner.waiting import waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 _USAGE = "usage: matrix.py FILE [options of pytest]"
@@ -262,18 +264,29 @@ def _run_all(pairs: Sequence[tuple[str, str]], results: Path, options: list[str]
     runs: list[Run] = []
     with suppress(KeyboardInterrupt):  # where it comes between two runs
         for number, (kernel, parameters) in enumerate(pairs, 1):
-            _say(f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'} ... ")
+            label = f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'}"
+            folder = results / f"{number:02}"
             start = time.monotonic()
             try:
-                done = run(kernel, parameters, results / f"{number:02}", options)
+                with waiting(label, partial(_done, folder / "output.txt"), f"{label} ..."):
+                    done = run(kernel, parameters, folder, options)
             except OSError as error:
                 done = Run(kernel, parameters, CANNOT_TEST, [], [], kernel, f"{error.filename}: {error.strerror}")
             runs.append(done)
             cells, tests, seconds = len(done.cells), len(done.tests), time.monotonic() - start
-            _say(f"{_verdict(done)} ({cells} cells, {tests} tests, {seconds:.0f} s)", "\n")
+            _say(f"{label} ... {_verdict(done)} ({cells} cells, {tests} tests, {seconds:.0f} s)", "\n")
             if done.status >= _WRONG:
                 break  # an option that is wrong for all of them, or a signal
     return runs
+
+
+def _done(output: Path) -> tuple[float | None, str]:
+    """How much of a run's tests is done, from the percentage that pytest prints behind each."""
+    try:
+        found = re.findall(r"\[ *(\d+)%\]", output.read_text(errors="replace"))
+    except OSError:
+        found = []
+    return (int(found[-1]) / 100, f"{found[-1]} %") if found else (None, "")
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

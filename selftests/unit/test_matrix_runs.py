@@ -159,3 +159,19 @@ def test_a_killed_run_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.Monke
     assert table.endswith(
         "A  6.0  defaults: cannot be tested: a signal ended it\nB  6.0  defaults: cannot be tested: a signal ended it\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("output", "done"),
+    [
+        (None, (None, "")),
+        ("booting\n", (None, "")),
+        ("a PASSED [  9%]\nb PASSED [ 45%]\nc", (0.45, "45 %")),
+        ("a.py ....... [100%]\n", (1.0, "100 %")),
+    ],
+)
+def test_how_far_a_run_of_the_matrix_is(tmp_path: Path, output: str | None, done: tuple[float | None, str]) -> None:
+    """By what pytest has printed; nothing is known before that."""
+    if output is not None:
+        write(tmp_path / "output.txt", output)
+    assert matrix._done(tmp_path / "output.txt") == done
