@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> int:
         kernel = os.path.abspath(os.path.expanduser(kernel))
     options = _with_absolute_paths(options)
     os.chdir(ROOT)
-    status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
+    try:
+        status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
+    except OSError as error:  # of pytest's own, such as a --debug file; nothing was tested then
+        print(f"check_kernel.py: {error}", file=sys.stderr)
+        return 128
     return STATUSES.get(status, status)
 
 

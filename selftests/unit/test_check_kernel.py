@@ -382,6 +382,7 @@ def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Ker
         (["--results", ""], "--results: '' names no folder"),
         (["--junitxml", "/proc/x"], "--junitxml: /proc/x: No such file or directory"),
         (["--log-file=/proc/x"], "--log-file: /proc/x: No such file or directory"),
+        (["--debug=/proc/x"], "check_kernel.py: [Errno 2] No such file or directory: '/proc/x'"),
         (["--maxfail=x"], "--maxfail: invalid int value: 'x'"),
         (["--lf"], "--lf cannot be used where the tests run in another kernel (--kernel)"),
         (["-k", "a and"], "Wrong expression passed to '-k': a and"),
