@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from lib.host_limits import explain
+
 # As much as the results of a small run take; a file system that is full has no room for it.
 _BLOCK, _BLOCKS = 4096, 64
 
@@ -27,7 +29,7 @@ def check_folder(option: str, folder: Path) -> None:
         finally:
             remove_if_empty(made)
     except OSError as error:
-        raise OutputError(f"{_refusal(option, folder, error)} ({option} DIR puts the files elsewhere)") from None
+        raise _refusal(option, folder, error, f"{option} DIR puts the files elsewhere") from None
 
 
 def check_file(option: str, path: Path) -> None:
@@ -47,7 +49,7 @@ def check_file(option: str, path: Path) -> None:
         else:
             path.open("ab").close()
     except OSError as error:
-        raise OutputError(f"{_refusal(option, path, error)} ({option} FILE puts it elsewhere)") from None
+        raise _refusal(option, path, error, f"{option} FILE puts it elsewhere") from None
 
 
 def make_folder(option: str, folder: Path) -> list[Path]:
@@ -59,7 +61,7 @@ def make_folder(option: str, folder: Path) -> list[Path]:
     try:
         return _make(folder)
     except OSError as error:
-        raise OutputError(_refusal(option, folder, error)) from None
+        raise _refusal(option, folder, error, f"{option} DIR puts the files elsewhere") from None
 
 
 def remove_if_empty(made: list[Path]) -> None:
@@ -94,5 +96,6 @@ def _write(path: Path) -> None:
             path.unlink()
 
 
-def _refusal(option: str, path: Path, error: OSError) -> str:
-    return f"{option}: {path}: {error.strerror}"
+def _refusal(option: str, path: Path, error: OSError, remedy: str) -> OutputError:
+    limit = explain(error.errno or 0, _BLOCK * _BLOCKS)
+    return OutputError(f"{option}: {path}: {error.strerror}" + (f": {limit}" if limit else f" ({remedy})"))

@@ -716,7 +716,8 @@ def test_a_junit_file_that_cannot_be_kept(suite: Suite, plugin: str, expected: i
 def test_results_that_are_too_large(suite: Suite, tmp_path: Path) -> None:
     """Files that may not grow to what the results of a small run take are refused before it."""
     line = suite.refused(suite(*ONE, limit=rlimit(resource.RLIMIT_FSIZE, 100 << 10)))
-    assert line == f"ERROR: --results: {tmp_path}/results: File too large (--results DIR puts the files elsewhere)"
+    limit = "RLIMIT_FSIZE lets a file have 102400 bytes (ulimit -f unlimited)"
+    assert line == f"ERROR: --results: {tmp_path}/results: File too large: {limit}"
     assert not (tmp_path / "results").exists()
 
 
