@@ -185,6 +185,9 @@ class RemoteSession:
         self.add_reports(console)
         if oops := next((one for one in self._report.kernel_reports if one.kind == "Oops"), None):
             return End(Ending.OOPS, oops.title, tuple(oops.lines))
+        if self._status == pytest.ExitCode.TESTS_FAILED and not self._items:
+            detail = "pytest ended in there before it had collected its tests"
+            return End(Ending.NOT_TESTED, detail, tuple(self._output.splitlines()[-12:]))
         most = self._config.option.maxfail
         stopped_early = most and self._session.testsfailed >= most
         if self._status not in (*_DONE, *_STOPPED) or (self._status in _DONE and self._left and not stopped_early):

@@ -314,7 +314,7 @@ def test_a_broken_contract_is_told_first(run: Callable[..., str]) -> None:
     assert len(report[2 : report.index("")]) <= 2
     assert re.search(r"^selftests/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
     assert "lib/tracked_vm.py" not in output
-    assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed ", output, re.MULTILINE)
+    assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
     assert "lib/tracked_vm.py" in run(test, "--tb=long", terminal=False)
 
 

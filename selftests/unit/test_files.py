@@ -161,7 +161,7 @@ def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, o
         ('kernels = ["a"]\narguments = "-k \'x"', ":2: arguments: No closing quotation"),
         (
             'kernels = ["a"]\n# the MMU\nparameters = ["kvm.tdp_mmu"]',
-            ":3: parameters: KVM parameter 'kvm.tdp_mmu': write it",
+            ":3: parameters: 'kvm.tdp_mmu' is no parameter: write it",
         ),
     ],
 )
