@@ -37,7 +37,7 @@ help: ## list the targets
 	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
 
 run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
-	$(PYTEST) -o testpaths=selftests/test_dirty_log.py -v -n $(WORKERS) --kernel auto $(ARGS)
+	$(PYTEST) -o testpaths=selftests/test_dirty_log.py -n $(WORKERS) --kernel auto $(ARGS)
 
 check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS='kvm_amd.npt=0'
 	@$(VENV)/bin/python runner/check_kernel.py "$(KERNEL)" --kvm-params "$(KVM_PARAMS)" $(ARGS)

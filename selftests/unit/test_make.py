@@ -75,7 +75,7 @@ def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (["run", "WORKERS=2", "ARGS=-k 'a or b' --x=y"], "test_dirty_log.py -v -n 2 --kernel auto -k 'a or b' --x=y"),
+        (["run", "WORKERS=2", "ARGS=-k 'a or b' --x=y"], "test_dirty_log.py -n 2 --kernel auto -k 'a or b' --x=y"),
         (["check-kernel", "KERNEL=~/a b", "KVM_PARAMS=kvm.x=1 kvm.y=2"], '"~/a b" --kvm-params "kvm.x=1 kvm.y=2"'),
         (["fetch", "KERNEL=debian:6.1"], "-m runner.fetch debian:6.1"),
         (["fetch"], "-m runner.fetch debian:6.12"),
