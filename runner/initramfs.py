@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,22 +58,26 @@ _LEFT_OUT = (
 )
 
 
-def build(file: BinaryIO, modules: Sequence[Module], orders: Mapping[str, Any]) -> None:
-    """Write the initramfs to *file*.
+def build(folder: Path, modules: Sequence[Module], orders: Mapping[str, Any]) -> BinaryIO:
+    """Make the initramfs: a file in *folder* without a name, which is gone with the processes that use it, whatever ends them.
 
     :param orders: what the first program is to do; the modules are added
     :raises CannotTest: it cannot be written
     """
-    try:
-        with _base().open("rb") as base:
-            shutil.copyfileobj(base, file, 1 << 20)
-        file.write(_overlay(modules, orders))
-        file.flush()
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise CannotTest(f"the initramfs cannot be made: {where}{error.strerror}") from None
-    except subprocess.CalledProcessError as error:
-        raise CannotTest(f"the initramfs cannot be made: {error.stderr.decode(errors='replace').strip()}") from None
+    with ExitStack() as failing:
+        try:
+            file = failing.enter_context(tempfile.TemporaryFile(dir=folder))
+            with _base().open("rb") as base:
+                shutil.copyfileobj(base, file, 1 << 20)
+            file.write(_overlay(modules, orders))
+            file.flush()
+            failing.pop_all()
+            return file
+        except OSError as error:
+            where = error.filename or folder
+            raise CannotTest(f"the initramfs cannot be made: {where}: {error.strerror}") from None
+        except subprocess.CalledProcessError as error:
+            raise CannotTest(f"the initramfs cannot be made: {error.stderr.decode(errors='replace').strip()}") from None
 
 
 def base_digest() -> str:

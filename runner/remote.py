@@ -2,7 +2,6 @@
 """A pytest session whose tests run in another kernel: it boots the kernel, and takes up the reports of the pytest in there."""
 
 import json
-import tempfile
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -128,9 +127,7 @@ class RemoteSession:
         target = self._target
         how = "emulated" if target.qemu.emulated else "virtualized"
         self._progress.doing(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
-        # A file without a name: it is gone with the processes that use it, whatever ends them.
-        with tempfile.TemporaryFile(dir=self._results) as archive:
-            initramfs.build(archive, target.modules, self._orders())
+        with initramfs.build(self._results, target.modules, self._orders()) as archive:
             machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive.fileno(), console)
         try:
             return self._follow(machine)

@@ -446,12 +446,8 @@ def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> No
     """Files may not grow beyond a MiB, which ends in the same place as a full disk."""
     done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
     assert done.status == CANNOT_TEST
-    assert (
-        f"it cannot be tested: the initramfs cannot be made: {done.results / 'initramfs.cpio'}: File too large"
-        in done.output
-    )
+    assert f"it cannot be tested: the initramfs cannot be made: {done.results}: File too large" in done.output
     assert "Traceback" not in done.output
-    assert not (done.results / "initramfs.cpio").exists()
 
 
 def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> None:
