@@ -5,6 +5,7 @@ No library's progress bar (tqdm, rich) serves: each wants the cursor for itself.
 """
 
 import os
+import re
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 _SAVE, _RESTORE = "\x1b7", "\x1b8"
 _ONE_DOWN = "\x1bD"  # in the same column, and the screen scrolls at its end
 _CLEAR_LINE, _CLEAR_BELOW = "\x1b[K", "\x1b[J"
+_LAST_COLUMN = "\x1b[999G"
+_PART = re.compile(r"\x1b\[[0-9;]*m|.", re.DOTALL)
 
 
 def is_terminal(file: TextIO) -> bool:
@@ -78,6 +81,9 @@ class LiveLines(WatchedOutput):
     def __init__(self, file: TextIO) -> None:
         super().__init__(file)
         self._lines: list[str] = []
+        self._column = 0
+        # The character in the terminal's last column, with its colour, behind which the cursor is; and how wide it was then
+        self._edge, self._edge_at = "", 0
 
     @property
     def columns(self) -> int:
@@ -99,6 +105,7 @@ class LiveLines(WatchedOutput):
             if lines:
                 self._draw()
             written = super().write(text)
+            self._follow(text)
             self._lines = lines
             if lines:
                 self._draw()
@@ -112,12 +119,30 @@ class LiveLines(WatchedOutput):
                 self._draw()
             super().close()
 
+    def _follow(self, text: str) -> None:
+        """Note in which column the cursor is when *text* is printed."""
+        if not text:
+            return
+        colours, last, self._edge = "", self._edge, ""
+        for part in _PART.findall(text):
+            if len(part) > 1:
+                colours += part
+            else:
+                self._column = 0 if part in "\r\n" else self._column + 1
+                last, colours = colours + part, ""
+        self._edge_at = terminal_size(self._output)[0]
+        if self._column and self._column % self._edge_at == 0:
+            self._edge = last + colours
+
     def _draw(self) -> None:
         # The screen is made to scroll first: a saved position does not scroll with it.
         count = len(self._lines)
         room = f"{_ONE_DOWN * count}\x1b[{count}A" if count else ""
         lines = "".join(f"\r\n{line}{_CLEAR_LINE}" for line in self._lines) or "\r\n"
-        self._print(f"{room}{_SAVE}{lines}{_CLEAR_BELOW}{_RESTORE}")
+        # Behind the last column a terminal has yet to wrap, and forgets it when the cursor moves: what is printed next
+        # would overwrite the character there. That one is printed again.
+        edge = self._edge if self._edge_at == terminal_size(self._output)[0] else ""
+        self._print(f"{room}{_LAST_COLUMN if edge else ''}{_SAVE}{lines}{_CLEAR_BELOW}{_RESTORE}{edge}")
 
     def _in_foreground(self) -> bool:
         """Whether the terminal is not with another job of a shell."""

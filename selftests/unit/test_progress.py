@@ -84,6 +84,9 @@ class Screen:
                 ]
             elif match := re.fullmatch(r"\x1b\[(\d+)A", part):
                 self._row = max(self._row - int(match[1]), 0)
+                self._column = min(self._column, self._columns - 1)  # it does not wrap any more
+            elif match := re.fullmatch(r"\x1b\[(\d+)G", part):
+                self._column = min(int(match[1]), self._columns) - 1
             elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
                 assert len(part) == 1, f"unknown sequence {part!r}"
                 self._put(part)
@@ -157,7 +160,9 @@ def test_live_lines_leave_no_trace(terminal: Terminal, seed: int) -> None:
     lines, screen, plain = LiveLines(terminal.file), Screen(), Screen()
     for _ in range(60):
         if draw.randrange(2):
-            text = draw.choice(["", "\n", "word ", "a line\n", "x" * 79, "\r", "wrapped " * 20])
+            text = draw.choice(
+                ["", "\n", "word ", "a line\n", "x" * 79, "\r", "wrapped " * 20, "\x1b[32mx\x1b[0m", "\x1b[0m"]
+            )
             lines.write(text)
             plain.feed(text.replace("\n", "\r\n"))
             screen.feed(terminal.printed())
