@@ -37,6 +37,7 @@ from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, size_text
 from lib.report import (
     Context,
+    column,
     context_lines,
     environment_lines,
     failure_data,
@@ -541,7 +542,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         remote_tests = config.stash[_remote_tests_key]
         tests = f"tests    {' '.join(remote_tests)}"
         here = [f"         and on this host {' '.join(config.args)}"] if config.args else []
-        return [*target.lines, chosen, tests, *here, seed]
+        return [part for line in (*target.lines, chosen, tests, *here, seed) for part in column(line)]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
     unwatched = report.facts.kernel_log if report is not None else None
     unused = for_another_kernel(config.option)

@@ -32,7 +32,7 @@ def environment_lines(host: Host) -> list[str]:
         f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _TELLING_PARAMETERS
     ]
     backend = f"backend  {host.backend} ({', '.join(telling)})"
-    return [f"kernel   {host.kernel}", *_column(backend), f"cpu      {host.cpu}"]
+    return [f"kernel   {host.kernel}", *column(backend), f"cpu      {host.cpu}"]
 
 
 def this_pytest() -> str:
@@ -80,7 +80,7 @@ def context_lines(cell: Cell, context: Context) -> list[str]:
     dimensions = [f"{field.name}{NO_BREAK}{getattr(cell, field.name)}" for field in fields(cell)]
     return [
         *environment_lines(context.host),
-        *_column(f"cell     {', '.join(dimensions)}"),
+        *column(f"cell     {', '.join(dimensions)}"),
         f"seed     {context.settings.seed}",
         reproduce_line(repeat_command(cell, context)),
     ]
@@ -148,7 +148,7 @@ def slot_map(error: DirtyTrackingError, npages: int) -> list[str]:
     return [*wrapped(title), *(f"  {row}" for row in rows)]
 
 
-def _column(text: str) -> list[str]:
+def column(text: str) -> list[str]:
     """A line that begins with a name of the left column, which is to stay empty where it needs more lines."""
     return wrapped(text, WIDTH, "", " " * 9)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lib.host_limits import MIB, available_memory
+from lib.wording import counted
 from runner.errors import CannotTest
 from runner.kernel import Kernel, find_kernel, kernels_at_hand
 from runner.kernel_options import AT_HAND
@@ -61,7 +62,7 @@ class Target:
         return [
             f"kernel   {self.kernel.release} ({shown(image)})",
             f"qemu     {self.qemu.emulator.version} ({self.qemu.emulator.origin})",
-            f"machine  {self.qemu}, {self.machine.cpus} CPUs{spare}, {self.machine.memory} MiB{append}",
+            f"machine  {self.qemu}, {counted(self.machine.cpus, 'CPU')}{spare}, {self.machine.memory} MiB{append}",
             *(f"         {restriction}" for restriction in self.qemu.restrictions),
             f"params   {asked}{added}",
         ]
