@@ -65,7 +65,7 @@ class PlannedTests:
         why = self.why or self._why_ended(session)
         for nodeid, properties in list(self._left.items()):
             where = (nodeid.partition("::")[0], 0, nodeid.partition("::")[2])
-            reason = f"{why}, while it ran" if nodeid in self._started else why
+            reason = f"{why}, during the test" if nodeid in self._started else why
             report = not_run(nodeid, where, reason, properties)
             if nodeid in self._workers:
                 # junitxml takes reports of one worker for those of one test.

@@ -242,7 +242,7 @@ class RunReport:
         for verdict in reversed(table.UNTESTED):
             for line in table.untested_lines(self._untested[verdict], verdict):
                 screen.line(line, indent="    ")
-        if self._not_on_kvm and not self.facts.machine:
+        if self._untested["skipped"] and self._not_on_kvm and not self.facts.machine:
             screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
 
     def _show_kernel_reports(self, screen: Screen) -> None:

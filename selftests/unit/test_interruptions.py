@@ -137,9 +137,10 @@ def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bo
     (os.killpg if to_all else os.kill)(run.process.pid, number)
     assert run.ends() == INTERRUPTED
     interrupted = f"the run was interrupted ({number.name})"
-    assert {reason.removesuffix(", while it ran") for _, reason in run.verdicts()} == {interrupted}
+    assert {reason.removesuffix(", during the test") for _, reason in run.verdicts()} == {interrupted}
     assert [verdict for verdict, _ in run.verdicts()] == ["not run"] * 4
     assert "4 cells: 4 not run" in run.output
+    assert "make check-kernel" not in run.output  # which would be interrupted no less
     assert "NOTHING WAS TESTED" not in run.output
 
 
