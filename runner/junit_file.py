@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """JUnit's file: pytest writes it at the end, and is kept from ending in a traceback when it cannot."""
 
+from pathlib import Path
+
 import pytest
 from _pytest.junitxml import LogXML, xml_key
 
@@ -26,7 +28,8 @@ class JunitFile(LogXML):
             self._report.remarks.append(not_kept(self.logfile, error, "--junitxml FILE"))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        if self._kept:
+        # The run's folder is in its last line.
+        if self._kept and not Path(self.logfile).is_relative_to(self._report.results):
             super().pytest_terminal_summary(terminalreporter, config)
 
 

@@ -94,7 +94,7 @@ class RemoteSession:
         except (CannotTest, OSError) as error:
             self.end = End(Ending.NOT_TESTED, str(error))
         finally:
-            self._report.remarks.append(f"console and kernel log: {self._report.shown_results}")
+            self._report.kept = True  # the console and the kernel's log are there in any case
         self._close(self.end)
         return done
 

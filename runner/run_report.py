@@ -61,8 +61,10 @@ class KernelReport:
 class RunReport:
     """Follows a run from its reports.
 
+    :ivar results: the run's folder
     :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
     :ivar remarks: lines that end the summary
+    :ivar kept: whether files of the run are in its folder
     :ivar must_test: whether a run without a test on KVM is no success even if none asked for it
     :ivar nothing_ran_status: the exit status of such a run
     """
@@ -73,10 +75,10 @@ class RunReport:
         self.kernel_reports: list[KernelReport] = []
         self.remarks: list[str] = []
         self.end: dict[str, Any] = {}
+        self.kept = False
         self.must_test = False
         self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
-        self._results = results
-        self._kept = False
+        self.results = results
         self._session: pytest.Session | None = None
         self._verdicts: dict[str, str] = {}
         self._rows: dict[str, dict[str, Any]] = {}
@@ -142,7 +144,7 @@ class RunReport:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _write(self) -> None:
-        self._results.mkdir(parents=True, exist_ok=True)
+        self.results.mkdir(parents=True, exist_ok=True)
         data = {
             "host": self.facts.host,
             "place": self.facts.place,
@@ -154,11 +156,9 @@ class RunReport:
             "tests": list(self._tests.values()),
             "migrations": self._migrations,
         }
-        (self._results / "results.json").write_text(json.dumps(data, indent=1))
-        (self._results / "table.txt").write_text(
-            "".join(f"{line}\n" for line in table.long_table(self._ordered_rows()))
-        )
-        self._kept = True
+        (self.results / "results.json").write_text(json.dumps(data, indent=1))
+        (self.results / "table.txt").write_text("".join(f"{line}\n" for line in table.long_table(self._ordered_rows())))
+        self.kept = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         screen = Screen(terminalreporter)
@@ -202,7 +202,7 @@ class RunReport:
             untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
         )
         word, text = judge(outcome)
-        files = f"; files: {self.shown_results}" if self._kept else ""
+        files = f"; files: {self.shown_results}" if self.kept else ""
         failed = word in (Word.BAD, Word.CANNOT) or bool(outcome.own["FAIL"])
         green = word is Word.GOOD and not failed
         screen = Screen(terminalreporter)

@@ -299,7 +299,7 @@ def test_an_interrupted_run_leaves_nothing_behind(check_kernel: CheckKernel, ker
         output, _ = process.communicate(timeout=30)
     assert process.returncode == INTERRUPTED
     assert "NOTHING WAS TESTED" not in output
-    assert f"console and kernel log: {check_kernel.results}" in output
+    assert f"; files: {check_kernel.results}" in output
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert not list(check_kernel.results.glob("*.cpio"))
     assert (check_kernel.results / "kernel.log").exists()
