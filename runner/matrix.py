@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ if __name__ == "__main__":
         leave(reason, 128)
 
 import pytest
+from _pytest._io import TerminalWriter
 
 from lib.toml_file import TomlError, TomlFile
+from lib.wording import counted
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_options import without_machine_options
@@ -57,6 +60,20 @@ _VERDICTS = {
     _INTERRUPTED: "interrupted",
     _NOT_RUN: "not run",
 }
+_GREEN, _RED, _YELLOW = {"green": True}, {"red": True, "bold": True}, {"yellow": True}
+# In the tables too; the letters count a test's cases.
+_COLOURS = {
+    "good": _GREEN,
+    "pass": _GREEN,
+    "BAD": _RED,
+    "FAIL": _RED,
+    "F": _RED,
+    "cannot be tested": _RED,
+    "bug": _YELLOW,
+    "bug?": _YELLOW,
+    "k": _YELLOW,
+}
+_COLOURED = re.compile(r"(?<!\S)(?:good|BAD|cannot be tested|pass|FAIL|bug\??|[0-9]+[Fk])(?=[ \n:,;]|$)")
 _OWN_FILES = "each run has files of its own, below the matrix's folder (--results)"
 # Options that differ from run to run, and what decides them
 _TAKEN = {
@@ -252,7 +269,10 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
     shown = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
-    _say("\n".join(["", *lines, f"files: {shown}"]), "\n")
+    verdicts = Counter(_word(done.status) for done in runs)
+    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
+    lines += ["", f"{counted(len(runs), 'run')}: {words}; files: {shown}"]
+    _say(_in_colour("\n".join(["", *lines])), "\n")
     statuses = {done.status for done in runs}
     if 1 in statuses:
         return 1
@@ -274,7 +294,8 @@ def _run_all(pairs: Sequence[tuple[str, str]], results: Path, options: list[str]
                 done = Run(kernel, parameters, CANNOT_TEST, [], [], kernel, f"{error.filename}: {error.strerror}")
             runs.append(done)
             cells, tests, seconds = len(done.cells), len(done.tests), time.monotonic() - start
-            _say(f"{label} ... {_verdict(done)} ({cells} cells, {tests} tests, {seconds:.0f} s)", "\n")
+            counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
+            _say(_in_colour(f"{label} ... {_verdict(done)} ({counts})"), "\n")
             if done.status >= _WRONG:
                 break  # an option that is wrong for all of them, or a signal
     return runs
@@ -299,8 +320,18 @@ def _say(text: str, end: str = "") -> None:
         print(text, end=end, flush=True)
 
 
+def _in_colour(text: str) -> str:
+    """*text* with the verdicts in colour, where there is a terminal that has some."""
+    writer = TerminalWriter()
+    return _COLOURED.sub(lambda found: writer.markup(found[0], **_COLOURS[found[0].lstrip("0123456789")]), text)
+
+
+def _word(status: int) -> str:
+    return _VERDICTS.get(status, f"ended with status {status}")
+
+
 def _verdict(done: Run) -> str:
-    return _VERDICTS.get(done.status, f"ended with status {done.status}") + (f": {done.reason}" if done.reason else "")
+    return _word(done.status) + (f": {done.reason}" if done.reason else "")
 
 
 def _summary(runs: list[Run]) -> list[str]:
@@ -315,7 +346,7 @@ def _summary(runs: list[Run]) -> list[str]:
     lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
     lines += legend
     if nowhere := skipped_everywhere(tests):
-        lines += ["", f"{len(nowhere)} tests were skipped everywhere:", *(f"  {test}" for test in nowhere)]
+        lines += ["", f"{counted(len(nowhere), 'test')} ran in none of these runs:", *(f"  {test}" for test in nowhere)]
     return lines
 
 

@@ -107,24 +107,32 @@ def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str
     return lines
 
 
+_CASES = "(4 3k 2s 1F: 4 passed, 3 have a known bug, 2 skipped or not run, 1 failed)"
 _IN_CROSS_TABLE = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip", "not run": "none"}
 
 
 def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
-    """The verdicts of several runs against the cells: a line per cell, and a column per run, headed by its name."""
+    """The verdicts of several runs against the cells: a line per cell, and a column per run, headed by its name.
+
+    A last line says what the short words in it mean.
+    """
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for name, rows in zip(names, runs, strict=True):
         for row in rows:
             cell = tuple(_short_name(row, dimension) for dimension in DIMENSIONS)
             cells.setdefault(cell, {})[name] = _IN_CROSS_TABLE.get(str(row["verdict"]), str(row["verdict"]))
     lines = [[_SHORT_HEADERS[name] for name in DIMENSIONS] + list(names)]
-    return _left(lines + [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()])
+    lines += [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()]
+    words = {word for line in lines for word in line[len(DIMENSIONS) :]}
+    meanings = [(short, verdict) for verdict, short in _IN_CROSS_TABLE.items()] + [("-", "no cell of that run")]
+    legend = "; ".join(f"{word}: {meaning}" for word, meaning in meanings if word in words)
+    return _left(lines) + ([f"({legend})"] if legend else [])
 
 
 def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
     """Which tests really ran where: a line per test function, and a column per run with how many of its cases passed.
 
-    ``12 1k 2s 1F`` says: 12 passed, 1 showed a known bug (or may have), 2 were skipped or not run, 1 failed.
+    A last line says what the letters mean.
     """
     counts: dict[str, dict[str, Counter[str]]] = {}
     for name, rows in zip(names, runs, strict=True):
@@ -133,7 +141,7 @@ def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) ->
             counts.setdefault(function, {}).setdefault(name, Counter())[str(row["verdict"])] += 1
     lines = [[*names, "test"]]  # the long names last
     lines += [[*(_cases(columns.get(name)) for name in names), function] for function, columns in counts.items()]
-    return _left(lines)
+    return [*_left(lines), _CASES]
 
 
 def skipped_everywhere(runs: Sequence[Sequence[Row]]) -> list[str]:

@@ -3,6 +3,7 @@
 
 import io
 import lzma
+import re
 import shutil
 import stat
 import struct
@@ -500,6 +501,7 @@ def test_the_matrix_ends_with_a_table_and_a_status(
     assert matrix.main([str(matrix_file(tmp_path, 'kernels = ["a", "b"]'))]) == expected
     shown = capsys.readouterr().out
     assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass" in shown
+    assert re.search(r"\n\n2 runs: .*; files: \S+\n$", shown)
     assert (tmp_path / next(iter(tmp_path.glob("results/matrix-*/table.txt")))).exists()
 
 
@@ -513,10 +515,12 @@ def test_the_table_of_several_runs() -> None:
         "density": "sparse",
     }
     one, two = cell | {"vcpus": 1}, cell | {"vcpus": 2}
-    lines = cross_table(
+    *lines, legend = cross_table(
         ["A", "B"], [[one | {"verdict": "pass"}, two | {"verdict": "skipped"}], [one | {"verdict": "FAIL"}]]
     )
     assert [line.split()[5:] for line in lines[1:]] == [["1", "pass", "FAIL"], ["2", "skip", "-"]]
+    assert legend == "(skip: skipped; -: no cell of that run)"
+    assert len(cross_table(["A"], [[one | {"verdict": "pass"}]])) == 2  # nothing to explain
 
 
 def test_the_table_of_tests_says_where_each_ran() -> None:
@@ -532,12 +536,13 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
         row("test_c", "known bug"),
         row("test_c", "known bug, not seen"),
     ]
-    lines = cross_table_of_tests(["A", "B"], [one, two])
+    *lines, legend = cross_table_of_tests(["A", "B"], [one, two])
     assert [line.split() for line in lines] == [
         ["A", "B", "test"],
         ["1", "1s", "2F", "test_a.py::test_b"],
         ["1s", "2k", "test_a.py::test_c"],
     ]
+    assert legend == "(4 3k 2s 1F: 4 passed, 3 have a known bug, 2 skipped or not run, 1 failed)"
     assert skipped_everywhere([one, [*two[:2], row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
 
 

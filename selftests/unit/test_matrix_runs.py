@@ -108,6 +108,17 @@ def test_the_machine_of_a_matrix_is_not_the_hosts() -> None:
     assert matrix._take(words, MACHINE_OPTIONS)[1] == ["-k", "a", "--seed=1"]
 
 
+@pytest.mark.parametrize("coloured", [True, False])
+def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) -> None:
+    """Verdicts and counts have them where the terminal does, and nothing else of a line."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR" if coloured else "NO_COLOR", "1")
+    red, yellow, green, end = ("\x1b[31m\x1b[1m", "\x1b[33m", "\x1b[32m", "\x1b[0m") if coloured else [""] * 4
+    text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: failed"
+    plain = text.format(red="", yellow="", green="", end="")
+    assert matrix._in_colour(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
+
+
 def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a folder of its own, as runs have."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
@@ -139,7 +150,7 @@ def test_a_matrix_that_is_interrupted(tmp_path: Path, number: signal.Signals) ->
         process.send_signal(number)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == INTERRUPTED, output
-    assert "[1/3] a defaults ... interrupted (1 cells, 0 tests, " in output
+    assert "[1/3] a defaults ... interrupted (1 cell, 0 other tests, " in output
     assert "\nA  6.0  defaults: interrupted\nB  b  defaults: not run\nC  c  defaults: not run\n" in output
     assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass\n" in output
     assert (folder / "table.txt").read_text() in output
