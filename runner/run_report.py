@@ -166,6 +166,12 @@ class RunReport:
         rows = self._ordered_rows()
         if rows:
             self._show_matrix(screen, rows, verbose)
+        if bugs := _known_bugs([*self._tests.values()]):
+            screen.section("known bugs in the other tests" if rows else "known bugs")
+            for bug, tests in bugs.items():
+                screen.line(f"{bug} (known_bugs.toml has what it is):")
+                for test, cases in Counter(one["test"].partition("[")[0] for one in tests).items():
+                    screen.line(f"  {test}" + (f", {cases} cases" if cases > 1 else ""))
         if self._migrations:
             screen.section("migrations: pages that each round copied, and milliseconds it took")
             for line in table.migration_lines([*self._migrations.values()]):
@@ -291,12 +297,12 @@ def not_kept(results: Path | str, error: OSError, option: str = "--results DIR")
 
 
 def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The cells in which each known bug showed."""
-    cells: dict[str, list[dict[str, Any]]] = {}
+    """The cells or tests in which each known bug showed."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["verdict"] == "known bug":
-            cells.setdefault(row["reason"], []).append(row)
-    return cells
+            found.setdefault(row["reason"], []).append(row)
+    return found
 
 
 def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:

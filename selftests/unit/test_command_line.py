@@ -311,6 +311,10 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     expected = suite("--deselect=selftests/test_dirty_log.py", *dense)
     assert expected.returncode == 0, expected.stdout
     assert "1 known bug" in expected.stdout
+    named = (
+        "(known_bugs.toml has what it is):\n  selftests/test_known_bugs.py::test_dense_writer_never_overruns_its_ring\n"
+    )
+    assert f"pvm-ring-overflow-always {named}" in expected.stdout
     plain = suite("--deselect=selftests/test_dirty_log.py", *dense, "--no-known-bugs")
     assert plain.returncode == 1
     assert "LOST (written but not reported)" in plain.stdout
