@@ -73,7 +73,7 @@ _COLOURS = {
     "bug?": _YELLOW,
     "k": _YELLOW,
 }
-_COLOURED = re.compile(r"(?<!\S)(?:good|BAD|cannot be tested|pass|FAIL|bug\??|[0-9]+[Fk])(?=[ \n:,;]|$)")
+_COLOURED = re.compile(r"(?<!\S)(?:good|BAD|cannot be tested|pass|FAIL|bug\??|[0-9]+[Fk])(?=[ :,;]|$)")
 _OWN_FILES = "each run has files of its own, below the matrix's folder (--results)"
 # Options that differ from run to run, and what decides them
 _TAKEN = {
@@ -321,9 +321,13 @@ def _say(text: str, end: str = "") -> None:
 
 
 def _in_colour(text: str) -> str:
-    """*text* with the verdicts in colour, where there is a terminal that has some."""
+    """*text* with the verdicts in colour, where there is a terminal that has some; not in the lines that explain the words."""
     writer = TerminalWriter()
-    return _COLOURED.sub(lambda found: writer.markup(found[0], **_COLOURS[found[0].lstrip("0123456789")]), text)
+
+    def coloured(found: re.Match[str]) -> str:
+        return writer.markup(found[0], **_COLOURS[found[0].lstrip("0123456789")])
+
+    return "\n".join(line if line.startswith("(") else _COLOURED.sub(coloured, line) for line in text.split("\n"))
 
 
 def _word(status: int) -> str:

@@ -114,7 +114,7 @@ def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) ->
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR" if coloured else "NO_COLOR", "1")
     red, yellow, green, end = ("\x1b[31m\x1b[1m", "\x1b[33m", "\x1b[32m", "\x1b[0m") if coloured else [""] * 4
-    text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: failed"
+    text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: no\n(1F: 1 bug)"
     plain = text.format(red="", yellow="", green="", end="")
     assert matrix._in_colour(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
 
