@@ -877,8 +877,8 @@ def pytest_report_teststatus(
     if isinstance(report, pytest.TestReport) and report.when == "call":
         outcome, _ = verdict(report, dict(report.user_properties))
         if outcome.startswith("known bug"):
-            # pytest's count at the end has commas of its own
-            return outcome.replace(",", ""), "k", (outcome.upper(), {"yellow": True})
+            # pytest's count at the end has commas of its own, and no plurals.
+            return f"with a {outcome.replace(',', '')}", "k", (outcome.upper(), {"yellow": True})
     return None
 
 
