@@ -173,7 +173,7 @@ class RunReport:
                 for test, cases in Counter(one["test"].partition("[")[0] for one in tests).items():
                     screen.line(f"  {test}" + (f", {cases} cases" if cases > 1 else ""))
         if self._migrations:
-            screen.section("migrations: pages that each round copied, and milliseconds it took")
+            screen.section("migrations: pages that each round copied (times: results.json)")
             for line in table.migration_lines([*self._migrations.values()]):
                 screen.line(line)
         if self._caught:

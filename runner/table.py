@@ -75,13 +75,12 @@ def counts_of_tests(verdicts: Counter[str]) -> str:
 
 
 def migration_lines(migrations: Sequence[Row]) -> list[str]:
-    """A line per migration: its name, verdict, and what each round copied and took."""
-    width = max(len(str(one["name"])) for one in migrations)
-    return [
-        f"{one['name']:<{width}}  {one['verdict']:<4}  "
-        + ", ".join(f"{done['copied']} in {done['ms']:.1f}" for done in one["rounds"])
+    """A line per migration: its name, verdict, and what each round copied. They have an order of their own: workers do not."""
+    lines = [
+        [str(one["name"]), str(one["verdict"]), " ".join(str(done["copied"]) for done in one["rounds"])]
         for one in migrations
     ]
+    return _left(sorted(lines))
 
 
 def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str]:

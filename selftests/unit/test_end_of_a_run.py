@@ -20,7 +20,7 @@ import pytest
 from lib.selection import DIMENSIONS
 from lib.wording import counted, listed, wrapped
 from runner.kernel_verdict import Outcome, Word, judge, place
-from runner.table import Line, counts_of_tests, long_table, short_table, summary, table_for
+from runner.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
@@ -117,6 +117,16 @@ def test_commands_and_paths_stay_whole() -> None:
     assert all(len(line) <= 80 for line in lines if path not in line)
     assert lines[0].startswith("    1 needs")
     assert wrapped("a " + "(too long for one line) " * 1 + "b", 12) == ["a (too long", "  for one", "  line) b"]
+
+
+def test_a_migration_is_a_line_of_a_terminal() -> None:
+    """Eight rounds fit, whatever they copied; the lines are in the order of their names."""
+    rounds = [{"copied": pages, "ms": 1234.5} for pages in (10216, 10216, 403, 180, 117, 120, 98, 55)]
+    names = ["dirty-ring-plain, 2 vCPUs, sequential", "clear-log, 1 vCPU, random"]
+    first, second = migration_lines([{"name": name, "verdict": "pass", "rounds": rounds} for name in names])
+    assert first == "clear-log, 1 vCPU, random              pass  10216 10216 403 180 117 120 98 55"
+    assert second.startswith("dirty-ring-plain, ")
+    assert len(first) == len(second) <= 80
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
