@@ -6,7 +6,6 @@ import fcntl
 import os
 import random
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -67,7 +66,7 @@ from lib.wording import wrapped
 from runner.early_collection import any_test_matches, no_test_matches
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.guest_session import guest_session
-from runner.interruption import Interruption, heed_once
+from runner.interruption import Interruption, heed_once_in_worker
 from runner.kernel_log_watch import RunWatch, TestWatch
 from runner.kernel_options import (
     AT_HAND,
@@ -185,7 +184,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     option = config.option
     _read_known_bugs(option)
     if _is_worker(config):
-        signal.signal(signal.SIGINT, heed_once)
+        heed_once_in_worker()
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
     if _only_shows(option) and not option.collectonly:

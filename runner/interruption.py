@@ -7,6 +7,7 @@ import signal
 import subprocess
 import termios
 import time
+from collections.abc import Generator
 from types import FrameType
 from typing import Any
 
@@ -47,6 +48,16 @@ class Interruption:
                 os._exit(128 + number)
             os.write(2, _ENDS_ALREADY.encode())
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """Have Ctrl-C wait until xdist's workers are started: it would end them in tracebacks of their imports."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit, see heed_once_in_worker()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return (yield)
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodeready(self, node: Any) -> None:
         if process := process_of(node):
@@ -83,7 +94,15 @@ def process_of(worker: Any) -> "subprocess.Popen[bytes] | None":
     return process
 
 
-def heed_once(number: int, frame: FrameType | None) -> None:
+def heed_once_in_worker() -> None:
+    """Have a worker heed SIGINT from now on; one that came before ends it at once: it has nothing to report yet."""
+    if signal.SIGINT in signal.sigpending():
+        os._exit(128 + signal.SIGINT)
+    signal.signal(signal.SIGINT, _heed_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _heed_once(number: int, frame: FrameType | None) -> None:
     """A worker's handler of SIGINT, which comes from the terminal and from its controller."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -144,6 +144,16 @@ def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bo
     assert "NOTHING WAS TESTED" not in run.output
 
 
+def test_ctrl_c_while_workers_start(start: Start) -> None:
+    """They end without a word of their imports, and the run says that it was interrupted."""
+    run = start(ENDLESS, "-n2")
+    run.await_output("\nplugins: ")
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.ends() == INTERRUPTED
+    assert "interrupted: 0 tests ran: no verdict" in run.output
+    assert "Traceback" not in run.output
+
+
 def test_impatience_loses_nothing(start: Start) -> None:
     """Ctrl-C is pressed again and again while the run ends: it says that it ends already, and keeps its results."""
     run = start(ENDLESS, "-n2")
