@@ -8,6 +8,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -46,7 +47,8 @@ class Interruption:
         if number == signal.SIGINT:
             if time.monotonic() > self._began + _PATIENCE:
                 os._exit(128 + number)
-            os.write(2, _ENDS_ALREADY.encode())
+            with suppress(OSError):  # of a terminal that has closed
+                os.write(2, _ENDS_ALREADY.encode())
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
