@@ -19,7 +19,7 @@ C_TEST ?=
 PYTHON ?=
 
 VENV := .venv
-PYTEST := $(VENV)/bin/python -m pytest
+PYTEST := $(VENV)/bin/python -m runner.suite_pytest
 # The tests that boot a kernel know the inside of 6.12's
 FETCH = $(VENV)/bin/python -m runner.fetch $(or $(KERNEL),debian:6.12)
 

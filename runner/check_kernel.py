@@ -15,6 +15,8 @@ if __name__ == "__main__":
 
 import pytest
 
+from runner.suite_pytest import in_one_word, run
+
 ROOT = Path(__file__).resolve().parent.parent
 _AT_HAND = "auto"  # kernel_options.AT_HAND, which cannot be imported before main() has set the path
 # Options that name a file to write
@@ -54,11 +56,7 @@ def main(arguments: list[str]) -> int:
         kernel = os.path.abspath(os.path.expanduser(kernel))
     options = _with_absolute_paths(options)
     os.chdir(ROOT)
-    try:
-        status = int(pytest.main([f"--kernel={kernel}", "-v", *options]))
-    except OSError as error:  # of pytest's own, such as a --debug file; nothing was tested then
-        print(f"check_kernel.py: {error}", file=sys.stderr)
-        return 128
+    status = run([f"--kernel={kernel}", "-v", *options])
     return STATUSES.get(status, status)
 
 
@@ -75,18 +73,13 @@ def _mistake(arguments: list[str]) -> str | None:
 
 
 def _with_absolute_paths(options: list[str]) -> list[str]:
-    """*options* with the paths in them made absolute, each in one word: pytest would take a second word for a test's path."""
+    """*options* with the paths in them made absolute."""
     words: list[str] = []
-    left = iter(options)
-    for option in left:
+    for option in in_one_word(options):
         name, equals, value = option.partition("=")
-        if name in (*_FILES, "--qemu"):
-            value = value if equals else next(left, "")
-            if value and (name in _FILES or _is_path(value)):
-                value = os.path.abspath(os.path.expanduser(value))
-            words.append(f"{name}={value}")
-        else:
-            words.append(option)
+        if value and (name in _FILES or (name == "--qemu" and _is_path(value))):
+            value = os.path.abspath(os.path.expanduser(value))
+        words.append(f"{name}{equals}{value}")
     return words
 
 

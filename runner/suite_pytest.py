@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""pytest as `make run`, `make test` and check_kernel.py start it: runner.suite_pytest [options of pytest]."""
+
+import os
+import sys
+
+import pytest
+
+# Options whose value is a path. pytest looks for its settings and conftest.py beside each path that stands alone, before
+# it knows these options: the path in `--results PATH` is one (locate_config(), _pytest/config/findpaths.py).
+_PATHS = ("--results", "--kvm-device", "--kernel", "--qemu", "--junitxml", "--junit-xml", "--log-file")
+
+
+def in_one_word(words: list[str]) -> list[str]:
+    """A command line with each path in one word with its option."""
+    joined: list[str] = []
+    left = iter(words)
+    for word in left:
+        value = next(left, None) if word in _PATHS else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
+
+
+def run(arguments: list[str]) -> int:
+    """Run pytest, with its status; what is no test's error and keeps it from its end is one line."""
+    _open_standard_files()
+    try:
+        return int(pytest.main(in_one_word(arguments)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return pytest.ExitCode.INTERRUPTED
+    except (OSError, ValueError) as error:  # of a --debug file, say, of PYTEST_ADDOPTS, or of where the output goes
+        print(f"pytest: {error}", file=sys.stderr)
+        return pytest.ExitCode.USAGE_ERROR
+
+
+def _open_standard_files() -> None:
+    """Where standard files were closed (``>&-``) what is written to them goes nowhere."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115 (for as long as the process lasts)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
