@@ -28,6 +28,7 @@ class Outcome:
     :ivar kernel: how many of the tests that judge the kernel have each verdict
     :ivar own: the same of the suite's tests of itself
     :ivar planned: how many tests there were to be
+    :ivar uncollected: how many files of tests could not be collected
     :ivar stopped: what ended the run before its end
     :ivar log_reports: how many reports of the kernel's log are explained by no known bug
     :ivar end: how the booted kernel ended: the ``ending`` and ``text`` of the results file
@@ -37,6 +38,7 @@ class Outcome:
     kernel: Counter[str]
     own: Counter[str] = field(default_factory=Counter)
     planned: int = 0
+    uncollected: int = 0
     stopped: str = ""
     log_reports: int = 0
     end: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +74,9 @@ def judge(outcome: Outcome) -> tuple[Word, str]:
     elif ending is not Ending.FINISHED:
         why = outcome.end["text"].removeprefix(f"{Ending.NOT_TESTED.value}: ")
         word, text = Word.CANNOT, "; ".join(filter(None, (why, counts)))
+    elif outcome.uncollected:
+        files = counted(outcome.uncollected, "file")
+        return Word.NONE, f"{files} of tests could not be collected; {counts}: {Word.NONE.value}{_own(outcome)}"
     elif stopped:
         return Word.NONE, f"{counts}: {Word.NONE.value}{_own(outcome)}"
     elif outcome.untested is not None and (outcome.kernel or outcome.own):

@@ -32,14 +32,17 @@ class Module:
 def parse_parameters(text: str) -> dict[str, str]:
     """Parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``.
 
-    :raises CannotTest: one is not of that form
+    :raises CannotTest: one is not of that form, or has two values
     """
     found: dict[str, str] = {}
     for word in text.split():
         match = re.fullmatch(r"([\w-]+)\.(\w+)=(\S*)", word)
         if not match:
             raise CannotTest(f"{word!r} is no parameter: write it as module.parameter=value, such as kvm_amd.npt=0")
-        found[f"{match[1].replace('-', '_')}.{match[2]}"] = match[3]
+        name = f"{match[1].replace('-', '_')}.{match[2]}"
+        if found.get(name, match[3]) != match[3]:
+            raise CannotTest(f"{name} is given twice: {found[name]} and {match[3]}")
+        found[name] = match[3]
     return found
 
 

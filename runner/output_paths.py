@@ -10,6 +10,7 @@ from lib.host_limits import explain
 
 # As much as the results of a small run take; a file system that is full has no room for it.
 _BLOCK, _BLOCKS = 4096, 64
+_ATTEMPTS = 3
 
 
 class OutputError(ValueError):
@@ -23,6 +24,7 @@ def check_folder(option: str, folder: Path) -> None:
     :raises OutputError: they cannot
     """
     try:
+        folder = folder.resolve()  # of a symbolic link too the target may have to be made
         made = _make(folder)
         try:
             _write(folder / f".probe-{os.getpid()}")
@@ -38,6 +40,7 @@ def check_file(option: str, path: Path) -> None:
     :raises OutputError: it cannot
     """
     try:
+        path = path.resolve()
         if not path.exists():
             made = _make(path.parent)
             try:
@@ -76,7 +79,13 @@ def remove_if_empty(made: list[Path]) -> None:
 def _make(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)][::-1]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for attempt in range(_ATTEMPTS):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                break
+            except FileNotFoundError:  # another run has just removed a parent, as it had nothing to put there
+                if attempt == _ATTEMPTS - 1:
+                    raise
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     except OSError:

@@ -12,12 +12,14 @@ import pytest
 
 from lib.wording import counted
 from runner import table
+from runner.interruption import Interruption
 from runner.kernel_verdict import Outcome, Word, judge, place
 from runner.screen import Screen
 
 ROOT = Path(__file__).resolve().parent.parent
 # The suite's tests of itself, which say nothing about a kernel unless they are sent there by name
 _OWN_TESTS = "selftests/unit/"
+_RESULTS, _TABLE = FILES_OF_A_RUN = ("results.json", "table.txt")
 # What ended a run before its tests had come to their end
 _STOPPED: dict[int, str] = {
     pytest.ExitCode.INTERRUPTED: "interrupted",
@@ -80,6 +82,7 @@ class RunReport:
         self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
         self.results = results
         self._session: pytest.Session | None = None
+        self._uncollected: set[str] = set()
         self._verdicts: dict[str, str] = {}
         self._rows: dict[str, dict[str, Any]] = {}
         self._tests: dict[str, dict[str, str]] = {}
@@ -124,6 +127,10 @@ class RunReport:
             if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
                 self._rows[report.nodeid] = row
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._uncollected.add(report.nodeid)
+
     def tests_blamed_for(self, title: str) -> list[str]:
         """The tests that saw a report of the kernel's log while they ran."""
         return self._tests_by_title.get(title, [])
@@ -156,8 +163,8 @@ class RunReport:
             "tests": list(self._tests.values()),
             "migrations": self._migrations,
         }
-        (self.results / "results.json").write_text(json.dumps(data, indent=1))
-        (self.results / "table.txt").write_text("".join(f"{line}\n" for line in table.long_table(self._ordered_rows())))
+        (self.results / _RESULTS).write_text(json.dumps(data, indent=1))
+        (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._ordered_rows())))
         self.kept = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -202,7 +209,8 @@ class RunReport:
             kernel=Counter(verdict for test, verdict in verdicts.items() if test in judges),
             own=Counter(verdict for test, verdict in verdicts.items() if test not in judges),
             planned=self._session.testscollected if self._session is not None else 0,
-            stopped=_STOPPED.get(exit_status, ""),
+            uncollected=len(self._uncollected),
+            stopped=self._stopped(terminalreporter.config, exit_status),
             log_reports=sum(report.known_bug is None for report in self.kernel_reports),
             end=self.end,
             untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
@@ -219,6 +227,14 @@ class RunReport:
             red=failed,
             green=green,
         )
+
+    def _stopped(self, config: pytest.Config, exit_status: int) -> str:
+        """What ended the run before its end; pytest calls an end after a failure an interruption too, with workers."""
+        interruption: Interruption | None = config.pluginmanager.get_plugin("interruption")
+        by_signal = interruption is not None and interruption.name is not None
+        if exit_status == pytest.ExitCode.INTERRUPTED and not by_signal:
+            return "stopped"
+        return _STOPPED.get(exit_status, "")
 
     def _show_matrix(self, screen: Screen, rows: list[dict[str, Any]], verbose: bool) -> None:
         screen.section("dirty tracking, cell by cell")
@@ -270,7 +286,7 @@ class RunReport:
     @property
     def _interrupted(self) -> bool:
         """Whether a planned test did not come to run."""
-        return any(one["verdict"] == "not run" for one in (*self._rows.values(), *self._tests.values()))
+        return "not run" in self._verdicts.values()
 
     @property
     def _nothing_ran(self) -> bool:
