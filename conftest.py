@@ -31,7 +31,7 @@ from lib.host_limits import FILES, MIB, HostLimit, Limit, file_limits, tightest
 from lib.ioctl import KvmError
 from lib.kernel_log import KernelLog, Splat
 from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
-from lib.limited_errors import explain_error
+from lib.limited_errors import explain_error, was_interrupted
 from lib.log_modes import LOG_MODES
 from lib.memory import BACKINGS, size_text
 from lib.report import (
@@ -86,7 +86,7 @@ from runner.planned_tests import PlannedTests
 from runner.progress import Progress, WorkerProgress
 from runner.report_stream import ReportStream
 from runner.results import new_folder
-from runner.run_report import Facts, RunReport, not_kept, verdict, write_failure
+from runner.run_report import FILES_OF_A_RUN, Facts, RunReport, not_kept, verdict, write_failure
 from runner.static_keys import StaticKeys
 from runner.store import say
 from runner.worker_crashes import WorkerCrashes
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
+_MOST_WORKERS = 1024  # that anyone may ask for
 _MOST_ITERATIONS = 1_000_000  # some days
 # Options of pytest's that show something and run no tests
 _ONLY_SHOW = ("help", "version", "collectonly", "showfixtures", "show_fixtures_per_test", "markers", "cacheshow")
@@ -187,14 +188,18 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         heed_once_in_worker()
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
-    if _only_shows(option) and not option.collectonly:
-        return None
     interruption = config.stash[_interruption_key] = Interruption()
+    if _only_shows(option) and not option.collectonly:
+        if option.kernel not in (None, AT_HAND):
+            raise pytest.UsageError("an option that only shows something tests no kernel: leave out --kernel")
+        return None
     interruption.heed()
     config.pluginmanager.register(interruption, "interruption")
     try:
         _check_options(config)
         elsewhere = option.kernel is not None and _needs_kernel(config)
+    except KeyboardInterrupt:
+        return _nothing_tested()
     except (SelectionError, OutputError) as error:
         raise pytest.UsageError(str(error)) from None
     except HostLimit as limit:
@@ -222,8 +227,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         print(f"cannot be tested: {error}", file=sys.stderr)
         return CANNOT_TEST
     except KeyboardInterrupt:
-        print("interrupted: nothing was tested", file=sys.stderr)
-        return pytest.ExitCode.INTERRUPTED
+        return _nothing_tested()
     config.args = here
     if not here:
         # One process in the kernel: emulated, two only get in each other's way.
@@ -234,6 +238,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     config.stash[_target_key] = target
     config.stash[_remote_tests_key] = tests
     return None
+
+
+def _nothing_tested() -> int:
+    print("interrupted: nothing was tested", file=sys.stderr)
+    return pytest.ExitCode.INTERRUPTED
 
 
 def _check_options(config: pytest.Config) -> None:
@@ -262,6 +271,9 @@ def _check_options(config: pytest.Config) -> None:
         raise SelectionError(
             "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
         )
+    workers = getattr(option, "numprocesses", None)
+    if isinstance(workers, int) and not 0 <= workers <= _MOST_WORKERS:
+        raise SelectionError(f"-n: {workers} is out of range, it must be from 0 to {_MOST_WORKERS}")
     numbers = machine_numbers(option)
     if option.kernel is not None and option.kvm_params:
         _check_form(option.kvm_params)
@@ -277,7 +289,16 @@ def _check_options(config: pytest.Config) -> None:
         check_folder("--results", ROOT / "results" if option.results is None else _seen_from(config, option.results))
         for name, path in _files(option).items():
             if path is not None:
+                _check_apart(option, config, name, path)
                 check_file(name, _seen_from(config, path))
+
+
+def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> None:
+    """Check that pytest's file is none of the run's."""
+    if option.results is not None:
+        folder, file = _seen_from(config, option.results), _seen_from(config, path)
+        if file in (folder, *(folder / taken for taken in FILES_OF_A_RUN)):
+            raise SelectionError(f"{name}: {path} is what the run's own results are written to (--results)")
 
 
 def _check_form(parameters: str) -> None:
@@ -295,7 +316,7 @@ def _files(option: Any) -> dict[str, str | None]:
 
 
 def _seen_from(config: pytest.Config, path: str) -> Path:
-    return config.invocation_params.dir / path
+    return config.invocation_params.dir / Path(path).expanduser()
 
 
 def _only_shows(option: Any) -> bool:
@@ -624,12 +645,23 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    with _host_limits_excused(item):
+        return (yield)
+
+
 @contextmanager
 def _host_limits_excused(item: pytest.Item) -> Iterator[None]:
-    """Where the host withholds what a test on KVM needs, the host lacks it: that says nothing about KVM."""
+    """Where the host withholds what a test on KVM needs, the host lacks it: that says nothing about KVM.
+
+    Nor does an error that came as a signal ended the test.
+    """
     try:
         yield
     except Exception as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
         if "kvm" in getattr(item, "fixturenames", ()) and (limit := explain_error(error)):
             _lacks(item.config, limit)
         raise
@@ -843,7 +875,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure tells where it was, and the command that reproduces it; the report of a cell does by itself."""
-    if call.excinfo is not None and call.excinfo.errisinstance(ContractBroken) and item.config.option.tbstyle == "auto":
+    option = item.config.option
+    brief = option.tbstyle == "auto" and not option.showlocals and not option.fulltrace
+    if brief and call.excinfo is not None and call.excinfo.errisinstance(ContractBroken):
         call.excinfo = _in_short(call.excinfo)
     report = yield
     fixtures = getattr(item, "fixturenames", ())

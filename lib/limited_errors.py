@@ -29,6 +29,11 @@ def explain_error(error: BaseException) -> str | None:
     return None
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether *error* came as Ctrl-C, or a signal like it, was ending what was done."""
+    return any(isinstance(one, KeyboardInterrupt) for one in _all_before(error))
+
+
 def _all_before(error: BaseException) -> Iterator[BaseException]:
     """*error* and all errors that were being handled when it came, shown or not."""
     seen: list[BaseException] = []

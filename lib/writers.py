@@ -16,6 +16,7 @@ from lib.write_stream import WriteStream
 
 POLL = 0.001
 _JOIN_TIMEOUT = 10.0
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # How many instructions a write takes (BLOCK_SPARSE): 4, at least 20, at least 40
 DENSE, SPARSE, SPARSER = 0, 1, 2
@@ -197,13 +198,14 @@ class Writers:
         return "\n".join(f"last exit of {thread.name}: {thread.last_exit}" for thread in self.threads)
 
     def end(self, error: BaseException | None) -> None:
-        """Stop and join all threads; a second Ctrl-C must not cut this short, it takes _JOIN_TIMEOUT at most.
+        """Stop and join all threads; no signal may cut this short, it takes _JOIN_TIMEOUT at most.
 
         :param error: what ended the work, if anything did: that is what is to be told, and a thread that still waits for
             something, say, is its consequence, and becomes a note of it
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        came: list[int] = []
+        handlers = {one: signal.signal(one, lambda number, _: came.append(number)) for one in _ENDING_SIGNALS}
         try:
             self._join_threads()
         except VcpuHang as hang:
@@ -211,8 +213,11 @@ class Writers:
                 raise
             error.add_note(f"and at the end: {hang}")
         finally:
-            signal.signal(signal.SIGINT, interrupt)
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
             signal.signal(KICK_SIGNAL, self._previous_handler)
+            for number in came:
+                signal.raise_signal(number)
 
     def close(self) -> None:
         """Close the VM and give all memory back, unless a vCPU still runs: that one would write to what was freed."""

@@ -30,6 +30,7 @@ class Interruption:
     def __init__(self) -> None:
         self.name: str | None = None
         self._began = 0.0
+        self._ending = False
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
 
     def heed(self) -> None:
@@ -43,8 +44,9 @@ class Interruption:
             _leave_closed_terminal()
         if self.name is None:
             self.name, self._began = signal.Signals(number).name, time.monotonic()
-            raise KeyboardInterrupt(self.name)
-        if number == signal.SIGINT:
+            if not self._ending:
+                raise KeyboardInterrupt(self.name)
+        elif number == signal.SIGINT:
             if time.monotonic() > self._began + _PATIENCE:
                 os._exit(128 + number)
             with suppress(OSError):  # of a terminal that has closed
@@ -68,6 +70,12 @@ class Interruption:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         self._workers.pop(node.gateway.id, None)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """From here on a signal would break into what writes the files, and ends nothing sooner."""
+        self._ending = True
+        return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:

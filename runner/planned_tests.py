@@ -59,9 +59,10 @@ class PlannedTests:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         config = session.config
-        # pytest's own lines and counts are of tests that ran.
-        terminal = [config.pluginmanager.get_plugin("terminalreporter")]
-        hook = config.pluginmanager.subset_hook_caller("pytest_runtest_logreport", terminal)
+        # pytest's own lines and counts are of tests that ran, and so is what --lf goes by.
+        plugins = config.pluginmanager
+        others = [plugins.get_plugin(name) for name in ("terminalreporter", "lfplugin")]
+        hook = plugins.subset_hook_caller("pytest_runtest_logreport", [one for one in others if one is not None])
         why = self.why or self._why_ended(session)
         for nodeid, properties in list(self._left.items()):
             where = (nodeid.partition("::")[0], 0, nodeid.partition("::")[2])

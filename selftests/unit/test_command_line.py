@@ -98,6 +98,9 @@ def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
         (["--phys-offset=0x1234"], "--phys-offset: offset 0x1234 is not a multiple of the page size"),
         (["--phys-offset=0x100000"], "--phys-offset: test memory at 0x100000 runs into the guest's own memory"),
         (["--phys-offset=0x8000000000000"], "ends beyond the guest-physical limit"),
+        (["-n", "99999999999"], "-n: 99999999999 is out of range, it must be from 0 to 1024"),
+        (["-n", "-3"], "-n: -3 is out of range"),
+        (["--results=/tmp/x", "--junitxml=/tmp/x/table.txt"], "is what the run's own results are written to (--results)"),
         (["--ring-count=1048576"], "--ring-count: 1048576 is out of range, this KVM takes at most 65536"),
         (["--ring-count=1099511627776"], "--ring-count: rings of 1099511627776 entries need "),
         (["--test-mem=10X"], "--test-mem: '10X' has an unknown unit 'X' (the units are K, M, G or T)"),
@@ -142,13 +145,55 @@ def test_what_the_host_tells_a_kernel_is_no_option(suite: Suite, option: str) ->
     assert f"unrecognized arguments: {option}" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--help", "--markers", "--fixtures", "--cache-show"])
+def test_options_that_only_show(suite: Suite, option: str) -> None:
+    """They show it, with status 0; a kernel that is named with them is not called good by that."""
+    done = suite(option)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "INTERNALERROR" not in done.stdout
+    if option != "--help":
+        done = suite(option, "--kernel=debian:6.12")
+        assert done.returncode == USAGE_ERROR
+        assert "an option that only shows something tests no kernel: leave out --kernel" in done.stderr
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_path_that_stands_alone(suite: Suite, tmp_path: Path) -> None:
+    """As in `--results DIR`: started as make does it, pytest does not look for its settings there."""
+    folder = tmp_path / "there already"
+    folder.mkdir()
+    command = [sys.executable, "-m", "runner.suite_pytest", "-o", "testpaths=selftests/test_dirty_log.py"]
+    cells = [*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device", "/dev/kvm", "--results", str(folder)]
+    done = subprocess.run([*command, *cells], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_an_output_that_is_closed(closed: int) -> None:
+    """What would be shown goes nowhere; the status is what it is."""
+    command = [sys.executable, "-m", "runner.suite_pytest", "selftests/test_dirty_log.py", "-k", "nothing_like"]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: os.close(closed), check=False)
+    assert done.returncode == USAGE_ERROR
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_a_file_that_cannot_be_imported(suite: Suite, tmp_path: Path, workers: str) -> None:
+    """Of a kernel nothing good is said then, whatever passed in other files."""
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    options = [*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--continue-on-collection-errors"]
+    done = suite(str(tmp_path / "test_broken.py"), *options, workers)
+    assert done.returncode == 1
+    assert ": 1 file of tests could not be collected; 1 passed: no verdict; files: " in done.stdout
+
+
 @pytest.mark.parametrize("more", [[], ["-n2"], ["--collect-only"]], ids=["alone", "xdist", "collect-only"])
 def test_a_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None:
     """It is said what was asked for, and nothing of KVM."""
     done = suite("-k", "nothing_like", *more)
     assert done.returncode == USAGE_ERROR, done.stdout
     assert "\nno test matches -k 'nothing_like' in selftests/test_dirty_log.py\n" in done.stdout
-    assert "NOTHING WAS TESTED" not in done.stdout
+    assert "no test ran on KVM" not in done.stdout
 
 
 def test_options_that_are_not_used_here(suite: Suite) -> None:

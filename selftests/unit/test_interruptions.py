@@ -4,6 +4,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bo
     assert [verdict for verdict, _ in run.verdicts()] == ["not run"] * 4
     assert "4 cells: 4 not run" in run.output
     assert "make check-kernel" not in run.output  # which would be interrupted no less
-    assert "NOTHING WAS TESTED" not in run.output
+    assert "no test ran on KVM" not in run.output
 
 
 def test_ctrl_c_while_workers_start(start: Start) -> None:
@@ -169,8 +170,11 @@ def test_impatience_loses_nothing(start: Start) -> None:
 STUCK_PLUGIN = """
 import time
 import pytest
+import runner.interruption
+runner.interruption._PATIENCE = 0.5
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish():
+    print("ending", flush=True)
     time.sleep(1000)
 """
 
@@ -180,7 +184,8 @@ def test_an_end_that_hangs_can_be_left(start: Start) -> None:
     run = start(ENDLESS, "-n0", plugin=STUCK_PLUGIN)
     run.await_output("::test_dirty_log[")
     os.kill(run.process.pid, signal.SIGINT)
-    time.sleep(5.5)
+    run.await_output("ending")
+    time.sleep(1)
     os.kill(run.process.pid, signal.SIGINT)
     assert run.ends() == 128 + signal.SIGINT
 
@@ -192,6 +197,7 @@ def test_a_terminal_that_closes(start: Start) -> None:
     os.close(theirs)
     seen = b""
     while b"::test_dirty_log[" not in seen:
+        assert select.select([ours], [], [], 60)[0], seen
         seen += os.read(ours, 4096)
     os.close(ours)
     os.killpg(run.process.pid, signal.SIGHUP)
@@ -212,6 +218,44 @@ def test_a_worker_that_is_killed(start: Start, number: signal.Signals, status: i
     assert sorted(run.verdicts()) == sorted([verdict, *[("pass", "")] * 3])
 
 
+SET_UP_PLUGIN = """
+import os, signal
+from lib.arch.x86_64.paging import PageTables
+honest = PageTables._map
+def interrupted(*arguments):
+    PageTables._map = honest
+    os.kill(os.getpid(), signal.SIGINT)
+    return honest(*arguments)
+PageTables._map = interrupted
+"""
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_a_signal_while_a_vm_is_made(start: Start, workers: str) -> None:
+    """What it makes fail in there is no failure of the test, and the run ends."""
+    run = start(ENDLESS, workers, plugin=SET_UP_PLUGIN)
+    assert run.ends() == INTERRUPTED, run.output
+    assert {verdict for verdict, _ in run.verdicts()} == {"not run"}
+
+
+ENDING_PLUGIN = """
+import os, signal
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_{hook}():
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("hook", ["sessionfinish", "terminal_summary", "unconfigure"])
+def test_a_signal_after_the_last_test(start: Start, hook: str) -> None:
+    """All has run: the files are written, the verdict stands, and so does the status."""
+    run = start("--iterations=2", "-n0", plugin=ENDING_PLUGIN.format(hook=hook))
+    assert run.ends() == PASSED, run.output
+    assert run.verdicts() == [("pass", "")] * 4
+    assert "on this host: good: 4 passed" in run.output
+
+
 LOSING_PLUGIN = """
 from lib.vm import Vm
 get_dirty_log = Vm.get_dirty_log
@@ -229,3 +273,13 @@ def test_what_a_failure_kept_from_running(start: Start, workers: str) -> None:
     assert run.ends() in (FAILED, INTERRUPTED), run.output  # the latter is xdist's
     assert run.verdicts().count(("not run", "the run stopped after 1 failure (--maxfail)")) == 3
     assert run.verdicts()[0][0] == "FAIL"
+
+
+def test_failures_that_did_not_run_again(start: Start, tmp_path: Path) -> None:
+    """With --lf -x those after the first one are still failures to --lf."""
+    cache = ["--iterations=2", "-o", f"cache_dir={tmp_path}/cache"]
+    assert start(*cache, plugin=LOSING_PLUGIN).ends() == FAILED
+    failed = json.loads((tmp_path / "cache/v/cache/lastfailed").read_text())
+    assert len(failed) == 4
+    assert start(*cache, "--lf", "-x", plugin=LOSING_PLUGIN).ends() == FAILED
+    assert json.loads((tmp_path / "cache/v/cache/lastfailed").read_text()) == failed
