@@ -81,7 +81,7 @@ $(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh $(RENEW)
 
 # What was given is looked at before anything is done.
 #
-# The variables that each target heeds. All others are refused: a kernel that is named and not tested would pass.
+# The variables that each target uses. All others are refused: a kernel that is named and not tested would pass.
 TAKES_run := ARGS WORKERS
 TAKES_check-kernel := KERNEL KVM_PARAMS ARGS
 TAKES_matrix := MATRIX ARGS
@@ -96,7 +96,9 @@ GIVEN := $(sort $(foreach name,$(.VARIABLES),$(if $(call origin_is,command line,
 # The environment may have variables of these names for something else: only a run that seems to be of another kernel counts.
 GIVEN += $(if $(filter run test,$(GOALS)),$(foreach name,KERNEL KVM_PARAMS,$(if $(call origin_is,environment,$(name)),$(name))))
 UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
-NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(GOALS),$(TAKES_$(goal))),$(GIVEN))
+# run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
+REFUSING := $(or $(filter run test,$(GOALS)),$(GOALS))
+NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
 takers = $(strip $(foreach goal,run check-kernel matrix test fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
@@ -104,7 +106,7 @@ $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
 endif
 ifneq ($(NEEDLESS),)
 name := $(firstword $(NEEDLESS))
-$(error '$(name)=$($(name))' means nothing to 'make $(GOALS)': $(name) is for $(call takers,$(name)))
+$(error '$(name)=$($(name))' means nothing to 'make $(REFUSING)': $(name) is for $(call takers,$(name)))
 endif
 ifneq ($(filter run test,$(GOALS)),)
 ifneq ($(shell case "$(WORKERS)" in (auto|logical) ;; (''|*[!0-9]*) echo wrong ;; esac),)

@@ -54,7 +54,7 @@ elif [ -e "$venv/pyvenv.cfg" ]; then
 elif [ -e "$venv" ]; then
 	refuse "$venv is there, and is no virtual environment: remove it"
 fi
-[ -z "$why" ] || echo "make_venv.sh: $venv is made anew: $why" >&2
+[ -z "$why" ] || echo "make_venv.sh: $venv is made again: $why" >&2
 
 made=
 if [ -n "$why" ] || ! [ -e "$venv" ]; then

@@ -32,6 +32,9 @@ def clone(tmp_path: Path) -> Path:
         (["run", "KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make run': KERNEL is for check-kernel fetch"),
         (["test", "KERNEL=debian:6.12"], "means nothing to 'make test': KERNEL is for check-kernel fetch"),
         (["matrix", "KERNEL=debian:6.12"], "means nothing to 'make matrix': KERNEL is for check-kernel fetch"),
+        (["fetch", "run", "KERNEL=debian:6.1"], "means nothing to 'make run': KERNEL is for check-kernel fetch"),
+        (["check-kernel", "test", "KERNEL=debian:6.1"], "means nothing to 'make test': KERNEL is for check-kernel fetch"),
+        (["run", "bench", "C_TEST=x"], "'C_TEST=x' means nothing to 'make run': C_TEST is for bench"),
         (["run", "KVM_PARAMS=kvm.tdp_mmu=0"], "'KVM_PARAMS=kvm.tdp_mmu=0' means nothing to 'make run'"),
         (["test", "KVM_PARAMS=kvm.tdp_mmu=0"], "means nothing to 'make test': KVM_PARAMS is for check-kernel"),
         (["check-kernel", "KERNEL=debian:6.12", "KVM_PARAM=kvm.tdp_mmu=0"], "no such variable: KVM_PARAM (there are ARGS"),
@@ -60,6 +63,16 @@ def test_a_variable_that_would_be_ignored(clone: Path, words: list[str], message
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.parametrize(("prefix", "status"), [("", 2), ("MAKEFLAGS= ", 0)])
+def test_variables_of_a_parent_make(clone: Path, prefix: str, status: int) -> None:
+    """They are refused like any others, unless the recipe keeps them back as README.md says."""
+    parent = clone.parent / "Makefile"
+    parent.write_text(f"suite:\n\t@{prefix}$(MAKE) -C clone help\n")
+    done = start(["make", "V=1"], clone.parent)
+    assert done.returncode == status
+    assert ("no such variable: V (there are ARGS" in done.stderr) == bool(status)
+
+
 @pytest.mark.parametrize("name", ["KERNEL", "KVM_PARAMS"])
 def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
     """It counts as on the command line where it would be taken for tested, and nowhere else."""
@@ -79,7 +92,7 @@ def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["check-kernel", "KERNEL=~/a b", "KVM_PARAMS=kvm.x=1 kvm.y=2"], '"~/a b" --kvm-params "kvm.x=1 kvm.y=2"'),
         (["fetch", "KERNEL=debian:6.1"], "-m runner.fetch debian:6.1"),
         (["fetch"], "-m runner.fetch debian:6.12"),
-        (["fetch", "run", "KERNEL=debian:6.1"], "-m runner.fetch debian:6.1"),
+        (["fetch", "run", "ARGS=-v"], "--kernel auto -v"),
         (["bench", "C_TEST=a b"], 'bench/bench.py --c-test "a b"'),
         (["matrix"], 'runner/matrix.py "matrix.toml"'),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
@@ -87,6 +100,7 @@ def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_a_variable_reaches_its_command(clone: Path, words: list[str], command: str) -> None:
+    """What is given appears in the command that the target runs, with its spaces and quotes."""
     done = start(["make", "-n", *words], clone)
     assert done.returncode == 0, done.stderr
     assert command in done.stdout
@@ -191,6 +205,7 @@ def maker(clone: Path) -> Maker:
     ],
 )
 def test_make_venv_without_its_arguments(clone: Path, words: list[str], message: str) -> None:
+    """One line says what is missing or wrong, and nothing is removed."""
     done = start(["./make_venv.sh", *words], clone)
     assert done.returncode == 1
     assert done.stderr == f"make_venv.sh: {message}\n"
@@ -221,11 +236,12 @@ def test_a_python_that_will_not_do(clone: Path, python: str, message: str) -> No
 
 
 def test_an_environment_that_works_stays(maker: Maker) -> None:
+    """It gets its packages once more, and keeps all else that is in it; so it does when its own Python is named."""
     assert maker() == "make_venv.sh: installing the packages of requirements.txt into .venv\n"
     (maker.venv / "mine").touch()
     assert maker() == "make_venv.sh: installing the packages of requirements.txt into .venv\n"
     assert (maker.venv / "mine").exists()
-    assert "made anew" not in maker(python=sys.executable)
+    assert "made again" not in maker(python=sys.executable)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +253,7 @@ def test_an_environment_that_works_stays(maker: Maker) -> None:
         ("other", "it was made with another Python"),
     ],
 )
-def test_a_broken_environment_is_made_anew(maker: Maker, damage: str, why: str) -> None:
+def test_a_broken_environment_is_made_again(maker: Maker, damage: str, why: str) -> None:
     """A run that broke off, a Python that was removed, that has another version since, or that another one was named."""
     maker()
     (maker.venv / "mine").touch()
@@ -256,7 +272,7 @@ def test_a_broken_environment_is_made_anew(maker: Maker, damage: str, why: str) 
         )
         other.chmod(0o755)
         python = str(other)
-    assert maker(python).splitlines()[0] == f"make_venv.sh: .venv is made anew: {why}"
+    assert maker(python).splitlines()[0] == f"make_venv.sh: .venv is made again: {why}"
     assert not (maker.venv / "mine").exists()
     assert (maker.venv / "bin" / "python").exists()
 
@@ -280,7 +296,7 @@ def test_packages_that_cannot_be_had(maker: Maker) -> None:
 
 
 def test_two_make_an_environment_at_once(maker: Maker) -> None:
-    """The second says that it waits; and when the first is killed while pip installs, it makes the environment anew."""
+    """The second says that it waits; and when the first is killed while pip installs, it makes the environment again."""
     maker.pip("wait")
     words = ["./make_venv.sh", ".venv", "requirements.txt"]
     environment = os.environ | maker.environment
@@ -300,7 +316,7 @@ def test_two_make_an_environment_at_once(maker: Maker) -> None:
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert second.wait(timeout=20) == 0
-    assert "make_venv.sh: .venv is made anew: it was not complete" in (maker.folder / "said").read_text()
+    assert "make_venv.sh: .venv is made again: it was not complete" in (maker.folder / "said").read_text()
     assert not (maker.venv / ".incomplete").exists()
 
 
