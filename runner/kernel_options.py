@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The command line of a run in another kernel: the host's options, and what of the command line goes into the kernel."""
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
     "vm_cpus": (2, 1, None, "N", "its CPUs"),
     "time_limit": (300, 1, LONGEST, "S", "for how long the machine may be silent before it is taken to hang"),
 }
-_TEXT_OPTIONS = ("kvm_params", "qemu", "accel", "cpu_model", "append")
+_MACHINE_TEXTS = ("qemu", "accel", "cpu_model", "append")
+_TEXT_OPTIONS = ("kvm_params", *_MACHINE_TEXTS)
 # Options of pytest's own that the session in the kernel has to know: those that select tests, and others
 _EXPRESSIONS = {"keyword": "-k", "markexpr": "-m"}
 _LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
@@ -41,7 +41,7 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-MACHINE_OPTIONS = tuple(map(option_name, (*_MACHINE_OPTIONS, "qemu", "accel", "cpu_model", "append")))
+MACHINE_OPTIONS = tuple(map(option_name, (*_MACHINE_OPTIONS, *_MACHINE_TEXTS)))
 
 
 def add_kernel_options(group: pytest.OptionGroup) -> None:
@@ -90,14 +90,6 @@ def options_given(option: Any, names: Iterable[str]) -> list[str]:
 def flags_given(option: Any, names: Iterable[str]) -> list[str]:
     """The same for options without a value."""
     return [option_name(name) for name in names if getattr(option, name)]
-
-
-def without_machine_options(words: list[str]) -> list[str]:
-    """A command line's words for a run on this host."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS):
-        parser.add_argument(option_name(name))
-    return parser.parse_known_args(words)[1]
 
 
 def kernel_options(option: Any, image: Path) -> list[str]:

@@ -37,7 +37,7 @@ from lib.toml_file import TomlError, TomlFile
 from lib.wording import counted
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
-from runner.kernel_options import without_machine_options
+from runner.kernel_options import MACHINE_OPTIONS
 from runner.modules import parse_parameters
 from runner.results import new_folder
 from runner.table import cross_table, cross_table_of_tests, skipped_everywhere
@@ -148,7 +148,7 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
     (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
     options = [f"--results={folder}", *arguments]
     if kernel == _HOST:
-        command = [sys.executable, "-m", "pytest", "-v", *_CONTRACT, *without_machine_options(options)]
+        command = [sys.executable, "-m", "pytest", "-v", *_CONTRACT, *_take(options, MACHINE_OPTIONS)[1]]
     else:
         program = str(ROOT / "runner" / "check_kernel.py")
         command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]

@@ -23,7 +23,7 @@ from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
 from runner.interruption import Interruption
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
-from runner.kernel_options import kernel_options, split_tests, without_machine_options
+from runner.kernel_options import kernel_options, split_tests
 from runner.matrix import load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.planned_tests import PlannedTests
@@ -371,12 +371,6 @@ def test_the_same_machine_again(kernel: str, repeated: str) -> None:
     assert kernel_options(option, Path("/boot/vmlinuz-6.12")) == [
         f"--kernel={repeated}", "--kvm-params=kvm.tdp_mmu=0", "--accel=tcg", "--vm-memory=3000", "--time-limit=60",
     ]  # fmt: skip
-
-
-def test_the_hosts_run_in_a_matrix_has_no_machine() -> None:
-    """Its options are left out for the host, where they would be refused."""
-    words = ["--qemu", "qemu", "-k", "a or b", "--vm-memory=300", "selftests/test_slots.py", "--full"]
-    assert without_machine_options(words) == ["-k", "a or b", "selftests/test_slots.py", "--full"]
 
 
 def test_auto_takes_a_kernel_that_has_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from runner import matrix, results
-from runner.kernel_options import MACHINE_OPTIONS
 from runner.table import DIMENSIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -102,10 +101,26 @@ def test_results_that_broke_off_are_told(tmp_path: Path) -> None:
     assert "its results cannot be read: " in done.reason
 
 
-def test_the_machine_of_a_matrix_is_not_the_hosts() -> None:
-    """Options of the machine are for the kernels that boot; all others are the host's too."""
-    words = ["--vm-memory", "4096", "-k", "a", "--qemu=/x", "--append", "b=c", "--seed=1"]
-    assert matrix._take(words, MACHINE_OPTIONS)[1] == ["-k", "a", "--seed=1"]
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (["--vm-memory", "4096", "-k", "a or b", "--qemu=/x", "--append", "b=c", "--seed=1"], ["-k", "a or b", "--seed=1"]),
+        (["--append", "--foo", "selftests/test_slots.py", "--full"], ["selftests/test_slots.py", "--full"]),
+        (["-x", "--vm-memory"], ["-x"]),
+    ],
+)  # fmt: skip
+def test_the_machine_of_a_matrix_is_not_the_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str]
+) -> None:
+    """Options of the machine reach the kernels that boot only; none, however it is written, ends the matrix."""
+    python = write(tmp_path / "python", f"""#!/bin/sh\nprintf '%s\\n' "$@" > {tmp_path}/words\n""")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    for kernel, expected in (("host", left), ("debian:6.12", words)):
+        matrix.run(kernel, "", tmp_path / "01", words)
+        assert (tmp_path / "words").read_text().splitlines()[-len(expected) - 1 :] == [
+            f"--results={tmp_path / '01'}", *expected,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("coloured", [True, False])
