@@ -10,7 +10,8 @@ import pytest
 from lib.selection import parse_number
 
 ROOT = Path(__file__).resolve().parent.parent
-_OWN_TESTS = "selftests/unit"
+# The suite's tests of itself, which say nothing about a kernel unless they are sent there by name
+OWN_TESTS = "selftests/unit/"
 AT_HAND = "auto"
 ACCELERATORS = ("auto", "tcg", "kvm")
 
@@ -143,11 +144,11 @@ def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
             inside = (config.invocation_params.dir / path).resolve().relative_to(ROOT)
         except ValueError:
             raise pytest.UsageError(f"{path} is not part of this suite, so it cannot run in another kernel") from None
-        if stay and inside.is_relative_to(_OWN_TESTS):
+        if stay and inside.is_relative_to(OWN_TESTS):
             here.append(f"{ROOT / inside}{separator}{name}")
             continue
         there.append(f"{inside}{separator}{name}")
-        if Path(_OWN_TESTS).is_relative_to(inside):
-            there.append(f"--ignore={_OWN_TESTS}")
-            here += [str(ROOT / _OWN_TESTS)] if stay else []
+        if Path(OWN_TESTS).is_relative_to(inside):
+            there.append(f"--ignore={OWN_TESTS}")
+            here += [str(ROOT / OWN_TESTS)] if stay else []
     return there, here

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from runner.interruption import Interruption
+from runner.kernel_options import OWN_TESTS
 
 Properties = Iterable[tuple[str, Any]]
 NOT_RUN = ("verdict", "not run")
-_OWN_TESTS = "selftests/unit/"
 
 
 class PlannedTests:
@@ -35,7 +35,7 @@ class PlannedTests:
     def properties_of(self, nodeid: str) -> list[tuple[str, Any]]:
         """What can be known of a test that only a worker has collected."""
         cell = self._cells.get(nodeid.partition("[")[2].rstrip("]"), {})
-        return [("kvm", not nodeid.startswith(_OWN_TESTS)), *cell.items()]
+        return [("kvm", not nodeid.startswith(OWN_TESTS)), *cell.items()]
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -13,12 +13,11 @@ import pytest
 from lib.wording import counted
 from runner import table
 from runner.interruption import Interruption
+from runner.kernel_options import OWN_TESTS
 from runner.kernel_verdict import Outcome, Word, judge, place
 from runner.screen import Screen
 
 ROOT = Path(__file__).resolve().parent.parent
-# The suite's tests of itself, which say nothing about a kernel unless they are sent there by name
-_OWN_TESTS = "selftests/unit/"
 _RESULTS, _TABLE = FILES_OF_A_RUN = ("results.json", "table.txt")
 # What ended a run before its tests had come to their end
 _STOPPED: dict[int, str] = {
@@ -201,7 +200,7 @@ class RunReport:
         if exit_status == pytest.ExitCode.USAGE_ERROR:
             return  # pytest says what is wrong with the command
         on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
-        judges = {test for test in on_kvm if self.must_test or not test.startswith(_OWN_TESTS)}
+        judges = {test for test in on_kvm if self.must_test or not test.startswith(OWN_TESTS)}
         if self.must_test:
             judges |= set(self._verdicts)
         verdicts = self._verdicts | on_kvm

@@ -323,12 +323,12 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "arguments", "there", "here"),
     [
-        ("auto", None, ["selftests", "--ignore=selftests/unit"], ["selftests/unit"]),
-        ("auto", ["selftests"], ["selftests", "--ignore=selftests/unit"], ["selftests/unit"]),
-        ("auto", ["."], [".", "--ignore=selftests/unit"], ["selftests/unit"]),
+        ("auto", None, ["selftests", "--ignore=selftests/unit/"], ["selftests/unit"]),
+        ("auto", ["selftests"], ["selftests", "--ignore=selftests/unit/"], ["selftests/unit"]),
+        ("auto", ["."], [".", "--ignore=selftests/unit/"], ["selftests/unit"]),
         ("auto", ["selftests/unit/test_uapi.py::test_x"], [], ["selftests/unit/test_uapi.py::test_x"]),
         ("auto", ["selftests/test_slots.py::test_x[a]"], ["selftests/test_slots.py::test_x[a]"], []),
-        ("debian:6.12", None, ["selftests", "--ignore=selftests/unit"], []),
+        ("debian:6.12", None, ["selftests", "--ignore=selftests/unit/"], []),
         ("debian:6.12", ["selftests/unit/falsified_kernel.py"], ["selftests/unit/falsified_kernel.py"], []),
     ],
 )
