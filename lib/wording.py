@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Counted nouns, and text in lines of a given width."""
+"""Counted nouns, short numbers, and text in lines of a given width."""
 
 import re
 import textwrap
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 WIDTH = 80
 _SHOWN = 8
+_UNITS = (("k", 1e3), ("M", 1e6), ("G", 1e9))
 _SHORT_COMMAND = 30
 # A space at which no line is broken
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -15,6 +16,15 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """``1 page``, ``2 pages``."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def short_number(number: int) -> str:
+    """A count in four characters, as far as it goes: ``9856``, ``273k``, ``1.2M``, ``1500G``."""
+    if number < 10_000:
+        return str(number)
+    unit, size = next((pair for pair in _UNITS if number < 999.5 * pair[1]), _UNITS[-1])
+    scaled = number / size
+    return f"{scaled:.1f}{unit}" if scaled < 9.95 else f"{scaled:.0f}{unit}"
 
 
 def listed(noun: str, numbers: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from lib.wording import counted
 from runner.apt_sources import mirror
 from runner.errors import CannotTest
 from runner.store import BUILD, say
@@ -123,7 +124,7 @@ class Suite:
         uris = self._run("apt-get", "-qq", "--print-uris", *arguments, cwd=cwd)
         sizes = [int(size) for size in re.findall(r"^'.*?' \S+ (\d+)", uris, re.MULTILINE)]
         total, started = sum(sizes), time.monotonic()
-        packages = f"{len(sizes)} {'package' if len(sizes) == 1 else 'packages'}"
+        packages = counted(len(sizes), "package")
         what, size = f"downloading {packages}", f"{_megabytes(total)} MB"
 
         def figure() -> tuple[float, str]:

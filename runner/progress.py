@@ -15,6 +15,7 @@ import pytest
 
 from lib import progress
 from lib.progress import Step
+from lib.wording import counted, short_number
 from runner.live_lines import LiveLines, WatchedOutput, is_terminal
 from runner.waiting import bar, clipped, duration
 
@@ -56,7 +57,7 @@ class _Activity:
         """How far it is, if that is known."""
         if self.step is None:
             return ""
-        text = f"iteration {self.step.iteration} of {self.step.iterations}, {_short_number(self.step.writes)} writes"
+        text = f"iteration {self.step.iteration} of {self.step.iterations}, {short_number(self.step.writes)} writes"
         if self.step.left is None:
             return text
         return f"{text}, about {duration(max(self.step.left - (time.monotonic() - self.stepped), 1))} left"
@@ -222,14 +223,14 @@ class Progress:
             for test in tests[:_MOST_TESTS]
         ]
         more = [f"{len(tests) - _MOST_TESTS} more"] if len(tests) > _MOST_TESTS else []
-        return f"{after}: {self._count()} are done, now: {'; '.join(named + more)}"
+        return f"{after}: {self._count()} done, now: {'; '.join(named + more)}"
 
     def _oldest(self) -> list[_Activity]:
         """The tests that run, the one that has run longest first."""
         return sorted([*self._running.values()], key=lambda test: test.started)
 
     def _count(self) -> str:
-        return f"{len(self._done)} of {self._session.testscollected} tests"
+        return f"{len(self._done)} of {counted(self._session.testscollected, 'test')}"
 
 
 class WorkerProgress:
@@ -255,12 +256,6 @@ class WorkerProgress:
     def _write(self, step: Step) -> None:
         text = json.dumps([self._nodeid, *astuple(step)])
         os.pwrite(self._file, text.encode().ljust(_RECORD), self._offset)
-
-
-def _short_number(number: int) -> str:
-    if number < 10_000:
-        return str(number)
-    return f"{number / 1000:.0f} k" if number < 1_000_000 else f"{number / 1e6:.1f} M"
 
 
 def _short_name(nodeid: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lib.progress import Step
+from lib.wording import counted
 from runner import initramfs
 from runner.ending import End, Ending, is_emulators_fault, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
@@ -188,7 +189,7 @@ class RemoteSession:
         most = self._config.option.maxfail
         stopped_early = most and self._session.testsfailed >= most
         if self._status not in (*_DONE, *_STOPPED) or (self._status in _DONE and self._left and not stopped_early):
-            detail = f"pytest ended with status {self._status}, before {len(self._left)} of its tests had run"
+            detail = f"pytest ended with status {self._status}, with {counted(len(self._left), 'test')} left to run"
             return End(Ending.SUITE_DIED, detail, tuple(self._output.splitlines()[-12:]))
         return End(Ending.FINISHED, "")
 

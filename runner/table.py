@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lib.wording import WIDTH, counted
+from lib.wording import WIDTH, counted, short_number
 
 DIMENSIONS = ("log_mode", "guest_mode", "backing", "stop", "density", "vcpus")
 VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped", "not run")
@@ -200,15 +200,8 @@ def _exact(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _rounded(value: int | None) -> str:
-    """A count in four characters at most: ``9856``, ``273k``, ``1.2M``."""
-    if value is None or value < 10_000:
-        return _exact(value)
-    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
-        if value < 999.5 * size or unit == "G":
-            scaled = value / size
-            return f"{scaled:.1f}{unit}" if scaled < 9.95 else f"{scaled:.0f}{unit}"
-    raise AssertionError("the last unit takes everything")
+def _writes(row: Row) -> str:
+    return short_number(row["writes"]) if row.get("writes") is not None else _exact(None)
 
 
 def _seconds(value: float | None) -> str:
@@ -267,6 +260,6 @@ _LONG += [
 ]
 _SHORT = [_Column(_SHORT_HEADERS[name], _short(name), name == "vcpus") for name in DIMENSIONS]
 _SHORT += [
-    _Column("writes", lambda row: _rounded(row.get("writes")), number=True),
+    _Column("writes", _writes, number=True),
     _Column("sec", lambda row: _seconds(row.get("seconds")), number=True),
 ]
