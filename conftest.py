@@ -783,7 +783,7 @@ def _command(config: pytest.Config) -> str:
 
 
 class Outcome:
-    """Runs the body of a KVM test, and turns what came of it into pytest's terms.
+    """Runs the body of a KVM test, and turns its outcome into pytest's terms.
 
     A broken contract is a failure with the whole report, unless a known bug explains all of it; other errors get the
     context and the command that reproduces them.

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 def _mistake(arguments: list[str]) -> str | None:
     if not arguments or not arguments[0] or arguments[0].startswith("-"):
-        return "no kernel is named: check_kernel.py KERNEL [options of pytest], such as debian:6.12; --help tells more"
+        return "no kernel is named: check_kernel.py KERNEL [options of pytest], such as debian:6.12; see --help"
     if arguments[0] == _AT_HAND:
         return (
             f"{_AT_HAND} is no kernel to check: name one (debian:6.12); make run takes one at hand where it needs one"

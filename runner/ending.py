@@ -17,7 +17,7 @@ _TIMESTAMP = re.compile(r"\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
 
 
 class Ending(Enum):
-    """What came of a machine; the text is shown."""
+    """How a machine ended; the text is shown."""
 
     FINISHED = "finished"
     PANIC = "the kernel panicked"
@@ -60,7 +60,7 @@ def judge(console: str, booted: bool, overdue: str | None, emulated: bool) -> En
     """How a machine ended in which the suite did not come to its end.
 
     :param booted: whether its first program ran
-    :param overdue: for how long it told nothing, if it was given up
+    :param overdue: for how long no message came, if it was given up
     """
     lines = console.splitlines()
     tail = tuple(line for line in lines[-_CONSOLE_LINES:] if line.strip())

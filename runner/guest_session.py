@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the host tells the pytest in a booted kernel. They are no options: by hand they would only do harm."""
+"""What the host hands to the pytest in a booted kernel. They are no options: by hand they would only do harm."""
 
 from dataclasses import dataclass
 
@@ -21,5 +21,5 @@ class GuestSession:
 
 
 def guest_session(config: pytest.Config) -> GuestSession | None:
-    """What the host told this session; None on the host."""
+    """What the host handed to this session; None on the host."""
     return next((one for one in config.pluginmanager.get_plugins() if isinstance(one, GuestSession)), None)

@@ -40,4 +40,4 @@ def keep_errors_out(config: pytest.Config, report: RunReport) -> None:
         config.pluginmanager.unregister(writer)
         guarded = config.stash[xml_key] = JunitFile(writer, report)
         config.pluginmanager.register(guarded)
-        guarded.pytest_sessionstart()  # the hook of that name is being called, and takes no newcomers
+        guarded.pytest_sessionstart()  # the hook of that name is being called already, for the plugins there were

@@ -23,7 +23,7 @@ class Word(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a run.
 
     :ivar kernel: how many of the tests that judge the kernel have each verdict
     :ivar own: the same of the suite's tests of itself

@@ -167,7 +167,7 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
 
 
 def _judge(kernel: str, parameters: str, status: int, folder: Path) -> Run:
-    """What came of a run that ended with *status*, from the files that it left."""
+    """The outcome of a run that ended with *status*, from the files that it left."""
     killed = status < 0
     if killed:
         status = CANNOT_TEST

@@ -112,7 +112,7 @@ def _nested_vendor() -> str | None:
 
 
 class Deadline(Exception):
-    """The machine has told nothing for too long."""
+    """No message has come from the machine for too long."""
 
 
 class RunningMachine:
@@ -148,10 +148,10 @@ class RunningMachine:
             )
 
     def messages(self, patience: float) -> Iterator[dict[str, Any]]:
-        """What the programs in the machine tell, until it ends.
+        """The messages of the programs in the machine, until it ends.
 
-        :param patience: for how long it may tell nothing, in seconds
-        :raises Deadline: it told nothing for so long
+        :param patience: for how long no message may come, in seconds
+        :raises Deadline: no message came for so long
         """
         assert self._process.stdout is not None
         port = self._process.stdout.fileno()

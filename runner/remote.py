@@ -155,7 +155,7 @@ class RemoteSession:
         }
 
     def _follow(self, machine: RunningMachine) -> End:
-        """Take up what the machine tells, to its end."""
+        """Take up the machine's messages, to its end."""
         booted, overdue = False, None
         try:
             for message in machine.messages(self._target.time_limit):
@@ -169,7 +169,7 @@ class RemoteSession:
                     return self._finished(machine.console())
                 self._take(message)
         except Deadline:
-            overdue = f"it told nothing for {self._target.time_limit:g} s (--time-limit)"
+            overdue = f"no message for {self._target.time_limit:g} s (--time-limit)"
         except _EmulatorFault as fault:
             return End(Ending.EMULATOR_FAULT, str(fault))
         else:
@@ -242,7 +242,7 @@ class RemoteSession:
             self._config.hook.pytest_collectreport(report=report)
             return
         if isinstance(report.longrepr, list):
-            report.longrepr = tuple(report.longrepr)  # JSON has no tuples, and pytest's skips are told by one
+            report.longrepr = tuple(report.longrepr)  # JSON has no tuples, and pytest recognises a skip by one
         for name, value in report.user_properties:
             if name == "kernel_log" and self._target.qemu.emulated and is_emulators_fault(str(value)):
                 raise _EmulatorFault(str(value))
@@ -254,7 +254,7 @@ class RemoteSession:
             self._config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
 
     def _close(self, end: End) -> None:
-        """Tell how it ended, and what was not run for that."""
+        """Report how it ended, and what was not run for that."""
         report = self._report
         if end.ending is not Ending.FINISHED:
             if self._running is not None and end.ending not in _NOT_THE_TESTS:

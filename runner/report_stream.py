@@ -18,7 +18,7 @@ _STEPS_EVERY = 2.0  # seconds; the machine that takes them up has its own work
 class ReportStream:
     """A plugin that writes each step of the session to *path* as soon as it is done.
 
-    :param report: has the facts of the run, which are told first, and the kernel's reports, which are told last
+    :param report: has the facts of the run, which are sent first, and the kernel's reports, which are sent last
     """
 
     def __init__(self, config: pytest.Config, path: str, report: RunReport) -> None:

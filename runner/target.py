@@ -28,7 +28,7 @@ class Target:
 
     :ivar parameters: those of KVM's modules that are asked for
     :ivar added: those that the suite adds
-    :ivar time_limit: for how long the machine may tell nothing, in seconds
+    :ivar time_limit: for how long no message of the machine may come, in seconds
     """
 
     kernel: Kernel
@@ -53,7 +53,7 @@ class Target:
 
     @property
     def lines(self) -> list[str]:
-        """What a run's header tells of it."""
+        """What a run's header says of it."""
         image = self.kernel.image
         asked = _words(self.parameters) or "none asked for"
         added = f"; added: {_words(self.added)}" if self.added else ""

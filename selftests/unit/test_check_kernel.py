@@ -40,7 +40,7 @@ ONE_CELL = [
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of a kernel."""
+    """The outcome of a kernel's check."""
 
     status: int
     output: str
@@ -159,7 +159,7 @@ def test_a_host_without_kvm(tmp_path: Path, here: list[str]) -> None:
 BROKEN = {
     "panic": ("PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
     "oops": ("OOPS", "the kernel oopsed: Oops: invalid opcode"),
-    "hang": ("HANG", "the kernel hung: it told nothing for 120 s (--time-limit)"),
+    "hang": ("HANG", "the kernel hung: no message for 120 s (--time-limit)"),
     "killed": ("SUITE_DIED", "the suite died in the kernel"),
 }
 
@@ -340,7 +340,7 @@ def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) 
 def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     done = check_kernel(kernel.image, "--time-limit=1")
     assert done.status == CANNOT_TEST
-    assert "the kernel does not boot: it told nothing for 1 s (--time-limit)" in done.output
+    assert "the kernel does not boot: no message for 1 s (--time-limit)" in done.output
     assert "no test ran on KVM" not in done.output
 
 
