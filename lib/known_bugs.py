@@ -15,6 +15,7 @@ from lib.selection import DIMENSIONS
 from lib.toml_file import ROOT, TomlError, TomlFile
 
 PATH = ROOT / "known_bugs.toml"
+_VENDORS = ("kvm_intel", "kvm_amd", "kvm_pvm")
 _VALUES = DIMENSIONS | {"vcpus": tuple(str(count) for count in range(1, MAX_VCPUS + 1))}
 
 
@@ -121,8 +122,9 @@ class _Entry:
         )
         if not bug.cells and not bug.tests:
             raise self.error("id", "the entry names neither cells nor tests")
-        if not bug.needs & findings:
-            raise self.error("needs", "none of them is among the findings")
+        if "needs" in self._values and not bug.needs <= findings:
+            others = ", ".join(sorted(kind.name for kind in bug.needs - findings))
+            raise self.error("needs", f"{others}: not among the findings")
         return bug
 
     def _text(self, key: str) -> str:
@@ -159,16 +161,16 @@ class _Entry:
     def _backend(self) -> tuple[str, ...]:
         value = self._values.get("backend")
         names = [self._text("backend")] if not isinstance(value, list) else self._texts("backend", value)
-        for name in names:
-            if not name.startswith("kvm_"):
-                raise self.error("backend", f"no vendor module of KVM: {name!r} (such as kvm_amd or kvm_intel)")
-        return tuple(names)
+        return self._one_of("backend", names, _VENDORS, "vendor module")
 
     def _kernels(self) -> tuple[str, str]:
         bounds = self._texts("kernels", self._values.get("kernels", ["", ""]))
         if len(bounds) != 2 or not all(re.fullmatch(r"(\d+(\.\d+)*)?", bound) for bound in bounds):
             raise self.error("kernels", f'must be ["from", "before"], such as ["6.1", "6.12"], not {list(bounds)}')
-        return bounds[0], bounds[1]
+        first, before = bounds
+        if first and before and version_numbers(first) >= version_numbers(before):
+            raise self.error("kernels", f"no kernel is from {first} and before {before}")
+        return first, before
 
     def _parameters(self) -> dict[str, str]:
         table = self._table("parameters")
