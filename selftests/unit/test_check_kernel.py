@@ -500,6 +500,7 @@ def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str
     [("", "no kernel is named"), ("-v", "no kernel is named"), ("auto", "auto is no kernel to check")],
 )
 def test_no_kernel_named(check_kernel: CheckKernel, name: str, message: str) -> None:
+    """An empty name, an option or ``auto`` in the kernel's place is one line, with the status that ends a bisection."""
     done = check_kernel(name)
     assert done.status == NOT_LIKE_THIS
     (line,) = done.output.splitlines()
@@ -507,6 +508,7 @@ def test_no_kernel_named(check_kernel: CheckKernel, name: str, message: str) -> 
 
 
 def test_the_usage_has_each_status(check_kernel: CheckKernel) -> None:
+    """``--help`` lists every exit status."""
     done = check_kernel("--help")
     assert done.status == GOOD
     for status in (GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED):

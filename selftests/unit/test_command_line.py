@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[s
 
 
 @pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
-def test_what_the_host_tells_a_kernel_is_no_option(suite: Suite, option: str) -> None:
+def test_facts_for_a_kernel_are_no_options(suite: Suite, option: str) -> None:
     """By hand it would let tests run that may corrupt this host's memory."""
     done = suite(option, "--collect-only")
     assert done.returncode == USAGE_ERROR
@@ -213,7 +213,9 @@ def test_no_kernel_is_booted_for_nothing(suite: Suite) -> None:
     assert " passed, " in done.stdout
 
 
-def test_a_host_without_kvm_is_told_to_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_kvm_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /dev/kvm does not exist, the error names the modules to load."""
+
     def no_device(path: str, flags: int) -> int:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
@@ -222,7 +224,8 @@ def test_a_host_without_kvm_is_told_to_load_it(monkeypatch: pytest.MonkeyPatch) 
         Kvm()
 
 
-def test_a_mistyped_device_is_told(suite: Suite) -> None:
+def test_a_mistyped_device_is_named(suite: Suite) -> None:
+    """A device that the user named is what is wrong, and no module to load is suggested."""
     done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device=kvm")
     assert done.returncode == NOTHING_RAN
     assert "KVM: kvm does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
@@ -241,7 +244,7 @@ def test_only_results_leave_a_folder(suite: Suite, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_takes_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """It may say so when the data is to go out only; what was made to find out is gone."""
 
     def fails(fd: int) -> None:

@@ -50,6 +50,7 @@ def test_every_cell_fits_into_80_columns() -> None:
      (1_234_567, "1.2M"), (9_949_999, "9.9M"), (9_950_000, "10M"), (2_000_000_000, "2.0G"), (1_500_000_000_000, "1500G")],
 )  # fmt: skip
 def test_writes_in_a_few_characters(writes: int | None, text: str) -> None:
+    """A count of writes has four characters as far as that goes, rounded to its unit."""
     _, line = short_table([CELL | {"writes": writes, "seconds": 1.0, "verdict": "pass"}])
     assert str(line).split()[6] == text
 
@@ -85,6 +86,7 @@ def test_a_reason_is_shown_where_there_is_room() -> None:
 
 @pytest.mark.parametrize(("width", "verbose", "long"), [(80, True, False), (200, False, False), (200, True, True)])
 def test_the_long_table_where_it_fits(width: int, verbose: bool, long: bool) -> None:
+    """It is shown if asked for by -v and no wider than the terminal; else the short one is."""
     lines = shown(table_for([DONE | {"verdict": "pass"}, CELL | {"verdict": "skipped"}], width, verbose))
     assert ("iterations" in lines[0]) == long
     assert len(lines) == 2
@@ -94,6 +96,7 @@ def test_the_long_table_where_it_fits(width: int, verbose: bool, long: bool) -> 
 
 
 def test_singular_and_plural() -> None:
+    """A noun agrees with its number, in lists and in the counts of verdicts too."""
     assert counted(1, "page") == "1 page"
     assert counted(0, "page") == "0 pages"
     assert counted(2, "entry", "entries") == "2 entries"
@@ -208,6 +211,7 @@ PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syn
     ],
 )  # fmt: skip
 def test_the_verdict_of_each_outcome(outcome: Outcome, word: Word, text: str) -> None:
+    """Each way to end has its verdict, and a text with the reason and the counts."""
     assert judge(outcome) == (word, text)
 
 
@@ -221,6 +225,7 @@ def test_the_verdict_of_each_outcome(outcome: Outcome, word: Word, text: str) ->
     ],
 )
 def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text: str) -> None:
+    """The kernel, its KVM, and this host or QEMU with its version."""
     assert place(host, machine) == text
 
 
@@ -316,7 +321,7 @@ def test_the_end_of_a_run(
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_broken_contract_is_told_first(run: Callable[..., str]) -> None:
+def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
     """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
     test = "selftests/test_slots.py::test_off_and_on_again[dirty-log]"
     output = run(test, terminal=False)
@@ -330,5 +335,6 @@ def test_a_broken_contract_is_told_first(run: Callable[..., str]) -> None:
 
 
 def test_own_tests_are_no_verdict_on_a_kernel(run: Callable[..., str]) -> None:
+    """A run of the suite's tests of itself alone has no verdict, and their counts."""
     output = run("selftests/unit/test_uapi.py", "-q", terminal=False)
     assert re.search(r": no verdict: the suite's own tests: \d+ passed(, \d+ skipped)?$", output, re.MULTILINE), output

@@ -298,7 +298,9 @@ def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
         ("", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
     ],
 )
-def test_a_wrong_name_is_told_at_once(capsys: pytest.CaptureFixture[str], name: str, status: int, message: str) -> None:
+def test_a_wrong_name_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], name: str, status: int, message: str
+) -> None:
     """One line, before QEMU is fetched."""
     assert fetch.main([name]) == status
     (line,) = capsys.readouterr().err.splitlines()

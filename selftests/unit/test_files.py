@@ -104,6 +104,7 @@ def test_a_later_entry_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """A list of known bugs that is missing, a folder or not UTF-8 is one line with its path."""
     for path, message in ((tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(TomlError, match=f"^{path}: {message}$"):
             known_bugs.load(path)
@@ -168,6 +169,7 @@ def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, o
     ],
 )
 def test_a_mistake_in_a_matrix_has_its_line(tmp_path: Path, text: str, message: str) -> None:
+    """Each mistake in a matrix file is one line that begins with the file and the line in it."""
     path = write(tmp_path, "matrix.toml", text)
     with pytest.raises(TomlError) as caught:
         load_matrix(path)

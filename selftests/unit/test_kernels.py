@@ -181,7 +181,8 @@ def cached(cache: Path, *releases: str) -> None:
         ("debian:7.2~rc3-rt-amd64", "release candidates are in none of"),
     ],
 )
-def test_kernels_that_debian_has_under_another_name(name: str, message: str) -> None:
+def test_kernels_with_another_name_in_debian(name: str, message: str) -> None:
+    """A release that is not installed is named as Debian has it, and a release candidate as one that Debian's suites lack."""
     with pytest.raises(CannotTest, match=message):
         find_kernel(name)
 

@@ -79,14 +79,14 @@ def test_the_matrix_by_itself(tmp_path: Path, arguments: list[str], status: int,
         (["selftests/test_dirty_log.py", "--kvm-device=/nonexistent"], CANNOT_TEST, "no test ran on KVM: /nonexistent does"),
     ],
 )  # fmt: skip
-def test_why_a_run_failed_is_told(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
+def test_why_a_run_has_failed(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
     """What the run said of it, not pytest's last line; and a run without results is not good."""
     done = matrix.run("host", "", tmp_path / "01", arguments)
     assert done.status == status
     assert reason in done.reason
 
 
-def test_results_of_an_earlier_matrix_are_not_taken(tmp_path: Path) -> None:
+def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
     """With --results a folder can be used again: a run that leaves nothing has no cells of the last one."""
     (tmp_path / "01").mkdir()
     old = {"cells": [CELL | {"verdict": "pass"}], "tests": [], "host": {}, "end": {}}
@@ -94,7 +94,8 @@ def test_results_of_an_earlier_matrix_are_not_taken(tmp_path: Path) -> None:
     assert matrix.run("host", "", tmp_path / "01", ["--version"]).cells == []
 
 
-def test_results_that_broke_off_are_told(tmp_path: Path) -> None:
+def test_results_that_broke_off(tmp_path: Path) -> None:
+    """A results file that was cut short fails the run, and the reason says that it cannot be read."""
     (tmp_path / "results.json").write_text('{"cells": [')
     done = matrix._judge("a", "", 1, tmp_path)
     assert (done.status, done.cells) == (1, [])

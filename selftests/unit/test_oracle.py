@@ -239,7 +239,7 @@ def test_history_tells_the_last_write_and_report() -> None:
     assert checks.history(5) == "page 5: last written by nobody; not reported in the last 1 collection"
 
 
-def test_findings_are_told_in_words_of_the_field() -> None:
+def test_findings_in_words_of_the_field() -> None:
     """Singular and plural, and which writes a collection was to report."""
     checks = oracle([3, 1, 4])
     (first,) = checks.check_reap(reap([], before=1))

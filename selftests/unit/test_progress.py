@@ -211,7 +211,8 @@ def test_what_a_live_terminal_is(
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")]
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations_in_short(seconds: float, text: str) -> None:
+    """Two units at most, rounded down."""
     assert duration(seconds) == text
 
 
