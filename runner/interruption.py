@@ -71,6 +71,13 @@ class Interruption:
     def pytest_testnodedown(self, node: Any) -> None:
         self._workers.pop(node.gateway.id, None)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """Ignore what still comes: as Python ends it sets signals back to what they do by default, and that kills."""
+        if self.name is not None:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         """From here on a signal would break into what writes the files, and ends nothing sooner."""

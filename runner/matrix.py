@@ -6,6 +6,7 @@ Exit status: 0 when all are good, 1 when one is bad, 125 when one cannot be test
 """
 
 import json
+import os
 import random
 import re
 import shlex
@@ -154,7 +155,9 @@ def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run
         command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
     interrupted = False
     with (folder / "output.txt").open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        # Unbuffered, or a mistake, which pytest prints to standard error, would stand in the middle of another line.
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
         while process.returncode is None:
             try:
                 process.wait()
