@@ -17,3 +17,14 @@ def falsify_bitmaps(patch: pytest.MonkeyPatch, fault: Callable[[int, bytearray],
         fault(slot, bitmap)
 
     patch.setattr(Vm, "get_dirty_log", falsified)
+
+
+# The same as a plugin for a run in a process of its own: every page that was written is lost
+LOSING_PLUGIN = """
+from lib.vm import Vm
+honest = Vm.get_dirty_log
+def losing(vm, slot, bitmap):
+    honest(vm, slot, bitmap)
+    bitmap[:] = bytes(len(bitmap))
+Vm.get_dirty_log = losing
+"""

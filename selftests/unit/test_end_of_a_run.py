@@ -21,6 +21,7 @@ from lib.selection import DIMENSIONS
 from lib.wording import counted, listed, wrapped
 from runner.kernel_verdict import Outcome, Word, judge, place
 from runner.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
+from selftests.unit.faults import LOSING_PLUGIN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
@@ -231,14 +232,6 @@ def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text:
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-FAULTY_PLUGIN = """
-from lib.vm import Vm
-get_dirty_log = Vm.get_dirty_log
-def falsified(vm, slot, bitmap):
-    get_dirty_log(vm, slot, bitmap)
-    bitmap[:] = bytes(len(bitmap))
-Vm.get_dirty_log = falsified
-"""
 MIXED = [
     "selftests/test_dirty_log.py", "--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024",
     "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k", "--backing=anonymous", "--stop=forced",
@@ -250,7 +243,7 @@ ESCAPE = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., str]:
     """Run pytest with KVM's bitmaps falsified, on a terminal of 80 columns or in a pipe; returns all that it wrote."""
-    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+    (tmp_path / "faulty.py").write_text(LOSING_PLUGIN)
 
     def run_it(*arguments: str, terminal: bool, **environment: str) -> str:
         command = [sys.executable, "-m", "pytest", "-p", "faulty", f"--results={tmp_path}/results", *arguments]

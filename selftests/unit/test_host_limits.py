@@ -36,6 +36,7 @@ from runner.interruption import Interruption
 from runner.planned_tests import PlannedTests
 from runner.worker_crashes import WorkerCrashes
 from selftests.unit import limits
+from selftests.unit.faults import LOSING_PLUGIN
 from selftests.unit.limits import Limit, rlimit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -671,16 +672,6 @@ def test_parameters_that_are_hidden(suite: Suite, tmp_path: Path) -> None:
     plugin = f"import lib.host, pathlib\nlib.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
     line = suite.nothing_ran(suite(*ONE, plugin=plugin))
     assert f"KVM's parameters, which decide what is right, are not shown here: {tmp_path}/module has no kvm_*" in line
-
-
-LOSING_PLUGIN = """
-from lib.vm import Vm
-honest = Vm.get_dirty_log
-def losing(vm, slot, bitmap):
-    honest(vm, slot, bitmap)
-    bitmap[:] = bytes(len(bitmap))
-Vm.get_dirty_log = losing
-"""
 
 
 VANISHING_FOLDER_PLUGIN = """

@@ -19,6 +19,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from selftests.unit.faults import LOSING_PLUGIN
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CELLS = [
     "--guest-mode=48bit-4k",
@@ -255,16 +257,6 @@ def test_a_signal_after_the_last_test(start: Start, hook: str) -> None:
     assert run.ends() == PASSED, run.output
     assert run.verdicts() == [("pass", "")] * 4
     assert "on this host: good: 4 passed" in run.output
-
-
-LOSING_PLUGIN = """
-from lib.vm import Vm
-get_dirty_log = Vm.get_dirty_log
-def falsified(vm, slot, bitmap):
-    get_dirty_log(vm, slot, bitmap)
-    bitmap[:] = bytes(len(bitmap))
-Vm.get_dirty_log = falsified
-"""
 
 
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
