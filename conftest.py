@@ -158,6 +158,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     config.args = here
     if not here:
         # One process in the kernel: emulated, two only get in each other's way.
+        if getattr(option, "numprocesses", None) and option.kernel != AT_HAND:
+            say("-n is not used: one process runs the tests in the kernel")
         option.numprocesses, option.dist, option.tx = 0, "no", []
     _make_results(config, target.label)
     if option.xmlpath is None:
@@ -302,7 +304,7 @@ def _prepare(config: pytest.Config) -> None:
 
 def _prepare_remote(config: pytest.Config) -> None:
     """Have the tests run by a session in the kernel that was found."""
-    from runner.remote import RemoteSession  # see pytest_cmdline_main()
+    from runner.remote import RemoteSession  # see _find_target()
 
     target = config.stash[_target_key]
     results = Path(config.option.results)

@@ -320,10 +320,11 @@ def children_of(pid: int) -> list[int]:
 
 def test_only_a_test_on_kvm_makes_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """Tests that need no KVM pass anywhere. That a file cannot be written at the end is not the kernel's doing."""
-    done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full")
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
     assert done.status == CANNOT_TEST, done.output
     assert ": cannot be tested: no test ran on KVM: none that was selected needs it; 1 passed" in done.output
     assert "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device" in done.output
+    assert "-n is not used: one process runs the tests in the kernel" in done.output
     assert "Traceback" not in done.output
 
 
