@@ -169,9 +169,8 @@ def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> No
 
 
 def _check_form(parameters: str) -> None:
-    from runner.modules import (
-        parse_parameters,
-    )  # in another kernel, where this is loaded too, each import costs emulated time
+    # Imported here: in the other kernel, where this file is loaded too, each import costs emulated time.
+    from runner.modules import parse_parameters
 
     try:
         parse_parameters(parameters)

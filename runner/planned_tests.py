@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lib.wording import counted
 from runner.interruption import Interruption
 from runner.kernel_options import OWN_TESTS
 
@@ -67,7 +68,7 @@ class PlannedTests:
         for nodeid, properties in list(self._left.items()):
             where = (nodeid.partition("::")[0], 0, nodeid.partition("::")[2])
             reason = f"{why}, during the test" if nodeid in self._started else why
-            report = not_run(nodeid, where, reason, properties)
+            report = _not_run(nodeid, where, reason, properties)
             if nodeid in self._workers:
                 # junitxml takes reports of one worker for those of one test.
                 report.node = self._workers[nodeid]  # type: ignore[attr-defined]
@@ -79,13 +80,13 @@ class PlannedTests:
         if self._interruption.name is not None:
             return f"the run was interrupted ({self._interruption.name})"
         if most and session.testsfailed >= most:
-            return f"the run stopped after {most} failure{'s' if most > 1 else ''} (--maxfail)"
+            return f"the run stopped after {counted(most, 'failure')} (--maxfail)"
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "pytest failed"
         return "the run ended before"
 
 
-def not_run(
+def _not_run(
     nodeid: str, location: tuple[str, int | None, str], reason: str, properties: Properties
 ) -> pytest.TestReport:
     """The report of a test that did not run."""
