@@ -46,7 +46,7 @@ from lib.selection import (
     workers_here,
 )
 from lib.toml_file import TomlError
-from lib.tracked_vm import ContractBroken
+from lib.violations import ContractViolation
 from runner.command_line import (
     SETTING_PARSERS,
     add_options,
@@ -604,7 +604,7 @@ def pytest_runtest_makereport(
     """A failure tells where it was, and the command that reproduces it; the report of a cell does by itself."""
     option = item.config.option
     brief = option.tbstyle == "auto" and not option.showlocals and not option.fulltrace
-    if brief and call.excinfo is not None and call.excinfo.errisinstance(ContractBroken):
+    if brief and call.excinfo is not None and call.excinfo.errisinstance(ContractViolation):
         call.excinfo = in_short(call.excinfo)
     report = yield
     fixtures = getattr(item, "fixturenames", ())

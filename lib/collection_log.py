@@ -29,8 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lib.oracle import Kind
-from lib.tracked_vm import ContractBroken
+from lib.violations import ContractViolation, Kind, Violation
 from lib.wording import counted
 from lib.write_stream import WriteStream
 
@@ -113,7 +112,7 @@ class CollectionLog:
         self._last: dict[tuple[int, int], Collection] = {}
         self._toggles: list[Toggle] = []
         self._drops: list[Drop] = []
-        self._findings: list[tuple[Kind, str]] = []
+        self._findings: list[Violation] = []
 
     def now(self) -> int:
         """The next moment."""
@@ -137,7 +136,7 @@ class CollectionLog:
         """Hold all that was collected to the writes; the last collections must have been exact, and complete.
 
         :param areas: the slots, by first page and end
-        :raises ContractBroken: something cannot be right
+        :raises ContractViolation: something cannot be right
         """
         for first, last in areas:
             self._check_area(
@@ -155,9 +154,7 @@ class CollectionLog:
         self._toggles = [*latest.values()]
         if self._findings:
             findings, self._findings = self._findings, []
-            more = f"\nand {counted(len(findings) - _SHOWN, 'finding')} more" if len(findings) > _SHOWN else ""
-            shown = "\n".join(text for _, text in findings[:_SHOWN])
-            raise ContractBroken(shown + more, {kind for kind, _ in findings})
+            raise ContractViolation(findings)
 
     def _check_area(
         self, collections: list[Collection], checked: list[Collection], toggles: list[Toggle], area: range
@@ -183,7 +180,7 @@ class CollectionLog:
             state = "on" if one.refused else "off"
             answer = "ENOENT" if one.refused else "a bitmap"
             text = f"collection at {one.start}: KVM answered with {answer} while tracking was {state}"
-            self._findings.append((Kind.LOST if one.refused else Kind.FALSE, text))
+            self._findings.append(Violation(Kind.LOST if one.refused else Kind.SPURIOUS, text))
         return not one.refused
 
     def _check_false(
@@ -217,7 +214,7 @@ class CollectionLog:
             for vcpu, first, end in ranges:
                 may.update(self._streams[vcpu].last_writes(first, end))
             if false := reported.difference(may, free):
-                self._find(Kind.FALSE, one, source if self._per_vcpu else None, false)
+                self._find(Kind.SPURIOUS, one, source if self._per_vcpu else None, false)
             if self._per_vcpu and len(reported) < len(pages):
                 excess = set()
                 for page, count in Counter(pages).items():
@@ -374,14 +371,13 @@ class CollectionLog:
         return ranges
 
     def _find(self, kind: Kind, one: Collection, vcpu: int | None, pages: set[int], why: str = "") -> None:
-        whose = "" if vcpu is None else f", vCPU {vcpu}"
         some = ", ".join(map(str, sorted(pages)[:_SHOWN]))
         writes = f"writes {one.before} to {one.after}" + (", all vCPUs stopped" if one.exact else "")
         text = (
-            f"{kind.name} ({kind.value}{': ' + why if why else ''}): collection at {one.start} to {one.end} of pages"
-            f" {one.first} to {one.last - 1}{whose}, {writes}: {counted(len(pages), 'page')}: {some}"
+            f"{why + ': ' if why else ''}collection at {one.start} to {one.end} of pages {one.first} to {one.last - 1},"
+            f" {writes}: {counted(len(pages), 'page')}: {some}"
         )
-        self._findings.append((kind, text))
+        self._findings.append(Violation(kind, text, None, tuple(sorted(pages)), vcpu))
 
 
 def _without(start: int, end: int, holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,8 +13,8 @@ from lib.host import this_host, uses_pml
 from lib.ioctl import KvmError
 from lib.log_modes import DirtyRing
 from lib.reset_ledger import ResetLedger
-from lib.tracked_vm import ContractBroken
 from lib.vcpu_thread import KICK_SIGNAL, State
+from lib.violations import ContractViolation, Kind, Violation, violated
 from lib.writers import POLL
 from lib.writers_vm import Area, WritersVm
 
@@ -104,7 +104,7 @@ class Collectors:
     def check(self) -> None:
         """Collect what is left, with all vCPUs stopped, and hold all since the last check to what was written.
 
-        :raises ContractBroken: KVM's answers cannot be right
+        :raises ContractViolation: KVM's answers cannot be right
         """
         self.collect_all(stopped=True)
         if self.ledger is not None:
@@ -124,7 +124,7 @@ class Collectors:
             event.refused = True
             pages = []
         if beyond := [page for page in pages if area.first + page >= area.end]:
-            raise ContractBroken(f"slot {area.slot}: reported pages {beyond[:8]} are beyond its end")
+            raise ContractViolation([Violation(Kind.BAD_OFFSET, f"{beyond[:8]}", area.slot, tuple(beyond))])
         event.reported = [[area.first + page for page in pages]]
         self._end(event)
 
@@ -137,7 +137,9 @@ class Collectors:
         for slot, offset in entries:
             number = self.vm.number(slot, offset)
             if number is None:
-                raise ContractBroken(f"the ring of vCPU {vcpu} has an entry of slot {slot:#x}, offset {offset:#x}")
+                raise violated(
+                    Kind.WRONG_SLOT, f"the ring of vCPU {vcpu} has an entry of slot {slot:#x}, offset {offset:#x}"
+                )
             numbers.append(number)
         return numbers
 

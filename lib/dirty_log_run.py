@@ -16,9 +16,10 @@ from lib.host import this_host, uses_pml
 from lib.kvm import Kvm
 from lib.log_modes import make_log_mode
 from lib.memory import GIB
-from lib.oracle import Finding, Kind, Oracle, Reap
+from lib.oracle import Oracle, Reap
 from lib.progress import Meter
 from lib.vcpu_thread import State
+from lib.violations import ContractViolation, Kind, Violation
 from lib.wording import counted
 from lib.write_stream import make_stream, sweep_length
 from lib.writers import DENSE, SPARSE, Writers
@@ -29,16 +30,14 @@ _TEST_GVA = 1 << 40
 _TEST_GVA_5_LEVEL = 1 << 52
 
 
-class DirtyTrackingError(AssertionError):
-    """KVM broke the contract of dirty tracking.
+class DirtyTrackingError(ContractViolation):
+    """KVM broke the contract in a run of the matrix.
 
-    :ivar findings: what was wrong, in the order in which it was found
     :ivar run: the run that found it
     """
 
-    def __init__(self, findings: Sequence[Finding], run: "DirtyLogRun") -> None:
-        super().__init__("\n".join(map(str, findings)))
-        self.findings = list(findings)
+    def __init__(self, findings: Sequence[Violation], run: "DirtyLogRun") -> None:
+        super().__init__(findings)
         self.run = run
 
 
@@ -201,13 +200,13 @@ class DirtyLogRun:
 
     def _verify(self, iteration: int, reaps: list[Reap]) -> None:
         """Hold the iteration's reaps and the memory after it to what was written."""
-        findings: list[Finding] = []
+        findings: list[Violation] = []
         for reap in reaps:
             findings += self.oracle.check_reap(reap)
         for vcpu in self._collector.stuck:
             exits = self.writers.threads[vcpu].ring_full_exits
             detail = f"after {counted(exits, 'such exit')} of this vCPU in all"
-            findings.append(Finding(Kind.STUCK, iteration, self.figures.reaps + len(reaps), vcpu, (), detail))
+            findings.append(Violation(Kind.STUCK, detail, None, (), vcpu, iteration, self.figures.reaps + len(reaps)))
         done = reaps[-1].before
         findings += self.oracle.check_memory(iteration, done, self._words)
         dirty = len(set().union(*(pages for reap in reaps for pages in reap.collected.pages)))

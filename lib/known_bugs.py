@@ -10,9 +10,9 @@ from typing import Any
 
 from lib.cell import MAX_VCPUS, Cell
 from lib.host import Host, version_numbers
-from lib.oracle import Finding, Kind
 from lib.selection import DIMENSIONS
 from lib.toml_file import ROOT, TomlError, TomlFile
+from lib.violations import Kind
 
 PATH = ROOT / "known_bugs.toml"
 _VENDORS = ("kvm_intel", "kvm_amd", "kvm_pvm")
@@ -50,12 +50,8 @@ class KnownBug:
         """Whether *cell* is one of those named."""
         return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
-    def explains(self, findings: Sequence[Finding]) -> bool:
-        """Whether all of *findings* are of kinds that the bug causes, and one of them tells that it is this bug."""
-        return self.explains_kinds({finding.kind for finding in findings})
-
-    def explains_kinds(self, kinds: Set[Kind]) -> bool:
-        """The same for the *kinds* of findings."""
+    def explains(self, kinds: Set[Kind]) -> bool:
+        """Whether the bug causes all of these *kinds* of violations, and one of them is a mark of this bug."""
         return kinds <= self.findings and bool(kinds & self.needs)
 
     def explains_log(self, titles: Sequence[str]) -> bool:

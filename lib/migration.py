@@ -13,7 +13,7 @@ from typing import Any
 from lib.cell import PAGE
 from lib.host import this_host, uses_pml
 from lib.log_modes import DirtyRing
-from lib.tracked_vm import ContractBroken
+from lib.violations import Kind, violated
 from lib.wording import counted
 from lib.writers_vm import WritersVm
 
@@ -78,7 +78,7 @@ class Migration:
     def compare(self) -> None:
         """Hold the copy to the source.
 
-        :raises ContractBroken: a page is different
+        :raises ContractViolation: a page is different
         """
         wrong = []
         for slot, memslot in self._slots.items():
@@ -92,7 +92,7 @@ class Migration:
             wrong.append(f"slot {slot}: {len(pages)} of {counted(memslot.npages, 'page')}: {some}")
         if wrong:
             after = f"{self.vm.mode.name}: after {counted(len(self.rounds), 'round')}"
-            raise ContractBroken(f"{after} the copy differs from the source in {'; '.join(wrong)}")
+            raise violated(Kind.LOST, f"{after} the copy differs from the source in {'; '.join(wrong)}")
 
     def figures(self) -> list[dict[str, Any]]:
         """The rounds as plain data."""
@@ -101,7 +101,7 @@ class Migration:
     def collect(self, stopped: bool) -> tuple[int, Pages]:
         """Take what KVM reports, and have these pages tracked anew; returns how much it was, and the pages.
 
-        :raises ContractBroken: it is of no page of the VM's, or KVM takes back another number of ring entries
+        :raises ContractViolation: it is of no page of the VM's, or KVM takes back another number of ring entries
         """
         vm, mode = self.vm.vm, self.vm.mode
         reported, pages = 0, Pages()
@@ -109,9 +109,7 @@ class Migration:
             collected = mode.collect_dirty_pages(vm, self._slots[0], self._kick, stopped)
             reported = sum(map(len, collected.pages))
             if collected.reset != reported:
-                raise ContractBroken(
-                    f"entries harvested: {reported}, reset by KVM_RESET_DIRTY_RINGS: {collected.reset}"
-                )
+                raise violated(Kind.RESET_COUNT, f"harvested {reported}, reset {collected.reset}")
             for slots, offsets in zip(collected.slots, collected.pages, strict=True):
                 for slot, offset in zip(slots, offsets, strict=True):
                     pages.setdefault(slot, set()).add(offset)
@@ -122,7 +120,7 @@ class Migration:
                 reported += len(pages[slot])
         for slot, its in pages.items():
             if its and (slot not in self._slots or max(its) >= self._slots[slot].npages):
-                raise ContractBroken(f"page {max(its)} of slot {slot} was reported: there is no such page")
+                raise violated(Kind.BAD_OFFSET, f"page {max(its)} of slot {slot} was reported: there is no such page")
         return reported, pages
 
     def copy(self, pages: Pages) -> None:

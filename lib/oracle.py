@@ -38,9 +38,9 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from lib.log_modes import Collected
+from lib.violations import Kind, Violation
 from lib.wording import counted
 from lib.write_stream import WriteStream
 
@@ -49,43 +49,7 @@ WORDS_PER_PAGE = 512
 # How many reaps back the history of a page goes
 _REMEMBERED_REAPS = 64
 
-_Found = Callable[["Kind", int | None, Iterable[int], str], None]
-
-
-class Kind(Enum):
-    """The ways to break the contract; each value is its description."""
-
-    LOST = "written but not reported"
-    FALSE = "reported but not written"
-    VALUE = "wrong value in memory"
-    DUPLICATE = "more ring entries than writes"
-    WRONG_SLOT = "ring entry names another slot"
-    BAD_OFFSET = "page beyond the end of the slot"
-    RESET_COUNT = "KVM_RESET_DIRTY_RINGS reset another number of entries than were harvested"
-    GAP = "dirty ring entries behind one that is not dirty"
-    STUCK = "KVM_EXIT_DIRTY_RING_FULL again with nothing to harvest"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One way in which one reap, or the memory after an iteration, broke the contract.
-
-    :ivar reap: which reap of the run, counted from 1; 0 where the finding is about memory
-    :ivar vcpu: the vCPU whose writes (LOST, VALUE) or whose ring it is about; None for a bitmap
-    :ivar pages: the pages concerned, ascending, where there are any
-    """
-
-    kind: Kind
-    iteration: int
-    reap: int
-    vcpu: int | None
-    pages: tuple[int, ...]
-    detail: str
-
-    def __str__(self) -> str:
-        whose = "" if self.vcpu is None else f", vCPU {self.vcpu}"
-        where = f"collection {self.reap}" if self.reap else "memory"
-        return f"iteration {self.iteration}, {where}{whose}: {self.kind.name} ({self.kind.value}): {self.detail}"
+_Found = Callable[[Kind, int | None, Iterable[int], str], None]
 
 
 @dataclass(frozen=True)
@@ -158,14 +122,22 @@ class Oracle:
         next_page = self._streams[vcpu].between(published, published + 1)[0]
         return published + (words[next_page * WORDS_PER_PAGE + vcpu] == published + 1)
 
-    def check_reap(self, reap: Reap) -> list[Finding]:
+    def check_reap(self, reap: Reap) -> list[Violation]:
         """Check one reap; they must come in the order in which they were made."""
         self._reap_iterations.append(reap.iteration)
-        findings: list[Finding] = []
+        findings: list[Violation] = []
 
         def found(kind: Kind, vcpu: int | None, pages: Iterable[int], detail: str) -> None:
             findings.append(
-                Finding(kind, reap.iteration, len(self._reap_iterations), vcpu, tuple(sorted(pages)), detail)
+                Violation(
+                    kind,
+                    detail,
+                    None,
+                    tuple(sorted(pages)),
+                    vcpu,
+                    reap.iteration,
+                    collection=len(self._reap_iterations),
+                )
             )
 
         reported: set[int] = set()
@@ -187,7 +159,7 @@ class Oracle:
             self._seen[vcpu] = _Seen(before, after, exact, frozenset() if exact else early)
         return findings
 
-    def check_memory(self, iteration: int, done: Sequence[int], words: memoryview) -> list[Finding]:
+    def check_memory(self, iteration: int, done: Sequence[int], words: memoryview) -> list[Violation]:
         """Check every page's words after an iteration, with all vCPUs stopped and *done* from :meth:`done`."""
         findings = []
         for vcpu, stream in enumerate(self._streams):
@@ -206,7 +178,7 @@ class Oracle:
                     f" found {self._value_text(vcpu, actual[page])}"
                     for page in wrong[:8]
                 )
-                findings.append(Finding(Kind.VALUE, iteration, 0, vcpu, tuple(wrong), detail))
+                findings.append(Violation(Kind.VALUE, detail, None, tuple(wrong), vcpu, iteration))
         return findings
 
     def writes_seen(self, vcpu: int) -> int:
@@ -244,7 +216,7 @@ class Oracle:
                 may.update(self._streams[writer].between(self._seen[writer].before, reap.after[writer] + 1))
             false = reported - may
             if false:
-                found(Kind.FALSE, vcpu, false, f"{len(false)} of {counted(len(reported), 'reported page')}")
+                found(Kind.SPURIOUS, vcpu, false, f"{len(false)} of {counted(len(reported), 'reported page')}")
         if vcpu is not None and len(reported) < len(entries):
             self._check_duplicates(reap, vcpu, entries, found)
         if reap.collected.behind_gap and reap.collected.behind_gap[index]:

@@ -11,7 +11,7 @@ from typing import Any
 from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import Host
-from lib.oracle import Kind
+from lib.violations import Kind
 from lib.wording import NO_BREAK, WIDTH, counted, wrapped
 
 _FIRST_PAGES = 8
@@ -23,7 +23,7 @@ _MAP_ROWS = 8
 _TELLING_PARAMETERS = ("tdp_mmu", "eager_page_split", "npt", "ept", "pml", "ept_ad", "nx_huge_pages", "pvm_emul_batch")
 
 # How the map marks a part of the slot; the first that applies wins.
-_MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.FALSE, "F"), (Kind.DUPLICATE, "D"))
+_MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.SPURIOUS, "S"), (Kind.DUPLICATE, "D"))
 
 
 def environment_lines(host: Host) -> list[str]:
@@ -91,7 +91,7 @@ def failure_text(error: DirtyTrackingError, context: Context) -> str:
     run = error.run
     figures = run.figures
     kinds = ", ".join(
-        f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.findings)
+        f"{kind.name} ({kind.value})" for kind in dict.fromkeys(finding.kind for finding in error.violations)
     )
     done = [
         counted(figures.writes, "write"),
@@ -105,10 +105,10 @@ def failure_text(error: DirtyTrackingError, context: Context) -> str:
         f"figures  {', '.join(done)}",
         "",
         "what was wrong, in the order in which it happened:",
-        *(line for finding in error.findings[:_FINDINGS] for line in wrapped(str(finding), first="  ", later="    ")),
+        *(line for finding in error.violations[:_FINDINGS] for line in wrapped(str(finding), first="  ", later="    ")),
     ]
-    if len(error.findings) > _FINDINGS:
-        lines.append(f"  ... and {counted(len(error.findings) - _FINDINGS, 'finding')} more")
+    if len(error.violations) > _FINDINGS:
+        lines.append(f"  ... and {counted(len(error.violations) - _FINDINGS, 'finding')} more")
     pages = _first_pages(error)
     if pages:
         lines += ["", "first pages concerned:"]
@@ -127,7 +127,7 @@ def failure_data(error: DirtyTrackingError, context: Context) -> dict[str, Any]:
         "reproduce": repeat_command(run.cell, context),
         "figures": asdict(run.figures),
         "findings": [
-            asdict(finding) | {"kind": finding.kind.name, "pages": list(finding.pages)} for finding in error.findings
+            asdict(finding) | {"kind": finding.kind.name, "pages": list(finding.pages)} for finding in error.violations
         ],
         "history": [run.oracle.history(page) for page in _first_pages(error)],
         "map": slot_map(error, run.memslot.npages),
@@ -154,13 +154,13 @@ def column(text: str) -> list[str]:
 
 
 def _pages(error: DirtyTrackingError, kinds: Sequence[Kind]) -> Iterable[int]:
-    return (page for finding in error.findings if finding.kind in kinds for page in finding.pages)
+    return (page for finding in error.violations if finding.kind in kinds for page in finding.pages)
 
 
 def _first_pages(error: DirtyTrackingError) -> list[int]:
     """A few of the wrong pages, each kind of finding being represented."""
     npages = error.run.memslot.npages
     pages: dict[int, None] = {}
-    for finding in error.findings:
+    for finding in error.violations:
         pages.update(dict.fromkeys([page for page in finding.pages if page < npages][:_FIRST_PAGES]))
     return list(pages)[: 2 * _FIRST_PAGES]

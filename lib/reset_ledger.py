@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lib import uapi
 from lib.cell import HANG_TIMEOUT
-from lib.tracked_vm import ContractBroken
+from lib.violations import Kind, violated
 from lib.vm import Vm
 from lib.wording import counted
 
@@ -69,7 +69,7 @@ class ResetLedger:
         flushes the TLBs only after it let go of the lock that makes the calls wait for each other
         (``kvm_vm_ioctl_reset_dirty_pages()``, virt/kvm/kvm_main.c), so it has to have returned too.
 
-        :raises ContractBroken: entries are left, in spite of all calls
+        :raises ContractViolation: entries are left, in spite of all calls
         """
         deadline = time.monotonic() + HANG_TIMEOUT
         while True:
@@ -80,21 +80,22 @@ class ResetLedger:
                     others = set(self._under_way)
                     if self._cond.wait_for(lambda others=others: not others & self._under_way, HANG_TIMEOUT):  # type: ignore[misc]
                         return
-                    raise ContractBroken(f"KVM_RESET_DIRTY_RINGS does not return within {HANG_TIMEOUT:g} s")
+                    raise violated(Kind.OTHER, f"KVM_RESET_DIRTY_RINGS does not return within {HANG_TIMEOUT:g} s")
             if time.monotonic() > deadline:
-                raise ContractBroken(
+                raise violated(
+                    Kind.RESET_COUNT,
                     f"KVM_RESET_DIRTY_RINGS leaves harvested entries in the rings of vCPUs {left} for {HANG_TIMEOUT:g} s,"
-                    f" in {counted(self.calls, 'call')}"
+                    f" in {counted(self.calls, 'call')}",
                 )
 
     def settle(self) -> None:
         """Hold the calls' answers to what was harvested; no other thread may be at work.
 
-        :raises ContractBroken: they took more entries, or fewer
+        :raises ContractViolation: they took more entries, or fewer
         """
         if self.taken != self.harvested:
-            raise ContractBroken(
-                f"entries harvested: {self.harvested}, reset by KVM_RESET_DIRTY_RINGS: {self.taken}, calls: {self.calls}"
+            raise violated(
+                Kind.RESET_COUNT, f"harvested {self.harvested}, reset {self.taken}, in {counted(self.calls, 'call')}"
             )
 
     def _is_harvested(self, vcpu: int, position: int) -> bool:

@@ -20,8 +20,8 @@ from lib.guest_program import GuestProgram
 from lib.kvm import Kvm
 from lib.log_modes import DirtyRing, LogMode, make_log_mode
 from lib.memory import GIB
-from lib.oracle import Kind
 from lib.vcpu import Vcpu
+from lib.violations import ContractViolation, Kind, Violation, violated
 from lib.vm import Memslot, Vm
 from lib.wording import listed
 
@@ -35,7 +35,6 @@ _EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
 _MAX_OPERATIONS = 4096
 # For how many seconds a list of operations may run
 _DEADLINE = 60.0
-_WORDS = {Kind.LOST: "lost", Kind.FALSE: "false", Kind.DUPLICATE: "repeated"}
 LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
 
 
@@ -198,10 +197,10 @@ class TrackedVm:
                 reported.setdefault(slot, []).append(offset)
         harvested = sum(map(len, collected.pages))
         if collected.reset != harvested:
-            raise ContractBroken(f"entries harvested: {harvested}, reset by KVM_RESET_DIRTY_RINGS: {collected.reset}")
+            raise violated(Kind.RESET_COUNT, f"harvested {harvested}, reset {collected.reset}")
         if any(collected.behind_gap):
             where = [f"{number} of vCPU {vcpu}" for vcpu, number in enumerate(collected.behind_gap) if number]
-            raise ContractBroken(f"dirty ring entries behind one that is not dirty: {', '.join(where)}")
+            raise violated(Kind.GAP, ", ".join(where))
         return reported
 
     def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:
@@ -211,7 +210,7 @@ class TrackedVm:
         :param writes_per_page: how many writes a page got at most. What KVM writes itself, emulating an instruction or
             for user space, it pushes to a ring each time, for it does not look whether the page is in there already
             (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c)
-        :raises ContractBroken: KVM reported something else
+        :raises ContractViolation: KVM reported something else
         """
         self.hold_to(what, expected, self.collect(), writes_per_page)
 
@@ -225,7 +224,7 @@ class TrackedVm:
     def expect_bits(self, what: str, slot: int, expected: Iterable[int]) -> None:
         """Hold KVM_GET_DIRTY_LOG alone to *expected*; in manual mode, where it changes nothing.
 
-        :raises ContractBroken: KVM reported something else
+        :raises ContractViolation: KVM reported something else
         """
         self._compare(what, slot, expected, self.read_bitmap(slot), 1)
 
@@ -234,15 +233,14 @@ class TrackedVm:
         wanted, found = set(expected), Counter(reported)
         wrong = {
             Kind.LOST: sorted(wanted - found.keys()),
-            Kind.FALSE: sorted(found.keys() - wanted),
+            Kind.SPURIOUS: sorted(found.keys() - wanted),
             Kind.DUPLICATE: sorted(page for page, count in found.items() if count > most),
         }
-        findings = {kind: pages for kind, pages in wrong.items() if pages}
-        if findings:
-            text = ", ".join(
-                f"{_WORDS[kind]} {listed('page', pages)} ({kind.value})" for kind, pages in findings.items()
-            )
-            raise ContractBroken(f"{self.mode.name}: {what}: slot {slot}: {text}", findings)
+        violations = [
+            Violation(kind, listed("page", pages), slot, tuple(pages)) for kind, pages in wrong.items() if pages
+        ]
+        if violations:
+            raise ContractViolation(violations, f"{self.mode.name}: {what}")
 
     def read_bitmap(self, slot: int) -> list[int]:
         """KVM_GET_DIRTY_LOG alone: the pages whose bits are set."""
@@ -281,17 +279,6 @@ class TrackedVm:
 
 class NotEmulated(Exception):
     """KVM had to emulate an instruction, and cannot; the text names it."""
-
-
-class ContractBroken(AssertionError):
-    """KVM's answer is not what its contract says; the text says what was done and what came.
-
-    :param kinds: what is wrong with it, where that is to be held against the list of known bugs
-    """
-
-    def __init__(self, text: str, kinds: Iterable[Kind] = ()) -> None:
-        super().__init__(text)
-        self.kinds = frozenset(kinds)
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

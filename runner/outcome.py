@@ -16,7 +16,7 @@ from lib.cell import Cell, Settings
 from lib.dirty_log_run import DirtyTrackingError
 from lib.host import Host
 from lib.report import Context, context_lines, failure_data, failure_text, this_pytest
-from lib.tracked_vm import ContractBroken
+from lib.violations import ContractViolation
 from lib.wording import wrapped
 from runner.guest_session import guest_session
 from runner.kernel_options import flags_given
@@ -60,8 +60,8 @@ class Outcome:
             except OSError as why_not:
                 text += f"\n{not_kept(self._config.option.results, why_not)}"
             self.record(error.run.figures)
-            if bug is not None and bug.explains(error.findings):
-                self._node.user_properties.append(("findings", "\n".join(map(str, error.findings[:4]))))
+            if bug is not None and bug.explains(error.kinds):
+                self._node.user_properties.append(("findings", "\n".join(map(str, error.violations[:4]))))
                 pytest.xfail(bug.id)
             raise pytest.fail.Exception(text, pytrace=False) from None  # the report says all that the error does
         except Exception as error:
@@ -75,8 +75,8 @@ class Outcome:
         bug = self._known_bug(None)
         try:
             yield
-        except ContractBroken as error:
-            if bug is not None and bug.explains_kinds(error.kinds):
+        except ContractViolation as error:
+            if bug is not None and bug.explains(error.kinds):
                 self._node.user_properties.append(("findings", str(error)))
                 pytest.xfail(bug.id)
             raise

@@ -24,7 +24,7 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, ClearLog, DirtyRing
 from lib.mapped_pages import Mapped
 from lib.selection import smallest_ring
-from lib.tracked_vm import ContractBroken
+from lib.violations import Kind, violated
 from lib.write_stream import WriteStream
 from lib.writers_vm import WritersVm
 
@@ -110,7 +110,7 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
             bitmap = new_bitmap(OTHER_PAGES)
             vm.get_dirty_log(OTHER_SLOT, bitmap)
             if set_pages(bitmap) != (list(range(OTHER_PAGES)) if of.vm.mode.initially_set else []):
-                raise ContractBroken(f"pages {set_pages(bitmap)} of a slot that nobody writes")
+                raise violated(Kind.SPURIOUS, f"pages {set_pages(bitmap)} of a slot that nobody writes")
 
     def delete() -> None:
         memory = vm.memslots[OTHER_SLOT].memory

@@ -19,7 +19,8 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES
 from lib.mapped_pages import Mapped, huge_pages
 from lib.memory import BACKINGS, GIB, MIB, size_text
-from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
+from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from lib.violations import Kind, violated
 
 Lacks = Callable[[str], None]
 
@@ -226,7 +227,7 @@ def mapped_size(vm: TrackedVm, host: Host, layout: Layout) -> int:
 def check_huge(found: Mapped, size: int, count: int, when: str) -> None:
     """Hold KVM's statistics to *count* mapped pages of *size* bytes."""
     if found.huge(size) != count:
-        raise ContractBroken(f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
+        raise violated(Kind.OTHER, f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
 
 
 @pytest.mark.parametrize("mode", list(LOG_MODES))

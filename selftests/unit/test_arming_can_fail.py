@@ -15,8 +15,8 @@ from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
 from lib.mapped_pages import Mapped, huge_pages
 from lib.memory import GIB, MIB
-from lib.oracle import Kind
-from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, TrackedVm
+from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from lib.violations import ContractViolation, Kind, Violation, violated
 from lib.vm import Vm
 from selftests import test_arming, test_huge_pages
 
@@ -74,7 +74,7 @@ def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
     with vm_for(kvm, mode) as vm:
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, tracked=False)
         falsify_reports(monkeypatch, lambda found: found + 1 if found == page else found)
-        with pytest.raises(ContractBroken):
+        with pytest.raises(ContractViolation):
             test_huge_pages.check_reports(vm, LAYOUT, seed=1, rounds=1)
 
 
@@ -94,7 +94,7 @@ def test_a_page_that_is_not_armed(
     needs_log_mode(mode)
     with vm_for(kvm, mode) as vm:
         falsify_reports(monkeypatch, lambda found: None if found == page else found, first)
-        with pytest.raises(ContractBroken, match="lost page"):
+        with pytest.raises(ContractViolation, match="LOST"):
             test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
@@ -105,7 +105,7 @@ def test_an_entry_of_a_neighbour(
     needs_log_mode(mode)
     with vm_for(kvm, mode) as vm:
         falsify_reports(monkeypatch, lambda found: 62 if found == 63 else found)
-        with pytest.raises(ContractBroken, match="lost page 63"):
+        with pytest.raises(ContractViolation, match=r"LOST.*: page 63"):
             test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
@@ -122,7 +122,7 @@ def test_a_vcpu_whose_writes_are_not_seen(
             honest(vm, slot, *pages, value=value)
 
     monkeypatch.setattr(TrackedVm, "write", write)
-    with vm_for(kvm, mode) as vm, pytest.raises(ContractBroken, match="vCPU 1 wrote after the other"):
+    with vm_for(kvm, mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
         test_arming.test_every_vcpu_loses_its_translation(vm, thorough=False)
 
 
@@ -160,7 +160,9 @@ def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vm, "get_dirty_log", get)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("skipping_clear", "false"), ("unarmed_clear", r"lost pages? \d")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unarmed_clear", r"LOST .*: pages? \d")]
+)
 def test_a_clear_that_leaves_out_a_page(
     kvm: Kvm,
     needs_log_mode: Callable[[str], None],
@@ -176,11 +178,11 @@ def test_a_clear_that_leaves_out_a_page(
         test_huge_pages.check_clear(vm, [EDGE], "sound")
         request.getfixturevalue(fault)
         for mask in test_huge_pages.masks_at(EDGE):
-            with pytest.raises(ContractBroken, match=message):
+            with pytest.raises(ContractViolation, match=message):
                 test_huge_pages.check_clear(vm, mask, "falsified")
         vm.remove_slot(SLOT)
         vm.add_slot(SLOT, LAYOUT.gpa, NPAGES)
-        with pytest.raises(ContractBroken, match=message):
+        with pytest.raises(ContractViolation, match=message):
             test_arming.check_clear(vm, chance, "falsified")
 
 
@@ -197,7 +199,7 @@ def test_masks_around_an_edge_are_of_both_kinds() -> None:
 @pytest.mark.parametrize("found", [Mapped(600, 1, 0), Mapped(600, 3, 0), Mapped(2, 0, 2)], ids=str)
 def test_a_wrong_number_of_huge_pages(found: Mapped) -> None:
     test_huge_pages.check_huge(Mapped(600, 2, 0), 2 * MIB, 2, "sound")
-    with pytest.raises(ContractBroken, match="2 pages of 2 MiB were to be mapped, but it is"):
+    with pytest.raises(ContractViolation, match="2 pages of 2 MiB were to be mapped, but it is"):
         test_huge_pages.check_huge(found, 2 * MIB, 2, "falsified")
 
 
@@ -216,7 +218,7 @@ def test_falsified_statistics(
 
     monkeypatch.setattr(Mapped, "now", falsified)
     layout = test_huge_pages.two_mib("anonymous_thp", 3)
-    with make(mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractBroken, AssertionError)):
+    with make(mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
         test_huge_pages.check_sizes(vm, stats, host, layout)
 
 
@@ -245,10 +247,10 @@ def known_bug(request: pytest.FixtureRequest, host: Host, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("known_bug")
 def test_a_known_bug_explains_what_it_breaks_and_no_more(outcome: Any) -> None:
     with pytest.raises(pytest.xfail.Exception, match="b"), outcome.contract():
-        raise ContractBroken("lost", {Kind.LOST})
-    with pytest.raises(ContractBroken), outcome.contract():
-        raise ContractBroken("more", {Kind.LOST, Kind.FALSE})
-    with pytest.raises(ContractBroken), outcome.contract():
-        raise ContractBroken("something else")
+        raise violated(Kind.LOST, "lost")
+    with pytest.raises(ContractViolation), outcome.contract():
+        raise ContractViolation([Violation(kind, "more") for kind in (Kind.LOST, Kind.SPURIOUS)])
+    with pytest.raises(ContractViolation), outcome.contract():
+        raise violated(Kind.OTHER, "something else")
     with pytest.raises(pytest.fail.Exception, match="did not show"), outcome.contract():
         pass

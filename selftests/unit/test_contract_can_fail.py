@@ -10,7 +10,8 @@ from lib import uapi
 from lib.dirty_ring import DirtyRing as Ring
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyRing
-from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, TrackedVm
+from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from lib.violations import ContractViolation
 from lib.vm import Vm
 from selftests.unit.faults import falsify_bitmaps
 
@@ -44,7 +45,7 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[], None]) -> None:
         vm.expect("writes", {SLOT: WRITTEN})
         vm.write(SLOT, *WRITTEN)
         falsify()
-        with pytest.raises(ContractBroken):
+        with pytest.raises(ContractViolation):
             vm.expect("writes", {SLOT: WRITTEN})
 
 
@@ -89,7 +90,7 @@ def test_tracking_that_is_not_armed_again(
         vm.write(SLOT, *WRITTEN)
         monkeypatch.setattr(Vm, "clear_dirty_log", lambda *_arguments: None)
         vm.expect("writes", {SLOT: WRITTEN})
-        with pytest.raises(ContractBroken, match="false pages 3, 64, 69"):
+        with pytest.raises(ContractViolation, match=r"SPURIOUS.*: pages 3, 64, 69"):
             vm.expect("nothing", {})
 
 
@@ -105,5 +106,5 @@ def test_tracking_that_stays_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> N
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         assert vm.vm.memslots[SLOT].flags != uapi.KVM_MEM_LOG_DIRTY_PAGES
         vm.write(SLOT, *WRITTEN)
-        with pytest.raises(ContractBroken, match="lost pages 3, 64, 69"):
+        with pytest.raises(ContractViolation, match=r"LOST.*: pages 3, 64, 69"):
             vm.expect("writes", {SLOT: WRITTEN})

@@ -319,7 +319,7 @@ def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
     test = "selftests/test_slots.py::test_off_and_on_again[dirty-log]"
     output = run(test, terminal=False)
     report = output.partition("= FAILURES =")[2].splitlines()
-    assert re.match(r"dirty-log: .*lost page", report[2]), output
+    assert re.match(r"dirty-log: .*LOST", report[2]), output
     assert len(report[2 : report.index("")]) <= 2
     assert re.search(r"^selftests/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
     assert "lib/tracked_vm.py" not in output

@@ -35,7 +35,7 @@ MISTAKES = {
     "unknown-at-top": ("[[bug]]", "bugs = 1\n[[bug]]", "bugs", "no such field: bugs (there are entries [[bug]])"),
     "no-list": ('findings = ["LOST", "GAP"', 'findings = "LOST" #', "findings",
                 "findings: must be a list of strings, not 'LOST'"),
-    "unknown-kind": ('"STUCK"', '"STUKC"', "findings", "findings: no such kind: 'STUKC' (there are LOST, FALSE, VALUE,"),
+    "unknown-kind": ('"STUCK"', '"STUKC"', "findings", "findings: no such kind: 'STUKC' (there are LOST, SPURIOUS, VALUE,"),
     "unknown-need": ('needs = ["LOST"', 'needs = ["LOSS"', "needs", "needs: no such kind: 'LOSS' (there are LOST,"),
     "no-need-of-the-findings": ('needs = ["LOST", "GAP", "STUCK", "RESET_COUNT"]', 'needs = ["VALUE"]', "needs",
                                 "needs: VALUE: not among the findings"),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from lib.log_modes import Collected
-from lib.oracle import WORDS_PER_PAGE, Finding, Kind, Oracle, Reap
+from lib.oracle import WORDS_PER_PAGE, Oracle, Reap
+from lib.violations import Kind, Violation
 from lib.write_stream import WriteStream
 
 NPAGES = 16
@@ -32,7 +33,7 @@ def ring_reap(
     return Reap(1, [before], [before], [True], Collected([list(pages)], [list(slots)], reset, [gap]))
 
 
-def kinds(findings: Sequence[Finding]) -> list[Kind]:
+def kinds(findings: Sequence[Violation]) -> list[Kind]:
     return [finding.kind for finding in findings]
 
 
@@ -47,7 +48,7 @@ def test_a_missing_page_is_lost() -> None:
 
 def test_an_extra_page_is_false() -> None:
     (finding,) = oracle([3, 1, 4, 5, 9]).check_reap(reap([1, 3, 4, 9], before=3))
-    assert (finding.kind, finding.pages) == (Kind.FALSE, (9,))
+    assert (finding.kind, finding.pages) == (Kind.SPURIOUS, (9,))
 
 
 def test_a_page_beyond_the_slot_is_an_error_of_its_own() -> None:
@@ -60,7 +61,7 @@ def test_the_write_under_way_may_be_reported_and_must_be_when_it_is_done() -> No
     checks = oracle([3, 1, 4, 5])
     assert not checks.check_reap(reap([3, 1, 4], before=2))
     assert kinds(checks.check_reap(reap([5], before=4))) == [Kind.LOST]  # page 4: its write was not done before
-    assert kinds(oracle([3, 1, 4, 5]).check_reap(reap([3, 1, 5], before=2))) == [Kind.FALSE]
+    assert kinds(oracle([3, 1, 4, 5]).check_reap(reap([3, 1, 5], before=2))) == [Kind.SPURIOUS]
 
 
 def test_a_write_during_a_reap_must_be_in_it_or_in_the_next() -> None:
@@ -77,7 +78,7 @@ def test_a_write_during_a_reap_must_be_in_it_or_in_the_next() -> None:
 def test_a_write_before_the_last_reap_began_may_not_come_again() -> None:
     checks = oracle([3, 1, 4, 5, 9])
     assert not checks.check_reap(reap([3, 1], before=2, after=3))
-    assert kinds(checks.check_reap(reap([3, 4, 5], before=4))) == [Kind.FALSE]
+    assert kinds(checks.check_reap(reap([3, 4, 5], before=4))) == [Kind.SPURIOUS]
 
 
 def test_a_running_reap_may_not_miss_what_was_done_before_it_began() -> None:
@@ -91,7 +92,7 @@ def test_initially_set_demands_every_page_once() -> None:
     checks = oracle([3, 1, 4, 9], initially_set=True)
     assert not checks.check_reap(reap(range(NPAGES), before=1, after=1))
     assert not checks.check_reap(reap([1], before=2))
-    assert kinds(checks.check_reap(reap([4, 3], before=3))) == [Kind.FALSE]
+    assert kinds(checks.check_reap(reap([4, 3], before=3))) == [Kind.SPURIOUS]
 
 
 def test_one_bitmap_reports_for_all_vcpus() -> None:
@@ -113,7 +114,7 @@ def two_rings(first: list[int], second: list[int], before: list[int]) -> Reap:
 
 def test_a_ring_reports_for_its_own_vcpu_only() -> None:
     found = oracle([3, 1], [4, 5], ring=True).check_reap(two_rings([4], [3], [1, 1]))
-    assert [(finding.kind, finding.vcpu) for finding in found] == [(Kind.FALSE, 0), (Kind.FALSE, 1)]
+    assert [(finding.kind, finding.vcpu) for finding in found] == [(Kind.SPURIOUS, 0), (Kind.SPURIOUS, 1)]
 
 
 def test_a_page_of_two_vcpus_is_in_one_ring_at_least() -> None:

@@ -22,10 +22,10 @@ from lib.ioctl import KvmError
 from lib.kvm import Kvm
 from lib.log_modes import LOG_MODES, DirtyLog
 from lib.memory import BACKINGS, MIB, GuestMemory
-from lib.oracle import Kind
 from lib.selection import smallest_ring
 from lib.tracked_vm import TrackedVm
 from lib.vcpu_thread import VcpuHang
+from lib.violations import Kind
 from lib.vm import Vm
 from selftests.unit.faults import falsify_bitmaps
 
@@ -241,10 +241,10 @@ def test_a_ring_that_stays_full_is_reported(
         monkeypatch.setattr(DirtyRing, "harvest", lambda ring: ([], []) if run.figures.iterations else harvest(ring))
         with pytest.raises(DirtyTrackingError) as error:
             run.run()
-    assert error.value.findings[-1].kind is Kind.STUCK
-    reaps = [finding.reap for finding in error.value.findings]
+    assert error.value.violations[-1].kind is Kind.STUCK
+    reaps = [finding.collection for finding in error.value.violations]
     assert reaps == sorted(reaps)  # what happened first comes first
-    assert {finding.kind for finding in error.value.findings} == {Kind.STUCK, Kind.LOST, Kind.GAP}
+    assert {finding.kind for finding in error.value.violations} == {Kind.STUCK, Kind.LOST, Kind.GAP}
 
 
 def test_memory_that_cannot_be_had_is_told() -> None:

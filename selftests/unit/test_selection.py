@@ -12,7 +12,6 @@ from lib.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
 from lib.host import Host, version_numbers
 from lib.matrix import full_matrix, pairwise_matrix
 from lib.memory import BACKINGS, GIB, KIB, MIB
-from lib.oracle import Finding, Kind
 from lib.report import Context, repeat_command
 from lib.selection import (
     DIMENSIONS,
@@ -23,6 +22,7 @@ from lib.selection import (
     parse_number,
     parse_size,
 )
+from lib.violations import Kind
 
 CELL = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
 
@@ -197,12 +197,12 @@ def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
     assert bug.concerns_cell(replace(CELL, log_mode="dirty-ring"))
     assert not bug.concerns_cell(CELL)
     assert not bug.concerns_cell(replace(CELL, log_mode="dirty-ring", vcpus=2))
-    lost, false = (Finding(kind, 1, 1, 0, (), "") for kind in (Kind.LOST, Kind.FALSE))
-    assert bug.explains([lost])
-    assert not bug.explains([lost, false])
-    (bug,) = read(tmp_path, ENTRY.replace('"GAP"]', '"FALSE"]\nneeds = ["LOST"]'))
-    assert bug.explains([lost, false])
-    assert not bug.explains([false])
+    lost, spurious = Kind.LOST, Kind.SPURIOUS
+    assert bug.explains({lost})
+    assert not bug.explains({lost, spurious})
+    (bug,) = read(tmp_path, ENTRY.replace('"GAP"]', '"SPURIOUS"]\nneeds = ["LOST"]'))
+    assert bug.explains({lost, spurious})
+    assert not bug.explains({spurious})
 
 
 @pytest.mark.parametrize(

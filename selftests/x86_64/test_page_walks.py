@@ -8,7 +8,8 @@ import pytest
 from lib.arch.x86_64.paging import PageTables
 from lib.host import Host, uses_tdp
 from lib.kvm import Kvm
-from lib.tracked_vm import FIRST_GPA, PAGE, ContractBroken, Operation, TrackedVm
+from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from lib.violations import Kind, violated
 
 TABLES, DATA = 1, 2
 NPAGES = 24
@@ -49,7 +50,10 @@ def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> 
     # "Nested versus Guest Page Faults": a walk's accesses count as writes). So tables that were only read may be there.
     false = set(reported[TABLES]) - ({0, 1, 2} if uses_tdp(host) else set(tables))
     if lost or false or set(reported[DATA]) != set(data):
-        raise ContractBroken(f"{name} of page {page}: tables {tables} changed, and KVM reports {reported}")
+        raise violated(
+            Kind.LOST if lost else Kind.SPURIOUS,
+            f"{name} of page {page}: tables {tables} changed, and KVM reports {reported}",
+        )
     return tables
 
 
