@@ -37,13 +37,13 @@ help: ## list the targets
 	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
 
 run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
-	$(PYTEST) -o testpaths=selftests/test_dirty_log.py -n $(WORKERS) --kernel auto $(ARGS)
+	$(PYTEST) -o testpaths=selftests/matrix/test_dirty_log.py -n $(WORKERS) --kernel auto $(ARGS)
 
 check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS='kvm_amd.npt=0'
 	@$(VENV)/bin/python runner/check_kernel.py "$(KERNEL)" --kvm-params "$(KVM_PARAMS)" $(ARGS)
 
 matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
-	@$(VENV)/bin/python runner/matrix.py "$(MATRIX)" $(ARGS)
+	@$(VENV)/bin/python runner/kernel_matrix.py "$(MATRIX)" $(ARGS)
 
 test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
 	@$(FETCH) || echo "the tests that boot a kernel will not run"
@@ -58,10 +58,10 @@ lint: $(VENV)/dev ## ruff and mypy
 	$(VENV)/bin/mypy
 
 guest_code: $(VENV)/run ## assemble the guest programs
-	$(VENV)/bin/python -c 'from lib.guest_program import assemble_all; assemble_all()'
+	PYTHONPATH=lib $(VENV)/bin/python -c 'from kvm_util.guest_program import assemble_all; assemble_all()'
 
 bench: $(VENV)/run ## the inner loops beside C; with C_TEST=path the whole runs beside the C dirty_log_test
-	PYTHONPATH=. $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
+	PYTHONPATH=.:lib $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
 
 clean: ## remove what was built; results stay
 	rm -rf build $(VENV) .mypy_cache .ruff_cache

@@ -20,34 +20,11 @@ from runner.unmet import leave, unmet
 if reason := unmet():  # before it shows as an import that fails
     leave(reason, pytest.ExitCode.USAGE_ERROR)
 
-from lib import guest_program, known_bugs
-from lib.cell import Cell, Settings
-from lib.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
-from lib.host_limits import FILES, HostLimit, file_limits, tightest
-from lib.ioctl import KvmError
-from lib.kernel_log import KernelLog, Splat
-from lib.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
-from lib.limited_errors import explain_error, was_interrupted
-from lib.log_modes import LOG_MODES
-from lib.memory import BACKINGS, size_text
-from lib.report import (
-    column,
-    environment_lines,
-    reproduce_line,
-    this_pytest,
-)
-from lib.selection import (
-    DIMENSIONS,
-    PlannedCell,
-    SelectionError,
-    check_settings,
-    check_with_kvm,
-    plan,
-    workers_here,
-)
-from lib.toml_file import TomlError
-from lib.violations import ContractViolation
-from runner.command_line import (
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.violations import ContractViolation
+from harness import known_bugs
+from harness.command_line import (
     SETTING_PARSERS,
     add_options,
     check_options,
@@ -58,12 +35,16 @@ from runner.command_line import (
     soak_of,
     vcpus_of,
 )
-from runner.early_collection import any_test_matches, no_test_matches
-from runner.errors import CANNOT_TEST, CannotTest
-from runner.guest_session import guest_session
-from runner.interruption import Interruption, heed_once_in_worker
-from runner.kernel_log_watch import RunWatch, TestWatch
-from runner.kernel_options import (
+from harness.early_collection import any_test_matches, no_test_matches
+from harness.failure_report import (
+    column,
+    environment_lines,
+    reproduce_line,
+    this_pytest,
+)
+from harness.interruption import Interruption, heed_once_in_worker
+from harness.kernel_log_watch import RunWatch, TestWatch
+from harness.kernel_options import (
     AT_HAND,
     LONGEST,
     for_another_kernel,
@@ -73,21 +54,40 @@ from runner.kernel_options import (
     options_in_kernel,
     split_tests,
 )
-from runner.outcome import Outcome, command_of, in_short
-from runner.output_paths import OutputError, make_folder, remove_if_empty
-from runner.planned_tests import PlannedTests
-from runner.progress import Progress, WorkerProgress
-from runner.report_stream import ReportStream
-from runner.results import new_folder
-from runner.run_report import Facts, RunReport, verdict
-from runner.static_keys import StaticKeys
+from harness.limited_errors import explain_error, was_interrupted
+from harness.outcome import Outcome, command_of, in_short
+from harness.output_paths import OutputError, make_folder, remove_if_empty
+from harness.planned_tests import PlannedTests
+from harness.progress import Progress, WorkerProgress
+from harness.report_stream import ReportStream
+from harness.results import new_folder
+from harness.run_report import Facts, RunReport, verdict
+from harness.selection import (
+    DIMENSIONS,
+    PlannedCell,
+    SelectionError,
+    check_settings,
+    check_with_kvm,
+    plan,
+    workers_here,
+)
+from harness.static_keys import StaticKeys
+from harness.toml_file import TomlError
+from harness.worker_crashes import WorkerCrashes
+from kvm_util import guest_program
+from kvm_util.host import EMULATING_BACKENDS, Host, keep_memory_in_place, let_signals_in, missing_facts, this_host
+from kvm_util.host_limits import FILES, HostLimit, file_limits, tightest
+from kvm_util.ioctl import KvmError
+from kvm_util.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
+from kvm_util.memory import BACKINGS, size_text
+from runner.errors import CANNOT_TEST, CannotTest
+from runner.guest_session import guest_session
+from runner.kernel_log import KernelLog, Splat
 from runner.store import say
-from runner.worker_crashes import WorkerCrashes
 
 if TYPE_CHECKING:
     from runner.target import Target
 
-ROOT = Path(__file__).resolve().parent
 _MAX_WORKERS = 8
 
 _plan_key = pytest.StashKey[list[PlannedCell]]()
@@ -304,7 +304,7 @@ def _prepare(config: pytest.Config) -> None:
 
 def _prepare_remote(config: pytest.Config) -> None:
     """Have the tests run by a session in the kernel that was found."""
-    from runner.remote import RemoteSession  # see _find_target()
+    from harness.remote import RemoteSession  # see _find_target()
 
     target = config.stash[_target_key]
     results = Path(config.option.results)
@@ -393,7 +393,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_sessionstart(session: pytest.Session) -> None:
     report: RunReport | None = session.config.pluginmanager.get_plugin("run-report")
     if report is not None and getattr(session.config.option, "xmlpath", None):
-        from runner.junit_file import keep_errors_out  # see _find_target()
+        from harness.junit_file import keep_errors_out  # see _find_target()
 
         keep_errors_out(session.config, report)
 

@@ -18,15 +18,15 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from lib import guest_program, uapi
-from lib.arch import current as arch
-from lib.cell import PAGE, Cell, Settings
-from lib.dirty_log_run import DirtyLogRun
-from lib.kvm import Kvm, KvmUnavailable
-from lib.log_modes import Collected
-from lib.memory import BACKINGS, GIB, GuestMemory
-from lib.oracle import WORDS_PER_PAGE, Oracle, Reap
-from lib.write_stream import WriteStream
+from dirty_tracking.cell import PAGE, Cell, Settings
+from dirty_tracking.dirty_log_run import DirtyLogRun
+from dirty_tracking.modes import Collected
+from dirty_tracking.oracle import WORDS_PER_PAGE, Oracle, Reap
+from dirty_tracking.write_stream import WriteStream
+from kvm_util import guest_program, uapi
+from kvm_util.arch import current as arch
+from kvm_util.kvm import Kvm, KvmUnavailable
+from kvm_util.memory import BACKINGS, GIB, GuestMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 RING_ENTRIES = 65536
@@ -164,7 +164,7 @@ def bench_harvest(loops: ctypes.CDLL, rounds: int) -> None:
 
 def bench_processes(c_test: str, iterations: int, rounds: int = 5) -> None:
     """Whole processes, one mode at a time, and the three modes over two workers against three in a row."""
-    python = [sys.executable, "-m", "pytest", "-q", "selftests/test_dirty_log.py", f"--iterations={iterations}"]
+    python = [sys.executable, "-m", "pytest", "-q", "selftests/matrix/test_dirty_log.py", f"--iterations={iterations}"]
     pinned = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=cooperative", "--density=sparse", "--vcpus=1"]
     command = [*python, *pinned]
     own = [c_test, "-i", str(iterations), "-M"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from lib.wording import counted
+from kvm_util.wording import counted
 from runner.apt_sources import mirror
 from runner.errors import CannotTest
 from runner.store import BUILD, say

@@ -15,9 +15,9 @@ if __name__ == "__main__":
 
 import pytest
 
+from runner import ROOT
 from runner.suite_pytest import in_one_word, run
 
-ROOT = Path(__file__).resolve().parent.parent
 _AT_HAND = "auto"  # kernel_options.AT_HAND, which cannot be imported before main() has set the path
 # Options that name a file to write
 _FILES = ("--results", "--junitxml", "--junit-xml", "--log-file")

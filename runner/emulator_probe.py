@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.guest_program import GuestProgramError, assemble
+from kvm_util.guest_program import GuestProgramError, assemble
 from runner.errors import CannotTest
 
 SOURCE = Path(__file__).with_suffix(".S")

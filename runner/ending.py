@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from lib.kernel_log import Kind, Splat, find_splats
 from runner.guest_init import BEGINS
+from runner.kernel_log import Kind, Splat, find_splats
 
 _CONSOLE_LINES = 25
 _REPORT_LINES = 40

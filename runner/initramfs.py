@@ -24,12 +24,12 @@ from typing import Any, BinaryIO
 
 from packaging.requirements import Requirement
 
+from runner import ROOT
 from runner.cpio import CpioWriter
 from runner.errors import CannotTest
 from runner.modules import Module
 from runner.store import BUILD, locked, scratch
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHE = BUILD / "initramfs"
 PYTHON = "/usr/bin/python3"
 SITE = "/usr/lib/site-packages"

@@ -17,7 +17,6 @@ from runner import debian
 from runner.errors import CannotTest
 from runner.store import BUILD, is_complete
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHE = BUILD / "kernels"
 
 # The x86 boot protocol (Documentation/arch/x86/boot.rst): offsets in the image

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runner import ROOT
 from runner.waiting import waiting
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
+BUILD = ROOT / "build"
 _COMPLETE = ".complete"  # written last: a folder without it is left over from a run that broke off
 
 

@@ -5,11 +5,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lib.host_limits import MIB, available_memory
-from lib.wording import counted
+from harness.kernel_options import AT_HAND
+from kvm_util.host_limits import MIB, available_memory
+from kvm_util.wording import counted
 from runner.errors import CannotTest
 from runner.kernel import Kernel, find_kernel, kernels_at_hand
-from runner.kernel_options import AT_HAND
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import Machine, Qemu, find_qemu
 from runner.store import shown

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lib.cell import Settings
-from lib.host import Host, rings_keep_order
-from lib.log_modes import LOG_MODES, DirtyRing
+from dirty_tracking.cell import Settings
+from dirty_tracking.modes import LOG_MODES, DirtyRing
+from kvm_util.host import Host, rings_keep_order
 
 
 @pytest.fixture(params=list(LOG_MODES))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 # Does what a list in memory says, one operation after the other: each is an address of a routine below, and up to three
-# arguments. The host makes the lists from the routines' symbols (lib/tracked_vm.py).
+# arguments. The host makes the lists from the routines' symbols (lib/dirty_tracking/tracked_vm.py).
 
 	.include "guest.inc"
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 Done = subprocess.CompletedProcess[str]
 
 

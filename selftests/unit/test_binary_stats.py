@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lib import uapi
-from lib.binary_stats import BadStats, BinaryStats, Statistic
-from lib.kvm import Kvm
+from kvm_util import uapi
+from kvm_util.binary_stats import BadStats, BinaryStats, Statistic
+from kvm_util.kvm import Kvm
 
 NAME_SIZE = 16
 HEADER = struct.Struct("=6I")

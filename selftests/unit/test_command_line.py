@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.ioctl import raw_ioctl
-from lib.kvm import Kvm, KvmUnavailable
-from lib.log_modes import DirtyRing
-from lib.selection import smallest_ring
-from runner.output_paths import OutputError, check_file, check_folder
+from dirty_tracking.modes import DirtyRing
+from harness.output_paths import OutputError, check_file, check_folder
+from harness.selection import smallest_ring
+from kvm_util.ioctl import raw_ioctl
+from kvm_util.kvm import Kvm, KvmUnavailable
+from runner import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1"]
 USAGE_ERROR, NOTHING_RAN = 4, 5
@@ -34,7 +34,14 @@ class Suite:
         self.results = results
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", f"--results={self.results}", *arguments]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "selftests/matrix/test_dirty_log.py",
+            f"--results={self.results}",
+            *arguments,
+        ]
 
     def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
@@ -162,7 +169,7 @@ def test_a_path_that_stands_alone(suite: Suite, tmp_path: Path) -> None:
     """As in `--results DIR`: started as make does it, pytest does not look for its settings there."""
     folder = tmp_path / "there already"
     folder.mkdir()
-    command = [sys.executable, "-m", "runner.suite_pytest", "-o", "testpaths=selftests/test_dirty_log.py"]
+    command = [sys.executable, "-m", "runner.suite_pytest", "-o", "testpaths=selftests/matrix/test_dirty_log.py"]
     cells = [*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device", "/dev/kvm", "--results", str(folder)]
     done = subprocess.run([*command, *cells], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -172,7 +179,7 @@ def test_a_path_that_stands_alone(suite: Suite, tmp_path: Path) -> None:
 @pytest.mark.parametrize("closed", [1, 2])
 def test_an_output_that_is_closed(closed: int) -> None:
     """What would be shown goes nowhere; the status is what it is."""
-    command = [sys.executable, "-m", "runner.suite_pytest", "selftests/test_dirty_log.py", "-k", "nothing_like"]
+    command = [sys.executable, "-m", "runner.suite_pytest", "selftests/matrix/test_dirty_log.py", "-k", "nothing_like"]
     done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: os.close(closed), check=False)
     assert done.returncode == USAGE_ERROR
 
@@ -192,7 +199,7 @@ def test_a_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None
     """It is said what was asked for, and nothing of KVM."""
     done = suite("-k", "nothing_like", *more)
     assert done.returncode == USAGE_ERROR, done.stdout
-    assert "\nno test matches -k 'nothing_like' in selftests/test_dirty_log.py\n" in done.stdout
+    assert "\nno test matches -k 'nothing_like' in selftests/matrix/test_dirty_log.py\n" in done.stdout
     assert "no test ran on KVM" not in done.stdout
 
 
@@ -236,7 +243,7 @@ def test_only_results_leave_a_folder(suite: Suite, tmp_path: Path) -> None:
     """The folders that a run made for its results are gone when there were none; those that were there stay."""
     (tmp_path / "there").mkdir()
     options = [f"--results={tmp_path}/there/made/results", f"--junitxml={tmp_path}/junit/x.xml"]
-    done = suite("--deselect=selftests/test_dirty_log.py", "selftests/unit/test_uapi.py", *options)
+    done = suite("--deselect=selftests/matrix/test_dirty_log.py", "selftests/unit/test_uapi.py", *options)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "junit/x.xml").exists()
     assert not list((tmp_path / "there").iterdir())
@@ -296,7 +303,7 @@ def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Ca
 
 
 FAULTY_PLUGIN = """
-from lib.vm import Vm
+from kvm_util.vm import Vm
 get_dirty_log = Vm.get_dirty_log
 def falsified(vm, slot, bitmap):
     get_dirty_log(vm, slot, bitmap)
@@ -311,7 +318,7 @@ Vm.get_dirty_log = falsified
 def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: Path) -> None:
     """Environment, dimensions, seed, pages with their history, a map; in JSON too; and the printed command fails alike."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
     options = ["--no-known-bugs", "--require-kvm", "--thorough"]
     command = suite.command(*QUICK, *ONE_CELL, *options, "--log-mode=dirty-log", "-p", "faulty", "-n2")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
@@ -339,10 +346,10 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
 def test_what_repeats_a_test_that_is_no_cell(tmp_path: Path) -> None:
     """Its command has every option that the run had."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    test = "selftests/test_arming.py::test_pages_that_were_mapped_before_are_tracked[dirty-log]"
+    test = "selftests/memory/test_arming.py::test_pages_that_were_mapped_before_are_tracked[dirty-log]"
     options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
     command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("reproduce ")]
@@ -355,15 +362,14 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     """Under --no-known-bugs a cell on the list fails as any other; without, it is counted apart."""
     if getattr(host, "backend", "") != "kvm_pvm":
         pytest.skip("the cell whose bug shows every time is one of kvm_pvm's")
-    dense = ["selftests/test_known_bugs.py"]
-    expected = suite("--deselect=selftests/test_dirty_log.py", *dense)
+    dense = ["selftests/matrix/test_known_bugs.py"]
+    expected = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense)
     assert expected.returncode == 0, expected.stdout
     assert "1 known bug" in expected.stdout
-    named = (
-        "(known_bugs.toml has what it is):\n  selftests/test_known_bugs.py::test_dense_writer_never_overruns_its_ring\n"
-    )
+    test = "selftests/matrix/test_known_bugs.py::test_dense_writer_never_overruns_its_ring"
+    named = f"(known_bugs.toml has what it is):\n  {test}\n"
     assert f"pvm-ring-overflow-always {named}" in expected.stdout
-    plain = suite("--deselect=selftests/test_dirty_log.py", *dense, "--no-known-bugs")
+    plain = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense, "--no-known-bugs")
     assert plain.returncode == 1
     assert "LOST (written but not reported)" in plain.stdout
 
@@ -411,7 +417,7 @@ def test_a_device_that_is_not_kvm_is_told() -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_another_api_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.kvm.raw_ioctl", lambda fd, request: (raw_ioctl(fd, request)[0] + 1, 0))
+    monkeypatch.setattr("kvm_util.kvm.raw_ioctl", lambda fd, request: (raw_ioctl(fd, request)[0] + 1, 0))
     with pytest.raises(KvmUnavailable, match="/dev/kvm speaks KVM API version 13, this suite 12"):
         Kvm()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lib.dirty_model import Access, BitmapModel, Difference, Entry, RingModel
+from dirty_tracking.model import Access, BitmapModel, Difference, Entry, RingModel
 
 STORE, LOAD, REDONE = Access.STORE, Access.LOAD, Access.REDONE
 

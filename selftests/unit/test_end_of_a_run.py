@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from lib.selection import DIMENSIONS
-from lib.wording import counted, listed, wrapped
-from runner.kernel_verdict import Outcome, Word, judge, place
-from runner.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
-from selftests.unit.faults import LOSING_PLUGIN
+from harness.kernel_verdict import Outcome, Word, judge, place
+from harness.selection import DIMENSIONS
+from harness.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
+from kvm_util.wording import counted, listed, wrapped
+from runner import ROOT
+from selftests.unit.mutants.faults import LOSING_PLUGIN
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
 DONE = CELL | {"iterations": 32, "writes": 302_559, "dirty": 8, "clean": 7, "ring_full_exits": 3, "seconds": 1.25}
 
@@ -233,7 +233,7 @@ def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text:
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 MIXED = [
-    "selftests/test_dirty_log.py", "--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024",
+    "selftests/matrix/test_dirty_log.py", "--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024",
     "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k", "--backing=anonymous", "--stop=forced",
     "--density=sparse", "--vcpus=1",
 ]  # fmt: skip
@@ -254,7 +254,7 @@ def run(tmp_path: Path) -> Callable[..., str]:
         inherited = {name: value for name, value in os.environ.items() if name not in removed}
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-            env=inherited | {"PYTHONPATH": str(tmp_path), "TERM": "xterm"} | environment,
+            env=inherited | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}", "TERM": "xterm"} | environment,
         )  # fmt: skip
         os.close(theirs)
         with process, open(ours, "rb") as output:
@@ -316,15 +316,15 @@ def test_the_end_of_a_run(
 @pytest.mark.usefixtures("kvm")
 def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
     """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
-    test = "selftests/test_slots.py::test_off_and_on_again[dirty-log]"
+    test = "selftests/interface/test_slots.py::test_off_and_on_again[dirty-log]"
     output = run(test, terminal=False)
     report = output.partition("= FAILURES =")[2].splitlines()
     assert re.match(r"dirty-log: .*LOST", report[2]), output
     assert len(report[2 : report.index("")]) <= 2
     assert re.search(r"^selftests/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
-    assert "lib/tracked_vm.py" not in output
+    assert "lib/dirty_tracking/tracked_vm.py" not in output
     assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
-    assert "lib/tracked_vm.py" in run(test, "--tb=long", terminal=False)
+    assert "lib/dirty_tracking/tracked_vm.py" in run(test, "--tb=long", terminal=False)
 
 
 def test_own_tests_are_no_verdict_on_a_kernel(run: Callable[..., str]) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lib import known_bugs
-from lib.toml_file import TomlError
-from runner.matrix import load as load_matrix
+from harness import known_bugs
+from harness.toml_file import TomlError
+from runner import ROOT
+from runner.kernel_matrix import load as load_matrix
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 USAGE_ERROR = 4
 LIST = (ROOT / "known_bugs.toml").read_text()
 
@@ -140,7 +140,7 @@ def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, o
     """One line and a usage error, before a kernel is looked for."""
     if text is not None:
         write(copy, "known_bugs.toml", text)
-    command = [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", "--collect-only", *options]
+    command = [sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", "--collect-only", *options]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]

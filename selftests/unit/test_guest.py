@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lib.arch import current as arch
-from lib.guest import GuestError, GuestVm, Ucall
-from lib.guest_program import GuestProgram
-from lib.kvm import Kvm
+from kvm_util.arch import current as arch
+from kvm_util.guest import GuestError, GuestVm, Ucall
+from kvm_util.guest_program import GuestProgram
+from kvm_util.kvm import Kvm
 
 
 @pytest.fixture

@@ -20,28 +20,28 @@ from typing import NoReturn
 
 import pytest
 
-from lib import cgroups, filtered_calls, host, host_limits, memory, userfault
-from lib.arch import current as arch
-from lib.cell import Cell, Settings
-from lib.dirty_log_run import DirtyLogRun
-from lib.guest import GuestError
-from lib.host_limits import HostLimit, explain
-from lib.ioctl import KvmError
-from lib.kvm import Kvm
-from lib.limited_errors import explain_error
-from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
-from lib.userfault import MissingPages
-from lib.vcpu_thread import VcpuHang
-from runner.interruption import Interruption
-from runner.planned_tests import PlannedTests
-from runner.worker_crashes import WorkerCrashes
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.dirty_log_run import DirtyLogRun
+from dirty_tracking.vcpu_thread import VcpuHang
+from harness.interruption import Interruption
+from harness.limited_errors import explain_error
+from harness.planned_tests import PlannedTests
+from harness.worker_crashes import WorkerCrashes
+from kvm_util import cgroups, filtered_calls, host, host_limits, memory, userfault
+from kvm_util.arch import current as arch
+from kvm_util.guest import GuestError
+from kvm_util.host_limits import HostLimit, explain
+from kvm_util.ioctl import KvmError
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing
+from kvm_util.userfault import MissingPages
+from runner import ROOT
 from selftests.unit import limits
-from selftests.unit.faults import LOSING_PLUGIN
 from selftests.unit.limits import Limit, rlimit
+from selftests.unit.mutants.faults import LOSING_PLUGIN
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
-CELL = ["selftests/test_dirty_log.py", "--guest-mode=48bit-4k", "--stop=forced", "--density=sparse"]
+CELL = ["selftests/matrix/test_dirty_log.py", "--guest-mode=48bit-4k", "--stop=forced", "--density=sparse"]
 ONE = [*CELL, *SIZES, "--log-mode=dirty-log", "--backing=anonymous", "--vcpus=1"]
 USAGE_ERROR, NOTHING_RAN, FAILED = 4, 5, 1
 SYS_MADVISE, SYS_MEMFD_CREATE = 28, 319
@@ -66,7 +66,7 @@ class Suite:
         (self._folder / "under_test.py").write_text(plugin)
         options = [f"--results={self._folder}/results", f"--kvm-device={self._device}"]
         command = [sys.executable, "-m", "pytest", "-p", "under_test", *options, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(self._folder)}
+        environment = os.environ | {"PYTHONPATH": f"{self._folder}:{ROOT / 'lib'}"}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             preexec_fn=limit, check=False,
@@ -211,7 +211,7 @@ def test_files_too_few_for_any_test(suite: Suite, most: int, workers: list[str])
 
 OPENING_PLUGIN = """
 import os
-from lib.vm import Vm
+from kvm_util.vm import Vm
 create_vcpu = Vm.create_vcpu
 files = []
 def after_opening(*arguments):
@@ -258,7 +258,7 @@ def test_a_limit_of_mapped_memory(suite: Suite, kind: int, name: str) -> None:
     assert "--test-mem: 1 GiB needs " in line
     assert f"MiB of memory, but {name} lets a process map 1000 MiB, " in line
     status = suite(
-        "selftests/test_arming.py", *SIZES, "-k", "many_pages and dirty-log", "-rs", limit=rlimit(kind, 3 * GIB)
+        "selftests/memory/test_arming.py", *SIZES, "-k", "many_pages and dirty-log", "-rs", limit=rlimit(kind, 3 * GIB)
     )
     assert status == 0, suite.output
     assert "1 passed, 1 skipped" in suite.output
@@ -467,7 +467,7 @@ def test_huge_pages_of_a_control_group(
 @pytest.mark.usefixtures("kvm")
 def test_thp_forbidden_by_the_parent(suite: Suite) -> None:
     """PR_SET_THP_DISABLE is for all children, and for memory that asks for huge pages: no sysctl and no compaction helps."""
-    arguments = [*CELL, *SIZES, "selftests/test_huge_pages.py", "--log-mode=dirty-log", "--vcpus=1", "-rs"]
+    arguments = [*CELL, *SIZES, "selftests/memory/test_huge_pages.py", "--log-mode=dirty-log", "--vcpus=1", "-rs"]
     status = suite(*arguments, "--backing=anonymous_thp,anonymous", limit=limits.no_thp)
     assert status == 0, suite.output
     assert "anonymous_thp: transparent huge pages are off for this process" in suite.output
@@ -533,7 +533,7 @@ def test_set_mempolicy_refused(suite: Suite, tmp_path: Path, balancing: str | No
     switch = tmp_path / "numa_balancing"
     if balancing is not None:
         switch.write_text(f"{balancing}\n")
-    plugin = f"import lib.host, pathlib\nlib.host._NUMA_BALANCING = pathlib.Path({str(switch)!r})\n"
+    plugin = f"import kvm_util.host, pathlib\nkvm_util.host._NUMA_BALANCING = pathlib.Path({str(switch)!r})\n"
     status = suite(*ONE, limit=limits.refused(arch.SYS_SET_MEMPOLICY), plugin=plugin)
     if balancing in ("0", None):
         assert status == 0, suite.output
@@ -595,8 +595,8 @@ def test_any_other_call_refused(suite: Suite) -> None:
 
 REFUSING_KVM_PLUGIN = """
 import mmap, os
-import lib.binary_stats, lib.{module}
-from lib.{module} import {name}
+import {module}
+from {module} import {name}
 honest = {name}.{method}
 def refuses(*arguments, **options):
     raise PermissionError(1, "Operation not permitted")
@@ -613,14 +613,14 @@ def on_kvm(*arguments, **options):
 @pytest.mark.parametrize(
     ("where", "tests", "expected"),
     [
-        (("vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
+        (("kvm_util.vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
         (
-            ("dirty_ring", "DirtyRing", "__init__", "mmap.mmap"),
+            ("dirty_tracking.ring", "DirtyRing", "__init__", "mmap.mmap"),
             [*ONE, "--log-mode=dirty-ring"],
             "mmap(dirty ring of 1024 entries): EPERM",
         ),
         (
-            ("binary_stats", "BinaryStats", "__init__", "os.pread"),
+            ("kvm_util.binary_stats", "BinaryStats", "__init__", "os.pread"),
             ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_has"],
             "pread(statistics file, 24 bytes at 0): EPERM",
         ),
@@ -669,7 +669,7 @@ def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
 @pytest.mark.usefixtures("kvm")
 def test_parameters_that_are_hidden(suite: Suite, tmp_path: Path) -> None:
     """Without KVM's parameters nobody knows which backend it is, nor what is right for it."""
-    plugin = f"import lib.host, pathlib\nlib.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
+    plugin = f"import kvm_util.host, pathlib\nkvm_util.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
     line = suite.nothing_ran(suite(*ONE, plugin=plugin))
     assert f"KVM's parameters, which decide what is right, are not shown here: {tmp_path}/module has no kvm_*" in line
 
@@ -731,7 +731,7 @@ def test_signals_that_are_blocked(suite: Suite) -> None:
     def limit() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
-    plugin = "import lib.writers\nlib.writers.HANG_TIMEOUT = 3\n"
+    plugin = "import dirty_tracking.writers\ndirty_tracking.writers.HANG_TIMEOUT = 3\n"
     status = suite(*ONE, "--log-mode=dirty-log,dirty-ring", limit=limit, plugin=plugin)
     assert status == 0, suite.output
 
@@ -740,12 +740,12 @@ def test_signals_that_are_blocked(suite: Suite) -> None:
 
 
 PLANTED = """
-import errno, lib.ioctl, lib.vcpu
-from lib import uapi
-honest = lib.ioctl.raw_ioctl
+import errno, kvm_util.ioctl, kvm_util.vcpu
+from kvm_util import uapi
+honest = kvm_util.ioctl.raw_ioctl
 def raw_ioctl(fd, request, arg=None):
     return (-1, errno.{code}) if request == uapi.{request} else honest(fd, request, arg)
-lib.ioctl.raw_ioctl = lib.vcpu.raw_ioctl = raw_ioctl
+kvm_util.ioctl.raw_ioctl = kvm_util.vcpu.raw_ioctl = raw_ioctl
 """
 
 

@@ -19,9 +19,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from selftests.unit.faults import LOSING_PLUGIN
+from runner import ROOT
+from selftests.unit.mutants.faults import LOSING_PLUGIN
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CELLS = [
     "--guest-mode=48bit-4k",
     "--backing=anonymous",
@@ -90,12 +90,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def begin(*options: str, stdout: Any = None, plugin: str = "") -> Run:
         (tmp_path / "under_test.py").write_text(plugin)
         files = [f"--results={tmp_path}/results", f"--junitxml={tmp_path}/junit.xml"]
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "under_test", "selftests/test_dirty_log.py"]
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "under_test", "selftests/matrix/test_dirty_log.py"]
         with (tmp_path / "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, *CELLS, *SIZES, *files, *options], cwd=ROOT, stdout=stdout or output,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
-                env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         runs.append(Run(tmp_path, process))
         return runs[-1]
@@ -173,8 +173,8 @@ def test_impatience_loses_nothing(start: Start) -> None:
 STUCK_PLUGIN = """
 import time
 import pytest
-import runner.interruption
-runner.interruption._PATIENCE = 0.5
+import harness.interruption
+harness.interruption._PATIENCE = 0.5
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish():
     print("ending", flush=True)
@@ -223,7 +223,7 @@ def test_a_worker_that_is_killed(start: Start, number: signal.Signals, status: i
 
 SET_UP_PLUGIN = """
 import os, signal
-from lib.arch.x86_64.paging import PageTables
+from kvm_util.arch.x86_64.paging import PageTables
 honest = PageTables._map
 def interrupted(*arguments):
     PageTables._map = honest

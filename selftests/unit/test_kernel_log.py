@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
-from lib.known_bugs import load
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from harness.known_bugs import load
+from runner import ROOT
+from runner.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
 
 # First lines of reports as kernels of 6.1 to 7.2 write them
 TITLES = {
@@ -116,7 +115,7 @@ def test_a_log_that_overran_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return answer
 
     with monkeypatch.context() as patched:
-        patched.setattr("lib.kernel_log.os.read", read)
+        patched.setattr("runner.kernel_log.os.read", read)
         splats = log.new_splats()
     assert [splat.kind for splat in splats] == [Kind.LOST, Kind.WARN]
     log.close()
@@ -152,12 +151,11 @@ def test_a_report_fails_its_test_and_the_run(tmp_path: Path, workers: list[str],
     path = tmp_path / "kmsg"
     path.write_text("")
     (tmp_path / "test_it.py").write_text(REPORTING_TEST.format(path=str(path), function="kvm_arch_thing"))
-    plugin = (
-        f"import lib.kernel_log, lib.known_bugs\nlib.kernel_log.KernelLog.__init__.__defaults__ = ({str(path)!r},)\n"
-    )
+    plugin = "import runner.kernel_log, harness.known_bugs\n"
+    plugin += f"runner.kernel_log.KernelLog.__init__.__defaults__ = ({str(path)!r},)\n"
     if explained:
-        plugin += "lib.known_bugs.KnownBug.on = lambda self, host: True\n"
-        plugin += "lib.known_bugs.KnownBug.explains_log = lambda self, titles: 'kvm_arch_thing' in titles[0]\n"
+        plugin += "harness.known_bugs.KnownBug.on = lambda self, host: True\n"
+        plugin += "harness.known_bugs.KnownBug.explains_log = lambda self, titles: 'kvm_arch_thing' in titles[0]\n"
     (tmp_path / "plugin.py").write_text(plugin)
     command = [
         sys.executable,
@@ -170,7 +168,7 @@ def test_a_report_fails_its_test_and_the_run(tmp_path: Path, workers: list[str],
         f"-c{ROOT}/pytest.ini",
     ]
     command += [f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest", *workers]
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'lib'}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert "virt/kvm/kvm_main.c:1 kvm_arch_thing" in done.stdout, done.stdout + done.stderr
     if explained:

@@ -14,26 +14,27 @@ from typing import Any, cast
 
 import pytest
 
-from runner import check_kernel, debian, matrix, results, target
+from harness import results
+from harness.early_collection import any_test_matches
+from harness.interruption import Interruption
+from harness.kernel_options import kernel_options, split_tests
+from harness.planned_tests import PlannedTests
+from harness.remote import RemoteSession
+from harness.run_report import Facts, KernelReport, RunReport
+from harness.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
+from runner import ROOT, check_kernel, debian, target
+from runner import kernel_matrix as matrix
 from runner.cpio import CpioWriter
-from runner.early_collection import any_test_matches
 from runner.emulator import Emulator
 from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
 from runner.guest_init import BEGINS, comparable, took_effect
-from runner.interruption import Interruption
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
-from runner.kernel_options import kernel_options, split_tests
-from runner.matrix import load
+from runner.kernel_matrix import load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
-from runner.planned_tests import PlannedTests
 from runner.qemu import Machine, Qemu
-from runner.remote import RemoteSession
-from runner.run_report import Facts, KernelReport, RunReport
-from runner.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
 from runner.target import Target
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RELEASE = "6.12.0-test"
 
 
@@ -328,9 +329,19 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
         ("auto", ["selftests"], ["selftests", "--ignore=selftests/unit/"], ["selftests/unit"]),
         ("auto", ["."], [".", "--ignore=selftests/unit/"], ["selftests/unit"]),
         ("auto", ["selftests/unit/test_uapi.py::test_x"], [], ["selftests/unit/test_uapi.py::test_x"]),
-        ("auto", ["selftests/test_slots.py::test_x[a]"], ["selftests/test_slots.py::test_x[a]"], []),
+        (
+            "auto",
+            ["selftests/interface/test_slots.py::test_x[a]"],
+            ["selftests/interface/test_slots.py::test_x[a]"],
+            [],
+        ),
         ("debian:6.12", None, ["selftests", "--ignore=selftests/unit/"], []),
-        ("debian:6.12", ["selftests/unit/falsified_kernel.py"], ["selftests/unit/falsified_kernel.py"], []),
+        (
+            "debian:6.12",
+            ["selftests/unit/mutants/falsified_kernel.py"],
+            ["selftests/unit/mutants/falsified_kernel.py"],
+            [],
+        ),
     ],
 )
 def test_which_tests_run_in_the_kernel(
@@ -351,8 +362,10 @@ def test_which_tests_run_in_the_kernel(
 @pytest.mark.parametrize(
     "tests",
     [
-        ["selftests/test_dirty_log.py", "-k", "57bit-1g-anonymous_hugetlb_1gb-forced"],
-        ["selftests/test_dirty_log.py::test_dirty_log[dirty-ring-57bit-1g-anonymous_hugetlb_1gb-forced-sparse-2vcpus]"],
+        ["selftests/matrix/test_dirty_log.py", "-k", "57bit-1g-anonymous_hugetlb_1gb-forced"],
+        [
+            "selftests/matrix/test_dirty_log.py::test_dirty_log[dirty-ring-57bit-1g-anonymous_hugetlb_1gb-forced-sparse-2vcpus]"
+        ],
     ],
     ids=["by-name", "by-id"],
 )
@@ -445,7 +458,7 @@ def matrix_file(tmp_path: Path, text: str) -> Path:
 def test_a_matrix_file(tmp_path: Path) -> None:
     path = matrix_file(tmp_path, 'kernels = ["debian:6.1"]\narguments = "-k \'a or b\'"\n')
     assert load(path) == (["debian:6.1"], [""], ["-k", "a or b"])
-    kernels, parameters, _ = load(Path(__file__).resolve().parents[2] / "matrix.toml")
+    kernels, parameters, _ = load(ROOT / "matrix.toml")
     assert kernels == ["host", "debian:6.1", "debian:6.12", "debian:7.2"]
     assert len(parameters) == 6
     assert all(parse_parameters(text) for text in parameters)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selftests.unit.commands import ROOT, start
+from runner import ROOT
+from selftests.unit.commands import start
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine (apt install make)")
 
@@ -94,7 +95,7 @@ def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["fetch"], "-m runner.fetch debian:6.12"),
         (["fetch", "run", "ARGS=-v"], "--kernel auto -v"),
         (["bench", "C_TEST=a b"], 'bench/bench.py --c-test "a b"'),
-        (["matrix"], 'runner/matrix.py "matrix.toml"'),
+        (["matrix"], 'runner/kernel_matrix.py "matrix.toml"'),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -131,7 +132,7 @@ def test_a_file_in_args_is_all_that_runs(named: bool) -> None:
     done = start([sys.executable, "-m", "pytest", *command, "--collect-only", "-qq", *files], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     collected = {line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("selftests/")}
-    assert collected == {"selftests/unit/test_uapi.py" if named else "selftests/test_dirty_log.py"}
+    assert collected == {"selftests/unit/test_uapi.py" if named else "selftests/matrix/test_dirty_log.py"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_file_in_args_is_all_that_runs(named: bool) -> None:
 )
 def test_a_benchmark_that_cannot_be(words: list[str], message: str) -> None:
     """It is refused at once, not after a minute of others."""
-    done = start([sys.executable, "bench/bench.py", *words], ROOT, PYTHONPATH=".")
+    done = start([sys.executable, "bench/bench.py", *words], ROOT, PYTHONPATH=".:lib")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""runner/matrix.py as a user meets it: what is refused before a run, why one failed, and what an interrupted matrix shows."""
+"""runner/kernel_matrix.py as a user meets it: what is refused, why a run failed, and what an interrupted matrix shows."""
 
 import json
 import os
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from runner import matrix, results
-from runner.table import DIMENSIONS
+from harness import results
+from harness.table import DIMENSIONS
+from runner import ROOT
+from runner import kernel_matrix as matrix
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = ROOT / "runner" / "matrix.py"
+PROGRAM = ROOT / "runner" / "kernel_matrix.py"
 CANNOT_TEST, WRONG, INTERRUPTED = 125, 128, 130
 CELL = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
 
@@ -32,7 +33,7 @@ time.sleep(60)
 DRIVER = """
 import sys
 from types import SimpleNamespace
-from runner import matrix
+from runner import kernel_matrix as matrix
 matrix.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
 sys.exit(matrix.main(sys.argv[1:]))
 """
@@ -46,10 +47,10 @@ def write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
-        ([""], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
-        (["--nope"], WRONG, "usage: matrix.py FILE [options of pytest]: no file is named"),
-        (["--help"], 0, "matrix.py FILE [options of pytest]: test each kernel of FILE"),
+        ([], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
+        ([""], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
+        (["--nope"], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
+        (["--help"], 0, "kernel_matrix.py FILE [options of pytest]: test each kernel of FILE"),
         (["FILE", "--kernel=debian:6.12"], WRONG, "matrix: --kernel: the file names the kernels"),
         (["FILE", "--kvm-params", "kvm.tdp_mmu=0"], WRONG, "matrix: --kvm-params: the file names the parameters"),
         (["FILE", "--junitxml=x.xml"], WRONG, "matrix: --junitxml: each run has files of its own, below the matrix's folder"),
@@ -76,7 +77,7 @@ def test_the_matrix_by_itself(tmp_path: Path, arguments: list[str], status: int,
         (["--iterations=0"], WRONG, "--iterations: 0 is out of range, it must be from 1 to 1000000"),
         (["selftests/nope.py"], WRONG, "file or directory not found: selftests/nope.py"),
         (["--version"], WRONG, "it left no results: nothing was tested on KVM"),
-        (["selftests/test_dirty_log.py", "--kvm-device=/nonexistent"], CANNOT_TEST, "no test ran on KVM: /nonexistent does"),
+        (["selftests/matrix", "--kvm-device=/nonexistent"], CANNOT_TEST, "no test ran on KVM: /nonexistent does"),
     ],
 )  # fmt: skip
 def test_why_a_run_has_failed(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
@@ -106,7 +107,7 @@ def test_results_that_broke_off(tmp_path: Path) -> None:
     ("words", "left"),
     [
         (["--vm-memory", "4096", "-k", "a or b", "--qemu=/x", "--append", "b=c", "--seed=1"], ["-k", "a or b", "--seed=1"]),
-        (["--append", "--foo", "selftests/test_slots.py", "--full"], ["selftests/test_slots.py", "--full"]),
+        (["--append", "--foo", "selftests/interface", "--full"], ["selftests/interface", "--full"]),
         (["-x", "--vm-memory"], ["-x"]),
     ],
 )  # fmt: skip
@@ -152,7 +153,7 @@ def test_a_matrix_that_is_interrupted(tmp_path: Path, number: signal.Signals) ->
     folder = tmp_path / "results"
     process = subprocess.Popen(
         [sys.executable, driver, file, f"--results={folder}"], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 30

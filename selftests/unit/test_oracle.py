@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from lib.log_modes import Collected
-from lib.oracle import WORDS_PER_PAGE, Oracle, Reap
-from lib.violations import Kind, Violation
-from lib.write_stream import WriteStream
+from dirty_tracking.modes import Collected
+from dirty_tracking.oracle import WORDS_PER_PAGE, Oracle, Reap
+from dirty_tracking.violations import Kind, Violation
+from dirty_tracking.write_stream import WriteStream
 
 NPAGES = 16
 SLOT = 1

@@ -10,15 +10,15 @@ from array import array
 
 import pytest
 
-from lib.arch import current as arch
-from lib.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
-from lib.dirty_bitmap import new_bitmap, set_pages
-from lib.dirty_ring import ENTRY_SIZE, DirtyRing
-from lib.ioctl import KvmError
-from lib.log_modes import reset_all
-from lib.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
-from lib.vm import Vm
-from lib.write_stream import WriteStream, make_stream, sweep_length
+from dirty_tracking.bitmap import new_bitmap, set_pages
+from dirty_tracking.modes import reset_all
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing
+from dirty_tracking.write_stream import WriteStream, make_stream, sweep_length
+from kvm_util.arch import current as arch
+from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
+from kvm_util.ioctl import KvmError
+from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
+from kvm_util.vm import Vm
 
 # --- dirty_bitmap -----------------------------------------------------------------------------------------------------
 
@@ -198,12 +198,12 @@ def cpuid(vendor: bytes, family: int, address_sizes: int) -> arch.Cpuid:
 def test_the_physical_limit_keeps_off_reserved_ranges(
     monkeypatch: pytest.MonkeyPatch, vendor: bytes, family: int, address_sizes: int, limit: int
 ) -> None:
-    monkeypatch.setattr("lib.arch.x86_64.cpuid._host_phys_bits", lambda: address_sizes & 0xFF)
+    monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: address_sizes & 0xFF)
     assert arch.guest_phys_limit(cpuid(vendor, family, address_sizes)) == limit
 
 
 def test_memory_encryption_lowers_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.arch.x86_64.cpuid._host_phys_bits", lambda: 43)
+    monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: 43)
     assert arch.guest_phys_limit(cpuid(b"AuthenticAMD", 0x19, 48)) == (1 << 43) - 12 * GIB
 
 

@@ -25,23 +25,22 @@ from typing import Any, TextIO, cast
 
 import pytest
 
-from lib import progress
-from lib.progress import Meter, Step
-from runner import progress as run_progress
-from runner import waiting
+from dirty_tracking import progress
+from dirty_tracking.progress import Meter, Step
+from harness import progress as run_progress
+from harness.interruption import Interruption
+from harness.planned_tests import PlannedTests
+from harness.progress import Progress, WorkerProgress
+from harness.remote import RemoteSession
+from harness.report_stream import ReportStream
+from harness.run_report import Facts, RunReport
+from runner import ROOT, waiting
 from runner.apt import Suite
-from runner.interruption import Interruption
 from runner.live_lines import LiveLines, is_terminal
-from runner.planned_tests import PlannedTests
-from runner.progress import Progress, WorkerProgress
-from runner.remote import RemoteSession
-from runner.report_stream import ReportStream
-from runner.run_report import Facts, RunReport
 from runner.store import locked
 from runner.target import Target
 from runner.waiting import duration
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS, COLUMNS = 24, 80
 INTERRUPTED = 2
 ONE_CELL = [
@@ -223,7 +222,7 @@ def test_durations_in_short(seconds: float, text: str) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that is set by hand."""
     clock = SimpleNamespace(now=100.0)
-    for module in ("lib.progress", "runner.progress", "runner.report_stream"):
+    for module in ("dirty_tracking.progress", "harness.progress", "harness.report_stream"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
@@ -266,11 +265,11 @@ def progress_of(total: int = 2) -> Any:
 def test_the_tests_that_run_are_named(clock: SimpleNamespace) -> None:
     """The oldest first, with their time and figures; of many some, so that each line fits."""
     plugin = progress_of(total=20)
-    plugin.pytest_runtest_logstart(nodeid=f"selftests/test_dirty_log.py::test_dirty_log[{CELL}]")
+    plugin.pytest_runtest_logstart(nodeid=f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]")
     clock.now += 5
     for number in range(5):
         plugin.pytest_runtest_logstart(nodeid=f"selftests/test_a.py::test_{number}")
-    plugin.take(f"selftests/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
+    plugin.take(f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
     clock.now += 65
     assert plugin._live_lines(79) == [
         "[........................]  0 of 20 tests, 1 min 10 s",
@@ -467,7 +466,7 @@ def test_a_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def command(results: Path, *arguments: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", *ONE_CELL),
+        *(sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", *ONE_CELL),
         *(f"--results={results}", *arguments),
     ]
 
@@ -535,8 +534,8 @@ def test_a_long_cell_on_a_terminal(tmp_path: Path, workers: list[str]) -> None:
 
 
 IMPATIENT = """
-import runner.progress
-runner.progress.SILENCE = runner.progress.MORE_SILENCE = 1.0
+import harness.progress
+harness.progress.SILENCE = harness.progress.MORE_SILENCE = 1.0
 """
 
 
@@ -545,7 +544,7 @@ def test_a_long_cell_without_a_terminal(tmp_path: Path) -> None:
     """Plain lines name it after some silence, and again; so they do where the lines at the bottom would be in the way."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)
     pipe, terminals = os.pipe(), [open_terminal() for _ in range(2)]
-    path = {"PYTHONPATH": str(tmp_path)}
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
     with ExitStack() as stack:
         runs = {}
         for name, (source, output), options, environment in (

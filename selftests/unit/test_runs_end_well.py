@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from lib import writers
-from lib.arch import current as arch
-from lib.cell import Cell, Settings
-from lib.dirty_log_run import DirtyLogRun, DirtyTrackingError
-from lib.dirty_ring import DirtyRing
-from lib.guest import GuestError
-from lib.ioctl import KvmError
-from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES, DirtyLog
-from lib.memory import BACKINGS, MIB, GuestMemory
-from lib.selection import smallest_ring
-from lib.tracked_vm import TrackedVm
-from lib.vcpu_thread import VcpuHang
-from lib.violations import Kind
-from lib.vm import Vm
-from selftests.unit.faults import falsify_bitmaps
+from dirty_tracking import writers
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
+from dirty_tracking.modes import LOG_MODES, DirtyLog
+from dirty_tracking.ring import DirtyRing
+from dirty_tracking.tracked_vm import TrackedVm
+from dirty_tracking.vcpu_thread import VcpuHang
+from dirty_tracking.violations import Kind
+from harness.selection import smallest_ring
+from kvm_util.arch import current as arch
+from kvm_util.guest import GuestError
+from kvm_util.ioctl import KvmError
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS, MIB, GuestMemory
+from kvm_util.vm import Vm
+from selftests.unit.mutants.faults import falsify_bitmaps
 
 SETTINGS = Settings(iterations=3, interval=1.0, ring_count=1024, test_mem=2 * MIB, seed=1)
 NeedsLogMode = Callable[[str], None]

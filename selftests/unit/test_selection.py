@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lib import known_bugs
-from lib.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
-from lib.host import Host, version_numbers
-from lib.matrix import full_matrix, pairwise_matrix
-from lib.memory import BACKINGS, GIB, KIB, MIB
-from lib.report import Context, repeat_command
-from lib.selection import (
+from dirty_tracking.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
+from dirty_tracking.violations import Kind
+from harness import known_bugs
+from harness.failure_report import Context, repeat_command
+from harness.matrix import full_matrix, pairwise_matrix
+from harness.selection import (
     DIMENSIONS,
     SelectionError,
     check_settings,
@@ -22,7 +21,8 @@ from lib.selection import (
     parse_number,
     parse_size,
 )
-from lib.violations import Kind
+from kvm_util.host import Host, version_numbers
+from kvm_util.memory import BACKINGS, GIB, KIB, MIB
 
 CELL = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
 
@@ -139,7 +139,7 @@ def test_the_repeat_command_names_the_cell_and_what_is_not_default() -> None:
         CELL, Context(HOST, Settings(iterations=7, phys_offset=1 << 32, seed=5), "pytest --kernel=x")
     )
     assert command == (
-        "pytest --kernel=x selftests/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
+        "pytest --kernel=x selftests/matrix/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
         " --stop cooperative --density sparse --vcpus 1 --iterations 7 --phys-offset 0x100000000 --seed 5"
     )
 

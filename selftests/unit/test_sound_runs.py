@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from lib.cell import Cell, Settings
-from lib.dirty_log_run import DirtyLogRun
-from lib.kvm import Kvm
-from lib.log_modes import LOG_MODES
-from lib.memory import MIB
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.dirty_log_run import DirtyLogRun
+from dirty_tracking.modes import LOG_MODES
+from kvm_util.kvm import Kvm
+from kvm_util.memory import MIB
 
 ITERATIONS = 500
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from selftests.unit.commands import ROOT, Done, start
+from runner import ROOT
+from selftests.unit.commands import Done, start
 
 USAGE_ERROR = 4
 
@@ -21,7 +22,7 @@ def run_pytest(folder: Path, /, *words: str, **environment: str) -> Done:
         "--collect-only",
     ]
     return start(
-        [sys.executable, "-m", "pytest", "selftests/test_dirty_log.py", *options, *words], folder, **environment
+        [sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", *options, *words], folder, **environment
     )
 
 
@@ -48,7 +49,7 @@ def test_a_python_without_the_packages(tmp_path: Path, package: str) -> None:
     )
 
 
-@pytest.mark.parametrize("program", ["check_kernel.py", "matrix.py"])
+@pytest.mark.parametrize("program", ["check_kernel.py", "kernel_matrix.py"])
 def test_a_program_without_the_packages(tmp_path: Path, program: str) -> None:
     """No status that ``git bisect run`` would take for a verdict on the kernel."""
     words = [sys.executable, "-S", str(ROOT / "runner" / program), "nothing"]  # -S: without any packages
@@ -90,7 +91,7 @@ def test_pytest_in_other_surroundings(name: str) -> None:
 
 def test_modules_of_the_same_names_elsewhere(tmp_path: Path) -> None:
     """The suite's own folders come before PYTHONPATH."""
-    for package in ("lib", "runner", "selftests"):
+    for package in ("kvm_util", "dirty_tracking", "harness", "runner", "selftests"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise ImportError('not the suite')\n")
     done = run_pytest(ROOT, PYTHONPATH=str(tmp_path))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lib import uapi
-from lib.arch.x86_64 import uapi as x86_uapi
+from kvm_util import uapi
+from kvm_util.arch.x86_64 import uapi as x86_uapi
 
 MODULES = (uapi, x86_uapi)
 CONSTANTS = {

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from lib import uapi as kvm_uapi
-from lib.arch import current as arch
-from lib.arch.x86_64 import msr, uapi
-from lib.guest import GuestError
-from lib.host import Host
-from lib.ioctl import KvmError, ioctl
-from lib.kvm import Kvm
-from lib.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
-from lib.userfault import MissingPages
-from lib.vcpu import Vcpu
-from lib.vm import Vm
+from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
+from kvm_util import uapi as kvm_uapi
+from kvm_util.arch import current as arch
+from kvm_util.arch.x86_64 import msr, uapi
+from kvm_util.guest import GuestError
+from kvm_util.host import Host
+from kvm_util.ioctl import KvmError, ioctl
+from kvm_util.kvm import Kvm
+from kvm_util.userfault import MissingPages
+from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Vm
 
 SLOT, NEIGHBOUR, LATE = 1, 2, 3
 NPAGES = 24

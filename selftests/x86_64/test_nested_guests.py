@@ -11,20 +11,20 @@ from itertools import pairwise
 
 import pytest
 
-from lib import uapi as kvm_uapi
-from lib.arch import current as arch
-from lib.arch.x86_64 import msr, svm
-from lib.arch.x86_64.cpuid import has_nested_paging, has_svm
-from lib.arch.x86_64.paging import PageTables
-from lib.arch.x86_64.uapi import kvm_sregs
-from lib.binary_stats import BinaryStats
-from lib.guest import GuestError
-from lib.host import Host, uses_tdp
-from lib.kvm import Kvm
-from lib.mapped_pages import Mapped
-from lib.memory import BACKINGS, GIB, MIB
-from lib.tracked_vm import FIRST_GPA, GVA_OFFSET, LIST_SIZE, PAGE, Operation, TrackedVm
-from lib.vcpu import Vcpu
+from dirty_tracking.mapping_sizes import Mapped
+from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, LIST_SIZE, PAGE, Operation, TrackedVm
+from kvm_util import uapi as kvm_uapi
+from kvm_util.arch import current as arch
+from kvm_util.arch.x86_64 import msr, svm
+from kvm_util.arch.x86_64.cpuid import has_nested_paging, has_svm
+from kvm_util.arch.x86_64.paging import PageTables
+from kvm_util.arch.x86_64.uapi import kvm_sregs
+from kvm_util.binary_stats import BinaryStats
+from kvm_util.guest import GuestError
+from kvm_util.host import Host, uses_tdp
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS, GIB, MIB
+from kvm_util.vcpu import Vcpu
 
 SLOT, OWN = 1, 2
 NPAGES = 24

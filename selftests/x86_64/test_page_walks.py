@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib.arch.x86_64.paging import PageTables
-from lib.host import Host, uses_tdp
-from lib.kvm import Kvm
-from lib.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
-from lib.violations import Kind, violated
+from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.violations import Kind, violated
+from kvm_util.arch.x86_64.paging import PageTables
+from kvm_util.host import Host, uses_tdp
+from kvm_util.kvm import Kvm
 
 TABLES, DATA = 1, 2
 NPAGES = 24

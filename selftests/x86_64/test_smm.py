@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lib import uapi as kvm_uapi
-from lib.arch import current as arch
-from lib.arch.x86_64 import uapi
-from lib.ioctl import ioctl
-from lib.kvm import Kvm
-from lib.memory import BACKINGS, GuestMemory
-from lib.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from kvm_util import uapi as kvm_uapi
+from kvm_util.arch import current as arch
+from kvm_util.arch.x86_64 import uapi
+from kvm_util.ioctl import ioctl
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS, GuestMemory
 
 SLOT = 1
 SMM = 1 << 16  # the address space's number, in the upper half of a slot's

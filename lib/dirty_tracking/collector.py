@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The collector thread: it reaps dirty pages at a given moment while vCPUs run, whenever a ring is full, and at the end."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from dirty_tracking.oracle import Reap
+from dirty_tracking.vcpu_thread import State, VcpuThread
+
+
+class Collector(threading.Thread):
+    """Reaps for the vCPUs of *threads*, whose condition variable it shares.
+
+    :param collect: makes a reap of the given iteration, with the vCPUs stopped or not
+    :ivar stuck: vCPUs whose ring was full twice in a row with nothing to harvest in between
+    :ivar failure: what ended the thread, if anything did
+    """
+
+    def __init__(
+        self,
+        threads: Sequence[VcpuThread],
+        cond: threading.Condition,
+        collect: Callable[[int, bool], Reap],
+    ) -> None:
+        super().__init__(name="collector", daemon=True)
+        self.stuck: list[int] = []
+        self.failure: BaseException | None = None
+        self._threads = threads
+        self._cond = cond
+        self._collect = collect
+        self._iteration = 0
+        self._reap_at: float | None = None
+        self._final_requested = False
+        self._quit = False
+        self._reaps: list[Reap] = []
+        self._complete = False
+        self._harvested = [0 for _ in threads]
+
+    def begin(self, iteration: int, delay: float) -> None:
+        """Start an iteration, in which to reap *delay* seconds from now, while the vCPUs run."""
+        with self._cond:
+            self._iteration = iteration
+            self._reap_at = time.monotonic() + delay
+            self._reaps = []
+            self._complete = False
+            self._cond.notify_all()
+
+    def request_final(self) -> None:
+        """Ask for the iteration's last reap; all vCPUs must have stopped."""
+        with self._cond:
+            self._reap_at = None
+            self._final_requested = True
+            self._cond.notify_all()
+
+    def finished(self) -> list[Reap] | None:
+        """The iteration's reaps, once the last one was made; None until then."""
+        with self._cond:
+            return self._reaps if self._complete else None
+
+    def quit(self) -> None:
+        """End the thread after the reap that it is making; does not wait for it."""
+        with self._cond:
+            self._quit = True
+            self._cond.notify_all()
+
+    def run(self) -> None:
+        """The thread's own code; not to be called."""
+        try:
+            while (final := self._wait_for_work()) is not None:
+                self._reap(final)
+        except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
+            with self._cond:
+                self.failure = error
+                self._cond.notify_all()
+
+    def _wait_for_work(self) -> bool | None:
+        """Wait until a reap is due; returns whether it is the iteration's last, or None to quit."""
+        with self._cond:
+            while not self._quit:
+                if self._final_requested:
+                    self._final_requested = False
+                    return True
+                waiting = [t for t in self._threads if t.state is State.RING_FULL and t.vcpu.id not in self.stuck]
+                due = None if self._reap_at is None else self._reap_at - time.monotonic()
+                if waiting:
+                    return False
+                if due is not None and due <= 0:
+                    self._reap_at = None
+                    return False
+                self._cond.wait(due)
+            return None
+
+    def _reap(self, final: bool) -> None:
+        with self._cond:
+            full = [thread for thread in self._threads if thread.state is State.RING_FULL]
+        reap = self._collect(self._iteration, final)
+        with self._cond:
+            self._reaps.append(reap)
+            self._complete = final
+            if len(reap.collected.pages) == len(self._harvested):
+                for vcpu, pages in enumerate(reap.collected.pages):
+                    self._harvested[vcpu] += len(pages)
+            for thread in full:
+                # A ring that was full had entries. When none came since the vCPU was last let go, KVM will say "full"
+                # for ever: what it counts as used cannot be harvested.
+                vcpu = thread.vcpu.id
+                if self._harvested[vcpu]:
+                    self._harvested[vcpu] = 0
+                    thread.ring_was_reset()
+                elif vcpu not in self.stuck:
+                    self.stuck.append(vcpu)
+            self._cond.notify_all()

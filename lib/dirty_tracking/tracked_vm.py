@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A VM whose guest does single writes on demand, with slots that are tracked: for tests of one sentence of the contract.
+
+There are no threads here: the guest runs until it has done what it was asked to, and is out of KVM_RUN whenever KVM is
+asked what it saw.
+"""
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+from dirty_tracking.bitmap import new_bitmap, set_pages
+from dirty_tracking.modes import DirtyRing, LogMode, make_log_mode
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from kvm_util import uapi
+from kvm_util.arch import current as arch
+from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
+from kvm_util.guest_program import GuestProgram
+from kvm_util.kvm import Kvm
+from kvm_util.memory import GIB
+from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Memslot, Vm
+from kvm_util.wording import listed
+
+PAGE = arch.PAGE_SIZE
+# Guest-virtual address of guest-physical address 0 of the test slots
+GVA_OFFSET = 1 << 40
+# Where the first test slot begins unless told otherwise: above slot 0, on a 2 MiB boundary, and not on a 1 GiB boundary
+FIRST_GPA = GIB + (6 << 20)
+_PAGE_TABLES = 16 << 20  # for some 7 GiB of test memory
+_EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
+_MAX_OPERATIONS = 4096
+# For how many seconds a list of operations may run
+_DEADLINE = 60.0
+LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that the guest does: the routine ``do_<name>`` of guest_code/<arch>/operations.S, and its arguments."""
+
+    name: str
+    address: int = 0
+    value: int = 0
+    count: int = 0
+
+
+# The pages that KVM reported, by slot; in a ring's order, and with what it repeats, for rings
+Reported = dict[int, list[int]]
+
+
+class TrackedVm:
+    """A VM with *vcpus* vCPUs that do operations, and slots whose writes are tracked in *mode*.
+
+    :param mode: a key of :data:`dirty_tracking.modes.LOG_MODES`
+    :param ring_count: entries of a dirty ring, for the ring modes
+    :param guest_mode: a key of ``GUEST_MODES``: the size of the guest's own pages, which bounds what shadow paging can map
+    :param prepare: called with the VM before it has vCPUs
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        mode: str,
+        vcpus: int = 1,
+        ring_count: int = 4096,
+        guest_mode: str = "48bit-4k",
+        prepare: Callable[[Vm], None] | None = None,
+    ) -> None:
+        self.mode: LogMode = make_log_mode(mode, ring_count)
+        self.guest = GuestVm(
+            kvm, GuestProgram.load("operations"), arch.GUEST_MODES[guest_mode], vcpus * 2 * LIST_SIZE + _PAGE_TABLES
+        )
+        self.vm = self.guest.vm
+        self._lists: list[int] = []
+        try:
+            self.mode.create_vm_done(self.vm)
+            if prepare is not None:
+                prepare(self.vm)
+            for _ in range(vcpus):
+                block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
+                self._words(block)[0] = operations
+                self._lists.append(operations)
+                self.guest.add_vcpu(block)
+        except BaseException:
+            self.guest.close()
+            raise
+
+    def add_slot(
+        self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True, readonly: bool = False
+    ) -> Memslot:
+        """Add a slot of *npages* pages, and map it in the guest at ``gpa + GVA_OFFSET``.
+
+        When all pages are dirty at first (KVM_DIRTY_LOG_INITIALLY_SET), that first report is taken here.
+        """
+        flags = (uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0) | (uapi.KVM_MEM_READONLY if readonly else 0)
+        memslot = self.vm.add_memory(slot, gpa, npages * PAGE, backing, flags)
+        self.map(gpa, npages)
+        if tracked and self.mode.initially_set:
+            self.collect()
+        return memslot
+
+    def remove_slot(self, slot: int) -> None:
+        """Delete a slot, and give its memory back."""
+        memory = self.vm.memslots[slot].memory
+        self.vm.delete_memory_region(slot)
+        memory.close()
+
+    def map(self, gpa: int, npages: int) -> None:
+        """Map *npages* pages at *gpa* in the guest, at ``gpa + GVA_OFFSET``."""
+        self.map_at(gpa + GVA_OFFSET, gpa, npages)
+
+    def map_at(self, gva: int, gpa: int, npages: int) -> None:
+        """Map *npages* pages at *gpa* in the guest, at *gva*."""
+        self.guest.map_test_memory(gva, gpa, npages * PAGE)
+
+    def set_tracking(self, slot: int, on: bool) -> None:
+        """Switch the tracking of a slot on or off."""
+        self.vm.set_tracking(slot, on)
+
+    def switch_on(self, slot: int) -> None:
+        """Switch the tracking of a slot on, and take the first report where all pages are dirty at first."""
+        self.set_tracking(slot, on=True)
+        if self.mode.initially_set:
+            self.expect("switching tracking on", {slot: range(self.vm.memslots[slot].npages)})
+
+    def address(self, slot: int, page: int, offset: int = 0) -> int:
+        """The guest-virtual address of a byte of a slot."""
+        return self.vm.memslots[slot].gpa + page * PAGE + offset + GVA_OFFSET
+
+    def changed_pages(self, slot: int, before: bytes) -> list[int]:
+        """The pages of a slot whose contents are not what they were in *before*, all of the slot's."""
+        view = self.vm.memslots[slot].memory.view
+        starts = range(0, len(before), PAGE)
+        return [start // PAGE for start in starts if view[start : start + PAGE] != before[start : start + PAGE]]
+
+    def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
+        """Have a vCPU do *operations*.
+
+        :param on_exit: called when KVM_RUN returns before they are done; true when it dealt with that
+        :raises GuestError: the guest ended in a way that nobody asked for
+        """
+        self.write_list(self._lists[vcpu], operations)
+        handle = self.vm.vcpus[vcpu]
+        until = time.monotonic() + _DEADLINE
+        while True:
+            code = self._kvm_run(handle)
+            if time.monotonic() > until:
+                raise GuestError(f"no end within {_DEADLINE:g} s: {unexpected_exit(handle, code)}")
+            if code:
+                continue
+            if on_exit is not None and on_exit(handle):
+                continue
+            run = handle.run
+            if run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR and run.internal.suberror == _EMULATION:
+                raise NotEmulated(f"KVM's emulator does not know the instruction of {operations[0].name}")
+            if self.guest.ucall(handle) is Ucall.SYNC:
+                return
+            raise GuestError(unexpected_exit(handle, code))
+
+    @staticmethod
+    def _kvm_run(handle: Vcpu) -> int:
+        """KVM_RUN, which a signal ends in the end: a guest that hangs shall not hang the test. For the main thread only."""
+        previous = signal.signal(signal.SIGALRM, _nothing)
+        signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
+        try:
+            return handle.kvm_run()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+
+    def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
+        """Write a word into each of *pages*."""
+        self.run(*(Operation("store_8", self.address(slot, page), value) for page in pages), vcpu=vcpu)
+
+    def collect(self) -> Reported:
+        """Take from KVM all that it reports, and have it track these pages anew."""
+        if isinstance(self.mode, DirtyRing):
+            return self._harvest(self.mode)
+        reported: Reported = {}
+        for slot, memslot in self.vm.memslots.items():
+            if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
+                collected = self.mode.collect_dirty_pages(self.vm, memslot, lambda: None, stopped=True)
+                reported[slot] = collected.pages[0]
+        return reported
+
+    def _harvest(self, mode: DirtyRing) -> Reported:
+        reported = Reported(
+            (slot, []) for slot, memslot in self.vm.memslots.items() if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES
+        )
+        collected = mode.harvest_all(self.vm, stopped=True)
+        for slots, offsets in zip(collected.slots, collected.pages, strict=True):
+            for slot, offset in zip(slots, offsets, strict=True):
+                reported.setdefault(slot, []).append(offset)
+        harvested = sum(map(len, collected.pages))
+        if collected.reset != harvested:
+            raise violated(Kind.RESET_COUNT, f"harvested {harvested}, reset {collected.reset}")
+        if any(collected.behind_gap):
+            where = [f"{number} of vCPU {vcpu}" for vcpu, number in enumerate(collected.behind_gap) if number]
+            raise violated(Kind.GAP, ", ".join(where))
+        return reported
+
+    def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:
+        """Collect, and hold it to what was written: each page once, slots that are tracked and not named: none.
+
+        :param what: what the guest did, for the message
+        :param writes_per_page: how many writes a page got at most. What KVM writes itself, emulating an instruction or
+            for user space, it pushes to a ring each time, for it does not look whether the page is in there already
+            (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c)
+        :raises ContractViolation: KVM reported something else
+        """
+        self.hold_to(what, expected, self.collect(), writes_per_page)
+
+    def hold_to(
+        self, what: str, expected: Mapping[int, Sequence[int]], reported: Reported, writes_per_page: int = 1
+    ) -> None:
+        """The same for what was collected before."""
+        for slot in sorted(reported.keys() | expected.keys()):
+            self._compare(what, slot, expected.get(slot, ()), reported.get(slot, []), writes_per_page)
+
+    def expect_bits(self, what: str, slot: int, expected: Iterable[int]) -> None:
+        """Hold KVM_GET_DIRTY_LOG alone to *expected*; in manual mode, where it changes nothing.
+
+        :raises ContractViolation: KVM reported something else
+        """
+        self._compare(what, slot, expected, self.read_bitmap(slot), 1)
+
+    def _compare(self, what: str, slot: int, expected: Iterable[int], reported: Sequence[int], most: int) -> None:
+        """Hold what was reported of a slot to what is expected: each page once, or *most* times at most."""
+        wanted, found = set(expected), Counter(reported)
+        wrong = {
+            Kind.LOST: sorted(wanted - found.keys()),
+            Kind.SPURIOUS: sorted(found.keys() - wanted),
+            Kind.DUPLICATE: sorted(page for page, count in found.items() if count > most),
+        }
+        violations = [
+            Violation(kind, listed("page", pages), slot, tuple(pages)) for kind, pages in wrong.items() if pages
+        ]
+        if violations:
+            raise ContractViolation(violations, f"{self.mode.name}: {what}")
+
+    def read_bitmap(self, slot: int) -> list[int]:
+        """KVM_GET_DIRTY_LOG alone: the pages whose bits are set."""
+        bitmap = new_bitmap(self.vm.memslots[slot].npages)
+        self.vm.get_dirty_log(slot, bitmap)
+        return set_pages(bitmap)
+
+    def write_list(self, address: int, operations: Sequence[Operation], end: str = "sync") -> None:
+        """Write a list of *operations*, and of *end*, to LIST_SIZE bytes at *address* of slot 0."""
+        if len(operations) > _MAX_OPERATIONS:
+            raise ValueError(f"{len(operations)} operations, there is room for {_MAX_OPERATIONS}")
+        words = self._words(address, (len(operations) + 1) * 32)
+        symbols = self.guest.program.symbols
+        for index, operation in enumerate((*operations, Operation(end))):
+            words[index * 4] = symbols[f"do_{operation.name}"]
+            words[index * 4 + 1] = operation.address
+            words[index * 4 + 2] = operation.value
+            words[index * 4 + 3] = operation.count
+        words.release()
+
+    def _words(self, address: int, size: int = PAGE) -> memoryview:
+        return self.guest.memory(address, size).cast("Q")
+
+    def close(self) -> None:
+        """Close the VM and give all memory back."""
+        self.guest.close()
+
+    def __enter__(self) -> "TrackedVm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class NotEmulated(Exception):
+    """KVM had to emulate an instruction, and cannot; the text names it."""
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """A signal's handler; the signal does its work by coming."""

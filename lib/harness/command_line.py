@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The suite's options of pytest: what they are, what they say, and whether that can be done."""
+
+import argparse
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from dirty_tracking.cell import Settings
+from harness.kernel_options import (
+    AT_HAND,
+    LONGEST,
+    add_kernel_options,
+    for_another_kernel,
+    machine_numbers,
+    option_name,
+)
+from harness.output_paths import check_file, check_folder
+from harness.results import RESULTS
+from harness.run_report import FILES_OF_A_RUN
+from harness.selection import (
+    DEFAULT_VCPUS,
+    DIMENSIONS,
+    SelectionError,
+    check_memory,
+    check_values,
+    parse_milliseconds,
+    parse_names,
+    parse_number,
+    parse_size,
+)
+from kvm_util.host_limits import MIB, Limit
+from kvm_util.kvm import DEFAULT_DEVICE
+from runner.errors import CannotTest
+
+_MOST_WORKERS = 1024  # that anyone may ask for
+_MOST_ITERATIONS = 1_000_000  # some days
+# Options of pytest's that show something and run no tests
+_ONLY_SHOW = ("help", "version", "collectonly", "showfixtures", "show_fixtures_per_test", "markers", "cacheshow")
+# How the options that make the settings of a run are read
+SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "seed": lambda option, text: parse_number(option, text, 0),
+    "iterations": lambda option, text: parse_number(option, text, 1, _MOST_ITERATIONS),
+    "interval": parse_milliseconds,
+    "ring_count": lambda option, text: parse_number(option, text, 1),
+    "phys_offset": lambda option, text: parse_number(option, text, 0),
+    "test_mem": parse_size,
+}
+
+
+class _NoWorkers(argparse.Action):
+    """Option -n where xdist, which has it, was not loaded: pytest would call it an unrecognized argument."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        loads = "it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
+        why = loads if find_spec("xdist") else "it is not installed"
+        raise pytest.UsageError(f"-n needs pytest-xdist: {why}")
+
+
+def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the suite's options to pytest's."""
+    group = parser.getgroup(
+        "dirty", "KVM dirty-page tracking (letters in brackets: the option of the C dirty_log_test)"
+    )
+    for name, values in DIMENSIONS.items():
+        letter = {"log_mode": " [-M]", "guest_mode": " [-m]"}.get(name, "")
+        group.addoption(
+            option_name(name), metavar="NAME,...", help=f"which of {', '.join(values)}; default all{letter}"
+        )
+    group.addoption("--vcpus", metavar="N", help="vCPUs of each VM; default both 1 and 2")
+    group.addoption("--full", action="store_true", help="every combination of these; default: every pair of values")
+    default = Settings()
+    group.addoption(
+        "--iterations",
+        metavar="N",
+        help=f"how often to verify, up to {_MOST_ITERATIONS}; default {default.iterations} [-i]",
+    )
+    group.addoption(
+        "--interval",
+        metavar="MS",
+        help=f"for how many milliseconds the guest writes in each, up to an hour; default {default.interval:g} [-I]",
+    )
+    group.addoption(
+        "--ring-count",
+        metavar="N",
+        help=f"entries of a dirty ring, a power of two that this KVM takes; default {default.ring_count} [-c]",
+    )
+    group.addoption("--phys-offset", metavar="GPA", help="where the test memory begins; default: at the top [-p]")
+    group.addoption(
+        "--test-mem",
+        metavar="SIZE",
+        help="test memory in bytes, or with a unit: K, M, G or T (1024, its square, ...), whole pages; 3 pages are added;"
+        " default 1G",
+    )
+    group.addoption(
+        "--seed", metavar="N", help="decides what is written and when it is collected, 0 or more; default: a new one"
+    )
+    group.addoption("--thorough", action="store_true", help="the long form of each test that has one")
+    group.addoption(
+        "--soak",
+        metavar="S",
+        help="make up random histories for so many seconds in each log mode, up to a week (test_histories.py)",
+    )
+    group.addoption("--kvm-device", metavar="PATH", help=f"this host's KVM; default {DEFAULT_DEVICE}")
+    group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
+    group.addoption(
+        "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
+    )
+    group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
+    if not pluginmanager.hasplugin("xdist") and (
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ or not find_spec("xdist")
+    ):
+        # Only this method takes lowercase letters, of which -n is one; xdist calls it too.
+        group._addoption("-n", action=_NoWorkers, help="(xdist is not loaded)")
+    add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
+
+
+def check_options(config: pytest.Config) -> None:
+    """Check all that can be checked of the options before anything else is done.
+
+    :raises SelectionError: a value is wrong, or an option does not go with the others
+    :raises OutputError: a file or folder of the run cannot be written
+    """
+    option = config.option
+    texts = {
+        "--kernel": (option.kernel, "kernel"),
+        "--qemu": (option.qemu, "program"),
+        "--cpu-model": (option.cpu_model, "CPU model"),
+        "--kvm-device": (option.kvm_device, "device"),
+        "--results": (option.results, "folder"),
+        **{name: (path, "file") for name, path in _files(option).items()},
+    }
+    for name, (text, what) in texts.items():
+        if text == "":
+            raise SelectionError(f"{name}: '' names no {what}")
+    if option.kernel is None and (unused := for_another_kernel(option)):
+        raise SelectionError(
+            f"{', '.join(unused)}: only for tests in another kernel (--kernel NAME, or make check-kernel)"
+        )
+    if option.kernel not in (None, AT_HAND) and option.kvm_device is not None:
+        raise SelectionError(
+            "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
+        )
+    workers = getattr(option, "numprocesses", None)
+    if isinstance(workers, int) and not 0 <= workers <= _MOST_WORKERS:
+        raise SelectionError(f"-n: {workers} is out of range, it must be from 0 to {_MOST_WORKERS}")
+    numbers = machine_numbers(option)
+    if option.kernel is not None and option.kvm_params:
+        _check_form(option.kvm_params)
+    settings = settings_of(option)
+    check_values(settings, vcpus_of(option)[-1])
+    soak_of(option)
+    dimensions_of(option)
+    if option.kernel is not None and option.test_mem is not None:
+        memory = numbers["vm_memory"]
+        limit = Limit(f"the machine has {memory} MiB", memory * MIB, "a larger --vm-memory")
+        check_memory(settings, vcpus_of(option)[-1], 1, [limit])
+    if not only_shows(option):
+        check_folder("--results", RESULTS if option.results is None else seen_from(config, option.results))
+        for name, path in _files(option).items():
+            if path is not None:
+                _check_apart(option, config, name, path)
+                check_file(name, seen_from(config, path))
+
+
+def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> None:
+    """Check that pytest's file is none of the run's."""
+    if option.results is not None:
+        folder, file = seen_from(config, option.results), seen_from(config, path)
+        if file in (folder, *(folder / taken for taken in FILES_OF_A_RUN)):
+            raise SelectionError(f"{name}: {path} is what the run's own results are written to (--results)")
+
+
+def _check_form(parameters: str) -> None:
+    # Imported here: in the other kernel, where this file is loaded too, each import costs emulated time.
+    from runner.modules import parse_parameters
+
+    try:
+        parse_parameters(parameters)
+    except CannotTest as error:
+        raise SelectionError(f"--kvm-params: {error}") from None
+
+
+def _files(option: Any) -> dict[str, str | None]:
+    """By option, the files that pytest itself will write; its plugins for them may be off."""
+    return {"--junitxml": getattr(option, "xmlpath", None), "--log-file": getattr(option, "log_file", None)}
+
+
+def seen_from(config: pytest.Config, path: str) -> Path:
+    """A path as the user wrote it, seen from where the command runs."""
+    return config.invocation_params.dir / Path(path).expanduser()
+
+
+def only_shows(option: Any) -> bool:
+    """Whether pytest is to show something, and to run no test."""
+    return any(getattr(option, name, None) for name in _ONLY_SHOW)
+
+
+def dimensions_of(option: Any) -> dict[str, tuple[Any, ...]]:
+    """The values that are asked for of each of the matrix's dimensions."""
+    dimensions: dict[str, tuple[Any, ...]] = {
+        name: values if (text := getattr(option, name)) is None else parse_names(option_name(name), text, values)
+        for name, values in DIMENSIONS.items()
+    }
+    dimensions["vcpus"] = vcpus_of(option)
+    return dimensions
+
+
+def vcpus_of(option: Any) -> tuple[int, ...]:
+    """The numbers of vCPUs that are asked for."""
+    return DEFAULT_VCPUS if option.vcpus is None else (parse_number("--vcpus", option.vcpus, 1),)
+
+
+def soak_of(option: Any) -> int | None:
+    """For how many seconds histories are made up in each log mode; None for their usual number."""
+    return None if option.soak is None else parse_number("--soak", option.soak, 1, LONGEST)
+
+
+def settings_of(option: Any) -> Settings:
+    """The settings that are asked for."""
+    given = {
+        name: parse(option_name(name), text)
+        for name, parse in SETTING_PARSERS.items()
+        if (text := getattr(option, name)) is not None
+    }
+    return Settings(kvm_device=option.kvm_device or DEFAULT_DEVICE, **given)

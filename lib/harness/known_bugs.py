@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The list of known kernel bugs, ``known_bugs.toml``: which of them concern a cell or a test on this host."""
+
+import re
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dirty_tracking.cell import MAX_VCPUS, Cell
+from dirty_tracking.violations import Kind
+from harness.selection import DIMENSIONS
+from harness.toml_file import TomlError, TomlFile
+from kvm_util.host import Host, version_numbers
+from runner import ROOT
+
+PATH = ROOT / "known_bugs.toml"
+_VENDORS = ("kvm_intel", "kvm_amd", "kvm_pvm")
+_VALUES = DIMENSIONS | {"vcpus": tuple(str(count) for count in range(1, MAX_VCPUS + 1))}
+
+
+@dataclass(frozen=True)
+class KnownBug:
+    """An entry of the list; the fields are described there."""
+
+    id: str
+    summary: str
+    evidence: str
+    backend: tuple[str, ...]
+    findings: frozenset[Kind]
+    always: bool
+    needs: frozenset[Kind] = frozenset(Kind)
+    kernels: tuple[str, str] = ("", "")
+    parameters: dict[str, str] = field(default_factory=dict)
+    cells: dict[str, list[str]] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
+
+    def on(self, host: Host) -> bool:
+        """Whether *host* meets the conditions."""
+        first, before = self.kernels
+        return (
+            host.backend in self.backend
+            and (not first or host.kernel_version >= version_numbers(first))
+            and (not before or host.kernel_version < version_numbers(before))
+            and all(host.parameters.get(name) == value for name, value in self.parameters.items())
+        )
+
+    def concerns_cell(self, cell: Cell) -> bool:
+        """Whether *cell* is one of those named."""
+        return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
+
+    def explains(self, kinds: Set[Kind]) -> bool:
+        """Whether the bug causes all of these *kinds* of violations, and one of them is a mark of this bug."""
+        return kinds <= self.findings and bool(kinds & self.needs)
+
+    def explains_log(self, titles: Sequence[str]) -> bool:
+        """Whether a report in the kernel's log is one that the bug causes, by all of its titles; without one it is not."""
+        return bool(titles) and all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
+
+
+@cache
+def load(path: Path = PATH) -> tuple[KnownBug, ...]:
+    """Read the list, once in a process.
+
+    :raises TomlError: it cannot be read, or an entry says something that is not understood, or names what does not exist
+    """
+    file = TomlFile(path)
+    for name in file.data:
+        if name != "bug":
+            raise file.error(f"no such field: {name} (there are entries [[bug]])", name)
+    entries = file.data.get("bug", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise file.error("an entry begins with [[bug]]", "bug")
+    bugs: dict[str, KnownBug] = {}
+    for number, values in enumerate(entries):
+        entry = _Entry(file, number, values)
+        bug = entry.parse()
+        if bug.id in bugs:
+            raise entry.error("id", "an entry before has the same")
+        bugs[bug.id] = bug
+    return tuple(bugs.values())
+
+
+class _Entry:
+    """An entry of *file* as it was written, the *number*-th."""
+
+    def __init__(self, file: TomlFile, number: int, values: dict[str, Any]) -> None:
+        self._file = file
+        self._number = number
+        self._values = values
+
+    def error(self, key: str, text: str) -> TomlError:
+        """What is wrong with field *key*."""
+        name = self._values.get("id")
+        bug = f"bug {name!r}" if isinstance(name, str) else f"bug {self._number + 1} of the list"
+        return self._file.error(f"{bug}: {key}: {text}", key, "bug", self._number)
+
+    def parse(self) -> KnownBug:
+        known = {one.name for one in fields(KnownBug)} - {"always"} | {"shows"}
+        for key in self._values:
+            if key not in known:
+                raise self.error(key, f"no such field (there are {', '.join(sorted(known))})")
+        findings = self._kinds("findings")
+        bug = KnownBug(
+            id=self._text("id"),
+            summary=self._text("summary"),
+            evidence=self._text("evidence"),
+            backend=self._backend(),
+            findings=findings,
+            always=self._one_of("shows", [self._text("shows")], ("always", "sometimes")) == ("always",),
+            needs=self._kinds("needs") if "needs" in self._values else frozenset(Kind),
+            kernels=self._kernels(),
+            parameters=self._parameters(),
+            cells=self._cells(),
+            tests=self._tests(),
+            log=self._log(),
+        )
+        if not bug.cells and not bug.tests:
+            raise self.error("id", "the entry names neither cells nor tests")
+        if "needs" in self._values and not bug.needs <= findings:
+            others = ", ".join(sorted(kind.name for kind in bug.needs - findings))
+            raise self.error("needs", f"{others}: not among the findings")
+        return bug
+
+    def _text(self, key: str) -> str:
+        value = self._values.get(key)
+        if value is None:
+            raise self.error(key, "it is missing")
+        if not isinstance(value, str) or not value:
+            raise self.error(key, f"must be a string, not {value!r}")
+        return value
+
+    def _texts(self, key: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.error(key, f"must be a list of strings, not {value!r}")
+        return tuple(value)
+
+    def _table(self, key: str) -> dict[str, Any]:
+        value = self._values.get(key, {})
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a table in braces, not {value!r}")
+        return value
+
+    def _one_of(self, key: str, values: Iterable[str], choices: Sequence[str], what: str = "value") -> tuple[str, ...]:
+        for value in values:
+            if value not in choices:
+                raise self.error(key, f"no such {what}: {value!r} (there are {', '.join(choices)})")
+        return tuple(values)
+
+    def _kinds(self, key: str) -> frozenset[Kind]:
+        names = self._texts(key, self._values.get(key, []))
+        if not names:
+            raise self.error(key, "it is missing, or has no kind")
+        return frozenset(Kind[name] for name in self._one_of(key, names, tuple(Kind.__members__), "kind"))
+
+    def _backend(self) -> tuple[str, ...]:
+        value = self._values.get("backend")
+        names = [self._text("backend")] if not isinstance(value, list) else self._texts("backend", value)
+        return self._one_of("backend", names, _VENDORS, "vendor module")
+
+    def _kernels(self) -> tuple[str, str]:
+        bounds = self._texts("kernels", self._values.get("kernels", ["", ""]))
+        if len(bounds) != 2 or not all(re.fullmatch(r"(\d+(\.\d+)*)?", bound) for bound in bounds):
+            raise self.error("kernels", f'must be ["from", "before"], such as ["6.1", "6.12"], not {list(bounds)}')
+        first, before = bounds
+        if first and before and version_numbers(first) >= version_numbers(before):
+            raise self.error("kernels", f"no kernel is from {first} and before {before}")
+        return first, before
+
+    def _parameters(self) -> dict[str, str]:
+        table = self._table("parameters")
+        for name, value in table.items():
+            if "." not in name or not isinstance(value, str):
+                raise self.error("parameters", f'must be such as {{ "kvm.tdp_mmu" = "Y" }}, not {name!r} = {value!r}')
+        return table
+
+    def _cells(self) -> dict[str, list[str]]:
+        table = self._table("cells")
+        for name in self._one_of("cells", table, tuple(_VALUES), "dimension"):
+            choices = _VALUES[name]
+            for value in self._texts("cells", table[name]):
+                if value not in choices:
+                    some = f"1 to {MAX_VCPUS}" if name == "vcpus" else ", ".join(choices)
+                    raise self.error("cells", f"{name} has no value {value!r} (there are {some})")
+        return table
+
+    def _tests(self) -> tuple[str, ...]:
+        names = self._texts("tests", self._values.get("tests", []))
+        known = _test_names() if names else frozenset()
+        for name in names:
+            if name not in known:
+                raise self.error("tests", f"no test function of selftests/ has the name {name!r}")
+        return names
+
+    def _log(self) -> tuple[str, ...]:
+        patterns = self._texts("log", self._values.get("log", []))
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self.error("log", f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
+@cache
+def _test_names() -> frozenset[str]:
+    """The names of the test functions that a bug can concern: those of the contract, not the suite's tests of itself."""
+    folder = ROOT / "selftests"
+    files = [path for path in folder.rglob("test_*.py") if not path.is_relative_to(folder / "unit")]
+    definition = re.compile(r"^\s*def (test_\w+)", re.MULTILINE)
+    return frozenset(name for path in files for name in definition.findall(path.read_text(encoding="utf-8")))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tests that were planned and did not come to run: the run's files and its table have them too."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from harness.interruption import Interruption
+from harness.kernel_options import OWN_TESTS
+from kvm_util.wording import counted
+
+Properties = Iterable[tuple[str, Any]]
+NOT_RUN = ("verdict", "not run")
+
+
+class PlannedTests:
+    """Reports each planned test that has no verdict when the session ends, to all but the terminal.
+
+    :param cells: the planned cells' properties, by the last part of their tests' names
+    :ivar why: why tests did not run, where the session itself does not show it
+    """
+
+    def __init__(self, cells: Mapping[str, Mapping[str, Any]], interruption: Interruption) -> None:
+        self.why: str | None = None
+        self._cells = cells
+        self._interruption = interruption
+        self._left: dict[str, list[tuple[str, Any]]] = {}
+        self._started: set[str] = set()
+        self._workers: dict[str, Any] = {}
+
+    def plan(self, tests: Mapping[str, Properties]) -> None:
+        """Add tests with their properties."""
+        self._left |= {nodeid: list(properties) for nodeid, properties in tests.items()}
+
+    def properties_of(self, nodeid: str) -> list[tuple[str, Any]]:
+        """What can be known of a test that only a worker has collected."""
+        cell = self._cells.get(nodeid.partition("[")[2].rstrip("]"), {})
+        return [("kvm", not nodeid.startswith(OWN_TESTS)), *cell.items()]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if not session.config.option.collectonly:
+            self.plan({item.nodeid: item.user_properties for item in session.items})
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        if not self._started:  # a worker that replaces another one collects again
+            self.plan({nodeid: self.properties_of(nodeid) for nodeid in ids})
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._started.add(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self._left.pop(report.nodeid, None)
+        elif hasattr(report, "node"):
+            self._workers[report.nodeid] = report.node
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        config = session.config
+        # pytest's own lines and counts are of tests that ran, and so is what --lf goes by.
+        plugins = config.pluginmanager
+        others = [plugins.get_plugin(name) for name in ("terminalreporter", "lfplugin")]
+        hook = plugins.subset_hook_caller("pytest_runtest_logreport", [one for one in others if one is not None])
+        why = self.why or self._why_ended(session)
+        for nodeid, properties in list(self._left.items()):
+            where = (nodeid.partition("::")[0], 0, nodeid.partition("::")[2])
+            reason = f"{why}, during the test" if nodeid in self._started else why
+            report = _not_run(nodeid, where, reason, properties)
+            if nodeid in self._workers:
+                # junitxml takes reports of one worker for those of one test.
+                report.node = self._workers[nodeid]  # type: ignore[attr-defined]
+            hook(report=report)
+
+    def _why_ended(self, session: pytest.Session) -> str:
+        """Why the session ended before all tests had run."""
+        most = session.config.option.maxfail
+        if self._interruption.name is not None:
+            return f"the run was interrupted ({self._interruption.name})"
+        if most and session.testsfailed >= most:
+            return f"the run stopped after {counted(most, 'failure')} (--maxfail)"
+        if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
+            return "pytest failed"
+        return "the run ended before"
+
+
+def _not_run(
+    nodeid: str, location: tuple[str, int | None, str], reason: str, properties: Properties
+) -> pytest.TestReport:
+    """The report of a test that did not run."""
+    longrepr = (location[0], location[1] or 0, f"Skipped: not run: {reason}")
+    return pytest.TestReport(nodeid, location, {}, "skipped", longrepr, "setup", user_properties=[*properties, NOT_RUN])

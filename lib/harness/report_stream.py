@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""pytest's reports as lines of JSON, for a pytest on another machine to take up (lib/harness/remote.py)."""
+
+import json
+import time
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+
+from dirty_tracking import progress
+from dirty_tracking.progress import Step
+from harness.run_report import RunReport
+
+_STEPS_EVERY = 2.0  # seconds; the machine that takes them up has its own work
+
+
+class ReportStream:
+    """A plugin that writes each step of the session to *path* as soon as it is done.
+
+    :param report: has the facts of the run, which are sent first, and the kernel's reports, which are sent last
+    """
+
+    def __init__(self, config: pytest.Config, path: str, report: RunReport) -> None:
+        self._config = config
+        self._report = report
+        self._file = open(path, "w")  # noqa: SIM115 (open as long as the session lasts)
+        self.send(environment=vars(report.facts))
+        self._next_step = 0.0
+        progress.listener = self._send_step
+
+    def send(self, **message: Any) -> None:
+        """Write one message."""
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.send(items={item.nodeid: [item.location, item.user_properties] for item in session.items})
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.send(start=nodeid)
+        self._next_step = 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._send_report(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._send_report(report)
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self.send(internal_error=str(excrepr))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        self.send(kernel_log=[vars(one) for one in self._report.kernel_reports])
+
+    def pytest_unconfigure(self) -> None:
+        progress.listener = None
+        self._file.close()
+
+    def _send_step(self, step: Step) -> None:
+        if (now := time.monotonic()) >= self._next_step:
+            self._next_step = now + _STEPS_EVERY
+            self.send(step=astuple(step))
+
+    def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
+        self.send(report=self._config.hook.pytest_report_to_serializable(config=self._config, report=report))

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run leaves behind: the table, the results file, and a verdict on runs that tested nothing."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import table
+from harness.interruption import Interruption
+from harness.kernel_options import OWN_TESTS
+from harness.kernel_verdict import Outcome, Word, judge, place
+from harness.screen import Screen
+from kvm_util.wording import counted
+from runner import ROOT
+
+_RESULTS, _TABLE = FILES_OF_A_RUN = ("results.json", "table.txt")
+# What ended a run before its tests had come to their end
+_STOPPED: dict[int, str] = {
+    pytest.ExitCode.INTERRUPTED: "interrupted",
+    pytest.ExitCode.INTERNAL_ERROR: "ended by an error of the suite",
+}
+
+
+@dataclass
+class Facts:
+    """What a run is about, as plain data.
+
+    :ivar host: kernel, backend, parameters and CPU
+    :ivar cells: the planned cells, in the order of the table
+    :ivar place: where the kernel runs
+    :ivar kernel_log: why the kernel's log is not watched; None when it is
+    """
+
+    host: dict[str, Any]
+    settings: dict[str, Any]
+    cells: list[dict[str, Any]]
+    place: str = "this host's own"
+    kernel_log: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """A report in the kernel's log.
+
+    :ivar known_bug: the id of the known bug that explains it
+    :ivar tests: those that ran meanwhile
+    """
+
+    kind: str
+    title: str
+    lines: list[str]
+    known_bug: str | None
+    tests: list[str]
+
+
+class RunReport:
+    """Follows a run from its reports.
+
+    :ivar results: the run's folder
+    :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
+    :ivar remarks: lines that end the summary
+    :ivar kept: whether files of the run are in its folder
+    :ivar must_test: whether a run without a test on KVM is no success even if none asked for it
+    :ivar nothing_ran_status: the exit status of such a run
+    """
+
+    def __init__(self, results: Path, facts: Facts) -> None:
+        self.shown_results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
+        self.facts = facts
+        self.kernel_reports: list[KernelReport] = []
+        self.remarks: list[str] = []
+        self.end: dict[str, Any] = {}
+        self.kept = False
+        self.must_test = False
+        self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
+        self.results = results
+        self._session: pytest.Session | None = None
+        self._uncollected: set[str] = set()
+        self._verdicts: dict[str, str] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._tests: dict[str, dict[str, str]] = {}
+        self._on_kvm = 0
+        self._not_on_kvm: list[str] = []
+        self._untested: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in table.UNTESTED}
+        self._caught: dict[str, list[str]] = {}
+        self._migrations: dict[str, dict[str, Any]] = {}
+        self._tests_by_title: dict[str, list[str]] = {}
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        properties: dict[str, Any] = dict(report.user_properties)
+        outcome, reason = verdict(report, properties)
+        self._verdicts[report.nodeid] = "FAIL" if self._verdicts.get(report.nodeid) == "FAIL" else outcome
+        if outcome in table.UNTESTED:
+            self._untested[outcome].setdefault(reason, []).append(report.nodeid)
+        if properties.get("kvm"):
+            if outcome in table.UNTESTED:
+                self._not_on_kvm.append(reason)
+            else:
+                self._on_kvm += 1
+        for name, value in report.user_properties:
+            if name == "kernel_log":
+                self._tests_by_title.setdefault(str(value), []).append(report.nodeid)
+        if "fault" in properties:
+            within = f"{properties['fault_in']} {properties['caught_within']}"
+            self._caught.setdefault(properties["fault"], []).append(within)
+        if properties.get("kvm") and "log_mode" not in properties:
+            before = self._tests.get(report.nodeid, {}).get("verdict")
+            shown = "FAIL" if before == "FAIL" else outcome
+            self._tests[report.nodeid] = {"test": report.nodeid, "verdict": shown, "reason": reason}
+        if "rounds" in properties:
+            name = properties["migration"]
+            self._migrations[report.nodeid] = {"name": name, "rounds": properties["rounds"], "verdict": outcome}
+        if "log_mode" in properties:
+            row = properties | {"verdict": outcome, "reason": reason}
+            if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
+                self._rows[report.nodeid] = row
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._uncollected.add(report.nodeid)
+
+    def tests_blamed_for(self, title: str) -> list[str]:
+        """The tests that saw a report of the kernel's log while they ran."""
+        return self._tests_by_title.get(title, [])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._rows or self._tests or self.end:
+            try:
+                self._write()
+            except OSError as error:  # that is no verdict on the kernel
+                self.remarks.append(not_kept(self.shown_results, error))
+        if session.exitstatus == pytest.ExitCode.OK:
+            if self._nothing_ran:
+                session.exitstatus = self.nothing_ran_status
+            elif self._interrupted:
+                session.exitstatus = pytest.ExitCode.INTERRUPTED
+            elif self._unexplained:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _write(self) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
+        data = {
+            "host": self.facts.host,
+            "place": self.facts.place,
+            "machine": self.facts.machine,
+            "settings": self.facts.settings,
+            "end": self.end,
+            "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
+            "cells": self._ordered_rows(),
+            "tests": list(self._tests.values()),
+            "migrations": self._migrations,
+        }
+        (self.results / _RESULTS).write_text(json.dumps(data, indent=1))
+        (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._ordered_rows())))
+        self.kept = True
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        screen = Screen(terminalreporter)
+        verbose = terminalreporter.config.get_verbosity() > 0
+        rows = self._ordered_rows()
+        if rows:
+            self._show_matrix(screen, rows, verbose)
+        if bugs := _known_bugs([*self._tests.values()]):
+            screen.section("known bugs in the other tests" if rows else "known bugs")
+            for bug, tests in bugs.items():
+                screen.line(f"{bug} (known_bugs.toml has what it is):")
+                for test, cases in Counter(one["test"].partition("[")[0] for one in tests).items():
+                    screen.line(f"  {test}" + (f", {cases} cases" if cases > 1 else ""))
+        if self._migrations:
+            screen.section("migrations: pages that each round copied (times: results.json)")
+            for line in table.migration_lines([*self._migrations.values()]):
+                screen.line(line)
+        if self._caught:
+            screen.section("planted faults: within how many iterations each was caught")
+            for fault, within in sorted(self._caught.items()):
+                screen.line(f"{fault}: {', '.join(sorted(within))}")
+        if self.kernel_reports:
+            self._show_kernel_reports(screen)
+        self._show_untested(screen)
+        for remark in self.remarks:
+            if remark.startswith(" "):
+                screen.verbatim(remark)
+            else:
+                screen.line(remark)
+
+    def show_verdict(self, terminalreporter: pytest.TerminalReporter, exit_status: int) -> None:
+        """The line that a person can quote: kernel, place, verdict, counts, and where the files are."""
+        if exit_status == pytest.ExitCode.USAGE_ERROR:
+            return  # pytest says what is wrong with the command
+        on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
+        judges = {test for test in on_kvm if self.must_test or not test.startswith(OWN_TESTS)}
+        if self.must_test:
+            judges |= set(self._verdicts)
+        verdicts = self._verdicts | on_kvm
+        outcome = Outcome(
+            kernel=Counter(verdict for test, verdict in verdicts.items() if test in judges),
+            own=Counter(verdict for test, verdict in verdicts.items() if test not in judges),
+            planned=self._session.testscollected if self._session is not None else 0,
+            uncollected=len(self._uncollected),
+            stopped=self._stopped(terminalreporter.config, exit_status),
+            log_reports=sum(report.known_bug is None for report in self.kernel_reports),
+            end=self.end,
+            untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
+        )
+        word, text = judge(outcome)
+        files = f"; files: {self.shown_results}" if self.kept else ""
+        failed = word in (Word.BAD, Word.CANNOT) or bool(outcome.own["FAIL"])
+        green = word is Word.GOOD and not failed
+        screen = Screen(terminalreporter)
+        screen.line()
+        screen.line(
+            f"{place(self.facts.host, self.facts.machine)}: {text}{files}",
+            bold=True,
+            red=failed,
+            green=green,
+        )
+
+    def _stopped(self, config: pytest.Config, exit_status: int) -> str:
+        """What ended the run before its end; pytest calls an end after a failure an interruption too, with workers."""
+        interruption: Interruption | None = config.pluginmanager.get_plugin("interruption")
+        by_signal = interruption is not None and interruption.name is not None
+        if exit_status == pytest.ExitCode.INTERRUPTED and not by_signal:
+            return "stopped"
+        return _STOPPED.get(exit_status, "")
+
+    def _show_matrix(self, screen: Screen, rows: list[dict[str, Any]], verbose: bool) -> None:
+        screen.section("dirty tracking, cell by cell")
+        host = self.facts.host
+        screen.line(f"kernel {host['kernel']}, {host['backend']}: {self.facts.place}")
+        if any(row["verdict"] not in table.UNTESTED for row in rows):
+            screen.line()
+            for line in table.table_for(rows, screen.width, verbose):
+                screen.row(line)
+            screen.line()
+        screen.line(table.summary(rows))
+        for bug, cells in _known_bugs(rows).items():
+            screen.line()
+            screen.line(f"known bug {bug} (known_bugs.toml has what it is):")
+            for row in cells:
+                names = " ".join(str(row[name]) for name in table.DIMENSIONS[:-1])
+                screen.line(f"  {names}, {counted(row['vcpus'], 'vCPU')}:")
+                findings = str(row.get("findings", "")).splitlines()
+                for finding in findings if verbose else findings[:1]:
+                    screen.line(f"    {finding}")
+
+    def _show_untested(self, screen: Screen) -> None:
+        """What did not come to its test, a line per reason."""
+        if not any(self._untested.values()):
+            return
+        screen.section("what did not run: how many tests, of which files, and why")
+        for verdict in reversed(table.UNTESTED):
+            for line in table.untested_lines(self._untested[verdict], verdict):
+                screen.line(line, indent="    ")
+        if self._untested["skipped"] and self._not_on_kvm and not self.facts.machine:
+            screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
+
+    def _show_kernel_reports(self, screen: Screen) -> None:
+        screen.section("the kernel's log")
+        for report in self.kernel_reports:
+            while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
+            explained = f", known bug {report.known_bug}" if report.known_bug else ""
+            screen.line(
+                f"{report.kind}{explained}{while_running}:", red=not report.known_bug, yellow=bool(report.known_bug)
+            )
+            # That of a test is in its own report.
+            for line in report.lines[:1] if report.known_bug or report.tests else report.lines:
+                screen.verbatim(f"  {line}")
+
+    @property
+    def _unexplained(self) -> bool:
+        return any(report.known_bug is None for report in self.kernel_reports)
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether a planned test did not come to run."""
+        return "not run" in self._verdicts.values()
+
+    @property
+    def _nothing_ran(self) -> bool:
+        return not self._on_kvm and not self._interrupted and (bool(self._not_on_kvm) or self.must_test)
+
+    def _ordered_rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of the plan: workers finish in any."""
+        order = {tuple(cell.values()): index for index, cell in enumerate(self.facts.cells)}
+        return sorted(
+            self._rows.values(),
+            key=lambda row: order.get(tuple(row[name] for name in table.DIMENSIONS), len(order)),
+        )
+
+
+def write_failure(results: Path, name: str, data: Any) -> None:
+    """Keep all that is known of a failed test."""
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(data, indent=1))
+
+
+def not_kept(results: Path | str, error: OSError, option: str = "--results DIR") -> str:
+    """What to say when *results* cannot be written."""
+    return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} ({option} puts them elsewhere)"
+
+
+def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The cells or tests in which each known bug showed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["verdict"] == "known bug":
+            found.setdefault(row["reason"], []).append(row)
+    return found
+
+
+def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:
+    """A test's verdict as the table shows it, and the reason where there is one."""
+    if hasattr(report, "wasxfail"):
+        return "known bug", report.wasxfail.removeprefix("reason: ")
+    if report.outcome == "skipped":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return properties.get("verdict", "skipped"), reason.removeprefix("Skipped: ").removeprefix("not run: ")
+    if report.outcome == "failed":
+        return "FAIL", properties.get("kernel_log", "")
+    return properties.get("verdict", "pass"), ""

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a user asked for: dimension values and settings, from text to checked values."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dirty_tracking.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_data_size, place_test_memory
+from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.ring import ENTRY_SIZE
+from harness.matrix import full_matrix, pairwise_matrix
+from kvm_util import uapi
+from kvm_util.arch import current as arch
+from kvm_util.host_limits import (
+    THREADS,
+    Limit,
+    address_space_limits,
+    available_memory,
+    memory_limits,
+    promise_limits,
+    thread_limits,
+    tightest,
+)
+from kvm_util.ioctl import KvmError
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS, GIB, KIB, MIB, size_text
+
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "log_mode": tuple(LOG_MODES),
+    "guest_mode": tuple(arch.GUEST_MODES),
+    "backing": tuple(BACKINGS),
+    "stop": tuple(STOPS),
+    "density": tuple(DENSITIES),
+}
+DEFAULT_VCPUS = (1, 2)
+
+# What a worker needs beside guest memory: interpreter, tables and the oracle's sets (measured: below 120 MiB at 1 GiB)
+_WORKER_MEMORY = 150 * MIB
+_HOUR = 3_600_000  # in milliseconds
+_UNITS = {"k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+_UNITS_TEXT = "K, M, G or T"
+
+
+class SelectionError(ValueError):
+    """The user asked for something that cannot be; the text is one line for the user."""
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell of the run; *missing* says why it cannot run here."""
+
+    cell: Cell
+    missing: str | None = None
+
+
+def parse_names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """The comma-separated names in *text*, each one of *choices*, in the order of *choices*."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in choices:
+            raise SelectionError(f"{option}: no such value: {name!r} (choose from {', '.join(choices)})")
+    return tuple(choice for choice in choices if choice in names)
+
+
+def parse_number(option: str, text: str, least: int, most: int | None = None) -> int:
+    """A whole number, in decimal or with 0x."""
+    value = _whole_number(text)
+    if value is None:
+        raise SelectionError(f"{option}: {text!r} is not a whole number")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise SelectionError(f"{option}: {text} is out of range, it must be {bounds}")
+    return value
+
+
+def _whole_number(text: str) -> int | None:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return None
+
+
+def parse_milliseconds(option: str, text: str) -> float:
+    """A time in milliseconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise SelectionError(f"{option}: {text!r} is not a number of milliseconds") from None
+    if not 0 < value <= _HOUR:
+        raise SelectionError(f"{option}: {text} ms is out of range, it must be above 0 and at most {_HOUR}")
+    return value
+
+
+def parse_size(option: str, text: str) -> int:
+    """A size in bytes, with an optional unit; whole pages."""
+    number, unit = (text, "") if _whole_number(text) is not None else (text[:-1], text[-1:])
+    value = _whole_number(number)
+    if value is None:
+        raise SelectionError(
+            f"{option}: {text!r} is no size: write a whole number and a unit ({_UNITS_TEXT}), such as 64M"
+        )
+    if unit and unit.lower() not in _UNITS:
+        raise SelectionError(f"{option}: {text!r} has an unknown unit {unit!r} (the units are {_UNITS_TEXT})")
+    size = value * _UNITS.get(unit.lower(), 1)
+    if size % PAGE:
+        raise SelectionError(f"{option}: {text} is not a multiple of the page size ({PAGE})")
+    if size < PAGE:
+        raise SelectionError(f"{option}: {text} is out of range, it must be at least a page ({PAGE})")
+    return size
+
+
+def check_values(settings: Settings, vcpus: int) -> None:
+    """Check what depends on no host.
+
+    :param vcpus: of the largest VM
+    :raises SelectionError: a value that no KVM takes
+    """
+    count = settings.ring_count
+    if count & (count - 1):
+        raise SelectionError(f"--ring-count: {count} is not a power of two")
+    if vcpus > MAX_VCPUS:
+        raise SelectionError(f"--vcpus: {vcpus} is out of range, a page has words for {MAX_VCPUS}")
+
+
+def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
+    """Check what can be checked without KVM.
+
+    :param vcpus: of the largest VM
+    :param workers: how many cells run at once
+    :raises SelectionError: a value that no KVM takes, or more memory than the host has
+    """
+    check_values(settings, vcpus)
+    check_memory(settings, vcpus, workers, [*memory_limits(), *promise_limits()])
+    check_memory(settings, vcpus, 1, address_space_limits())
+    if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
+        raise SelectionError(
+            f"-n: {workers} workers need {workers * THREADS} threads, but {limit.text}, {max(limit.left, 0)} of them free"
+            f" (fewer workers, or {limit.remedy})"
+        )
+
+
+def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[Limit]) -> None:
+    """Check that *workers* at a time have memory enough.
+
+    :raises SelectionError: one of the limits does not allow it; the option that takes most is to blame
+    """
+    needed = workers * _worker_memory(settings, vcpus)
+    limit = tightest(limits, needed)
+    if limit is None:
+        return
+    if workers * vcpus * settings.ring_count * ENTRY_SIZE > needed // 2:
+        option, what = "--ring-count", f"rings of {settings.ring_count} entries"
+    else:
+        option, what = "--test-mem", size_text(settings.test_mem)
+    verb = f"{workers} at a time need" if workers > 1 else "need" if option == "--ring-count" else "needs"
+    fewer = ", fewer workers with -n" if workers > 1 else ""
+    raise SelectionError(
+        f"{option}: {what} {verb} {needed // MIB} MiB of memory, but {limit.text},"
+        f" {max(limit.left, 0) // MIB} MiB of it free (a smaller {option}{fewer}, or {limit.remedy})"
+    )
+
+
+def workers_here(settings: Settings, vcpus: int) -> int:
+    """How many cells with so many vCPUs can run at once with the memory and the threads that the host grants."""
+    needed = _worker_memory(settings, vcpus)
+    if tightest(address_space_limits(), needed):
+        return 0
+    threads = min((limit.left for limit in thread_limits()), default=sys.maxsize)
+    return max(0, min(available_memory() // needed, threads // THREADS))
+
+
+def _worker_memory(settings: Settings, vcpus: int) -> int:
+    """Bytes that one worker needs: test memory, what each vCPU adds in the guest, oracle and ring, and itself."""
+    npages = settings.slot_size // PAGE
+    per_vcpu = 12 * npages + settings.ring_count * ENTRY_SIZE  # stream and expected values
+    return settings.slot_size + guest_data_size(settings.slot_size, vcpus) + vcpus * per_vcpu + _WORKER_MEMORY
+
+
+def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any, ...]]) -> None:
+    """Check what depends on this host's KVM.
+
+    :raises SelectionError: a ring size or an offset that this KVM does not take
+    """
+    most = kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS)
+    if max(dimensions["vcpus"]) > most:
+        raise SelectionError(f"--vcpus: {max(dimensions['vcpus'])} is out of range, this KVM has at most {most}")
+    limit = arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd))
+    for backing in dimensions["backing"]:
+        names = {name: values[0] for name, values in dimensions.items()}
+        cell = Cell(**names | {"backing": backing, "vcpus": max(dimensions["vcpus"])})
+        try:
+            place_test_memory(settings, cell, limit)
+        except ValueError as error:
+            option = "--test-mem" if settings.phys_offset is None else "--phys-offset"
+            raise SelectionError(f"{option}: {error}") from None
+    rings = [mode for name in dimensions["log_mode"] if issubclass(mode := LOG_MODES[name], DirtyRing)]
+    for mode in rings:
+        if mode.supported(kvm) is None:
+            _check_ring_count(kvm, mode, settings.ring_count)
+
+
+def _check_ring_count(kvm: Kvm, mode: type[DirtyRing], count: int) -> None:
+    most = kvm.check_extension(mode.cap) // ENTRY_SIZE
+    if count > most:
+        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at most {most}")
+    if not _ring_accepted(kvm, mode, count):
+        # The smallest size depends on the entries that the backend reserves (api.rst 8.29, kvm_dirty_ring_get_rsvd_entries()).
+        least = next((n for n in _powers_of_two(count, most) if _ring_accepted(kvm, mode, n)), most)
+        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at least {least}")
+
+
+def _ring_accepted(kvm: Kvm, mode: type[DirtyRing], count: int) -> bool:
+    with kvm.create_vm() as vm:
+        try:
+            mode(count).create_vm_done(vm)
+        except KvmError:
+            return False
+        return True
+
+
+def _powers_of_two(first: int, last: int) -> list[int]:
+    return [1 << bit for bit in range(first.bit_length(), last.bit_length())]
+
+
+def smallest_ring(kvm: Kvm, mode: type[DirtyRing] = DirtyRing) -> int:
+    """The smallest number of entries that this KVM, which must have *mode*, accepts for a ring."""
+    sizes = _powers_of_two(1, 1 << 17)
+    return next(count for count in sizes if _ring_accepted(kvm, mode, count))
+
+
+def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:
+    """The cells of a run: those of the values that this host has, and one that names what is missing for each other value.
+
+    :param kvm: None when KVM cannot be used: then nothing is known to be missing, and every cell will say so itself
+    :param full: the whole product of the dimensions, else all pairs
+    """
+    reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
+    if kvm is not None:
+        cpuid = arch.get_supported_cpuid(kvm.fd)
+        checks: dict[str, Callable[[str], str | None]] = {
+            "log_mode": lambda name: LOG_MODES[name].supported(kvm),
+            "guest_mode": lambda name: arch.GUEST_MODES[name].missing(cpuid),
+            "backing": lambda name: BACKINGS[name].missing(settings.slot_size),
+        }
+        for name, check in checks.items():
+            reasons[name] = {value: reason for value in dimensions[name] if (reason := check(value))}
+    present = {name: tuple(v for v in values if v not in reasons[name]) for name, values in dimensions.items()}
+    planned = []
+    if all(present.values()):
+        planned += [PlannedCell(cell) for cell in (full_matrix if full else pairwise_matrix)(present)]
+    some = {name: (present[name] or values)[0] for name, values in dimensions.items()}
+    for name, absent in reasons.items():
+        planned += [PlannedCell(Cell(**some | {name: value}), reason) for value, reason in absent.items()]
+    return planned

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The table that ends a run, a row per cell of the matrix, and the lists around it."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvm_util.wording import WIDTH, counted, short_number
+
+DIMENSIONS = ("log_mode", "guest_mode", "backing", "stop", "density", "vcpus")
+VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped", "not run")
+# Of what did not come to its test
+UNTESTED = ("skipped", "not run")
+_PLURALS = {"known bug": "known bugs", "known bug, not seen": "known bugs not seen"}
+# How a count of tests, not of cells, says it
+_OF_TESTS = {"pass": "passed", "FAIL": "failed"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table, in the parts that may have colours of their own."""
+
+    text: str
+    verdict: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.text + self.verdict + self.reason
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table.
+
+    :ivar number: whether it is aligned to the right
+    """
+
+    header: str
+    text: Callable[[Row], str]
+    number: bool = False
+
+
+def long_table(rows: Sequence[Row]) -> list[Line]:
+    """The rows with all that is known of them: dimensions by their names, exact figures, verdict and reason."""
+    return _table(_LONG, rows, "  ", str, reasons=True)
+
+
+def short_table(rows: Sequence[Row], width: int = WIDTH) -> list[Line]:
+    """The rows that were tested, as closely as *width* columns need; 80 are enough for every cell."""
+    tested = [row for row in rows if row["verdict"] not in UNTESTED]
+    for gap, reasons in (("  ", True), ("  ", False)):
+        lines = _table(_SHORT, tested, gap, _short_verdict, reasons)
+        if all(len(str(line)) <= width for line in lines):
+            return lines
+    return _table(_SHORT, tested, " ", _short_verdict, reasons=False)
+
+
+def table_for(rows: Sequence[Row], width: int, verbose: bool) -> list[Line]:
+    """The rows that were tested: with all that is known of them if that is asked for and fits, else the short table."""
+    long = long_table([row for row in rows if row["verdict"] not in UNTESTED]) if verbose else []
+    return long if long and all(len(str(line)) <= width for line in long) else short_table(rows, width)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many cells there are of each verdict."""
+    return f"{counted(len(rows), 'cell')}: {_counts(Counter(row['verdict'] for row in rows), {})}"
+
+
+def counts_of_tests(verdicts: Counter[str]) -> str:
+    """How many tests there are of each verdict: ``11 passed, 3 known bugs``."""
+    return _counts(verdicts, _OF_TESTS)
+
+
+def migration_lines(migrations: Sequence[Row]) -> list[str]:
+    """A line per migration: its name, verdict, and what each round copied. They have an order of their own: workers do not."""
+    lines = [
+        [str(one["name"]), str(one["verdict"]), " ".join(str(done["copied"]) for done in one["rounds"])]
+        for one in migrations
+    ]
+    return _left(sorted(lines))
+
+
+def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str]:
+    """A line per reason for which tests did not run, the one that kept most from running first.
+
+    Reasons that differ only in the name that they begin with (``57bit-4k: no LA57``, ``57bit-2m: no LA57``) share a line.
+
+    :param tests: for each reason the tests' ids
+    """
+    names: dict[str, list[str]] = {}
+    ids: dict[str, list[str]] = {}
+    for reason, those in tests.items():
+        name, colon, text = reason.partition(": ")
+        if not colon or " " in name:
+            name, text = "", reason
+        names.setdefault(text, []).append(name)
+        ids.setdefault(text, []).extend(those)
+    lines = []
+    for text, those in sorted(ids.items(), key=lambda item: -len(item[1])):
+        files = dict.fromkeys(test.partition("::")[0].removeprefix("selftests/") for test in those)
+        about = ", ".join(sorted(filter(None, names[text])))
+        lines.append(f"{len(those):5} {verdict}, {', '.join(files)}: {about + ': ' if about else ''}{text}")
+    return lines
+
+
+_CASES = "(4 3k 2s 1F: 4 passed, 3 have a known bug, 2 skipped or not run, 1 failed)"
+_IN_CROSS_TABLE = {"known bug": "bug", "known bug, not seen": "bug?", "skipped": "skip", "not run": "none"}
+
+
+def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
+    """The verdicts of several runs against the cells: a line per cell, and a column per run, headed by its name.
+
+    A last line says what the short words in it mean.
+    """
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, rows in zip(names, runs, strict=True):
+        for row in rows:
+            cell = tuple(_short_name(row, dimension) for dimension in DIMENSIONS)
+            cells.setdefault(cell, {})[name] = _IN_CROSS_TABLE.get(str(row["verdict"]), str(row["verdict"]))
+    lines = [[_SHORT_HEADERS[name] for name in DIMENSIONS] + list(names)]
+    lines += [[*cell, *(verdicts.get(name, "-") for name in names)] for cell, verdicts in cells.items()]
+    words = {word for line in lines for word in line[len(DIMENSIONS) :]}
+    meanings = [(short, verdict) for verdict, short in _IN_CROSS_TABLE.items()] + [("-", "no cell of that run")]
+    legend = "; ".join(f"{word}: {meaning}" for word, meaning in meanings if word in words)
+    return _left(lines) + ([f"({legend})"] if legend else [])
+
+
+def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
+    """Which tests really ran where: a line per test function, and a column per run with how many of its cases passed.
+
+    A last line says what the letters mean.
+    """
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for name, rows in zip(names, runs, strict=True):
+        for row in rows:
+            function = str(row["test"]).partition("[")[0].removeprefix("selftests/")
+            counts.setdefault(function, {}).setdefault(name, Counter())[str(row["verdict"])] += 1
+    lines = [[*names, "test"]]  # the long names last
+    lines += [[*(_cases(columns.get(name)) for name in names), function] for function, columns in counts.items()]
+    return [*_left(lines), _CASES]
+
+
+def skipped_everywhere(runs: Sequence[Sequence[Row]]) -> list[str]:
+    """The tests that ran in none of several runs, with the reason that the first one gave."""
+    reasons = {str(row["test"]): str(row["reason"]) for rows in reversed(runs) for row in rows}
+    ran = {str(row["test"]) for rows in runs for row in rows if row["verdict"] not in UNTESTED}
+    return [f"{test}: {reason}" for test, reason in reasons.items() if test not in ran]
+
+
+def _cases(verdicts: Counter[str] | None) -> str:
+    if verdicts is None:
+        return "-"
+    letters = {"pass": "", "known bug": "k", "known bug, not seen": "k", "skipped": "s", "not run": "s", "FAIL": "F"}
+    counts: Counter[str] = Counter()
+    for verdict, number in verdicts.items():
+        counts[letters[verdict]] += number
+    return " ".join(f"{counts[letter]}{letter}" for letter in dict.fromkeys(letters.values()) if counts[letter])
+
+
+def _left(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines with all columns aligned to the left."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _table(
+    columns: Sequence[_Column], rows: Sequence[Row], gap: str, word: Callable[[str], str], reasons: bool
+) -> list[Line]:
+    """The rows below a header, with *gap* between the columns, and each verdict as *word* says it."""
+    cells = [[column.header for column in columns], *([column.text(row) for column in columns] for row in rows)]
+    widths = [max(map(len, texts)) for texts in zip(*cells, strict=True)]
+    texts = [
+        "".join(
+            (text.rjust(width) if column.number else text.ljust(width)) + gap
+            for text, width, column in zip(line, widths, columns, strict=True)
+        )
+        for line in cells
+    ]
+    lines = [Line(f"{texts[0]}verdict")]
+    for text, row in zip(texts[1:], rows, strict=True):
+        reason = f": {row['reason']}" if reasons and row.get("reason") else ""
+        lines.append(Line(text, word(row["verdict"]), reason))
+    return lines
+
+
+def _counts(verdicts: Counter[str], words: Mapping[str, str]) -> str:
+    def named(verdict: str) -> str:
+        singular = words.get(verdict, verdict.replace(",", ""))  # the list has commas of its own
+        return counted(verdicts[verdict], singular, _PLURALS.get(verdict, singular))
+
+    return ", ".join(named(verdict) for verdict in VERDICTS if verdicts[verdict])
+
+
+def _exact(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _writes(row: Row) -> str:
+    return short_number(row["writes"]) if row.get("writes") is not None else _exact(None)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value >= 9999.5:
+        return f"{value / 3600:.0f}h"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+# What tells the values of a dimension apart, where their names are long
+_SHORT_NAMES = {
+    "anonymous": "anon",
+    "anonymous_thp": "thp",
+    "anonymous_hugetlb_2mb": "htlb-2m",
+    "anonymous_hugetlb_1gb": "htlb-1g",
+    "cooperative": "coop",
+    "dense-sequential": "dense-seq",
+    "dense-random": "dense-rnd",
+}
+_SHORT_HEADERS = {
+    "log_mode": "log mode",
+    "guest_mode": "guest",
+    "backing": "backing",
+    "stop": "stop",
+    "density": "density",
+    "vcpus": "vCPU",
+}
+
+
+def _short_name(row: Row, dimension: str) -> str:
+    name = str(row.get(dimension, ""))
+    return _SHORT_NAMES.get(name, name)
+
+
+def _short_verdict(verdict: str) -> str:
+    return {"known bug, not seen": "bug not seen"}.get(verdict, verdict)
+
+
+def _name(dimension: str) -> Callable[[Row], str]:
+    return lambda row: str(row.get(dimension, ""))
+
+
+def _short(dimension: str) -> Callable[[Row], str]:
+    return lambda row: _short_name(row, dimension)
+
+
+def _figure(name: str) -> Callable[[Row], str]:
+    return lambda row: _exact(row.get(name))
+
+
+_LONG = [_Column(name.replace("_", " "), _name(name), name == "vcpus") for name in DIMENSIONS]
+_LONG += [
+    _Column(name.removesuffix("_exits").replace("_", " "), _figure(name), number=True)
+    for name in ("iterations", "writes", "dirty", "clean", "ring_full_exits", "seconds")
+]
+_SHORT = [_Column(_SHORT_HEADERS[name], _short(name), name == "vcpus") for name in DIMENSIONS]
+_SHORT += [
+    _Column("writes", _writes, number=True),
+    _Column("sec", lambda row: _seconds(row.get("seconds")), number=True),
+]

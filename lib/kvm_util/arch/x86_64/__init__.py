@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""x86-64: the names that the rest of the library takes from an architecture."""
+
+from kvm_util.arch.x86_64.cpuid import (
+    Cpuid,
+    cpu_model,
+    cpu_vendor,
+    get_supported_cpuid,
+    guest_phys_limit,
+    has_xsave,
+    vector_stores,
+)
+from kvm_util.arch.x86_64.paging import GUEST_MODES, PAGE_SIZE, GuestMode, PageTables
+from kvm_util.arch.x86_64.uapi import (
+    KVM_DIRTY_LOG_PAGE_OFFSET,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL,
+    SYS_SET_MEMPOLICY,
+    SYS_USERFAULTFD,
+)
+from kvm_util.arch.x86_64.vcpu_state import (
+    SEGMENT_DESCRIPTORS,
+    SEGMENT_NOT_ACCESSED,
+    UCALL_PORT_SYMBOL,
+    GuestException,
+    abort_arguments,
+    create_irqchip,
+    decode_exception,
+    decode_ucall,
+    describe_registers,
+    get_regs,
+    get_sregs,
+    init_descriptor_tables,
+    init_vcpu,
+    set_msr,
+    use_what_has_static_keys,
+)
+
+NAME = "x86_64"
+
+# Loads are not reordered with loads, nor stores with earlier loads and stores (Intel SDM volume 3, "Memory Ordering";
+# AMD APM volume 2, section 7.2). On such a machine plain accesses in program order are the load-acquire and
+# store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
+TOTAL_STORE_ORDER = True
+
+# Which of KVM's quirks (KVM_CAP_DISABLE_QUIRKS2) drops the page tables of all slots when one is deleted or moved
+SLOT_ZAP_ALL_QUIRK = KVM_X86_QUIRK_SLOT_ZAP_ALL
+
+# Whether KVM writes guest memory without a vCPU, so that a bitmap may be kept beside the rings (api.rst 8.29)
+RING_WITH_BITMAP = False
+
+__all__ = [
+    "GUEST_MODES",
+    "KVM_DIRTY_LOG_PAGE_OFFSET",
+    "NAME",
+    "PAGE_SIZE",
+    "RING_WITH_BITMAP",
+    "SEGMENT_DESCRIPTORS",
+    "SEGMENT_NOT_ACCESSED",
+    "SLOT_ZAP_ALL_QUIRK",
+    "SYS_SET_MEMPOLICY",
+    "SYS_USERFAULTFD",
+    "TOTAL_STORE_ORDER",
+    "UCALL_PORT_SYMBOL",
+    "Cpuid",
+    "GuestException",
+    "GuestMode",
+    "PageTables",
+    "abort_arguments",
+    "cpu_model",
+    "cpu_vendor",
+    "create_irqchip",
+    "decode_exception",
+    "decode_ucall",
+    "describe_registers",
+    "get_regs",
+    "get_sregs",
+    "get_supported_cpuid",
+    "guest_phys_limit",
+    "has_xsave",
+    "init_descriptor_tables",
+    "init_vcpu",
+    "set_msr",
+    "use_what_has_static_keys",
+    "vector_stores",
+]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest page tables for any virtual-to-physical mapping, with 4 or 5 levels and pages of 4 KiB, 2 MiB or 1 GiB."""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvm_util.arch.x86_64.cpuid import Cpuid
+from kvm_util.memory import GIB, KIB, MIB, align_down
+
+PAGE_SIZE = 4 * KIB
+_ENTRIES = 512
+
+# Intel SDM volume 3, "Paging"; AMD APM volume 2, "Page translation and protection"
+_PRESENT, _WRITABLE, _USER, _PAGE_SIZE_BIT = 1 << 0, 1 << 1, 1 << 2, 1 << 7
+_ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
+
+
+@dataclass(frozen=True)
+class GuestMode:
+    """How the guest maps the test memory: number of paging levels, and the size of its pages in bytes."""
+
+    name: str
+    levels: int
+    page_size: int
+
+    def missing(self, cpuid: Cpuid) -> str | None:
+        """What the vCPU lacks for this mode; None when it has all."""
+        if self.levels == 5 and not cpuid.has_la57():
+            return f"{self.name}: KVM offers no 5-level paging here (CPUID LA57)"
+        if self.page_size == GIB and not cpuid.has_1gib_pages():
+            return f"{self.name}: KVM offers no 1 GiB guest pages here (CPUID PDPE1GB)"
+        return None
+
+
+GUEST_MODES = {
+    mode.name: mode
+    for mode in (
+        GuestMode("48bit-4k", 4, 4 * KIB),
+        GuestMode("48bit-2m", 4, 2 * MIB),
+        GuestMode("48bit-1g", 4, GIB),
+        GuestMode("57bit-4k", 5, 4 * KIB),
+        GuestMode("57bit-2m", 5, 2 * MIB),
+        GuestMode("57bit-1g", 5, GIB),
+    )
+}
+
+
+class PageTables:
+    """Page tables in guest memory.
+
+    :param levels: 4 or 5; fewer for tables that others are attached to
+    :param allocate: gives the guest-physical address of a fresh, zeroed page
+    :param words: gives the 512 entries of the table at a guest-physical address
+    :param nested: for tables that a guest gives a guest of its own: their walks count as a user's accesses (AMD APM
+        volume 2, "Nested Paging")
+    """
+
+    def __init__(
+        self, levels: int, allocate: Callable[[], int], words: Callable[[int], memoryview], nested: bool = False
+    ) -> None:
+        self._levels = levels
+        self._table_access = _PRESENT | _WRITABLE | (_USER if nested else 0)
+        self._allocate = allocate
+        self._words = words
+        self.root = allocate()
+
+    def map(self, gva: int, gpa: int, size: int, page_size: int = PAGE_SIZE, writable: bool = True) -> None:
+        """Map *size* bytes at *gva* to *gpa* with pages of *page_size*.
+
+        Both addresses are rounded down, and the end up, to whole pages, so they must be congruent modulo *page_size*.
+        """
+        if (gva - gpa) % page_size:
+            raise ValueError(f"gva {gva:#x} and gpa {gpa:#x} are not congruent modulo {page_size:#x}")
+        start = align_down(gva, page_size)
+        access = self._table_access if writable else self._table_access & ~_WRITABLE
+        self._map(self.root, self._levels, start, gva + size, gpa - (gva - start), page_size, access)
+
+    def attach(self, gva: int, below: "PageTables") -> None:
+        """Have *below*, tables with a level less that may lie anywhere, translate the part of the space that holds *gva*."""
+        span = PAGE_SIZE * _ENTRIES ** (self._levels - 1)
+        self._words(self.root)[gva // span % _ENTRIES] = below.root | self._table_access
+
+    def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int, access: int) -> None:
+        """Fill the part of *table* that translates [start, end); the tables below are made as they are needed."""
+        words = self._words(table)
+        span = PAGE_SIZE * _ENTRIES ** (level - 1)
+        if span == page_size:
+            first = start // span % _ENTRIES
+            count = -(-(end - start) // span)
+            flags = access | (_PAGE_SIZE_BIT if level > 1 else 0)
+            base = gpa | flags
+            words[first : first + count] = memoryview(array("Q", range(base, base + count * span, span)))
+            return
+        while start < end:
+            index = start // span % _ENTRIES
+            part_end = min(end, align_down(start, span) + span)
+            if not words[index]:
+                words[index] = self._allocate() | self._table_access
+            self._map(words[index] & _ADDRESS_MASK, level - 1, start, part_end, gpa, page_size, access)
+            gpa += part_end - start
+            start = part_end

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A vCPU's state: 64-bit mode for the guest program, descriptor tables, and how its calls and exceptions read back."""
+
+import ctypes
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvm_util import uapi
+from kvm_util.arch.x86_64.cpuid import Cpuid
+from kvm_util.arch.x86_64.uapi import (
+    KVM_CAP_XEN_HVM,
+    KVM_CREATE_IRQCHIP,
+    KVM_GET_REGS,
+    KVM_GET_SREGS,
+    KVM_SET_CPUID2,
+    KVM_SET_MSRS,
+    KVM_SET_REGS,
+    KVM_SET_SREGS,
+    KVM_XEN_HVM_CONFIG,
+    kvm_msr_entry,
+    kvm_msrs,
+    kvm_regs,
+    kvm_segment,
+    kvm_sregs,
+    kvm_xen_hvm_config,
+)
+from kvm_util.ioctl import ioctl
+
+# The guest program's symbol that says which port its calls use
+UCALL_PORT_SYMBOL = "UCALL_PORT"
+
+_CODE_SELECTOR, _DATA_SELECTOR, _TSS_SELECTOR = 0x08, 0x10, 0x18
+_CODE_TYPE, _DATA_TYPE, _BUSY_TSS_TYPE = 0xB, 0x3, 0xB
+_CODE_DESCRIPTOR, _DATA_DESCRIPTOR = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
+# What the first selectors of a descriptor table must hold to go on as before, and a data segment not accessed so far
+SEGMENT_DESCRIPTORS = (_CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
+SEGMENT_NOT_ACCESSED = 0x00CF_9200_0000_FFFF
+_INTERRUPT_GATE = 0x8E
+_GATE_SIZE = 16
+_IDT_OFFSET = 0x100  # in the page that holds the GDT and, from here on, the IDT
+_EXCEPTIONS = 32
+_VECTORS = _EXCEPTIONS + 1  # and the one for interrupts, INTERRUPT_VECTOR of guest.inc
+_STUB_SPACING = 16
+_TSS_SIZE = 0x68
+_TSS_IST1 = 0x24
+
+_CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1 << 0  # PG WP NE ET MP PE
+_CR4 = 1 << 10 | 1 << 9 | 1 << 5  # OSXMMEXCPT OSFXSR PAE
+_CR4_LA57 = 1 << 12
+_EFER_LME, _EFER_LMA, _EFER_NX = 1 << 8, 1 << 10, 1 << 11
+_RFLAGS_RESERVED = 1 << 1
+
+# The register that Xen's guests write for their hypercall page; any other would do
+_XEN_MSR = 0x40000000
+
+_GENERAL_REGISTERS = [field[0] for field in kvm_regs._fields_]
+
+_VECTOR_NAMES = {
+    0: "#DE divide error",
+    1: "#DB debug",
+    3: "#BP breakpoint",
+    4: "#OF overflow",
+    5: "#BR bound range",
+    6: "#UD invalid opcode",
+    7: "#NM device not available",
+    8: "#DF double fault",
+    10: "#TS invalid TSS",
+    11: "#NP segment not present",
+    12: "#SS stack fault",
+    13: "#GP general protection",
+    14: "#PF page fault",
+    16: "#MF x87",
+    17: "#AC alignment check",
+    18: "#MC machine check",
+    19: "#XM SIMD",
+}
+_PAGE_FAULT = 14
+
+
+@dataclass(frozen=True)
+class GuestException:
+    """An exception that the guest took; *address* is CR2 and means something for page faults only."""
+
+    vector: int
+    error_code: int
+    rip: int
+    rsp: int
+    rflags: int
+    address: int
+
+    def __str__(self) -> str:
+        name = _VECTOR_NAMES.get(self.vector, f"vector {self.vector}")
+        text = f"{name}, error code {self.error_code:#x}, rip={self.rip:#x} rsp={self.rsp:#x} rflags={self.rflags:#x}"
+        if self.vector == _PAGE_FAULT:
+            cause = "protection" if self.error_code & 1 else "not mapped"
+            access = "write" if self.error_code & 2 else "fetch" if self.error_code & 16 else "read"
+            text += f", {access} of {self.address:#x} ({cause})"
+        return text
+
+
+def init_descriptor_tables(page: memoryview, symbols: Mapping[str, int]) -> None:
+    """Write the GDT and, behind it, the IDT whose gates lead to the program's stubs, into a zeroed page.
+
+    The gates of exceptions use IST entry 1, so that a guest that lost its stack can still report.
+    """
+    struct.pack_into("<3Q", page, 0, 0, _CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
+    stubs = symbols["exception_stubs"]
+    targets = [(stubs + vector * _STUB_SPACING, 1) for vector in range(_EXCEPTIONS)] + [
+        (symbols["interrupt_handler"], 0)
+    ]
+    for vector, (target, ist) in enumerate(targets):
+        gate = (target & 0xFFFF, _CODE_SELECTOR, ist, _INTERRUPT_GATE, target >> 16 & 0xFFFF, target >> 32, 0)
+        struct.pack_into("<HHBBHII", page, _IDT_OFFSET + vector * _GATE_SIZE, *gate)
+
+
+def init_vcpu(
+    vcpu_fd: int, cpuid: Cpuid, levels: int, root: int, tables: int, tss: tuple[int, memoryview],
+    entry: int, stack: int, exception_stack: int, argument: int,
+) -> None:  # fmt: skip
+    """Put a new vCPU into 64-bit mode at *entry*, with *argument* in rdi; every address is the guest's.
+
+    Only features that *cpuid* offers are switched on: a backend refuses the others with EINVAL.
+
+    :param root: the top page table
+    :param tables: the page that :func:`init_descriptor_tables` filled
+    :param tss: address and memory of a zeroed page for the task state segment
+    """
+    ioctl(vcpu_fd, KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid.buffer)
+    tss_address, tss_memory = tss
+    struct.pack_into("<Q", tss_memory, _TSS_IST1, exception_stack)
+
+    sregs = get_sregs(vcpu_fd)
+    sregs.cr0, sregs.cr3, sregs.cr4 = _CR0, root, _CR4
+    if levels == 5:
+        sregs.cr4 |= _CR4_LA57
+    sregs.efer = _EFER_LME | _EFER_LMA | (_EFER_NX if cpuid.has_nx() else 0)
+    sregs.cs = _segment(_CODE_SELECTOR, _CODE_TYPE, l=1)
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        setattr(sregs, name, _segment(_DATA_SELECTOR, _DATA_TYPE, db=1))
+    sregs.tr = kvm_segment(
+        base=tss_address, limit=_TSS_SIZE - 1, selector=_TSS_SELECTOR, type=_BUSY_TSS_TYPE, present=1
+    )
+    sregs.ldt = kvm_segment(unusable=1)
+    sregs.gdt.base, sregs.gdt.limit = tables, _IDT_OFFSET - 1
+    sregs.idt.base, sregs.idt.limit = tables + _IDT_OFFSET, _VECTORS * _GATE_SIZE - 1
+    ioctl(vcpu_fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"cr0={sregs.cr0:#x}, cr4={sregs.cr4:#x}")
+
+    regs = kvm_regs(rip=entry, rsp=stack, rdi=argument, rflags=_RFLAGS_RESERVED)
+    ioctl(vcpu_fd, KVM_SET_REGS, "KVM_SET_REGS", ctypes.byref(regs))
+
+
+def _segment(selector: int, kind: int, l: int = 0, db: int = 0) -> kvm_segment:  # noqa: E741 (the descriptor bit's name)
+    return kvm_segment(limit=0xFFFF_FFFF, selector=selector, type=kind, present=1, s=1, g=1, l=l, db=db)
+
+
+def get_regs(vcpu_fd: int) -> kvm_regs:
+    """KVM_GET_REGS."""
+    regs = kvm_regs()
+    ioctl(vcpu_fd, KVM_GET_REGS, "KVM_GET_REGS", ctypes.byref(regs))
+    return regs
+
+
+def get_sregs(vcpu_fd: int) -> kvm_sregs:
+    """KVM_GET_SREGS."""
+    sregs = kvm_sregs()
+    ioctl(vcpu_fd, KVM_GET_SREGS, "KVM_GET_SREGS", ctypes.byref(sregs))
+    return sregs
+
+
+def create_irqchip(vm_fd: int) -> None:
+    """KVM_CREATE_IRQCHIP: have KVM emulate the interrupt controllers of a VM that has no vCPU yet."""
+    ioctl(vm_fd, KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
+
+
+def use_what_has_static_keys(kvm_fd: int, vm_fd: int) -> None:
+    """Have a VM without vCPUs use what KVM switches a static key for when the first VM does: local APICs, and Xen.
+
+    apic_sw_disabled (arch/x86/kvm/lapic.c) and kvm_xen_enabled (arch/x86/kvm/xen.c); a VM that has no local APIC holds
+    kvm_has_noapic_vcpu.
+    """
+    create_irqchip(vm_fd)
+    if ioctl(kvm_fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", KVM_CAP_XEN_HVM):
+        config = kvm_xen_hvm_config(msr=_XEN_MSR)
+        ioctl(vm_fd, KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
+
+
+def set_msr(vcpu_fd: int, index: int, value: int) -> None:
+    """KVM_SET_MSRS for one register; the vCPU must not be running.
+
+    :raises KvmError: the ioctl failed
+    :raises ValueError: KVM does not take the register, or not that value
+    """
+    request = bytes(kvm_msrs(nmsrs=1)) + bytes(kvm_msr_entry(index=index, data=value))
+    if not ioctl(vcpu_fd, KVM_SET_MSRS, "KVM_SET_MSRS", request, f"index={index:#x}, data={value:#x}"):
+        raise ValueError(f"KVM_SET_MSRS: KVM does not take {value:#x} for MSR {index:#x}")
+
+
+def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
+    """The command of the guest's call when the last exit was one, else None."""
+    if run.exit_reason == uapi.KVM_EXIT_IO and run.io.direction == uapi.KVM_EXIT_IO_OUT and run.io.port == port:
+        data = ctypes.string_at(ctypes.addressof(run) + run.io.data_offset, run.io.size)
+        return int.from_bytes(data, "little")
+    return None
+
+
+def abort_arguments(vcpu_fd: int) -> tuple[int, int, int]:
+    """The arguments of a guest's abort: the message's address and two values."""
+    regs = get_regs(vcpu_fd)
+    return regs.rsi, regs.rdx, regs.rcx
+
+
+def decode_exception(vcpu_fd: int, read: Callable[[int, int], bytes]) -> GuestException:
+    """The exception that the last call reported, from the frame that the guest's stub built on its stack."""
+    frame = get_regs(vcpu_fd).rsp
+    _rax, vector, error_code, rip, _cs, rflags, rsp = struct.unpack("<7Q", read(frame, 56))
+    return GuestException(vector, error_code, rip, rsp, rflags, get_sregs(vcpu_fd).cr2)
+
+
+def describe_registers(vcpu_fd: int) -> str:
+    """The vCPU's registers as text; the vCPU must not be running."""
+    regs, sregs = get_regs(vcpu_fd), get_sregs(vcpu_fd)
+    values = [(name, getattr(regs, name)) for name in _GENERAL_REGISTERS]
+    values += [(name, getattr(sregs, name)) for name in ("cr0", "cr2", "cr3", "cr4", "efer")]
+    lines = [values[i : i + 4] for i in range(0, len(values), 4)]
+    return "\n".join(" ".join(f"{name:>6}={value:016x}" for name, value in line) for line in lines)

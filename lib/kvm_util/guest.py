@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A VM that runs a guest program: memory slot 0 with program, page tables, stacks and shared variables, and its vCPUs.
+
+Slot 0 begins at guest-physical address 0 and is mapped one to one, without its first page. Test memory goes into other
+slots, mapped where the test likes.
+"""
+
+from enum import Enum
+from types import TracebackType
+
+from kvm_util.arch import current as arch
+from kvm_util.guest_program import GuestProgram
+from kvm_util.kvm import Kvm
+from kvm_util.memory import MIB, align_up
+from kvm_util.vcpu import Vcpu
+
+PROGRAM_SLOT = 0
+_STACK_SIZE = 4 * arch.PAGE_SIZE
+
+
+class Ucall(Enum):
+    """What a guest may tell the host; the values are symbols of the guest program."""
+
+    SYNC = "UCALL_SYNC"
+    DONE = "UCALL_DONE"
+    ABORT = "UCALL_ABORT"
+    EXCEPTION = "UCALL_EXCEPTION"
+
+
+class GuestError(Exception):
+    """The guest ended in a way that the test did not ask for: it aborted, took an exception, or KVM could not run it."""
+
+
+class GuestVm:
+    """A VM with *program* loaded, ready for vCPUs.
+
+    :param kvm: the device to make it from
+    :param program: what its vCPUs run
+    :param guest_mode: page-table levels, and the page size of :meth:`map_test_memory`
+    :param data_size: bytes of slot 0 for :meth:`allocate`, beyond what the program, its tables and stacks need
+    """
+
+    def __init__(self, kvm: Kvm, program: GuestProgram, guest_mode: arch.GuestMode, data_size: int = 0) -> None:
+        self.program = program
+        self.guest_mode = guest_mode
+        self.vm = kvm.create_vm()
+        try:
+            self.cpuid = arch.get_supported_cpuid(kvm.fd)
+            self.size = program_slot_size(data_size)
+            self._memory = self.vm.add_memory(PROGRAM_SLOT, 0, self.size).memory.view
+            self._next_free = align_up(program.end, arch.PAGE_SIZE)
+            for address, data, _ in program.segments:
+                self._memory[address : address + len(data)] = data
+            self.page_tables = arch.PageTables(
+                guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words
+            )
+            self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
+            self._tables = self.allocate(arch.PAGE_SIZE)
+            arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols)
+            self._commands = {program.symbols[call.value]: call for call in Ucall}
+        except BaseException:
+            self.vm.close()
+            raise
+
+    def allocate(self, size: int) -> int:
+        """Take *size* bytes of slot 0, zeroed and page-aligned; returns their address."""
+        address = self._next_free
+        self._next_free = align_up(address + size, arch.PAGE_SIZE)
+        if self._next_free > self.size:
+            raise MemoryError(f"slot 0 has no room for {size:#x} bytes more: {address:#x} of {self.size:#x} are taken")
+        return address
+
+    def memory(self, address: int, size: int) -> memoryview:
+        """The host's view of *size* bytes at *address* of slot 0."""
+        return self._memory[address : address + size]
+
+    def read(self, address: int, size: int) -> bytes:
+        """A copy of *size* bytes at *address* of slot 0."""
+        return bytes(self._memory[address : address + size])
+
+    def read_symbol(self, name: str) -> int:
+        """The 64-bit variable *name* of the guest program."""
+        return int.from_bytes(self.read(self.program.symbols[name], 8), "little")
+
+    def write_symbol(self, name: str, value: int) -> None:
+        """Set the 64-bit variable *name* of the guest program; the guest must not be writing it."""
+        address = self.program.symbols[name]
+        self._memory[address : address + 8] = value.to_bytes(8, "little")
+
+    def add_vcpu(self, argument: int = 0, entry: str = "guest_main") -> Vcpu:
+        """Create the next vCPU: it will start at symbol *entry* with *argument* in its first argument register."""
+        vcpu = self.vm.create_vcpu(len(self.vm.vcpus))
+        tss = self.allocate(arch.PAGE_SIZE)
+        stack, exception_stack = (self.allocate(_STACK_SIZE) + _STACK_SIZE for _ in range(2))
+        arch.init_vcpu(
+            vcpu.fd, self.cpuid, self.guest_mode.levels, self.page_tables.root, self._tables,
+            (tss, self.memory(tss, arch.PAGE_SIZE)), self.program.symbols[entry], stack, exception_stack, argument,
+        )  # fmt: skip
+        return vcpu
+
+    def map_test_memory(self, gva: int, gpa: int, size: int) -> None:
+        """Map *size* bytes at *gva* to *gpa*, with the guest mode's pages."""
+        self.page_tables.map(gva, gpa, size, self.guest_mode.page_size)
+
+    def ucall(self, vcpu: Vcpu) -> Ucall | None:
+        """The guest's call when that is why KVM_RUN returned; None when it is not.
+
+        :raises GuestError: the call was an abort or reports an exception
+        """
+        command = arch.decode_ucall(vcpu.run, self.program.symbols[arch.UCALL_PORT_SYMBOL])
+        if command is None:
+            return None
+        call = self._commands.get(command)
+        if call is None:
+            raise GuestError(f"vCPU {vcpu.id}: {self.program.name} made unknown call {command}")
+        if call is Ucall.ABORT:
+            message, *values = arch.abort_arguments(vcpu.fd)
+            text = bytes(self._memory[message : message + 200]).split(b"\0")[0].decode(errors="replace")
+            raise GuestError(f"vCPU {vcpu.id}: {self.program.name} aborted: {text} ({', '.join(map(hex, values))})")
+        if call is Ucall.EXCEPTION:
+            raise GuestError(f"vCPU {vcpu.id}: {self.program.name} took {arch.decode_exception(vcpu.fd, self.read)}")
+        return call
+
+    def run_until_ucall(self, vcpu: Vcpu) -> Ucall:
+        """Run *vcpu* on this thread until the guest's next call.
+
+        :raises GuestError: it ended otherwise
+        """
+        code = vcpu.kvm_run()
+        call = None if code else self.ucall(vcpu)
+        if call is None:
+            raise GuestError(unexpected_exit(vcpu, code))
+        return call
+
+    def close(self) -> None:
+        """Close the VM and give its memory back. No vCPU may be running, and no view from :meth:`memory` be held."""
+        self._memory.release()
+        self.vm.close()
+
+    def _table_words(self, address: int) -> memoryview:
+        return self._memory[address : address + arch.PAGE_SIZE].cast("Q")
+
+    def __enter__(self) -> "GuestVm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def program_slot_size(data_size: int) -> int:
+    """The size of slot 0 for *data_size* bytes of data: test memory must lie above it."""
+    return align_up(32 * MIB + data_size, 2 * MIB)
+
+
+def unexpected_exit(vcpu: Vcpu, code: int) -> str:
+    """What to say of a KVM_RUN that returned for a reason the test has no use for; the vCPU must not be running."""
+    reason = "EINTR" if code else vcpu.exit_reason()
+    return f"vCPU {vcpu.id}: KVM_RUN returned {reason}{vcpu.exit_details()}\n{arch.describe_registers(vcpu.fd)}"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest programs: assembling ``guest_code/<arch>/*.S`` and reading the ELF files that come of it."""
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+from kvm_util.arch import current as arch
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+SOURCES = _CHECKOUT / "guest_code" / arch.NAME
+OUTPUT = _CHECKOUT / "build" / "guest_code" / arch.NAME
+
+# Where programs are linked to run: above the first MiB, which stays free of anything (and page 0 unmapped).
+LOAD_ADDRESS = 0x100000
+ENTRY_SYMBOL = "guest_main"
+
+
+class GuestProgramError(Exception):
+    """A guest program could not be made or read; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class GuestProgram:
+    """A loadable program: its segments as (address, bytes, size in memory) and its symbols."""
+
+    name: str
+    segments: tuple[tuple[int, bytes, int], ...]
+    symbols: dict[str, int]
+
+    @property
+    def end(self) -> int:
+        """The first address behind the program."""
+        return max(address + size for address, _, size in self.segments)
+
+    @classmethod
+    @cache
+    def load(cls, name: str) -> "GuestProgram":
+        """Read the assembled program *name*, once.
+
+        :raises GuestProgramError: when it has not been assembled
+        """
+        path = OUTPUT / f"{name}.elf"
+        try:
+            with path.open("rb") as file:
+                elf = ELFFile(file)
+                segments = tuple(
+                    (segment["p_vaddr"], segment.data(), segment["p_memsz"]) for segment in elf.iter_segments("PT_LOAD")
+                )
+                table = elf.get_section_by_name(".symtab")
+                assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip
+                symbols = {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}
+                return cls(name, segments, symbols)
+        except FileNotFoundError:
+            raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None
+
+
+def assemble_all() -> None:
+    """Assemble and link each program that is missing or older than its sources.
+
+    :raises GuestProgramError: when there is no assembler, or it rejects a program
+    """
+    for source in sorted(SOURCES.glob("*.S")):
+        assemble(source, OUTPUT / f"{source.stem}.elf")
+
+
+def assemble(source: Path, target: Path) -> None:
+    """Assemble and link one program, if it is missing or older than its source and the files to include beside that.
+
+    :raises GuestProgramError: when there is no assembler, or it rejects the program
+    """
+    newest = max(path.stat().st_mtime_ns for path in (source, *source.parent.glob("*.inc")))
+    if target.exists() and target.stat().st_mtime_ns >= newest:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GuestProgramError(f"{target.parent} cannot be made: {error.strerror}") from None
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may be doing the same
+        object_file, linked = Path(folder) / "object", Path(folder) / "linked"
+        _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
+        _tool(
+            *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
+            *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
+        )
+        linked.replace(target)  # in one step: another process may be about to load it
+
+
+def _tool(name: str, *arguments: str) -> None:
+    program = shutil.which(name)
+    if program is None:
+        raise GuestProgramError(f"no {name} on this machine: install binutils (apt install binutils, or gcc)")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise GuestProgramError(f"{name} failed:\n{done.stderr.strip()}")

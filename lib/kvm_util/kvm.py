@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The system handle: ``/dev/kvm``."""
+
+import errno
+import grp
+import os
+import stat
+from types import TracebackType
+
+from kvm_util import uapi
+from kvm_util.host_limits import explained
+from kvm_util.ioctl import ioctl, raw_ioctl
+from kvm_util.vm import Vm
+
+DEFAULT_DEVICE = "/dev/kvm"
+_GROUP_MAY_USE = stat.S_IRGRP | stat.S_IWGRP
+
+
+class KvmUnavailable(Exception):
+    """KVM cannot be used on this host; the text says why and what to do."""
+
+
+class Kvm:
+    """An open KVM device; the verbs are the system ioctls' names.
+
+    :param device: path of the device node
+    :raises KvmUnavailable: when it does not exist, may not be opened, or does not speak API version 12
+    :raises HostLimit: when a limit is why it cannot be opened
+    """
+
+    def __init__(self, device: str = DEFAULT_DEVICE) -> None:
+        self.device = device
+        self.fd = _open(device)
+        try:
+            version, code = raw_ioctl(self.fd, uapi.KVM_GET_API_VERSION)
+            if code:
+                raise KvmUnavailable(
+                    f"{device} does not answer KVM_GET_API_VERSION ({os.strerror(code)}): not a KVM device"
+                )
+            if version != uapi.KVM_API_VERSION:
+                raise KvmUnavailable(f"{device} speaks KVM API version {version}, this suite {uapi.KVM_API_VERSION}")
+            if not self.check_extension(uapi.KVM_CAP_IMMEDIATE_EXIT):
+                raise KvmUnavailable(
+                    f"{device} has no KVM_CAP_IMMEDIATE_EXIT: a kernel of Linux 4.12 or later is needed"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 when *cap* is not there, else a positive number that depends on it."""
+        return ioctl(self.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", cap, f"cap={cap}")
+
+    def get_vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE: how many bytes of a vCPU's file to map for its ``struct kvm_run``."""
+        return ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, "KVM_GET_VCPU_MMAP_SIZE")
+
+    def create_vm(self) -> Vm:
+        """KVM_CREATE_VM with the default machine type."""
+        size = self.get_vcpu_mmap_size()  # first: if it fails there is no VM to close
+        return Vm(ioctl(self.fd, uapi.KVM_CREATE_VM, "KVM_CREATE_VM", 0), size)
+
+    def close(self) -> None:
+        """Close the device; VMs made from it live on until they are closed themselves."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "Kvm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open(device: str) -> int:
+    try:
+        with explained(f"{device} cannot be opened"):
+            return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if device != DEFAULT_DEVICE:
+            raise KvmUnavailable(f"{device} does not exist (--kvm-device; KVM's own is {DEFAULT_DEVICE})") from None
+        raise KvmUnavailable(
+            f"{device} does not exist: load KVM (modprobe kvm_intel or modprobe kvm_amd), and if that fails switch on VT-x or"
+            " SVM in the firmware, or nested virtualization in the hypervisor below"
+        ) from None
+    except PermissionError as error:
+        raise KvmUnavailable(f"{device} may not be opened by this user: {_how_to_open(device, error)}") from None
+    except OSError as error:
+        raise KvmUnavailable(f"{device} cannot be opened: {error.strerror}") from None
+
+
+def _how_to_open(device: str, error: PermissionError) -> str:
+    """What to do that this user may open *device*."""
+    elsewhere = "or, without it, make check-kernel KERNEL=debian:6.12"
+    if error.errno == errno.EPERM:
+        return f"the container's list of devices leaves it out (docker run --device {device}), {elsewhere}"
+    try:
+        status = os.stat(device)
+        group = grp.getgrgid(status.st_gid).gr_name
+    except (OSError, KeyError):
+        return f"look at its owner and mode (ls -l {device}), {elsewhere}"
+    if status.st_gid and status.st_mode & _GROUP_MAY_USE == _GROUP_MAY_USE:
+        if status.st_gid in (os.getegid(), *os.getgroups()):
+            return f"look at its access list and the folders above it (getfacl {device}), {elsewhere}"
+        return f"join its group (sudo usermod -aG {group} $USER, then log in again), {elsewhere}"
+    return (
+        f"it is group {group}'s with mode {stat.filemode(status.st_mode)[1:]}"
+        f" (be root, or: sudo chgrp kvm {device}; sudo chmod 660 {device}; and join group kvm), {elsewhere}"
+    )

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest memory: one mmap per memslot, from each kind of memory that a VMM may hand to KVM.
+
+The names of the backings are those of the kernel's selftests (``tools/testing/selftests/kvm/lib/test_util.c``).
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvm_util import filtered_calls, host_limits
+from kvm_util.host_limits import HostLimit, explained
+from kvm_util.wording import counted
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# <linux/mman.h>; Python 3.11's mmap module does not name them
+_MAP_NORESERVE = 0x4000
+_MAP_HUGETLB = 0x40000
+_MAP_HUGE_SHIFT = 26
+_MADV_POPULATE_WRITE = 23
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages")
+
+
+class HugePagesMissing(HostLimit):
+    """The host gave base pages where huge ones were asked for; the text says what to do."""
+
+
+class GuestMemoryError(MemoryError):
+    """Guest memory could not be had; the text says what was asked and what to do."""
+
+
+@dataclass(frozen=True)
+class Backing:
+    """One kind of memory: *page_size* is the size of its pages in bytes, 0 for the host's base pages."""
+
+    name: str
+    page_size: int = 0
+    shared: bool = False
+    hugetlb: bool = False
+
+    @property
+    def alignment(self) -> int:
+        """The alignment in bytes at which KVM can map this memory with its own page size."""
+        return self.page_size or mmap.PAGESIZE
+
+    def pages_for(self, size: int) -> int:
+        """How many pages of this backing hold *size* bytes that start on a page of it."""
+        return align_up(size, self.alignment) // self.alignment
+
+    def missing(self, size: int) -> str | None:
+        """Why *size* bytes cannot be had on this host, and what to do; None when they can."""
+        if self.hugetlb:
+            pool = _HUGEPAGES / f"hugepages-{self.page_size // KIB}kB"
+            if not pool.exists():
+                return f"{self.name}: this host's CPU has no {size_text(self.page_size)} huge pages"
+            free, needed = int((pool / "free_hugepages").read_text()), self.pages_for(size)
+            if free < needed:
+                pages = counted(needed, "free huge page")
+                return (
+                    f"{self.name}: needs {pages} of {size_text(self.page_size)}, the host has {free}"
+                    f" (echo {needed} > {pool}/nr_hugepages)"
+                )
+            groups = host_limits.huge_page_limits(self.page_size)
+            if limit := host_limits.tightest(groups, needed * self.page_size):
+                return f"{self.name}: needs {counted(needed, 'huge page')} of {size_text(self.page_size)}, but {limit}"
+        elif self.page_size and (reason := _why_no_thp(self.page_size)):
+            return f"{self.name}: {reason}"
+        return None
+
+
+BACKINGS = {
+    backing.name: backing
+    for backing in (
+        Backing("anonymous"),
+        Backing("anonymous_thp", page_size=2 * MIB),
+        Backing("anonymous_hugetlb_2mb", page_size=2 * MIB, hugetlb=True),
+        Backing("anonymous_hugetlb_1gb", page_size=GIB, hugetlb=True),
+        Backing("shmem", shared=True),
+    )
+}
+
+
+def _why_no_thp(page_size: int) -> str | None:
+    """Why memory that asks for transparent huge pages of *page_size* bytes gets none; None when it may."""
+    if not _THP.exists():
+        return "this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
+    if host_limits.status("THP_enabled") == "0":
+        return (
+            "transparent huge pages are off for this process: the program that started it switched them off with"
+            " PR_SET_THP_DISABLE (start the tests from another one)"
+        )
+    # Each size has a switch of its own since Linux 6.8, which may leave it to the common one ("inherit").
+    switch = _THP.parent / f"hugepages-{page_size // KIB}kB" / "enabled"
+    chosen = _chosen(switch)
+    if chosen == "never":
+        return f"transparent huge pages of {size_text(page_size)} are off (echo inherit > {switch})"
+    if chosen in (None, "inherit") and _chosen(_THP) == "never":
+        return f"transparent huge pages are off (echo madvise > {_THP})"
+    return None
+
+
+def _chosen(switch: Path) -> str | None:
+    """The value that a file of several has in brackets; None when there is no such file."""
+    try:
+        return switch.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return None
+
+
+class GuestMemory:
+    """*size* bytes (whole pages) of host memory for one memslot at guest-physical address *gpa*.
+
+    The host-virtual address is congruent to *gpa* modulo the backing's page size: KVM maps guest memory with huge pages
+    only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
+
+    :raises GuestMemoryError: when the host cannot provide the memory
+    :raises HostLimit: when a limit is why
+    """
+
+    def __init__(self, backing: Backing, size: int, gpa: int) -> None:
+        self.backing = backing
+        self.size = size
+        self._map = _map_backing(backing, size + gpa % backing.alignment)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._offset = (gpa - base) % backing.alignment
+        self.hva = base + self._offset
+        self.view = memoryview(self._map)[self._offset : self._offset + size]
+        self.words = self.view.cast("Q")
+
+    def populate(self) -> None:
+        """Have the host provide every page now, so that too little memory is an error here and not a crash later.
+
+        Kernels before 5.14 do not know MADV_POPULATE_WRITE; there the pages come one by one as they are touched.
+
+        :raises GuestMemoryError: the host cannot
+        :raises HostLimit: a limit is why
+        :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
+        """
+        what = f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory"
+        try:
+            with explained(what):
+                _madvise(self._map, _MADV_POPULATE_WRITE, self._offset, self.size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise GuestMemoryError(f"{what}: {error.strerror}") from error
+            return
+        transparent = self.backing.page_size and not self.backing.hugetlb
+        if transparent and self.size >= 2 * self.backing.page_size and not self.transparent_huge_size():
+            raise HugePagesMissing(
+                self.backing.missing(self.size)
+                or f"{self.backing.name}: the host gave no huge page, its memory is fragmented"
+                " (echo 1 > /proc/sys/vm/compact_memory)"
+            )
+
+    def transparent_huge_size(self) -> int:
+        """How many bytes of this memory are in transparent huge pages (``AnonHugePages`` of its mappings in smaps)."""
+        inside, found = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name = line.split(None, 1)[0]
+            if not name.endswith(":"):
+                start, end = (int(part, 16) for part in name.split("-"))
+                inside = start < self.hva + self.size and self.hva < end
+            elif inside and name == "AnonHugePages:":
+                found += int(line.split()[1]) * KIB
+        return found
+
+    def close(self) -> None:
+        """Give the memory back to the host; views taken from :attr:`view` must be released before."""
+        self.words.release()
+        self.view.release()
+        self._map.close()
+
+
+def _map_backing(backing: Backing, size: int) -> mmap.mmap:
+    """Map *size* bytes, and for transparent huge pages so much more that any alignment can be had within."""
+    flags = _MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
+    length, fd = align_up(size, backing.alignment), -1
+    if backing.hugetlb:
+        flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
+        flags &= ~_MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
+    elif backing.shared:
+        fd = _memory_file(backing, length)
+    else:
+        flags |= mmap.MAP_ANONYMOUS
+        length += backing.alignment
+    what = f"cannot map {size_text(size)} of {backing.name} guest memory"
+    try:
+        mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        code = error.errno or 0
+        # The pool of huge pages is a limit of its own; since the test looked, another process may have taken some.
+        if limit := (backing.missing(size) if backing.hugetlb else None) or host_limits.explain(code, length):
+            raise HostLimit(f"{what}: {limit}") from error
+        raise GuestMemoryError(f"{what}: {errno.errorcode.get(code)} ({error.strerror})") from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    if backing.page_size and not backing.hugetlb:
+        _madvise(mapped, mmap.MADV_HUGEPAGE, 0, length)
+    elif not backing.page_size and not backing.shared and _THP.exists():
+        # Where THP is "always" this memory would be huge too, and the base-page cells would test nothing of their own.
+        _madvise(mapped, mmap.MADV_NOHUGEPAGE, 0, length)
+    return mapped
+
+
+def _madvise(mapped: mmap.mmap, advice: int, offset: int, size: int) -> None:
+    """madvise() of a part of a mapping."""
+    try:
+        mapped.madvise(advice, offset, size)
+    except OSError as error:
+        if reason := filtered_calls.why_refused("madvise", error.errno or 0):
+            raise HostLimit(f"madvise is refused: {reason}") from error
+        raise
+
+
+def _memory_file(backing: Backing, length: int) -> int:
+    """A file of *length* bytes in memory."""
+    try:
+        with explained(f"cannot make a file of {size_text(length)} for {backing.name} guest memory", length):
+            fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(fd, length)
+            except BaseException:
+                os.close(fd)
+                raise
+    except OSError as error:
+        if reason := filtered_calls.why_refused("memfd_create", error.errno or 0):
+            raise HostLimit(f"{backing.name}: memfd_create: {reason}") from error
+        name = errno.errorcode.get(error.errno or 0)
+        raise GuestMemoryError(
+            f"cannot make a file of {size_text(length)} of memory: {name} ({error.strerror})"
+        ) from error
+    return fd
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of *alignment* that is not below *value*."""
+    return -(-value // alignment) * alignment
+
+
+def align_down(value: int, alignment: int) -> int:
+    """The largest multiple of *alignment* that is not above *value*."""
+    return value // alignment * alignment
+
+
+def size_text(size: int) -> str:
+    """*size* bytes in the largest binary unit that divides it: ``2 MiB``."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"

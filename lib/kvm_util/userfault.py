@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""userfaultfd(2): memory whose pages are not there until the test gives them (admin-guide/mm/userfaultfd.rst)."""
+
+import ctypes
+import errno
+import os
+import select
+from ctypes import Structure, c_int64, c_uint64
+from pathlib import Path
+from types import TracebackType
+
+from kvm_util import filtered_calls, host_limits
+from kvm_util.arch import current as arch
+from kvm_util.host_limits import HostLimit
+from kvm_util.ioctl import _IOWR, errno_name, ioctl
+
+_UFFD = 0xAA
+_UFFD_API = 0xAA
+_REGISTER_MODE_MISSING = 1 << 0
+_MESSAGE_SIZE = 32
+_CAP_SYS_PTRACE = 19  # <linux/capability.h>
+_ADDRESS_OFFSET = 16  # of a page fault's address in its message
+
+
+class _Api(Structure):
+    _fields_ = (("api", c_uint64), ("features", c_uint64), ("ioctls", c_uint64))
+
+
+class _Register(Structure):
+    _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64), ("ioctls", c_uint64))
+
+
+class _Zeropage(Structure):
+    _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64), ("zeropage", c_int64))
+
+
+_UFFDIO_REGISTER = _IOWR(_UFFD, 0x00, _Register)
+_UFFDIO_ZEROPAGE = _IOWR(_UFFD, 0x04, _Zeropage)
+_UFFDIO_API = _IOWR(_UFFD, 0x3F, _Api)
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+
+def _why_not(code: int) -> str:
+    """Why this process may not have a userfaultfd."""
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")  # where the kernel has the call (Linux 5.2)
+    if (
+        code == errno.EPERM
+        and not host_limits.capable(_CAP_SYS_PTRACE)
+        and switch.exists()
+        and switch.read_text().strip() == "0"
+    ):
+        return "EPERM, this user may not handle the kernel's page faults (sysctl vm.unprivileged_userfaultfd=1)"
+    if switch.exists() and (reason := filtered_calls.why_refused("userfaultfd", code)):
+        return reason
+    if code == errno.ENOSYS:
+        return "this kernel has none (CONFIG_USERFAULTFD)"
+    return host_limits.explain(code) or errno_name(code)
+
+
+class MissingPages:
+    """*size* bytes at *hva*, of memory that nobody has touched yet, whose pages are missing until they are given.
+
+    :raises HostLimit: the kernel has no userfaultfd, or this user may not handle the kernel's faults with it
+    """
+
+    def __init__(self, hva: int, size: int) -> None:
+        self._fd = _syscall(arch.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        if self._fd < 0:
+            raise HostLimit(f"userfaultfd: {_why_not(ctypes.get_errno())}")
+        try:
+            ioctl(self._fd, _UFFDIO_API, "UFFDIO_API", ctypes.byref(_Api(api=_UFFD_API)))
+            request = _Register(start=hva, len=size, mode=_REGISTER_MODE_MISSING)
+            ioctl(
+                self._fd, _UFFDIO_REGISTER, "UFFDIO_REGISTER", ctypes.byref(request), f"start={hva:#x}, len={size:#x}"
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, timeout: float) -> int:
+        """Wait until somebody touches a missing page; returns its address.
+
+        :param timeout: seconds
+        :raises TimeoutError: nobody did
+        """
+        if not select.select([self._fd], [], [], timeout)[0]:
+            raise TimeoutError(f"nobody touched a missing page within {timeout:g} s")
+        return int.from_bytes(os.read(self._fd, _MESSAGE_SIZE)[_ADDRESS_OFFSET : _ADDRESS_OFFSET + 8], "little")
+
+    def give(self, address: int) -> None:
+        """Give the page of zeros at *address*, and let go who waits for it."""
+        start = address // arch.PAGE_SIZE * arch.PAGE_SIZE
+        request = _Zeropage(start=start, len=arch.PAGE_SIZE)
+        ioctl(self._fd, _UFFDIO_ZEROPAGE, "UFFDIO_ZEROPAGE", ctypes.byref(request), f"start={start:#x}")
+
+    def close(self) -> None:
+        """Make all pages ordinary ones again, and let go all who wait."""
+        os.close(self._fd)
+
+    def __enter__(self) -> "MissingPages":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The vCPU handle: running it, and its shared ``struct kvm_run``."""
+
+import ctypes
+import errno
+import mmap
+import os
+
+from dirty_tracking.ring import DirtyRing
+from kvm_util import uapi
+from kvm_util.ioctl import call_on_kvm, fail, ioctl, raw_ioctl
+
+EXIT_REASONS = {
+    value: name
+    for name, value in vars(uapi).items()
+    if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
+}
+
+
+class Vcpu:
+    """An open vCPU; *run* is the structure that it shares with KVM (api.rst section 5).
+
+    :param fd: what KVM_CREATE_VCPU returned
+    :param mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned, in bytes
+    """
+
+    def __init__(self, fd: int, vcpu_id: int, mmap_size: int) -> None:
+        self.fd = fd
+        self.id = vcpu_id
+        try:
+            with call_on_kvm("mmap", f"struct kvm_run of vCPU {vcpu_id}", mmap_size):
+                self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(fd)
+            raise
+        # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
+        self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.run = uapi.kvm_run.from_address(self._run_address)
+        self._ring: DirtyRing | None = None
+
+    def kvm_run(self) -> int:
+        """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
+
+        :raises KvmError: any other error
+        :raises HostLimit: it is one that a limit of the host's explains
+        """
+        result, code = raw_ioctl(self.fd, uapi.KVM_RUN)
+        if result < 0 and code != errno.EINTR:
+            fail(code, "KVM_RUN", f"vCPU {self.id}")
+        return code
+
+    def enable_cap(self, cap: int) -> None:
+        """KVM_ENABLE_CAP on the vCPU, without arguments (api.rst section 6)."""
+        request = uapi.kvm_enable_cap(cap=cap)
+        ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), f"vCPU {self.id}, cap={cap}")
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: map *size* bytes at *gpa* as for loads (api.rst 4.143); the vCPU must not be running."""
+        request = uapi._kvm_pre_fault_memory(gpa=gpa, size=size)
+        while request.size:
+            asked = f"vCPU {self.id}, gpa={request.gpa:#x}, size={request.size:#x}"
+            ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
+
+    def map_dirty_ring(self, entries: int) -> DirtyRing:
+        """The vCPU's dirty ring of *entries* entries, mapped at the first call; the VM must have the ring enabled."""
+        if self._ring is None:
+            self._ring = DirtyRing(self.fd, entries)
+        return self._ring
+
+    def exit_reason(self) -> str:
+        """The name of the last exit's reason, such as ``KVM_EXIT_IO``."""
+        reason = self.run.exit_reason
+        return EXIT_REASONS.get(reason, f"exit reason {reason}")
+
+    def exit_details(self) -> str:
+        """What the last exit says beyond its reason; empty for reasons that say nothing."""
+        run = self.run
+        if run.exit_reason == uapi.KVM_EXIT_IO:
+            direction = "out" if run.io.direction == uapi.KVM_EXIT_IO_OUT else "in"
+            return f" ({direction}, port {run.io.port:#x})"
+        if run.exit_reason == uapi.KVM_EXIT_MMIO:
+            return f" ({'write' if run.mmio.is_write else 'read'} of gpa {run.mmio.phys_addr:#x}, no memslot there)"
+        if run.exit_reason == uapi.KVM_EXIT_FAIL_ENTRY:
+            return f" (hardware reason {run.fail_entry.hardware_entry_failure_reason:#x})"
+        if run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR:
+            values = " ".join(f"{run.internal.data[i]:#x}" for i in range(min(run.internal.ndata, 16)))
+            return f" (suberror {run.internal.suberror}: {values})"
+        if run.exit_reason == uapi.KVM_EXIT_SHUTDOWN:
+            return " (triple fault)"
+        return ""
+
+    def close(self) -> None:
+        """Unmap ring and shared structure and close the vCPU. It must not be running."""
+        if self.fd >= 0:
+            if self._ring is not None:
+                self._ring.close()
+            del self.run
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1

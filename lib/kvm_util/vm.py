@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The VM handle: memslots, capabilities, dirty log and dirty rings of one VM."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from types import TracebackType
+
+from kvm_util import uapi
+from kvm_util.ioctl import ioctl
+from kvm_util.memory import BACKINGS, GuestMemory
+from kvm_util.vcpu import Vcpu
+
+
+@dataclass
+class Memslot:
+    """A range of guest-physical memory as KVM knows it; *flags* are those of the last KVM_SET_USER_MEMORY_REGION."""
+
+    slot: int
+    gpa: int
+    memory: GuestMemory
+    flags: int
+
+    @property
+    def npages(self) -> int:
+        """The slot's size in host pages: the unit of dirty tracking."""
+        return self.memory.size // os.sysconf("SC_PAGE_SIZE")
+
+
+class Vm:
+    """An open VM; the verbs are the VM ioctls' names. It owns its vCPUs and the memory of its slots.
+
+    :param fd: what KVM_CREATE_VM returned
+    :param vcpu_mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned
+    """
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        self.fd = fd
+        self.vcpus: list[Vcpu] = []
+        self.memslots: dict[int, Memslot] = {}
+        self._vcpu_mmap_size = vcpu_mmap_size
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP on the VM, with up to four arguments (api.rst section 7)."""
+        request = uapi.kvm_enable_cap(cap=cap, flags=flags, args=(ctypes.c_uint64 * 4)(*args))
+        asked = ", ".join((f"cap={cap}", *(f"args[{i}]={arg:#x}" for i, arg in enumerate(args))))
+        ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), asked)
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU."""
+        fd = ioctl(self.fd, uapi.KVM_CREATE_VCPU, "KVM_CREATE_VCPU", vcpu_id, f"id={vcpu_id}")
+        vcpu = Vcpu(fd, vcpu_id, self._vcpu_mmap_size)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def set_user_memory_region(self, slot: int, gpa: int, memory: GuestMemory, flags: int = 0) -> Memslot:
+        """KVM_SET_USER_MEMORY_REGION: create slot *slot* at *gpa*, or change its flags; the VM owns *memory* from now on."""
+        region = uapi.kvm_userspace_memory_region(
+            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=memory.size, userspace_addr=memory.hva
+        )
+        asked = f"slot={slot}, gpa={gpa:#x}, size={memory.size:#x}, hva={memory.hva:#x}, flags={flags:#x}"
+        request = uapi.KVM_SET_USER_MEMORY_REGION
+        ioctl(self.fd, request, "KVM_SET_USER_MEMORY_REGION", ctypes.byref(region), asked)
+        self.memslots[slot] = Memslot(slot, gpa, memory, flags)
+        return self.memslots[slot]
+
+    def add_memory(
+        self, slot: int, gpa: int, size: int, backing: str = "anonymous", flags: int = 0, populate: bool = False
+    ) -> Memslot:
+        """Create slot *slot* at *gpa*, with *size* bytes of new memory of *backing*, which are present with *populate*.
+
+        :raises GuestMemoryError: the memory cannot be had
+        """
+        memory = GuestMemory(BACKINGS[backing], size, gpa)
+        try:
+            if populate:
+                memory.populate()
+            return self.set_user_memory_region(slot, gpa, memory, flags)
+        except BaseException:
+            memory.close()
+            raise
+
+    def set_tracking(self, slot: int, on: bool) -> None:
+        """KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES alone changed: track the writes to a slot, or do not."""
+        memslot = self.memslots[slot]
+        others = memslot.flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES
+        flags = others | (uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        self.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
+
+    def delete_memory_region(self, slot: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION with size 0: delete slot *slot*; its memory is the caller's from now on."""
+        region = uapi.kvm_userspace_memory_region(slot=slot)
+        request = uapi.KVM_SET_USER_MEMORY_REGION
+        ioctl(self.fd, request, "KVM_SET_USER_MEMORY_REGION", ctypes.byref(region), f"slot={slot}, size=0")
+        del self.memslots[slot]
+
+    def get_dirty_log(self, slot: int, bitmap: bytearray) -> None:
+        """KVM_GET_DIRTY_LOG: fill *bitmap*, a multiple of 8 bytes with a bit per page of the slot (api.rst 4.8)."""
+        buffer = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)
+        request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(buffer))
+        ioctl(self.fd, uapi.KVM_GET_DIRTY_LOG, "KVM_GET_DIRTY_LOG", ctypes.byref(request), f"slot={slot}")
+
+    def clear_dirty_log(self, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        """KVM_CLEAR_DIRTY_LOG: clear the pages set in *bitmap*, whose bit 0 is *first_page* (api.rst 4.117)."""
+        buffer = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)
+        request = uapi.kvm_clear_dirty_log(
+            slot=slot, num_pages=num_pages, first_page=first_page, dirty_bitmap=ctypes.addressof(buffer)
+        )
+        asked = f"slot={slot}, first_page={first_page}, num_pages={num_pages}"
+        ioctl(self.fd, uapi.KVM_CLEAR_DIRTY_LOG, "KVM_CLEAR_DIRTY_LOG", ctypes.byref(request), asked)
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: hand back what was harvested; returns how many entries KVM took (api.rst 8.29)."""
+        return ioctl(self.fd, uapi.KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS")
+
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a file with the VM's statistics, which is the caller's to close (api.rst 4.133)."""
+        return ioctl(self.fd, uapi.KVM_GET_STATS_FD, "KVM_GET_STATS_FD")
+
+    def close(self) -> None:
+        """Close the VM's vCPUs, the VM, and then the memory of its slots. No vCPU may be running."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        for memslot in self.memslots.values():
+            memslot.memory.close()
+        self.memslots.clear()
+
+    def __enter__(self) -> "Vm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Several vCPUs write while several threads collect, clear, reset and switch tracking: no write is ever lost.
+
+After each round all vCPUs are stopped, what is left is collected, and everything that was collected is held to what each vCPU
+is known to have written, and when (lib/dirty_tracking/collection_log.py).
+"""
+
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+
+from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
+from dirty_tracking.cell import PAGE, Settings
+from dirty_tracking.collectors import Collectors, Operation, Worker, work_together
+from dirty_tracking.mapping_sizes import Mapped
+from dirty_tracking.modes import LOG_MODES, ClearLog, DirtyRing
+from dirty_tracking.violations import Kind, violated
+from dirty_tracking.write_stream import WriteStream
+from dirty_tracking.writers_vm import WritersVm
+from harness.selection import smallest_ring
+from kvm_util import uapi
+from kvm_util.arch import current as arch
+from kvm_util.binary_stats import BinaryStats
+from kvm_util.host import Host, uses_tdp
+from kvm_util.kvm import Kvm
+
+Shapes = Sequence[tuple[int, str]]
+# Slots that end within a word of their bitmaps, and one that is smaller than a word
+SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
+# Two huge pages and a part of one
+HUGE_SHAPES = [(2 * 512 + 9, "anonymous_thp")]
+# Fewer than the slots have pages: rings fill. With PML this is too small for KVM, and its smallest one is taken
+RING = 512
+# Before a vCPU's writes repeat themselves; a multiple of the guest's batch
+WRITES = 1024
+PAUSE = 400
+# A slot that no vCPU writes
+OTHER_SLOT, OTHER_PAGES = 100, 70
+SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
+
+
+def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteStream]:
+    """What the vCPUs write: all of them everything, each its share, or all the same few pages and now and then others."""
+    result = []
+    npages = sum(count for count, _ in shapes)
+    for vcpu in range(vcpus):
+        draw = random.Random(f"{seed}/{sharing}/{vcpu}")
+        if sharing == "same-pages":
+            pages = [draw.randrange(npages) for _ in range(WRITES)]
+        elif sharing == "own-pages":
+            pages = [draw.randrange(vcpu, npages, vcpus) for _ in range(WRITES)]
+        else:
+            few = [0, shapes[0][0] - 1, shapes[0][0], npages - 1]
+            pages = [draw.choice(few) if draw.random() < 0.9 else draw.randrange(npages) for _ in range(WRITES)]
+        result.append(WriteStream(array("I", pages), 0))
+    return result
+
+
+def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """What one collector does: collections of all kinds that the mode has."""
+    for _ in range(count):
+        area = draw.choice(of.vm.areas)
+        if of.ledger is not None:
+            kinds: Sequence[Operation] = (
+                of.harvest,
+                of.harvest,
+                lambda: of.harvest(most=draw.randint(1, 40)),
+                of.reset,
+            )
+            yield draw.choice(kinds)
+        elif isinstance(of.vm.mode, ClearLog) and draw.random() < 0.5:
+            npages = area.end - area.first
+            first = draw.randrange(0, npages, BITS_PER_WORD)
+            last = draw.choice([*range(first + BITS_PER_WORD, npages, BITS_PER_WORD), npages])
+            yield lambda area=area, first=first, last=last: of.collect_range(area, first, last - first)  # type: ignore[misc]
+        else:
+            yield lambda area=area: of.collect(area)  # type: ignore[misc]
+
+
+def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
+    """Switch the tracking of one slot after the other, on or off; *state* has which are on."""
+    for _ in range(count):
+        area = draw.choice(of.vm.areas)
+        state[area.slot] = not state.get(area.slot, False)
+        yield lambda area=area, on=state[area.slot]: of.switch(area, on)  # type: ignore[misc]
+
+
+def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """Another slot is made, tracked or not, moved and deleted; it always lies right behind a slot that vCPUs write."""
+    vm = of.vm.vm
+    behind = [area.memslot.gpa + area.memslot.npages * PAGE for area in of.vm.areas]
+
+    def make() -> None:
+        gpa = draw.choice(behind)
+        flags = draw.choice((0, uapi.KVM_MEM_LOG_DIRTY_PAGES))
+        vm.add_memory(OTHER_SLOT, gpa, OTHER_PAGES * PAGE, flags=flags)
+
+    def move() -> None:
+        memslot = vm.memslots[OTHER_SLOT]
+        gpa = draw.choice([gpa for gpa in behind if gpa != memslot.gpa])
+        vm.set_user_memory_region(OTHER_SLOT, gpa, memslot.memory, memslot.flags)
+
+    def look() -> None:
+        """Nothing is reported of it; in a ring an entry would be one of a slot that is not known (collectors.py)."""
+        if vm.memslots[OTHER_SLOT].flags and of.ledger is None:
+            bitmap = new_bitmap(OTHER_PAGES)
+            vm.get_dirty_log(OTHER_SLOT, bitmap)
+            if set_pages(bitmap) != (list(range(OTHER_PAGES)) if of.vm.mode.initially_set else []):
+                raise violated(Kind.SPURIOUS, f"pages {set_pages(bitmap)} of a slot that nobody writes")
+
+    def delete() -> None:
+        memory = vm.memslots[OTHER_SLOT].memory
+        vm.delete_memory_region(OTHER_SLOT)
+        memory.close()
+
+    for _ in range(count):
+        yield make
+        yield look
+        yield lambda: of.drop_page_tables(move)
+        yield look
+        yield lambda: of.drop_page_tables(delete)
+
+
+def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
+    """One round: each of *jobs* in a thread of its own; then what is left, and the check."""
+    workers = [
+        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
+    ]
+    work_together(of.vm, workers)
+    of.check()
+
+
+Writing = Callable[..., AbstractContextManager[Collectors]]
+
+
+@pytest.fixture
+def writing(kvm: Kvm, settings: Settings, outcome: Any, log_mode: str) -> Writing:
+    """Call it for a context with writers, stopped so far; it ends with the check that KVM had something to report."""
+    ring = max(RING, smallest_ring(kvm)) if issubclass(LOG_MODES[log_mode], DirtyRing) else RING
+
+    @contextmanager
+    def of_writers(
+        sharing: str, vcpus: int, on: bool = True, shapes: Shapes = SHAPES, guest_mode: str = "48bit-4k"
+    ) -> Iterator[Collectors]:
+        its_streams = streams(sharing, vcpus, settings.seed, shapes)
+        with (
+            outcome.contract(),
+            WritersVm(kvm, log_mode, shapes, its_streams, ring, guest_mode=guest_mode) as vm,
+        ):
+            of = Collectors(vm)
+            vm.start()
+            if on:
+                switch_all(of, on=True)
+            yield of
+            assert of.log.demanded
+
+    return of_writers
+
+
+def switch_all(of: Collectors, on: bool) -> None:
+    """Switch the tracking of all slots, with all vCPUs stopped."""
+    for area in of.vm.areas:
+        of.switch(area, on, stopped=True)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_collectors_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
+    """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
+    vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
+    with writing(sharing, vcpus) as of:
+        for _ in range(rounds):
+            work(of, draw, [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)])
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
+    """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 1, 4)
+    with writing(sharing, vcpus, on=False) as of:
+
+        def job() -> Iterator[Operation]:
+            for _ in range(count):
+                for area in of.vm.areas:
+                    yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+                yield lambda: of.collect_all(stopped=False)
+                yield lambda: of.collect_all(stopped=False)
+                for area in of.vm.areas:
+                    yield lambda area=area: of.switch(area, on=False)  # type: ignore[misc]
+            for area in of.vm.areas:
+                yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+
+        for _ in range(rounds):
+            work(of, draw, [job()])
+            switch_all(of, on=False)
+
+
+def test_huge_pages_are_split_and_merged_beside_writers(
+    kvm: Kvm,
+    host: Host,
+    emulates: bool,
+    writing: Writing,
+    thorough: bool,
+    draw: random.Random,
+    lacks: Callable[[str], None],
+) -> None:
+    """They are when tracking goes on and off; another thread collects, in whatever sizes the memory is mapped just then."""
+    if emulates:
+        lacks(f"{host.backend} emulates each instruction of this guest, and maps no page")
+    if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
+        lacks("this KVM has no KVM_CAP_BINARY_STATS_FD")
+    vcpus, rounds, count = (4, 20, 40) if thorough else (2, 2, 8)
+    guest_mode = "48bit-4k" if uses_tdp(host) else "48bit-2m"
+    with (
+        writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as of,
+        BinaryStats(of.vm.vm.get_stats_fd()) as stats,
+    ):
+
+        def collecting() -> Iterator[Operation]:
+            return some_collections(of, random.Random(draw.random()), count)
+
+        for _ in range(rounds):
+            huge = Mapped.now(stats).pages_2m
+            assert huge, "no huge page is mapped although the host has them and nothing is tracked"
+            toggling = some_toggles(of, random.Random(draw.random()), count, {})
+            work(of, draw, [toggling, collecting()])
+            switch_all(of, on=True)
+            work(of, draw, [collecting()])
+            assert Mapped.now(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
+            switch_all(of, on=False)
+            work(of, draw, [collecting()])
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_slots_that_come_and_go_beside_writers(
+    writing: Writing, thorough: bool, draw: random.Random, sharing: str
+) -> None:
+    """KVM drops page tables when a slot is deleted or moved, those of other slots too: what was written there stays known."""
+    with writing(sharing, 4 if thorough else 2) as of:
+        change_slots(of, draw, thorough)
+
+
+def test_slots_that_leave_the_others_alone_beside_writers(
+    kvm: Kvm, writing: Writing, thorough: bool, draw: random.Random, lacks: Callable[[str], None]
+) -> None:
+    """The same without the quirk that drops all: KVM looks for what belongs to the slot (api.rst, KVM_CAP_DISABLE_QUIRKS2)."""
+    if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
+        lacks("no KVM_X86_QUIRK_SLOT_ZAP_ALL: it came with Linux 6.12")
+    with writing("same-pages", 4 if thorough else 2) as of:
+        of.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
+        change_slots(of, draw, thorough)
+
+
+def change_slots(of: Collectors, draw: random.Random, thorough: bool) -> None:
+    """Change a slot and collect, at once."""
+    rounds, count = (20, 30) if thorough else (1, 4)
+    for _ in range(rounds):
+        collecting = some_collections(of, random.Random(draw.random()), 2 * count)
+        work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
+
+
+def test_all_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:
+    """Two collectors, and one that switches tracking on and off in between."""
+    vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
+    with writing("same-pages", vcpus) as of:
+        state = {area.slot: True for area in of.vm.areas}
+        for _ in range(rounds):
+            jobs = [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)]
+            work(of, draw, [*jobs, some_toggles(of, random.Random(draw.random()), count, state)])

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""KVM_RESET_DIRTY_RINGS that a signal ends early: what it took has to be tracked anew."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
+from kvm_util.host import Host
+from kvm_util.kvm import Kvm
+
+# A full ring of 4096 entries, less what KVM keeps back for itself: a reset takes long enough to be met by a signal
+SLOT, NPAGES = 1, 3500
+
+
+def test_what_an_interrupted_reset_took_is_tracked_anew(
+    kvm: Kvm,
+    needs_log_mode: Callable[[str], None],
+    host: Host,
+    lacks: Callable[[str], None],
+    outcome: Any,
+    thorough: bool,
+    draw: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No vCPU runs meanwhile. One call after the other takes its part; then each page that is written is reported again."""
+    needs_log_mode("dirty-ring")
+    with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20
+        met = 0
+
+        def measured() -> int:
+            start = time.perf_counter()
+            taken = reset()
+            durations.append(time.perf_counter() - start)
+            return taken
+
+        def interrupted() -> int:
+            """The first one that takes back a harvest; the others take what that one left."""
+            nonlocal met
+            monkeypatch.setattr(vm.vm, "reset_dirty_rings", reset)
+            previous = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 1) * min(durations))
+            try:
+                taken = reset()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, previous)
+            met += taken < NPAGES
+            return taken
+
+        for how, times in ((measured, 3), (interrupted, tries)):
+            for _ in range(times):
+                vm.write(SLOT, *range(NPAGES))
+                monkeypatch.setattr(vm.vm, "reset_dirty_rings", how)
+                vm.expect("writes to all pages", {SLOT: range(NPAGES)})
+        # Before Linux 6.17 no signal ends it (49005a2a3d2a): there the test says that signals do no harm.
+        if not met and host.kernel_version >= (6, 17):
+            lacks(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")

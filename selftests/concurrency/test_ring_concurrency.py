@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Dirty rings that fill, wrap around and are reset while vCPUs run, from several threads, and under storms of signals.
+
+Each test is of the same form: all is held to what the vCPUs wrote (collection_log.py), each ring to its own vCPU's writes,
+and the sum of what KVM_RESET_DIRTY_RINGS took to what was harvested.
+"""
+
+import itertools
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from dirty_tracking.cell import Settings
+from dirty_tracking.collectors import Collectors, Operation, Worker, storm_at, storm_at_vcpus, work_together
+from dirty_tracking.write_stream import WriteStream
+from dirty_tracking.writers_vm import WritersVm
+from harness.selection import smallest_ring
+from kvm_util.kvm import Kvm
+
+SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
+NPAGES = sum(count for count, _ in SHAPES)
+WRITES = 1024
+# With pages of 4 KiB none is smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
+SIZES = [1 << bit for bit in range(8, 17)]
+# More than all slots have pages
+LARGE = 16384
+# The largest ring that the short form fills
+MOST_ENTRIES = 4096
+# Writes between two operations at most
+PAUSE, STORM_PAUSE = 400, 20
+
+
+def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[WriteStream]:
+    """All vCPUs write all pages."""
+    return [WriteStream(array("I", [draw.randrange(npages) for _ in range(WRITES)]), 0) for _ in range(vcpus)]
+
+
+def tracked(vm: WritersVm) -> Collectors:
+    """Start the vCPUs, and track all slots."""
+    of = Collectors(vm)
+    vm.start()
+    for area in vm.areas:
+        of.switch(area, on=True, stopped=True)
+    return of
+
+
+def workers(
+    of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]], pause: int = PAUSE
+) -> list[Worker]:
+    return [
+        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)
+    ]
+
+
+def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+    """Harvests of whole rings and of some entries, in turn, so that the rings fill in between."""
+    for _ in range(count):
+        yield lambda: of.harvest(most=draw.randint(1, 60))
+        yield of.harvest
+
+
+@pytest.fixture(params=["smallest-ring", "large-ring"])
+def size(request: pytest.FixtureRequest, kvm: Kvm, ring_mode: str) -> int:
+    """The entries of a ring that fills again and again, and of one that does not where the CPU makes the stores."""
+    return LARGE if request.param == "large-ring" else smallest_ring(kvm)
+
+
+def test_reset_from_another_thread(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+) -> None:
+    """One thread harvests, another one resets all the time, at any moment of the harvest."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
+            resetter = workers(of, draw, [itertools.repeat(of.reset)], STORM_PAUSE)
+            work_together(vm, harvester, resetter)
+            of.check()
+        assert of.log.demanded
+
+
+def test_two_threads_reset_at_once(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+) -> None:
+    """Two threads harvest and reset: what they took together is what they harvested together."""
+    vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
+            work_together(vm, workers(of, draw, jobs))
+            of.check()
+        assert of.log.demanded
+
+
+def test_vcpus_in_a_storm_of_signals(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+) -> None:
+    """Signals end KVM_RUN anywhere."""
+    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, "vcpus")
+
+
+@pytest.mark.parametrize("at", ["resetters", "both"])
+def test_resets_in_a_storm_of_signals(
+    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str
+) -> None:
+    """They end KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
+    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, at)
+
+
+def in_a_storm(kvm: Kvm, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str) -> None:
+    """Two threads harvest and reset while signals come to them, to the vCPUs' threads, or to both."""
+    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
+    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+        of = tracked(vm)
+        for _ in range(rounds):
+            work_draws = [random.Random(draw.random()) for _ in range(2)]
+            resetters = workers(of, draw, [harvests(of, one, count) for one in work_draws])
+            storms = []
+            if at != "vcpus":
+                storms.append(itertools.repeat(storm_at(resetters, random.Random(draw.random()))))
+            if at != "resetters":
+                storms.append(itertools.repeat(storm_at_vcpus(vm, random.Random(draw.random()))))
+            work_together(vm, resetters, workers(of, draw, storms, STORM_PAUSE))
+            of.check()
+        assert of.log.demanded
+
+
+def fill(of: Collectors) -> None:
+    """Let the vCPU write until its ring is full, which it has to be before each page was written; the vCPU is stopped then."""
+    writers = of.vm.writers
+    goal = sum(writers.published()) + sum(len(stream.pages) for stream in writers.streams)
+    writers.let_go()
+    writers.wait(lambda: writers.any_ring_full() or sum(writers.published()) >= goal, "filling a ring")
+    full = writers.any_ring_full()
+    of.vm.stop()
+    assert full, (
+        "more pages were written than the ring has entries, and KVM_RUN did not return KVM_EXIT_DIRTY_RING_FULL"
+    )
+
+
+@pytest.mark.parametrize("entries", SIZES)
+def test_each_size_several_times_around(
+    kvm: Kvm, settings: Settings, outcome: Any, lacks: Callable[[str], None], thorough: bool, draw: random.Random,
+    ring_mode: str, entries: int,
+) -> None:  # fmt: skip
+    """Rings of every size that KVM has, from which each entry comes out once, in its place, for several laps.
+
+    In each lap the ring fills once; but for the large ones in the short form, which go around once and are emptied before.
+    """
+    smallest = smallest_ring(kvm)
+    if entries < smallest:
+        lacks(f"{ring_mode}: the smallest ring is one of {smallest} entries")
+    fills = thorough or entries <= MOST_ENTRIES
+    laps = 3 if fills else 1
+    npages = entries + 70 if fills else MOST_ENTRIES
+    pages = array("I", range(npages))
+    pages.extend(range(-npages % 64))
+    shapes = [(npages, "anonymous")]
+    with outcome.contract(), WritersVm(kvm, ring_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
+        of = tracked(vm)
+        assert of.ledger is not None
+        while of.ledger.harvested < laps * entries:
+            before = of.ledger.harvested
+            work_together(vm, workers(of, draw, [iter([of.harvest])], npages))
+            of.check()
+            assert of.ledger.harvested > before, "writes were made, and none is in the ring"
+            if fills:
+                fill(of)
+                of.check()
+        assert of.log.demanded

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Live migration end to end: after a pre-copy like a VMM's, source and copy are byte-identical (migration.py)."""
+
+import random
+from array import array
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NoReturn
+
+import pytest
+
+from dirty_tracking.cell import PAGE, Settings
+from dirty_tracking.migration import Migration
+from dirty_tracking.write_stream import WriteStream
+from dirty_tracking.writers import SPARSER
+from dirty_tracking.writers_vm import WritersVm
+from kvm_util.kvm import Kvm
+from kvm_util.memory import BACKINGS
+from kvm_util.wording import counted
+
+WRITES = 4096
+HOT = 16
+# Pages of a round after which the vCPUs are stopped: the hot ones, and a few of the guest's own
+ENOUGH = HOT + 8
+RING = 1024
+SMALL = [(700, "shmem"), (300, "anonymous")]
+LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
+
+
+def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
+    """A few hot pages, the same for all vCPUs, and now and then a cold one, in order or not."""
+    hot = draw.sample(range(npages), HOT)
+    result = []
+    for vcpu in range(vcpus):
+        cold = npages * vcpu // vcpus
+        pages = array("I")
+        for _ in range(WRITES):
+            if draw.random() < 0.9:
+                pages.append(draw.choice(hot))
+            else:
+                cold = (cold + 1) % npages if pattern == "sequential" else draw.randrange(npages)
+                pages.append(cold)
+        result.append(WriteStream(pages, 0))
+    return result
+
+
+@pytest.mark.parametrize(("vcpus", "pattern"), [(1, "sequential"), (2, "random")])
+def test_migration(
+    kvm: Kvm, request: pytest.FixtureRequest, settings: Settings, outcome: Any, lacks: Callable[[str], NoReturn],
+    thorough: bool, log_mode: str, vcpus: int, pattern: str,
+) -> None:  # fmt: skip
+    """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
+    own_properties = list(request.node.user_properties)
+    name = f"{log_mode}, {counted(vcpus, 'vCPU')}, {pattern}"
+    draw = random.Random(f"{settings.seed}/{name}")
+    shapes = LARGE if thorough else SMALL
+    for count, backing in shapes:
+        if reason := BACKINGS[backing].missing(count * PAGE):
+            lacks(reason)
+    npages = sum(count for count, _ in shapes)
+    for _ in range(10 if thorough else 1):
+        with outcome.contract():
+            vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
+            with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
+                vm.start()
+                vm.writers.let_go()
+                migration.run()
+                figures = [("migration", name), ("rounds", migration.figures())]
+                request.node.user_properties[:] = [*own_properties, *figures]
+                migration.compare()

@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Testing another kernel, from the command line: what comes of good, broken and unusable ones. Most of these boot one."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from dirty_tracking.modes import LOG_MODES
+from runner import ROOT
+from runner.errors import CannotTest
+from runner.guest_init import BEGINS
+from runner.kernel import Kernel, kernels_at_hand
+from runner.qemu import find_qemu
+
+GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
+BREAKING = "selftests/unit/boot/broken_kernel.py"
+UNFLUSHED = "selftests/unit/boot/unflushed_kernel.py"
+FALSIFIED = "selftests/unit/mutants/falsified_kernel.py"
+ONE_CELL = [
+    "--log-mode=dirty-ring",
+    "--guest-mode=48bit-4k",
+    "--backing=anonymous",
+    "--stop=forced",
+    "--density=sparse",
+]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome of a kernel's check."""
+
+    status: int
+    output: str
+    results: Path
+
+    @property
+    def data(self) -> Any:
+        return json.loads((self.results / "results.json").read_text())
+
+
+class CheckKernel:
+    """Runs check_kernel.py in a process of its own, with results in a folder of the test."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+
+    def __call__(
+        self,
+        kernel: str | Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        largest_file: int | None = None,
+    ) -> Checked:
+        command = self._command(kernel, *arguments)
+        if largest_file is not None:
+            command = ["prlimit", f"--fsize={largest_file}", *command]
+        done = subprocess.run(
+            command, cwd=self.results.parent, env=environment, capture_output=True, text=True, check=False
+        )
+        return Checked(done.returncode, done.stdout + done.stderr, self.results)
+
+    @contextmanager
+    def started(self, kernel: str | Path, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+        """The same, to be interfered with."""
+        process = subprocess.Popen(
+            self._command(kernel, *arguments), cwd=self.results.parent, stdout=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored in the background
+        )  # fmt: skip
+        with process:
+            yield process
+
+    def _command(self, kernel: str | Path, *arguments: str) -> list[str]:
+        program = str(ROOT / "runner/check_kernel.py")
+        return [sys.executable, program, str(kernel), f"--results={self.results}", "--accel=tcg", *arguments]
+
+
+@pytest.fixture
+def check_kernel(tmp_path: Path) -> CheckKernel:
+    return CheckKernel(tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Kernel:
+    """A kernel that can be booted here."""
+    try:
+        find_qemu(None, "tcg", ())
+    except CannotTest as error:
+        pytest.skip(str(error))
+    # The table of WARN()s has another shape from 6.18 on, which broken_kernel.py does not know.
+    fit = [kernel for kernel in kernels_at_hand() if kernel.release.startswith(("6.1.", "6.12."))]
+    if not fit:
+        pytest.skip("no kernel 6.1 or 6.12 to boot is at hand (make fetch)")
+    return fit[0]
+
+
+def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Status 0, the table says where it ran, and the files tell the parameters in force and each cell's figures."""
+    done = check_kernel(
+        kernel.image, *ONE_CELL, "--vcpus=1", "--kvm-params=kvm_amd.npt=0", "selftests/matrix/test_dirty_log.py"
+    )
+    assert done.status == GOOD, done.output
+    assert f"kernel {kernel.release}, kvm_amd: emulated by QEMU" in done.output
+    assert re.search(
+        rf"^{re.escape(kernel.release)}, kvm_amd in QEMU \S+ \(emulated\): good: 1 passed; ", done.output, re.M
+    )
+    assert "1 cell: 1 pass" in done.output
+    sizes = "32 MiB of test memory (--test-mem), 6 iterations (--iterations), rings of 4096 entries"
+    assert sizes in " ".join(done.output.split())
+    data = done.data
+    assert data["host"]["kernel"] == kernel.release
+    assert data["host"]["parameters"]["kvm_amd.npt"] == "N"
+    assert data["host"]["parameters"]["kvm.force_emulation_prefix"] == "1"  # the suite adds it
+    assert data["machine"]["emulated"] is True
+    assert data["end"]["ending"] == "FINISHED"
+    assert [cell["verdict"] for cell in data["cells"]] == ["pass"]
+    assert data["cells"][0]["writes"] >= 6 * 256
+    assert "Linux version" in (done.results / "kernel.log").read_text()
+    assert (done.results / "console.log").exists()
+    (case,) = ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
+    assert "dirty-ring-48bit-4k" in case.attrib["name"]
+    assert not list(done.results.glob("*.cpio"))
+    assert re.search(
+        rf"^booting Linux {re.escape(kernel.release)} in QEMU [\d.]+ \(emulated\)$", done.output, re.MULTILINE
+    )
+    assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize(
+    "here", [[], ["selftests/unit/test_uapi.py", "-n2"]], ids=["alone", "beside-tests-of-the-host"]
+)
+@pytest.mark.usefixtures("kernel")
+def test_a_host_without_kvm(tmp_path: Path, here: list[str]) -> None:
+    """With --kernel auto the KVM tests run in a kernel of their own, the suite's tests of itself on the host, in one run."""
+    tests = ["selftests/matrix/test_dirty_log.py", *ONE_CELL, "--vcpus=1"]
+    options = ["--kernel=auto", "--kvm-device=/nonexistent", "--accel=tcg", f"--results={tmp_path}", "-v"]
+    command = [sys.executable, "-m", "pytest", *tests, *here, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == GOOD, done.stdout + done.stderr
+    assert "KVM cannot be used on this host (/nonexistent does not exist" in done.stderr
+    assert "kvm_amd: emulated by QEMU" in done.stdout
+    assert "1 cell: 1 pass" in done.stdout
+    passed = [case.attrib["classname"] for case in ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")]
+    assert ("selftests.unit.test_uapi" in passed) == bool(here)
+    assert "selftests.matrix.test_dirty_log" in passed
+
+
+BROKEN = {
+    "panic": ("PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
+    "oops": ("OOPS", "the kernel oopsed: Oops: invalid opcode"),
+    "hang": ("HANG", "the kernel hung: no message for 120 s (--time-limit)"),
+    "killed": ("SUITE_DIED", "the suite died in the kernel"),
+}
+
+
+@pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
+def test_a_kernel_that_dies(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
+    """Each way has its name, is tied to the test that ran, is bad, and leaves all files with what was done before."""
+    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
+    assert done.status == BAD, done.output
+    assert f"KERNEL {kernel.release}: {text}" in done.output
+    assert "test_before PASSED" in done.output
+    assert f"test_{how} FAILED" in done.output
+    assert f"broken_kernel.py: {text.partition(':')[0]}" in done.output
+    assert done.data["end"]["ending"] == ending
+    assert done.data["end"]["console"]
+    cases = {
+        case.attrib["name"]: case for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
+    }
+    assert cases[f"test_{how}"].find("failure") is not None
+    assert cases["test_after"].find("skipped") is not None
+    assert {child.tag for child in cases["test_before"]} <= {"properties"}
+    assert (done.results / "kernel.log").stat().st_size > 1000
+
+
+def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A real WARN() of the kernel; the tests before and after it pass, and the kernel is bad."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
+    assert done.status == BAD, done.output
+    assert "1 failed, 2 passed" in done.output
+    assert f"WARN, while {BREAKING}::test_warn ran:\n  WARNING: CPU: " in done.output
+    (report,) = done.data["kernel_log"]
+    assert report["kind"] == "WARN"
+    assert report["tests"] == [f"{BREAKING}::test_warn"]
+    assert "svm_init" in report["title"]
+
+
+def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
+    check_kernel: CheckKernel, kernel: Kernel
+) -> None:
+    """SMM, huge pages, guests of guests, KVM's emulator, the CPU's vector and state stores, translations that vCPUs keep.
+
+    test_every_test_can_fail.py has the tests that this host's KVM can run.
+    """
+    statistics = "selftests/unit/mutants/test_arming_can_fail.py::test_falsified_statistics"
+    done = check_kernel(
+        kernel.image, statistics, FALSIFIED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
+        "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
+        "selftests/memory/test_arming.py::test_pages_that_were_mapped_in_advance_are_tracked",
+        "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
+        "--kvm-params=kvm_amd.npt=1",
+        "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
+    )  # fmt: skip
+    assert done.status == BAD, done.output
+    verdicts = verdicts_of(done)
+    assert {name.partition("[")[0] for name in verdicts["passed"]} == {
+        "test_falsified_statistics",
+        "test_all_that_follow_are_lied_to",
+    }
+    assert len(verdicts["failure"]) > 200
+    assert not verdicts["error"]
+
+
+def test_a_kernel_that_leaves_translations_in_use(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A KVM that has forgotten how to flush them is seen, in each mode, with small pages and huge ones."""
+    done = check_kernel(
+        kernel.image, UNFLUSHED, "selftests/memory/test_stale_translations.py", "--tb=no", "--kvm-params=kvm_amd.npt=1",
+        "--thorough",  # an interrupt on the vCPU's CPU flushes too: on a busy host now and then in all of a few turns
+    )  # fmt: skip
+    assert done.status == BAD, done.output
+    verdicts = verdicts_of(done)
+    assert verdicts["passed"] == ["test_kvm_flushes_nothing_from_here_on"]
+    assert len(verdicts["failure"]) == 2 * 2 * len(LOG_MODES)
+
+
+def verdicts_of(done: Checked) -> dict[str, list[str]]:
+    """The names of the tests that passed, and that have a failure, an error or a skip."""
+    verdicts: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
+    for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase"):
+        found = [child.tag for child in case if child.tag in verdicts]
+        verdicts[found[0] if found else "passed"].append(case.attrib["name"])
+    return verdicts
+
+
+def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A test that fails in the kernel: bad, with the whole report, its file, and the command that runs it there again."""
+    done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
+    assert done.status == BAD, done.output
+    assert "LOST (written but not reported)" in done.output
+    command = (
+        f"-m pytest --kernel={kernel.image} --kvm-params=kvm_amd.npt=0 --accel=tcg selftests/matrix/test_dirty_log.py"
+    )
+    assert command in done.output
+    assert json.loads((done.results / "test_lost.json").read_text())["findings"][0]["kind"] == "LOST"
+    assert done.data["end"]["ending"] == "FINISHED"
+
+
+def test_a_session_that_ends_too_early(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """It says that all is well, with tests left."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
+    assert done.status == BAD, done.output
+    assert "the suite died in the kernel: pytest ended with status 0, with 2 tests left to run" in done.output
+
+
+@pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
+def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
+    """It is named, what is left runs again; when it comes each time the kernel cannot be tested, but a failure stays one."""
+    done = check_kernel(
+        kernel.image, BREAKING, "-k", f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
+    )
+    assert done.status == (BAD if failure else CANNOT_TEST), done.output
+    assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
+    assert done.output.count("what is left runs again") == 2
+    assert done.output.count("test_before PASSED") == 1
+    assert (done.results / "console-3.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(signal.SIGKILL, "signal SIGKILL"), (signal.SIGTERM, "status 0: qemu-system-x86_64: terminating on signal 15")],
+)
+def test_qemu_that_is_killed(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
+    """As the host does when it runs out of memory, or shuts down: that is not the kernel's doing."""
+    with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
+        wait_until_booted(check_kernel.results)
+        for child in children_of(process.pid):
+            os.kill(child, number)
+        output = process.stdout.read() if process.stdout else ""
+    assert process.returncode == CANNOT_TEST, output
+    assert f"it cannot be tested: QEMU ended with {text}" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
+    """QEMU is gone, and there was no initramfs to remain; the logs are there, and the tests that did not come to run."""
+    with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
+        wait_until_booted(check_kernel.results)
+        children = children_of(process.pid)
+        assert children
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED
+    assert "no test ran on KVM" not in output
+    assert f"; files: {check_kernel.results}" in output
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not list(check_kernel.results.glob("*.cpio"))
+    assert (check_kernel.results / "kernel.log").exists()
+
+
+def wait_until_booted(results: Path) -> None:
+    console = results / "console.log"
+    deadline = time.monotonic() + 300
+    while not (console.exists() and BEGINS in console.read_text(errors="replace")):
+        assert time.monotonic() < deadline, "the kernel did not come up"
+        time.sleep(0.1)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_only_a_test_on_kvm_makes_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Tests that need no KVM pass anywhere. That a file cannot be written at the end is not the kernel's doing."""
+    done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
+    assert done.status == CANNOT_TEST, done.output
+    assert ": cannot be tested: no test ran on KVM: none that was selected needs it; 1 passed" in done.output
+    assert "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device" in done.output
+    assert "-n is not used: one process runs the tests in the kernel" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A command line that makes it panic before the first program."""
+    done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
+    assert done.status == CANNOT_TEST
+    assert (
+        f"KERNEL {kernel.release}: the kernel does not boot: Kernel panic - not syncing: VFS: Unable to mount"
+        in done.output
+    )
+    assert done.data["end"]["ending"] == "NO_BOOT"
+
+
+def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    done = check_kernel(kernel.image, "--time-limit=1")
+    assert done.status == CANNOT_TEST
+    assert "the kernel does not boot: no message for 1 s (--time-limit)" in done.output
+    assert "no test ran on KVM" not in done.output
+
+
+def test_a_cpu_without_virtualization(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A CPU model that cannot run guests is found before the kernel is booted."""
+    line = one_line(check_kernel(kernel.image, "--cpu-model=max,-svm"))
+    assert line.startswith("this CPU model cannot run guests: it has no SVM")
+
+
+def test_a_module_that_does_not_load(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A kernel that refuses KVM's module cannot be tested."""
+    done = check_kernel(kernel.image, "--append=module_blacklist=kvm_amd")
+    assert done.status == CANNOT_TEST
+    assert (
+        "KVM cannot be tested in this kernel: module kvm_amd.ko does not load here: Operation not permitted"
+        in done.output
+    )
+
+
+def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """The TDP MMU needs nested paging: the kernel takes the parameter and does not follow it."""
+    done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
+    assert done.status == CANNOT_TEST
+    assert "KVM parameter kvm.tdp_mmu=1 did not take effect: it is N" in done.output
+    assert "no test ran on KVM" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--log-mode=dirty"], "--log-mode: no such value: 'dirty'"),
+        (["--iterations=0"], "--iterations: 0 is out of range, it must be from 1 to 1000000"),
+        (["--test-mem=4G"], "--test-mem: 4 GiB needs 4304 MiB of memory, but the machine has 3072 MiB"),
+        (["--vm-memory=100"], "--vm-memory: 100 is out of range, it must be at least 256"),
+        (["--time-limit=x"], "--time-limit: 'x' is not a whole number"),
+        (["--kvm-params=npt"], "--kvm-params: 'npt' is no parameter: write it as module.parameter=value"),
+        (["--kvm-device=/dev/null"], "--kvm-device: is this host's KVM"),
+        (["--results="], "--results: '' names no folder"),
+        (["--results", ""], "--results: '' names no folder"),
+        (["--junitxml", "/proc/x"], "--junitxml: /proc/x: No such file or directory"),
+        (["--log-file=/proc/x"], "--log-file: /proc/x: No such file or directory"),
+        (["--debug=/proc/x"], "pytest: [Errno 2] No such file or directory: '/proc/x'"),
+        (["--maxfail=x"], "--maxfail: invalid int value: 'x'"),
+        (["--lf"], "--lf cannot be used where the tests run in another kernel (--kernel)"),
+        (["-k", "a and"], "Wrong expression passed to '-k': a and"),
+        (["-m", "a and"], "Wrong expression passed to '-m': a and"),
+        (["-k", "nothing_like"], "no test matches -k 'nothing_like' in selftests"),
+        (["-m", "nomark"], "no test matches -m 'nomark' in selftests"),
+        (["selftests/nope.py"], "file or directory not found: selftests/nope.py"),
+        (["selftests/interface/test_slots.py::test_nope"], "not found: selftests/interface/test_slots.py::test_nope"),
+        (["--kernel=x"], "--kernel: the kernel is named already"),
+    ],
+    ids=lambda value: " ".join(value).replace("/", "-") if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_a_bisection(check_kernel: CheckKernel, arguments: list[str], message: str) -> None:
+    """It is said in one line before the kernel is looked for: here there is none to find."""
+    done = check_kernel("/nonexistent/bzImage", *arguments)
+    assert done.status == NOT_LIKE_THIS, done.output
+    assert sum(message in line for line in done.output.splitlines()) == 1
+    assert "Traceback" not in done.output
+    assert "no kernel" not in done.output
+
+
+def one_line(done: Checked) -> str:
+    assert done.status == CANNOT_TEST, done.output
+    (line,) = done.output.strip().splitlines()
+    return line.removeprefix("cannot be tested: ")
+
+
+def unpacked(kernel: Kernel, root: Path) -> Path:
+    """A copy of a kernel, as a package would be unpacked at *root*, with the modules that KVM needs."""
+    assert kernel.modules is not None
+    (root / "boot").mkdir(parents=True)
+    shutil.copy(kernel.image, root / "boot" / f"vmlinuz-{kernel.release}")
+    folder = root / "lib/modules" / kernel.release
+    folder.mkdir(parents=True)
+    for name in ("kvm", "kvm-amd", "irqbypass"):
+        (path,) = kernel.modules.rglob(f"{name}.ko*")
+        shutil.copy(path, folder)
+    return root
+
+
+def test_a_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
+    root = unpacked(kernel, tmp_path / "root")
+    next(root.rglob("kvm-amd.ko*")).unlink()
+    assert f"kernel {kernel.release} has no KVM to test: no module kvm_amd under" in one_line(check_kernel(root))
+    shutil.rmtree(root / "lib")
+    assert "no modules for" in one_line(check_kernel(root / "boot" / f"vmlinuz-{kernel.release}"))
+
+
+def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
+    assert line.endswith("kvm has no parameter tdp_mu (did you mean tdp_mmu?)")
+    assert "no such module is loaded" in one_line(check_kernel(kernel.image, "--kvm-params=kvm_amdd.npt=0"))
+
+
+def test_more_memory_than_there_is(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
+    assert line.startswith("--vm-memory: 9000000 MiB are not there, the host or its control group has ")
+
+
+def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Files may not grow beyond a MiB, which ends in the same place as a full disk."""
+    done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
+    assert done.status == CANNOT_TEST
+    assert f"it cannot be tested: the initramfs cannot be made: {done.results}: File too large" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """What QEMU complained about is in the line, be it at the probe or as the kernel is to boot."""
+    line = one_line(check_kernel(kernel.image, "--cpu-model=z80"))
+    assert line.endswith("unable to find CPU model 'z80'")
+    done = check_kernel(kernel.image, "--vm-cpus=9999")
+    assert done.status == CANNOT_TEST
+    assert "it cannot be tested: QEMU ended with status 1: " in done.output
+    assert "Invalid SMP CPUs 10000" in done.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no kernel at all", "is not a kernel image (no x86 boot header)"),
+        (bytes(56) + b"ARM\x64" + bytes(4096), "is a kernel for arm64, this machine is"),
+        (b"\x7fELF" + bytes(14) + b"\xf3\0" + bytes(4096), "is an ELF file for riscv, this machine is"),
+        (b"\x7fELF" + bytes(14) + b"\x3e\0" + bytes(4096), "give the compressed image (arch/x86/boot/bzImage)"),
+        (bytes(0x202) + b"HdrS" + bytes(4096), "is a 32-bit x86 kernel"),
+        (b"", "is not a kernel image"),
+    ],
+    ids=["text", "arm64", "riscv", "vmlinux", "i386", "empty"],
+)
+@pytest.mark.usefixtures("kernel")
+def test_what_is_no_kernel_for_this_machine(
+    check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    assert message in one_line(check_kernel(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nonexistent/bzImage", "neither a file or folder, nor an installed release"),
+        ("99.9", "neither a file or folder, nor an installed release"),
+        ("debian:six", "write it as debian:6.12"),
+        (str(ROOT / "lib"), "is neither a kernel build tree nor a folder with boot/vmlinuz-*"),
+    ],
+)
+@pytest.mark.usefixtures("kernel")
+def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str) -> None:
+    assert message in one_line(check_kernel(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "no kernel is named"), ("-v", "no kernel is named"), ("auto", "auto is no kernel to check")],
+)
+def test_no_kernel_named(check_kernel: CheckKernel, name: str, message: str) -> None:
+    """An empty name, an option or ``auto`` in the kernel's place is one line, with the status that ends a bisection."""
+    done = check_kernel(name)
+    assert done.status == NOT_LIKE_THIS
+    (line,) = done.output.splitlines()
+    assert message in line
+
+
+def test_the_usage_has_each_status(check_kernel: CheckKernel) -> None:
+    """``--help`` lists every exit status."""
+    done = check_kernel("--help")
+    assert done.status == GOOD
+    for status in (GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED):
+        assert f"\n  {status} " in done.output

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The checks of test_arming.py and test_huge_pages.py can fail: each falsified answer of real KVM is told."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dirty_tracking.mapping_sizes import Mapped, huge_pages
+from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.ring import DirtyRing as Ring
+from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from harness import known_bugs
+from kvm_util.binary_stats import BinaryStats
+from kvm_util.host import Host
+from kvm_util.kvm import Kvm
+from kvm_util.memory import GIB, MIB
+from kvm_util.vm import Vm
+from selftests.memory import test_arming, test_huge_pages
+
+SLOT = test_huge_pages.SLOT
+RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
+# Base pages will do where the mapping does not matter, only the edges.
+LAYOUT = test_huge_pages.Layout("anonymous", FIRST_GPA + 3 * PAGE, 3 * 512 + 7, 2 * MIB)
+EDGE = 512 - 3
+NPAGES = 129
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    return random.Random(1)
+
+
+def vm_for(kvm: Kvm, mode: str) -> TrackedVm:
+    return TrackedVm(kvm, mode, vcpus=2)
+
+
+def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | None], first: int = 0) -> None:
+    """Have each reported page of the slot go through *change*, from report *first* on: another page, or None for none."""
+    honest_get, honest_harvest = Vm.get_dirty_log, Ring.harvest
+    reports = [0]
+
+    def get(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        honest_get(vm, slot, bitmap)
+        reports[0] += 1
+        if reports[0] <= first:
+            return
+        pages = [page for page in range(len(bitmap) * 8) if bitmap[page // 8] >> page % 8 & 1]
+        bitmap[:] = bytes(len(bitmap))
+        for page in map(change, pages):
+            if page is not None:
+                bitmap[page // 8] |= 1 << page % 8
+
+    def harvest(ring: Ring) -> tuple[list[int], list[int]]:
+        slots, offsets = honest_harvest(ring)
+        reports[0] += 1
+        if reports[0] <= first:
+            return slots, offsets
+        changed = [new for page in offsets if (new := change(page)) is not None]
+        return slots[: len(changed)], changed
+
+    patch.setattr(Vm, "get_dirty_log", get)
+    patch.setattr(Ring, "harvest", harvest)
+
+
+@pytest.mark.parametrize("page", [EDGE - 1, EDGE, EDGE + 511, EDGE + 512, LAYOUT.npages - 1])
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
+    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, page: int
+) -> None:
+    needs_log_mode(mode)
+    with vm_for(kvm, mode) as vm:
+        vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, tracked=False)
+        falsify_reports(monkeypatch, lambda found: found + 1 if found == page else found)
+        with pytest.raises(ContractViolation):
+            test_huge_pages.check_reports(vm, LAYOUT, seed=1, rounds=1)
+
+
+@pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
+@pytest.mark.parametrize("first", [2, 9])
+@pytest.mark.parametrize("mode", ["dirty-log", "clear-log", "clear-log-unset"])
+def test_a_page_that_is_not_armed(
+    kvm: Kvm,
+    needs_log_mode: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    chance: random.Random,
+    mode: str,
+    first: int,
+    page: int,
+) -> None:
+    """From the beginning, or from some collection on."""
+    needs_log_mode(mode)
+    with vm_for(kvm, mode) as vm:
+        falsify_reports(monkeypatch, lambda found: None if found == page else found, first)
+        with pytest.raises(ContractViolation, match="LOST"):
+            test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_an_entry_of_a_neighbour(
+    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, chance: random.Random, mode: str
+) -> None:
+    needs_log_mode(mode)
+    with vm_for(kvm, mode) as vm:
+        falsify_reports(monkeypatch, lambda found: 62 if found == 63 else found)
+        with pytest.raises(ContractViolation, match=r"LOST.*: page 63"):
+            test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_vcpu_whose_writes_are_not_seen(
+    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The second one does not write, as if its translation had stayed writable."""
+    needs_log_mode(mode)
+    honest = TrackedVm.write
+
+    def write(vm: TrackedVm, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
+        if vcpu == 0:
+            honest(vm, slot, *pages, value=value)
+
+    monkeypatch.setattr(TrackedVm, "write", write)
+    with vm_for(kvm, mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
+        test_arming.test_every_vcpu_loses_its_translation(vm, thorough=False)
+
+
+@pytest.fixture
+def skipping_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLEAR is not passed on for the first page of its mask."""
+    honest = Vm.clear_dirty_log
+
+    def clear(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        index = next((index for index, byte in enumerate(bitmap) if byte), None)
+        if index is not None:
+            bitmap = bitmap.copy()
+            bitmap[index] &= bitmap[index] - 1
+        honest(vm, slot, bitmap, first_page, num_pages)
+
+    monkeypatch.setattr(Vm, "clear_dirty_log", clear)
+
+
+@pytest.fixture
+def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLEAR clears, and the last page of its mask is not tracked from then on."""
+    honest_clear, honest_get = Vm.clear_dirty_log, Vm.get_dirty_log
+    unarmed: list[int] = []
+
+    def clear(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        honest_clear(vm, slot, bitmap, first_page, num_pages)
+        unarmed[:] = [first_page + page for page in range(num_pages) if bitmap[page // 8] >> page % 8 & 1][-1:]
+
+    def get(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        honest_get(vm, slot, bitmap)
+        for page in unarmed:
+            bitmap[page // 8] &= ~(1 << page % 8)
+
+    monkeypatch.setattr(Vm, "clear_dirty_log", clear)
+    monkeypatch.setattr(Vm, "get_dirty_log", get)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unarmed_clear", r"LOST .*: pages? \d")]
+)
+def test_a_clear_that_leaves_out_a_page(
+    kvm: Kvm,
+    needs_log_mode: Callable[[str], None],
+    request: pytest.FixtureRequest,
+    chance: random.Random,
+    fault: str,
+    message: str,
+) -> None:
+    """Anywhere, and at each mask around the edge of a huge page."""
+    needs_log_mode("clear-log-unset")
+    with vm_for(kvm, "clear-log-unset") as vm:
+        vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages)
+        test_huge_pages.check_clear(vm, [EDGE], "sound")
+        request.getfixturevalue(fault)
+        for mask in test_huge_pages.masks_at(EDGE):
+            with pytest.raises(ContractViolation, match=message):
+                test_huge_pages.check_clear(vm, mask, "falsified")
+        vm.remove_slot(SLOT)
+        vm.add_slot(SLOT, LAYOUT.gpa, NPAGES)
+        with pytest.raises(ContractViolation, match=message):
+            test_arming.check_clear(vm, chance, "falsified")
+
+
+def test_masks_around_an_edge_are_of_both_kinds() -> None:
+    """Some end on a huge page's first page, and some do not; at the beginning of a word none can."""
+    kinds = [
+        [test_huge_pages.ends_on_first_page(mask, edge) for mask in test_huge_pages.masks_at(edge)]
+        for edge in (511, 512)
+    ]
+    assert [any(kind) for kind in kinds] == [True, False]
+    assert not all(kinds[0])
+
+
+@pytest.mark.parametrize("found", [Mapped(600, 1, 0), Mapped(600, 3, 0), Mapped(2, 0, 2)], ids=str)
+def test_a_wrong_number_of_huge_pages(found: Mapped) -> None:
+    test_huge_pages.check_huge(Mapped(600, 2, 0), 2 * MIB, 2, "sound")
+    with pytest.raises(ContractViolation, match="2 pages of 2 MiB were to be mapped, but it is"):
+        test_huge_pages.check_huge(found, 2 * MIB, 2, "falsified")
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+@pytest.mark.parametrize("mode", ["dirty-log", "clear-log"])
+def test_falsified_statistics(
+    make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, mode: str, call: int
+) -> None:
+    """One huge page more than there is, each time that the statistics are looked at."""
+    honest, calls = Mapped.now, [0]
+
+    def falsified(stats: BinaryStats) -> Mapped:
+        calls[0] += 1
+        found = honest(stats)
+        return Mapped(found.pages_4k, found.pages_2m + (calls[0] == call), found.pages_1g)
+
+    monkeypatch.setattr(Mapped, "now", falsified)
+    layout = test_huge_pages.two_mib("anonymous_thp", 3)
+    with make(mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
+        test_huge_pages.check_sizes(vm, stats, host, layout)
+
+
+make, stats_of = test_huge_pages.make, test_huge_pages.stats_of
+
+
+@pytest.mark.parametrize(("shift", "size", "expected"), [(0, 2 * MIB, 3), (1, 2 * MIB, 2), (0, GIB, 0)])
+def test_huge_pages_of_a_slot(kvm: Kvm, shift: int, size: int, expected: int) -> None:
+    """Those that lie in it as a whole, at addresses that are multiples of their size."""
+    with vm_for(kvm, "dirty-log") as vm:
+        memslot = vm.add_slot(SLOT, FIRST_GPA + shift * PAGE, LAYOUT.npages)
+        found = huge_pages(memslot, size)
+        assert len(found) == expected
+        assert all(len(page) * PAGE == size and (memslot.gpa + page[0] * PAGE) % size == 0 for page in found)
+
+
+@pytest.fixture
+def known_bug(request: pytest.FixtureRequest, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known bug of the test that asks for this, on this host: writes are lost, always."""
+    bug = known_bugs.KnownBug(
+        "b", "", "", (host.backend,), frozenset({Kind.LOST}), always=True, tests=(request.node.originalname,)
+    )
+    monkeypatch.setattr(known_bugs, "load", lambda: [bug])
+
+
+@pytest.mark.usefixtures("known_bug")
+def test_a_known_bug_explains_what_it_breaks_and_no_more(outcome: Any) -> None:
+    with pytest.raises(pytest.xfail.Exception, match="b"), outcome.contract():
+        raise violated(Kind.LOST, "lost")
+    with pytest.raises(ContractViolation), outcome.contract():
+        raise ContractViolation([Violation(kind, "more") for kind in (Kind.LOST, Kind.SPURIOUS)])
+    with pytest.raises(ContractViolation), outcome.contract():
+        raise violated(Kind.OTHER, "something else")
+    with pytest.raises(pytest.fail.Exception, match="did not show"), outcome.contract():
+        pass

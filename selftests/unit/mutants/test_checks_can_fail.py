@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Real runs on real KVM whose answers are falsified between the ioctl and the oracle: each fault is caught.
+
+A fault is planted once the run is under way (:data:`ARMED`), and the iterations until it is caught are printed at the end
+of the test run.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from dirty_tracking.bitmap import set_pages
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
+from dirty_tracking.modes import LOG_MODES, Collected
+from dirty_tracking.oracle import Oracle
+from dirty_tracking.ring import DirtyRing
+from dirty_tracking.violations import Kind
+from kvm_util.kvm import Kvm
+from kvm_util.memory import MIB
+from kvm_util.vm import Memslot, Vm
+from selftests.unit.mutants.faults import falsify_bitmaps
+
+ITERATIONS = 80
+ARMED = 2  # complete iterations before a fault is planted
+SETTINGS = Settings(iterations=ITERATIONS, interval=2.0, ring_count=1024, test_mem=8 * MIB, seed=1)
+
+BITMAP_MODES = ["dirty-log", "clear-log", "clear-log-unset"]
+RING_MODES = ["dirty-ring", "dirty-ring-plain"]
+
+Entries = tuple[list[int], list[int]]
+
+
+@dataclass
+class Planter:
+    """What a fault works with.
+
+    :ivar planted: the iteration in which the fault first took effect
+    :ivar kept: what a fault holds back for later
+    """
+
+    run: DirtyLogRun
+    draw: random.Random = field(default_factory=lambda: random.Random(1))
+    planted: int | None = None
+    kept: list[int] = field(default_factory=list)
+    seen: int = 0
+
+    @property
+    def armed(self) -> bool:
+        return self.run.figures.iterations >= ARMED
+
+    def plant(self) -> None:
+        self.planted = self.planted or self.run.figures.iterations + 1
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a fault that is planted once has to be planted now.
+
+        Only while the vCPUs are stopped: of a write that is made during a reap, a report in the next one is right too.
+        """
+        return self.armed and self.planted is None and self.run.all_stopped()
+
+    def is_ten_thousandth(self) -> bool:
+        """Count one more reported page; the fault counts as planted from the first on.
+
+        It strikes while the vCPUs are stopped only: of a write that is made during a reap, a later report is right too.
+        """
+        self.plant()
+        self.seen += 1
+        if self.seen < 10_000 or not self.run.all_stopped():
+            return False
+        self.seen -= 10_000
+        return True
+
+    def not_written_soon(self, reported: list[int]) -> int:
+        """A page that is neither reported nor written within the next hundred writes."""
+        done = self.run.published()[0]
+        busy = set(reported).union(self.run.streams[0].between(done, done + 100))
+        return next(page for page in self.draw.sample(range(self.run.memslot.npages), 300) if page not in busy)
+
+
+# --- faults in a bitmap: change it in place ---------------------------------------------------------------------------
+
+
+def flip(bitmap: bytearray, page: int) -> None:
+    bitmap[page // 8] ^= 1 << page % 8
+
+
+def drop_a_bit(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and (pages := set_pages(bitmap)):
+        flip(bitmap, planter.draw.choice(pages))
+        planter.plant()
+
+
+def add_a_bit(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh:
+        flip(bitmap, planter.not_written_soon(set_pages(bitmap)))
+        planter.plant()
+
+
+def lose_a_word(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and (pages := set_pages(bitmap)):
+        word = planter.draw.choice(pages) // 64
+        bitmap[word * 8 : word * 8 + 8] = bytes(8)
+        planter.plant()
+
+
+def shift_by_a_page(planter: Planter, bitmap: bytearray) -> None:
+    if planter.fresh and any(bitmap):
+        shifted = int.from_bytes(bitmap, "little") << 1 & (1 << len(bitmap) * 8) - 1
+        bitmap[:] = shifted.to_bytes(len(bitmap), "little")
+        planter.plant()
+
+
+def report_too_early(planter: Planter, bitmap: bytearray) -> None:
+    """A page whose write comes only in a later iteration."""
+    if planter.fresh:
+        flip(bitmap, first_future_page(planter, set_pages(bitmap)))
+        planter.plant()
+
+
+def report_too_late(planter: Planter, bitmap: bytearray) -> None:
+    """A page held back until the next iteration."""
+    if planter.fresh and (pages := set_pages(bitmap)):
+        planter.kept = [planter.draw.choice(pages)]
+        flip(bitmap, planter.kept[0])
+        planter.plant()
+    elif planter.kept and planter.run.figures.iterations >= (planter.planted or 0):
+        page = planter.kept.pop()
+        bitmap[page // 8] |= 1 << page % 8
+
+
+def set_a_tail_bit(planter: Planter, bitmap: bytearray) -> None:
+    """A bit of the last word that no page belongs to."""
+    if planter.fresh:
+        flip(bitmap, planter.run.memslot.npages)
+        planter.plant()
+
+
+def lose_one_in_ten_thousand(planter: Planter, bitmap: bytearray) -> None:
+    for page in set_pages(bitmap) if planter.armed else ():
+        if planter.is_ten_thousandth():
+            flip(bitmap, page)
+
+
+BITMAP_FAULTS = [
+    drop_a_bit, add_a_bit, lose_a_word, shift_by_a_page, report_too_early, report_too_late, set_a_tail_bit,
+    lose_one_in_ten_thousand,
+]  # fmt: skip
+
+
+# --- faults in what CLEAR is asked: as a KVM would fail that clears other pages than it was told ------------------------
+
+
+def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
+    """The page that is left is the one that the guest comes back to last: if it wrote it at once, the bit would be right."""
+    if planter.fresh and (pages := set_pages(bitmap)):
+        done = planter.run.published()[0]
+        upcoming = planter.run.streams[0].between(done, done + 16384).tolist()
+        flip(bitmap, max(pages, key=lambda page: upcoming.index(page) if page in upcoming else len(upcoming)))
+        planter.plant()
+
+
+def clear_everything(planter: Planter, bitmap: bytearray) -> None:
+    """Also the pages that were written after GET and so were never reported; late enough that there are some."""
+    if planter.armed and not planter.run.all_stopped():
+        time.sleep(0.005)
+        bitmap[:] = b"\xff" * len(bitmap)
+        planter.plant()
+
+
+CLEAR_FAULTS = [clear_all_but_one, clear_everything]
+
+
+# --- faults in a ring's entries: return other ones ----------------------------------------------------------------------
+
+
+def entries_of_their_own(pages: list[int]) -> list[int]:
+    """The positions of entries whose page has no other: of two, one may be lost without the page being lost."""
+    counts = Counter(pages)
+    return [at for at, page in enumerate(pages) if counts[page] == 1]
+
+
+def lose_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and (single := entries_of_their_own(pages)):
+        at = planter.draw.choice(single)
+        planter.plant()
+        return slots[:at] + slots[at + 1 :], pages[:at] + pages[at + 1 :]
+    return slots, pages
+
+
+def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    """As often as the page was ever written: each write since the last reap may have an entry of its own."""
+    if planter.fresh and pages:
+        at = planter.draw.randrange(len(pages))
+        again = planter.run.streams[0].between(0, planter.run.published()[0] + 1).tolist().count(pages[at])
+        planter.plant()
+        return slots[:at] + slots[at : at + 1] * again + slots[at:], pages[:at] + pages[at : at + 1] * again + pages[
+            at:
+        ]
+    return slots, pages
+
+
+def name_another_slot(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        slots[planter.draw.randrange(len(slots))] += 1
+        planter.plant()
+    return slots, pages
+
+
+def name_another_address_space(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and pages:
+        slots[planter.draw.randrange(len(slots))] |= 1 << 16
+        planter.plant()
+    return slots, pages
+
+
+def offset_off_by_one(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and (single := entries_of_their_own(pages)):
+        pages[planter.draw.choice(single)] += 1
+        planter.plant()
+    return slots, pages
+
+
+def add_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh:
+        planter.plant()
+        return [*slots, 1], [*pages, planter.not_written_soon(pages)]
+    return slots, pages
+
+
+def entry_too_early(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh:
+        planter.plant()
+        return [*slots, 1], [*pages, first_future_page(planter, pages)]
+    return slots, pages
+
+
+def entry_too_late(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if planter.fresh and (single := entries_of_their_own(pages)):
+        planter.plant()
+        planter.kept = [pages.pop(single[-1])]
+        return slots[:-1], pages
+    if planter.kept and planter.run.figures.iterations >= (planter.planted or 0):
+        return [*slots, 1], [*pages, planter.kept.pop()]
+    return slots, pages
+
+
+def lose_one_entry_in_ten_thousand(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
+    if not planter.armed:
+        return slots, pages
+    kept = [at for at in range(len(pages)) if not planter.is_ten_thousandth()]
+    return [slots[at] for at in kept], [pages[at] for at in kept]
+
+
+RING_FAULTS = [
+    lose_an_entry, repeat_an_entry, name_another_slot, name_another_address_space, offset_off_by_one, add_an_entry,
+    entry_too_early, entry_too_late, lose_one_entry_in_ten_thousand,
+]  # fmt: skip
+
+
+def first_future_page(planter: Planter, reported: list[int]) -> int:
+    """A page that is written within the next thousand writes, but not within the next hundred."""
+    done = planter.run.published()[0]
+    near = set(planter.run.streams[0].between(done, done + 100)).union(reported)
+    return next(page for page in planter.run.streams[0].between(done + 500, done + 1000) if page not in near)
+
+
+# --- the tests ----------------------------------------------------------------------------------------------------------
+
+
+EXPECTED: dict[Callable[..., Any], Kind] = {
+    **dict.fromkeys([drop_a_bit, lose_a_word, report_too_late, lose_one_in_ten_thousand, clear_everything], Kind.LOST),
+    **dict.fromkeys([shift_by_a_page, add_a_bit, report_too_early, clear_all_but_one], Kind.SPURIOUS),
+    set_a_tail_bit: Kind.BAD_OFFSET,
+    **dict.fromkeys([lose_an_entry, entry_too_late, offset_off_by_one], Kind.LOST),
+    **dict.fromkeys([add_an_entry, entry_too_early], Kind.SPURIOUS),
+    **dict.fromkeys([name_another_slot, name_another_address_space], Kind.WRONG_SLOT),
+    repeat_an_entry: Kind.DUPLICATE,
+    lose_one_entry_in_ten_thousand: Kind.RESET_COUNT,
+}
+
+
+@contextmanager
+def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpus: int = 1) -> Iterator[Planter]:
+    """Make a run of *mode*, let the body plant a fault, and expect the oracle to find it as *kind*."""
+    request.getfixturevalue("needs_log_mode")(mode)
+    cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
+    with DirtyLogRun(kvm, cell, SETTINGS) as run:
+        planter = Planter(run)
+        yield planter
+        with pytest.raises(DirtyTrackingError) as error:
+            run.run()
+        assert planter.planted, "the fault was never planted: this failure is not its doing"
+        assert kind in {finding.kind for finding in error.value.violations}
+        iterations = error.value.violations[0].iteration - planter.planted + 1
+        planted_fault = request.node.callspec.params.get("fault")
+        name = planted_fault.__name__ if planted_fault else request.node.originalname.removeprefix("test_")
+        request.node.user_properties += [("fault", name), ("fault_in", mode), ("caught_within", iterations)]
+        assert 1 <= iterations <= 2 or "ten_thousand" in request.node.name
+
+
+@pytest.mark.parametrize("mode", BITMAP_MODES)
+@pytest.mark.parametrize("fault", BITMAP_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_false_bitmap_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, bytearray], None],
+) -> None:  # fmt: skip
+    """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
+    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+        falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(planter, bitmap))
+
+
+@pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
+@pytest.mark.parametrize("fault", CLEAR_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_clear_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, bytearray], None],
+) -> None:  # fmt: skip
+    """KVM_CLEAR_DIRTY_LOG is asked for other pages than the log mode asked for."""
+    clear_dirty_log = Vm.clear_dirty_log
+    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+
+        def falsified(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+            asked = bytearray(bitmap)  # the log mode's own copy stays: it is what GET reported
+            fault(planter, asked)
+            clear_dirty_log(vm, slot, asked, first_page, num_pages)
+
+        monkeypatch.setattr(Vm, "clear_dirty_log", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.parametrize("fault", RING_FAULTS, ids=lambda fault: fault.__name__)
+def test_false_ring_entries_are_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    fault: Callable[[Planter, list[int], list[int]], Entries],
+) -> None:  # fmt: skip
+    """What was harvested is changed before the log mode gets it."""
+    harvest = DirtyRing.harvest
+    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+        monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(planter, *harvest(ring)))
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_rings_of_two_vcpus_mixed_up_are_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The first vCPU is given an entry of the second one's ring, of a page that it did not write itself."""
+    with caught(kvm, request, mode, Kind.SPURIOUS, vcpus=2) as planter:
+        collect = planter.run.mode.collect_dirty_pages
+
+        def falsified(*arguments: Any) -> Collected:
+            collected = collect(*arguments)
+            if planter.fresh:
+                own = planter.run.streams[0].between(0, planter.run.published()[0] + 1)
+                recent = set(own[-2000:])
+                (first, second), (first_slots, second_slots) = collected.pages, collected.slots
+                at = next((at for at, page in enumerate(second) if page not in recent), None)
+                if at is not None:
+                    first.append(second.pop(at))
+                    first_slots.append(second_slots.pop(at))
+                    planter.plant()
+            return collected
+
+        monkeypatch.setattr(planter.run.mode, "collect_dirty_pages", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.parametrize("wrong_by", [-1, 1])
+def test_a_wrong_reset_count_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str, wrong_by: int
+) -> None:
+    """KVM_RESET_DIRTY_RINGS says one entry more or less than it took."""
+    reset_dirty_rings = Vm.reset_dirty_rings
+    with caught(kvm, request, mode, Kind.RESET_COUNT) as planter:
+
+        def falsified(vm: Vm) -> int:
+            count = reset_dirty_rings(vm)
+            if planter.fresh and count:
+                planter.plant()
+                return count + wrong_by
+            return count
+
+        monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
+
+
+@pytest.mark.parametrize("mode", RING_MODES)
+def test_a_reset_that_does_nothing_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """KVM takes no entry back, again and again; the calls are not repeated for ever."""
+    reset_dirty_rings = Vm.reset_dirty_rings
+    with caught(kvm, request, mode, Kind.RESET_COUNT) as planter:
+
+        def falsified(vm: Vm) -> int:
+            if not planter.armed:
+                return reset_dirty_rings(vm)
+            planter.plant()
+            return 0
+
+        monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_wrong_value_in_memory_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """One page goes back to an older value, as if a write had been lost with its report in place."""
+    check_memory = Oracle.check_memory
+    with caught(kvm, request, mode, Kind.VALUE) as planter:
+
+        def falsified(oracle: Oracle, iteration: int, done: list[int], words: memoryview) -> object:
+            if planter.fresh:
+                planter.plant()
+                words[planter.run.streams[0].between(done[0] - 10, done[0] - 9)[0] * 512] -= 1
+            return check_memory(oracle, iteration, done, words)
+
+        monkeypatch.setattr(Oracle, "check_memory", falsified)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_a_page_lost_while_the_vcpu_runs_is_caught(
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A running reap lacks a page whose write was done well before it began."""
+    with caught(kvm, request, mode, Kind.LOST) as planter:
+        collect = planter.run.mode.collect_dirty_pages
+
+        def falsified(vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
+            written = planter.run.published()[0] - 50  # the reap's own count was taken a moment ago
+            collected = collect(vm, memslot, kick, stopped)
+            if planter.armed and planter.planted is None and not stopped and not planter.run.all_stopped():
+                since = planter.run.oracle.writes_seen(0) + 1
+                long_done = set(planter.run.streams[0].between(since, max(since, written)))
+                (pages,) = collected.pages
+                at = next((at for at, page in enumerate(pages) if page in long_done), None)
+                if at is not None:
+                    page = pages[at]
+                    keep = [at for at, other in enumerate(pages) if other != page]
+                    collected.pages[0] = [pages[at] for at in keep]
+                    if collected.slots:
+                        collected.slots[0] = [collected.slots[0][at] for at in keep]
+                        collected.reset = len(keep)
+                    planter.plant()
+            return collected
+
+        monkeypatch.setattr(planter.run.mode, "collect_dirty_pages", falsified)
+
+
+@pytest.mark.parametrize("mode", list(LOG_MODES))
+def test_the_same_run_without_a_fault_is_right(kvm: Kvm, needs_log_mode: Callable[[str], None], mode: str) -> None:
+    """What the tests above catch is the fault."""
+    needs_log_mode(mode)
+    cell = Cell(mode, "48bit-4k", "anonymous", "forced", "sparse", 2)
+    with DirtyLogRun(kvm, cell, SETTINGS) as run:
+        assert run.run().iterations == ITERATIONS
+
+
+def test_every_kind_of_finding_is_expected_somewhere() -> None:
+    """A new kind of finding needs a test that shows it; two are shown in files of their own, OTHER has none in the matrix."""
+    here = {*EXPECTED.values(), Kind.RESET_COUNT, Kind.VALUE}
+    stuck = {Kind.STUCK, Kind.GAP}  # test_runs_end_well.py: test_a_ring_that_stays_full_is_reported
+    assert here | stuck == set(Kind) - {Kind.OTHER}
+    assert set(EXPECTED) == {*BITMAP_FAULTS, *RING_FAULTS, *CLEAR_FAULTS}

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Random histories can fail: what real KVM answered is falsified, and a short history must be found that shows it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dirty_tracking.bitmap import BITS_PER_WORD
+from dirty_tracking.model import Entry
+from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.sequence_search import search
+from dirty_tracking.sequences import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
+from harness import known_bugs
+from kvm_util import uapi
+from kvm_util.host import Host, uses_pml
+from kvm_util.kvm import Kvm
+from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Vm
+from runner import ROOT
+from selftests.scenarios.test_histories import RING_RESET_BUG
+
+SEEDS = range(6)  # as many as in the quick form of test_histories.py
+MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
+SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
+
+
+# On 190 entries come ten more, to a ring that takes 192 before it stops its vCPU (1024 and 448 with PML).
+FULL = [
+    Create(1, 0, 70), Create(2, 1, 130), *(Write(1, range(first, first + 35)) for first in (0, 35)),
+    *(Write(2, range(first, first + 30)) for first in (0, 30, 60, 90)), Write(2, range(120, 130)),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that KVM could get wrong.
+
+    :ivar most: how many steps the shortest history may have
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    target: type
+    method: str
+    falsify: Callable[[Any], Any]
+    most: int
+
+
+BITMAPS = ("dirty-log", "clear-log")
+MANUAL = ("clear-log-unset",)
+RINGS = ("dirty-ring",)
+
+
+def on_bitmap(change: Callable[[bytearray], None]) -> Callable[[Any], Any]:
+    def falsify(honest: Any) -> Any:
+        def get_dirty_log(vm: Vm, slot: int, bitmap: bytearray) -> None:
+            honest(vm, slot, bitmap)
+            change(bitmap)
+
+        return get_dirty_log
+
+    return falsify
+
+
+def drop_last_bit(bitmap: bytearray) -> None:
+    for index in reversed(range(len(bitmap))):
+        if bitmap[index]:
+            bitmap[index] &= ~(1 << bitmap[index].bit_length() - 1)
+            return
+
+
+def add_bit(bitmap: bytearray) -> None:
+    bitmap[0] |= 1
+
+
+def add_bit_behind_end(bitmap: bytearray) -> None:
+    if len(bitmap) * 8 > BITS_PER_WORD:
+        bitmap[-1] |= 0x80
+
+
+def on_entries(change: Callable[[list[Entry]], list[Entry]]) -> Callable[[Any], Any]:
+    return lambda honest: lambda *arguments: change(honest(*arguments))
+
+
+def clear_all_of_range(honest: Any) -> Any:
+    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        honest(vm, slot, bytearray(b"\xff" * len(bitmap)), first_page, num_pages)
+
+    return clear_dirty_log
+
+
+def clear_first_word(honest: Any) -> Any:
+    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
+        honest(vm, slot, bitmap[:8] + bytes(len(bitmap) - 8), first_page, num_pages)
+
+    return clear_dirty_log
+
+
+def claimed_reset(_honest: Any) -> Any:
+    """As many entries as were harvested, and none of them reset."""
+
+    def reset_dirty_rings(vm: Vm) -> int:
+        taken = 0
+        for vcpu in vm.vcpus:
+            ring = vcpu.map_dirty_ring(256)
+            flags = [uapi.kvm_dirty_gfn.from_address(ring.address + index * 16).flags for index in range(ring.entries)]
+            taken += flags.count(MARKER)
+        return taken
+
+    return reset_dirty_rings
+
+
+def on_region(change: Callable[[Vm, int, int, int], tuple[int, int]]) -> Callable[[Any], Any]:
+    """*change* takes VM, slot, gpa and flags, and returns the gpa and flags that KVM gets to see."""
+
+    def falsify(honest: Any) -> Any:
+        def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
+            seen_gpa, seen_flags = change(vm, slot, gpa, flags)
+            memslot = honest(vm, slot, seen_gpa, memory, seen_flags)
+            memslot.gpa, memslot.flags = gpa, flags
+            return memslot
+
+        return set_user_memory_region
+
+    return falsify
+
+
+def stays_off(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return gpa, 0 if slot in vm.memslots else flags
+
+
+def stays_on(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return gpa, flags or (vm.memslots[slot].flags if slot in vm.memslots else 0)
+
+
+def stays_where_it_is(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
+    return (vm.memslots[slot].gpa if slot in vm.memslots else gpa), flags
+
+
+def move_forgets(honest: Any) -> Any:
+    def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
+        if slot in vm.memslots and vm.memslots[slot].gpa != gpa:
+            honest(vm, slot, vm.memslots[slot].gpa, memory, 0)
+        return honest(vm, slot, gpa, memory, flags)
+
+    return set_user_memory_region
+
+
+FAULTS = [
+    Fault("drops a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(drop_last_bit), 3),
+    Fault("adds a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(add_bit), 4),
+    Fault("adds a bit behind the end", ("dirty-log",), Vm, "get_dirty_log", on_bitmap(add_bit_behind_end), 2),
+    Fault("skips CLEAR", MANUAL, Vm, "clear_dirty_log", lambda _honest: lambda *_arguments: None, 4),
+    Fault("clears what was not asked for", MANUAL, Vm, "clear_dirty_log", clear_all_of_range, 4),
+    Fault("clears the first word only", MANUAL, Vm, "clear_dirty_log", clear_first_word, 4),
+    Fault("stays off", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_off), 4),
+    Fault("stays on", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_on), 5),
+    Fault("does not move", ("clear-log",), Vm, "set_user_memory_region", on_region(stays_where_it_is), 4),
+    Fault("forgets when it moves", ("dirty-log",), Vm, "set_user_memory_region", move_forgets, 4),
+    Fault("does not push an entry", RINGS, RingReader, "news", on_entries(lambda taken: taken[:-1]), 2),
+    Fault("pushes an entry twice", RINGS, RingReader, "news", on_entries(lambda taken: taken[:1] + taken), 2),
+    Fault("changes a slot", RINGS, RingReader, "news", on_entries(lambda taken: [(9, page) for _, page in taken]), 2),
+    Fault("swaps entries", RINGS, RingReader, "news", on_entries(lambda taken: taken[::-1]), 2),
+    Fault("loses an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken[1:]), 3),
+    Fault("repeats an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken + taken[-1:]), 3),
+    Fault("resets nothing", RINGS, Vm, "reset_dirty_rings", lambda _honest: lambda _vm: 0, 4),
+    Fault("resets nothing, and says it did", RINGS, Vm, "reset_dirty_rings", claimed_reset, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode"),
+    [pytest.param(fault, mode, id=f"{mode}-{fault.name}") for fault in FAULTS for mode in fault.modes],
+)
+def test_a_fault_is_found_and_shrunk_to_a_script(
+    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], fault: Fault, mode: str,
+) -> None:  # fmt: skip
+    """Within the quick number of histories; its script fails as long as the fault is there, and passes without it."""
+    needs_log_mode(mode)
+
+    def run(steps: Sequence[Step]) -> None:
+        run_history(kvm, host, mode, steps)
+
+    monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
+    found = search(run, issubclass(LOG_MODES[mode], DirtyRing), SEEDS)
+    assert found is not None, "not found"
+    failure = found[1]
+    assert len(failure.steps) <= fault.most, failure.script
+    with pytest.raises(SystemExit, match=mode):
+        exec(failure.script, {})
+    monkeypatch.undo()
+    exec(failure.script, {})
+    assert f"KVM and the model agree in all of {len(failure.steps)} steps" in capsys.readouterr().out
+
+
+def test_a_script_runs_by_itself(kvm: Kvm) -> None:
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=script("dirty-log", SOUND),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": "lib"},
+    )
+    assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
+
+
+def test_the_known_bug_that_is_kept_off_is_on_the_list() -> None:
+    assert RING_RESET_BUG in {bug.id for bug in known_bugs.load()}
+
+
+@pytest.mark.parametrize("exit_reason", [uapi.KVM_EXIT_DIRTY_RING_FULL, uapi.KVM_EXIT_HLT], ids=["too-early", "never"])
+def test_a_full_ring_that_is_told_wrongly(
+    kvm: Kvm, host: Host, lacks: Callable[[str], None], needs_log_mode: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch, exit_reason: int,
+) -> None:  # fmt: skip
+    """KVM_EXIT_DIRTY_RING_FULL comes with the ring full, and does come then."""
+    needs_log_mode("dirty-ring")
+    if uses_pml(host):
+        lacks("with PML the smallest ring has more entries than this history makes")
+    run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+    honest = Vcpu.kvm_run
+    early = exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
+
+    def falsified(vcpu: Vcpu) -> int:
+        code = honest(vcpu)
+        if early or vcpu.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL:
+            vcpu.run.exit_reason = exit_reason
+        return code
+
+    monkeypatch.setattr(Vcpu, "kvm_run", falsified)
+    with pytest.raises(HistoryFailed, match="DIRTY_RING_FULL, with 35 entries used" if early else "its ring|HLT"):
+        run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+
+
+def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
+    with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: lost page 9$"):
+        run_history(kvm, host, "dirty-log", SOUND)
+
+
+FAULTY_PLUGIN = """
+from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Vm
+honest = Vm.get_dirty_log
+def falsified(vm, slot, bitmap):
+    honest(vm, slot, bitmap)
+    bitmap[0] &= 0xFE
+Vm.get_dirty_log = falsified
+"""
+TEST = "selftests/scenarios/test_histories.py::test_any_history[dirty-log]"
+
+
+def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
+    return subprocess.run(
+        f"{command} --results={tmp_path / 'results'}", shell=True, cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path: Path) -> None:
+    """The same history comes of the seed that is told, also where it was a later round of a soak run that failed."""
+    python = shlex.quote(sys.executable)
+    done = run_pytest(f"{python} -m pytest '{TEST}' -p faulty --soak 60 --seed 3", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for expected in (
+        "KVM and the model of its contract differ: dirty-log: step",
+        "lost page 0",
+        "kernel   ",
+        "PYTHONPATH=lib python -",
+    ):
+        assert expected in done.stdout
+    script_text = re.search(r"^from dirty_tracking\.sequences import .*?^\]\)$", done.stdout, re.MULTILINE | re.DOTALL)
+    command = re.search(r"^reproduce (.*)$", done.stdout, re.MULTILINE)
+    assert script_text and command
+    again = run_pytest(f"{command[1]} -p faulty", tmp_path)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert script_text[0] in again.stdout
+
+
+def test_a_soak_run_ends_in_time(kvm: Kvm, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak 3", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - begin >= 3
+    assert not (ROOT / ".hypothesis").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "x"])
+def test_a_bad_time_to_soak_is_told(value: str, tmp_path: Path) -> None:
+    done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak {value}", tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"--soak: {value}" in done.stderr.replace("'", "")
+
+
+def test_the_seed_alone_decides(tmp_path: Path) -> None:
+    """Not what other modules are loaded; and Hypothesis leaves no files behind."""
+    program = """
+import sys
+for name in sys.argv[1:]: __import__(name)
+from dirty_tracking.sequence_search import search
+from selftests.scenarios import test_histories
+made = []
+search(made.append, False, range(3))
+print(made)
+"""
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program, *modules], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}, check=True,
+        ).stdout
+        for modules in ((), ("dirty_tracking.oracle", "runner.qemu", "conftest"))
+    ]  # fmt: skip
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 1000
+    assert not list(tmp_path.iterdir())
