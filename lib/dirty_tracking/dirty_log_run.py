@@ -75,8 +75,7 @@ class DirtyLogRun:
         program = GuestProgram.load("dirty_writer")
         self.mode = make_log_mode(cell.log_mode, settings.ring_count)
         size = settings.slot_size
-        mode = arch.GUEST_MODES[cell.guest_mode]
-        self.guest = GuestVm(kvm, program, mode, guest_data_size(size, cell.vcpus))
+        self.guest = GuestVm(kvm, program, cell.guest_mode, guest_data_size(size, cell.vcpus))
         try:
             vm = self.guest.vm
             self.gpa = place_test_memory(settings, cell, arch.guest_phys_limit(self.guest.cpuid))
@@ -86,6 +85,7 @@ class DirtyLogRun:
             self.memslot = vm.add_memory(TEST_SLOT, self.gpa, size, cell.backing, populate=True)
             self._words = self.memslot.memory.words
             npages = self.memslot.npages
+            mode = self.guest.guest_mode
             gva = (_TEST_GVA_5_LEVEL if mode.levels == 5 else _TEST_GVA) + self.gpa % mode.page_size
             self.guest.map_test_memory(gva, self.gpa, size)
             batch = program.symbols["WRITES_PER_BATCH"]

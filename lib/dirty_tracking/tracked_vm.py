@@ -71,9 +71,7 @@ class TrackedVm:
         prepare: Callable[[Vm], None] | None = None,
     ) -> None:
         self.mode: LogMode = make_log_mode(mode, ring_count)
-        self.guest = GuestVm(
-            kvm, GuestProgram.load("operations"), arch.GUEST_MODES[guest_mode], vcpus * 2 * LIST_SIZE + _PAGE_TABLES
-        )
+        self.guest = GuestVm(kvm, GuestProgram.load("operations"), guest_mode, vcpus * 2 * LIST_SIZE + _PAGE_TABLES)
         self.vm = self.guest.vm
         self._lists: list[int] = []
         try:

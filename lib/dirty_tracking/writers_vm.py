@@ -14,7 +14,6 @@ from dirty_tracking.modes import make_log_mode
 from dirty_tracking.oracle import WORDS_PER_PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSE, Writers
-from kvm_util.arch import current as arch
 from kvm_util.guest import PROGRAM_SLOT, GuestVm
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
@@ -64,7 +63,7 @@ class WritersVm:
         self.ring_count = ring_count
         npages = sum(count for count, _ in shapes)
         data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
-        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), arch.GUEST_MODES[guest_mode], data)
+        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), guest_mode, data)
         self.vm = self.guest.vm
         try:
             self.mode.create_vm_done(self.vm)

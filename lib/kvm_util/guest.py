@@ -15,7 +15,7 @@ from kvm_util.memory import MIB, align_up
 from kvm_util.vcpu import Vcpu
 
 PROGRAM_SLOT = 0
-_STACK_SIZE = 4 * arch.PAGE_SIZE
+_STACK_PAGES = 4
 
 
 class Ucall(Enum):
@@ -36,13 +36,13 @@ class GuestVm:
 
     :param kvm: the device to make it from
     :param program: what its vCPUs run
-    :param guest_mode: page-table levels, and the page size of :meth:`map_test_memory`
+    :param guest_mode: a key of ``GUEST_MODES``: page-table levels, and the page size of :meth:`map_test_memory`
     :param data_size: bytes of slot 0 for :meth:`allocate`, beyond what the program, its tables and stacks need
     """
 
-    def __init__(self, kvm: Kvm, program: GuestProgram, guest_mode: arch.GuestMode, data_size: int = 0) -> None:
+    def __init__(self, kvm: Kvm, program: GuestProgram, guest_mode: str = "48bit-4k", data_size: int = 0) -> None:
         self.program = program
-        self.guest_mode = guest_mode
+        self.guest_mode = arch.GUEST_MODES[guest_mode]
         self.vm = kvm.create_vm()
         try:
             self.cpuid = arch.get_supported_cpuid(kvm.fd)
@@ -52,7 +52,7 @@ class GuestVm:
             for address, data, _ in program.segments:
                 self._memory[address : address + len(data)] = data
             self.page_tables = arch.PageTables(
-                guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words
+                self.guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words
             )
             self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
             self._tables = self.allocate(arch.PAGE_SIZE)
@@ -91,7 +91,8 @@ class GuestVm:
         """Create the next vCPU: it will start at symbol *entry* with *argument* in its first argument register."""
         vcpu = self.vm.create_vcpu(len(self.vm.vcpus))
         tss = self.allocate(arch.PAGE_SIZE)
-        stack, exception_stack = (self.allocate(_STACK_SIZE) + _STACK_SIZE for _ in range(2))
+        size = _STACK_PAGES * arch.PAGE_SIZE
+        stack, exception_stack = (self.allocate(size) + size for _ in range(2))
         arch.init_vcpu(
             vcpu.fd, self.cpuid, self.guest_mode.levels, self.page_tables.root, self._tables,
             (tss, self.memory(tss, arch.PAGE_SIZE)), self.program.symbols[entry], stack, exception_stack, argument,

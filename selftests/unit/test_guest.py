@@ -14,7 +14,7 @@ from kvm_util.kvm import Kvm
 
 @pytest.fixture
 def guest(kvm: Kvm) -> Iterator[GuestVm]:
-    with GuestVm(kvm, GuestProgram.load("self_test"), arch.GUEST_MODES["48bit-4k"]) as vm:
+    with GuestVm(kvm, GuestProgram.load("self_test")) as vm:
         yield vm
 
 
@@ -60,6 +60,6 @@ def test_every_guest_mode_maps_and_runs(kvm: Kvm, name: str, lacks: Callable[[st
     mode = arch.GUEST_MODES[name]
     if reason := mode.missing(arch.get_supported_cpuid(kvm.fd)):
         lacks(reason)
-    with GuestVm(kvm, GuestProgram.load("self_test"), mode) as guest:
+    with GuestVm(kvm, GuestProgram.load("self_test"), name) as guest:
         guest.write_symbol("question", 1)
         assert guest.run_until_ucall(guest.add_vcpu()) is Ucall.SYNC
