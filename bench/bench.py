@@ -20,8 +20,9 @@ from pathlib import Path
 
 from dirty_tracking.cell import PAGE, Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
-from dirty_tracking.modes import Collected
+from dirty_tracking.modes import enable_dirty_logging
 from dirty_tracking.oracle import WORDS_PER_PAGE, Oracle, Reap
+from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.write_stream import WriteStream
 from kvm_util import guest_program, uapi
 from kvm_util.arch import current as arch
@@ -113,7 +114,9 @@ def bench_verify(loops: ctypes.CDLL, rounds: int) -> None:
         for value, page in enumerate(written, done - DIRTY_PAGES + 1):
             memory.words[page * WORDS_PER_PAGE] = expected[page] = value
             bitmap[page // 64] |= 1 << page % 64
-        reap = Reap(number, [done], [done], [True], Collected([sorted(set(written))]))
+        dirty_pages = sorted(set(written))
+        report = DirtyReport([Source([1] * len(dirty_pages), dirty_pages)])
+        reap = Reap(number, [done], [done], [True], report)
 
         def in_python(reap: Reap = reap, number: int = number, done: int = done) -> None:
             if oracle.check_reap(reap) or oracle.check_memory(number, [done], memory.words):
@@ -140,9 +143,8 @@ def bench_harvest(loops: ctypes.CDLL, rounds: int) -> None:
     with Kvm() as kvm, DirtyLogRun(kvm, cell, Settings(ring_count=RING_ENTRIES)) as run:
         (vcpu,) = run.guest.vm.vcpus
         run.guest.run_until_ucall(vcpu)
-        slot = run.memslot
-        run.guest.vm.set_user_memory_region(slot.slot, slot.gpa, slot.memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
-        ring = vcpu.map_dirty_ring(RING_ENTRIES)
+        enable_dirty_logging(run.guest.vm, run.memslot.slot)
+        (ring,) = run.mode.rings(run.guest.vm)
         for number in range(2 * rounds):
             while vcpu.run.exit_reason != uapi.KVM_EXIT_DIRTY_RING_FULL:
                 vcpu.kvm_run()

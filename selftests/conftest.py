@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from dirty_tracking.cell import Settings
-from dirty_tracking.modes import LOG_MODES, DirtyRing
-from kvm_util.host import Host, rings_keep_order
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.platform import ring_order_is_write_order
+from kvm_util.host import Host
 
 
 @pytest.fixture(params=list(LOG_MODES))
@@ -18,7 +19,7 @@ def log_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], Non
     return str(request.param)
 
 
-@pytest.fixture(params=[name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)])
+@pytest.fixture(params=[name for name, mode in LOG_MODES.items() if mode.uses_ring])
 def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], None]) -> str:
     """Each log mode with rings, likewise."""
     needs_log_mode(request.param)
@@ -28,7 +29,7 @@ def ring_mode(request: pytest.FixtureRequest, needs_log_mode: Callable[[str], No
 @pytest.fixture
 def entries_in_order(host: Host, lacks: Callable[[str], None]) -> None:
     """For tests that hold a ring to the order of the writes."""
-    if not rings_keep_order(host):
+    if not ring_order_is_write_order(host):
         lacks("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
 
 

@@ -98,9 +98,9 @@ class Collector(threading.Thread):
         with self._cond:
             self._reaps.append(reap)
             self._complete = final
-            if len(reap.collected.pages) == len(self._harvested):
-                for vcpu, pages in enumerate(reap.collected.pages):
-                    self._harvested[vcpu] += len(pages)
+            for source in reap.report.sources:
+                if source.vcpu is not None:
+                    self._harvested[source.vcpu] += len(source.offsets)
             for thread in full:
                 # A ring that was full had entries. When none came since the vCPU was last let go, KVM will say "full"
                 # for ever: what it counts as used cannot be harvested.

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from dirty_tracking.collection_log import Collection, CollectionLog, Drop, Toggle
-from dirty_tracking.modes import DirtyRing
+from dirty_tracking.modes import disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.platform import uses_pml
 from dirty_tracking.reset_ledger import ResetLedger
 from dirty_tracking.vcpu_thread import KICK_SIGNAL, State
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from dirty_tracking.writers import POLL
 from dirty_tracking.writers_vm import Area, WritersVm
-from kvm_util.host import this_host, uses_pml
+from kvm_util.host import this_host
 from kvm_util.ioctl import KvmError
 
 # How many times a thread that was not seen to make progress may take the time for one that hangs
@@ -32,16 +33,13 @@ class Collectors:
     def __init__(self, vm: WritersVm) -> None:
         self.vm = vm
         pml = uses_pml(this_host())
-        self.log = CollectionLog(vm.writers.streams, vm.mode.per_vcpu, vm.mode.initially_set, may_log_twice=pml)
-        self.ledger = ResetLedger(vm.vm, vm.ring_count) if isinstance(vm.mode, DirtyRing) else None
-        # What the CPU has in a buffer of its own comes with the vCPU's exit only (modes.py). Without such a buffer
-        # the vCPUs stay in their guests, with the translations that they have.
-        self._kick: Callable[[], None] = vm.writers.kick_running if pml else lambda: None
+        self.log = CollectionLog(vm.writers.streams, vm.mode.uses_ring, vm.mode.initially_set, may_log_twice=pml)
+        self.ledger = ResetLedger(vm.vm, vm.mode.rings(vm.vm)) if vm.mode.uses_ring else None
 
     def switch(self, area: Area, on: bool, stopped: bool = False) -> None:
         """Switch the tracking of a slot on or off."""
         toggle = Toggle(self.log.now(), self._writes(), stopped, on=on, first=area.first)
-        self.vm.vm.set_tracking(area.slot, on)
+        (enable_dirty_logging if on else disable_dirty_logging)(self.vm.vm, area.slot)
         toggle.after, toggle.end = self._writes(), self.log.now()
         self.log.add(toggle)
 
@@ -57,7 +55,8 @@ class Collectors:
         event = self._begin(area.first, area.end, stopped)
 
         def get() -> list[int]:
-            return self.vm.mode.collect_dirty_pages(self.vm.vm, area.memslot, self._kick, stopped).pages[0]
+            kick = None if stopped else self.vm.writers.kick_running
+            return self.vm.mode.collect(self.vm.vm, kick, slots=[area.slot]).entries(area.slot)
 
         self._take_bitmap(event, get)
 
@@ -66,7 +65,7 @@ class Collectors:
         event = self._begin(area.first + first_page, area.first + first_page + num_pages, stopped=False)
 
         def get() -> list[int]:
-            self._kick()
+            self.vm.mode.flush_cpu_logs(self.vm.writers.kick_running)
             bitmap = new_bitmap(area.memslot.npages)
             self.vm.vm.get_dirty_log(area.slot, bitmap)
             part = bitmap[first_page // 8 : (first_page + -(-num_pages // BITS_PER_WORD) * BITS_PER_WORD) // 8]
@@ -81,7 +80,7 @@ class Collectors:
         event = self._begin(0, self.vm.areas[-1].end, stopped)
         event.complete = most is None
         if not stopped:
-            self._kick()
+            self.vm.mode.flush_cpu_logs(self.vm.writers.kick_running)
         harvests = [self.ledger.harvest(vcpu, most) for vcpu in range(len(self.vm.vm.vcpus))]
         self.ledger.reset_up_to([position for _, position in harvests])
         event.reported = [self._numbers(vcpu, entries) for vcpu, (entries, _) in enumerate(harvests)]

@@ -9,8 +9,9 @@ from types import TracebackType
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, guest_data_size, place_test_memory
 from dirty_tracking.collector import Collector
-from dirty_tracking.modes import make_log_mode
+from dirty_tracking.modes import LOG_MODES, enable_dirty_logging
 from dirty_tracking.oracle import Oracle, Reap
+from dirty_tracking.platform import uses_pml
 from dirty_tracking.progress import Meter
 from dirty_tracking.vcpu_thread import State
 from dirty_tracking.violations import ContractViolation, Kind, Violation
@@ -19,7 +20,7 @@ from dirty_tracking.writers import DENSE, SPARSE, Writers
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestVm
 from kvm_util.guest_program import GuestProgram
-from kvm_util.host import this_host, uses_pml
+from kvm_util.host import this_host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB
 from kvm_util.wording import counted
@@ -73,7 +74,7 @@ class DirtyLogRun:
         self._started = time.monotonic()
         density = DENSITIES[cell.density]
         program = GuestProgram.load("dirty_writer")
-        self.mode = make_log_mode(cell.log_mode, settings.ring_count)
+        self.mode = LOG_MODES[cell.log_mode](settings.ring_count)
         size = settings.slot_size
         self.guest = GuestVm(kvm, program, cell.guest_mode, guest_data_size(size, cell.vcpus))
         try:
@@ -102,7 +103,7 @@ class DirtyLogRun:
         self.oracle = Oracle(
             npages,
             self.streams,
-            self.mode.per_vcpu,
+            self.mode.uses_ring,
             self.mode.initially_set,
             TEST_SLOT,
             may_log_twice=uses_pml(this_host()),
@@ -123,7 +124,7 @@ class DirtyLogRun:
         try:
             self.writers.start()
             self._touch_all_pages()
-            self.guest.vm.set_tracking(TEST_SLOT, on=True)
+            enable_dirty_logging(self.guest.vm, TEST_SLOT)
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)
@@ -146,9 +147,9 @@ class DirtyLogRun:
         exact = [stopped or thread.state is State.RING_FULL for thread in self.writers.threads]
         self.writers.settle(exact, lambda vcpu, count: self.oracle.done(vcpu, count, self._words))
         before = self.published()
-        kick = self.writers.kick_running
-        collected = self.mode.collect_dirty_pages(self.guest.vm, self.memslot, kick, stopped)
-        return Reap(iteration, before, self.published(), exact, collected)
+        kick = None if stopped else self.writers.kick_running
+        report = self.mode.collect(self.guest.vm, kick, always_kick=True)
+        return Reap(iteration, before, self.published(), exact, report)
 
     def all_stopped(self) -> bool:
         """Whether no vCPU is in its guest, or about to enter it."""
@@ -209,7 +210,7 @@ class DirtyLogRun:
             findings.append(Violation(Kind.STUCK, detail, None, (), vcpu, iteration, self.figures.reaps + len(reaps)))
         done = reaps[-1].before
         findings += self.oracle.check_memory(iteration, done, self._words)
-        dirty = len(set().union(*(pages for reap in reaps for pages in reap.collected.pages)))
+        dirty = len(set().union(*(reap.report.dirty(TEST_SLOT) for reap in reaps)))
         self.figures.iterations = iteration
         self.figures.writes = sum(done)
         self.figures.dirty += dirty

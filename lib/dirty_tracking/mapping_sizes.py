@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""With pages of which sizes KVM maps a VM's memory: what its statistics say, and what a slot allows."""
+"""The sizes of the pages with which KVM maps a VM's memory: what its statistics say, and what a memslot allows."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,16 @@ STATISTICS = {4 * KIB: "pages_4k", 2 * MIB: "pages_2m", GIB: "pages_1g"}
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """How many pages of each size are mapped, over all slots of a VM."""
+class MappingSizes:
+    """How many mappings of each size KVM has for a VM, over all memslots (pages_4k, pages_2m, pages_1g)."""
 
     pages_4k: int
     pages_2m: int
     pages_1g: int
 
     @classmethod
-    def now(cls, stats: BinaryStats) -> "Mapped":
-        """What the VM's statistics say now."""
+    def read(cls, stats: BinaryStats) -> "MappingSizes":
+        """Read them from the VM's statistics."""
         return cls(*(stats.value(name) for name in STATISTICS.values()))
 
     def huge(self, size: int) -> int:

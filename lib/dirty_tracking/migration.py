@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dirty_tracking.cell import PAGE
-from dirty_tracking.modes import DirtyRing
+from dirty_tracking.modes import enable_dirty_logging
 from dirty_tracking.violations import Kind, violated
 from dirty_tracking.writers_vm import WritersVm
-from kvm_util.host import this_host, uses_pml
 from kvm_util.wording import counted
 
 _SHOWN = 8
@@ -59,13 +58,11 @@ class Migration:
         self._most_rounds = most_rounds
         self._slots = dict(vm.vm.memslots)
         self.copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
-        # With a log in the CPU itself (PML) the vCPUs have to leave their guests before a collection: modes.py
-        self._kick = vm.writers.kick_running if uses_pml(this_host()) else lambda: None
 
     def run(self) -> list[Round]:
         """Migrate; the vCPUs have to be running, and are stopped afterwards."""
         for slot in self._slots:
-            self.vm.vm.set_tracking(slot, on=True)
+            enable_dirty_logging(self.vm.vm, slot)
         self._round(0, {slot: set(range(memslot.npages)) for slot, memslot in self._slots.items()})
         while len(self.rounds) <= self._most_rounds:
             self._round(len(self.rounds), None)
@@ -99,29 +96,15 @@ class Migration:
         return [asdict(one) for one in self.rounds]
 
     def collect(self, stopped: bool) -> tuple[int, Pages]:
-        """Take what KVM reports, and have these pages tracked anew; returns how much it was, and the pages.
+        """Collect the dirty pages, which KVM write-protects again; returns how much KVM reported, and the pages.
 
-        :raises ContractViolation: it is of no page of the VM's, or KVM takes back another number of ring entries
+        :raises ContractViolation: an entry is of no page of the VM's, or KVM reset another number of ring entries
         """
-        vm, mode = self.vm.vm, self.vm.mode
-        reported, pages = 0, Pages()
-        if isinstance(mode, DirtyRing):
-            collected = mode.collect_dirty_pages(vm, self._slots[0], self._kick, stopped)
-            reported = sum(map(len, collected.pages))
-            if collected.reset != reported:
-                raise violated(Kind.RESET_COUNT, f"harvested {reported}, reset {collected.reset}")
-            for slots, offsets in zip(collected.slots, collected.pages, strict=True):
-                for slot, offset in zip(slots, offsets, strict=True):
-                    pages.setdefault(slot, set()).add(offset)
-            self.vm.writers.rings_were_reset()
-        else:
-            for slot in self._slots:
-                pages[slot] = set(mode.collect_dirty_pages(vm, self._slots[slot], self._kick, stopped).pages[0])
-                reported += len(pages[slot])
-        for slot, its in pages.items():
-            if its and (slot not in self._slots or max(its) >= self._slots[slot].npages):
-                raise violated(Kind.BAD_OFFSET, f"page {max(its)} of slot {slot} was reported: there is no such page")
-        return reported, pages
+        kick = None if stopped else self.vm.writers.kick_running
+        report = self.vm.mode.collect(self.vm.vm, kick)
+        report.check({slot: memslot.npages for slot, memslot in self._slots.items()})
+        self.vm.writers.rings_were_reset()
+        return report.count, {slot: report.dirty(slot) for slot in self._slots}
 
     def copy(self, pages: Pages) -> None:
         """Copy pages from the source."""

@@ -2,24 +2,39 @@
 """The ways in which KVM reports dirty pages, one class each, with the hooks of the kernel's ``dirty_log_test.c``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
+from functools import cached_property
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
-from dirty_tracking.ring import ENTRY_SIZE
+from dirty_tracking.platform import uses_pml
+from dirty_tracking.report import DirtyReport, Source
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_until
 from kvm_util import uapi
 from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
+from kvm_util.host import this_host
+from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
-from kvm_util.vm import Memslot, Vm
+from kvm_util.vm import Vm
 
 _MANUAL_PROTECT = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 _INITIALLY_SET = uapi.KVM_DIRTY_LOG_INITIALLY_SET
 
-# How many KVM_RESET_DIRTY_RINGS in a row may take nothing before what is left counts as refused. Since Linux 6.17
-# (commit 49005a2a3d2a) a pending signal ends the call early, with the entries that it had done until then.
-_RESET_TRIES = 3
+
+def enable_dirty_logging(vm: Vm, slot: int) -> None:
+    """Set KVM_MEM_LOG_DIRTY_PAGES of memslot *slot*; its other flags stay."""
+    vm.set_flags(slot, vm.memslots[slot].flags | uapi.KVM_MEM_LOG_DIRTY_PAGES)
+
+
+def disable_dirty_logging(vm: Vm, slot: int) -> None:
+    """Clear KVM_MEM_LOG_DIRTY_PAGES of memslot *slot*; its other flags stay."""
+    vm.set_flags(slot, vm.memslots[slot].flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES)
+
+
+def logged_slots(vm: Vm) -> list[int]:
+    """The memslots of *vm* that have dirty logging enabled."""
+    return [slot for slot, memslot in vm.memslots.items() if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES]
 
 
 class AfterRun(Enum):
@@ -30,54 +45,82 @@ class AfterRun(Enum):
     RING_FULL = auto()
 
 
-@dataclass
-class Collected:
-    """What one collection brought.
-
-    :ivar pages: reported pages of each source: one bitmap for all vCPUs, or one ring per vCPU, in the ring's order
-    :ivar slots: the slot field of each ring entry, beside *pages*; empty for bitmaps
-    :ivar reset: how many entries KVM_RESET_DIRTY_RINGS took back, over all calls
-    :ivar behind_gap: per ring, how many dirty entries lie behind a clean one (looked at when the vCPUs are stopped)
-    """
-
-    pages: list[list[int]]
-    slots: list[list[int]] = field(default_factory=list)
-    reset: int = 0
-    behind_gap: list[int] = field(default_factory=list)
-
-
 class LogMode(ABC):
     """One logging mode of one VM.
 
-    :ivar per_vcpu: whether each vCPU reports for itself
+    :ivar uses_ring: whether each vCPU reports through a ring of its own
+    :ivar manual: whether KVM_GET_DIRTY_LOG alone clears nothing, and KVM_CLEAR_DIRTY_LOG does
     :ivar initially_set: whether every page counts as dirty until it was collected once
+    :param ring_entries: entries of each vCPU's ring, a power of two; for the modes with rings
     """
 
     name: str
-    per_vcpu = False
+    uses_ring = False
+    manual = False
     initially_set = False
+
+    def __init__(self, ring_entries: int) -> None:
+        self.ring_entries = ring_entries
 
     @classmethod
     @abstractmethod
     def supported(cls, kvm: Kvm) -> str | None:
         """Why this KVM does not have the mode; None when it has."""
 
+    @classmethod
+    def largest_ring(cls, kvm: Kvm) -> int:
+        """The most entries of a ring that this KVM takes; 0 in modes without rings."""
+        return 0
+
     def create_vm_done(self, vm: Vm) -> None:
         """Set the mode up on a VM that has no vCPU yet."""
         return
 
-    @abstractmethod
-    def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
-        """Take from KVM what it reports for *memslot*, and let it track these pages anew.
+    def rings(self, vm: Vm) -> list[DirtyRing]:
+        """The rings of the VM's vCPUs; none in modes without rings."""
+        return []
 
-        What a CPU has logged into a buffer of its own (Intel's PML) reaches bitmap or ring when the vCPU exits. Neither a
-        harvest nor KVM_GET_DIRTY_LOG waits for that: the latter only sends the vCPUs an interrupt
-        (``kvm_arch_sync_dirty_log()``, arch/x86/kvm/x86.c). So running vCPUs are kicked first; they go on
-        at once, and run while the pages are collected.
+    def collect(
+        self,
+        vm: Vm,
+        kick: Callable[[], None] | None,
+        always_kick: bool = False,
+        slots: Iterable[int] | None = None,
+    ) -> DirtyReport:
+        """Take from KVM what it reports for the VM, and have it write-protect the reported pages again.
 
-        :param kick: makes every running vCPU leave the guest once, and waits until it did
-        :param stopped: no vCPU is running
+        :param kick: makes every running vCPU leave the guest once, and waits until it did; None when no vCPU is running.
+            It is called where :meth:`flush_cpu_logs` says so
+        :param always_kick: call *kick* anywhere. Then a store that KVM made possible before the collection, and had not
+            logged yet (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c), is in the report
+        :param slots: the memslots whose bitmaps are to be collected; None for all that have dirty logging enabled. Rings
+            are harvested whatever the memslots of their entries
         """
+        if kick is not None:
+            if always_kick:
+                kick()
+            else:
+                self.flush_cpu_logs(kick)
+        return self._take(vm, logged_slots(vm) if slots is None else slots, stopped=kick is None)
+
+    @abstractmethod
+    def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
+        """As :meth:`collect`, after the kick."""
+
+    def flush_cpu_logs(self, kick: Callable[[], None]) -> None:
+        """Have what the CPUs have logged into buffers of their own (PML) reach KVM's bitmaps and rings.
+
+        That takes an exit of the vCPU. Neither a harvest nor KVM_GET_DIRTY_LOG waits for one: the latter only sends the
+        vCPUs an interrupt (``kvm_arch_sync_dirty_log()``, arch/x86/kvm/x86.c). So running vCPUs are kicked; they go on
+        at once, and run while the pages are collected. Without PML the vCPUs stay in their guests, with the translations
+        that they have.
+        """
+        if self._has_cpu_logs:
+            kick()
+
+    @cached_property
+    def _has_cpu_logs(self) -> bool:
+        return uses_pml(this_host())
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:
         """Decide what it means that KVM_RUN returned *code*; on the vCPU's thread.
@@ -90,12 +133,8 @@ class LogMode(ABC):
             return AfterRun.SYNCED
         raise GuestError(unexpected_exit(vcpu, code))
 
-    def before_vcpu_join(self, release: Callable[[], None]) -> None:
-        """Let go of vCPUs that wait for this mode, before their threads are joined; *release* frees all that wait."""
-        return
 
-
-class DirtyLog(LogMode):
+class BitmapMode(LogMode):
     """KVM_GET_DIRTY_LOG alone: it reports the pages and clears them in one step."""
 
     name = "dirty-log"
@@ -104,18 +143,23 @@ class DirtyLog(LogMode):
     def supported(cls, kvm: Kvm) -> str | None:
         return None
 
-    def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
-        if not stopped:
-            kick()
-        bitmap = new_bitmap(memslot.npages)
-        vm.get_dirty_log(memslot.slot, bitmap)
-        return Collected([set_pages(bitmap)])
+    def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
+        bitmaps = Source()
+        for slot in slots:
+            npages = vm.memslots[slot].npages
+            bitmap = new_bitmap(npages)
+            vm.get_dirty_log(slot, bitmap)
+            if self.manual:
+                vm.clear_dirty_log(slot, bitmap, 0, npages)
+            bitmaps.add(slot, set_pages(bitmap))
+        return DirtyReport([bitmaps])
 
 
-class ClearLog(LogMode):
+class ClearLogMode(BitmapMode):
     """KVM_GET_DIRTY_LOG reports, KVM_CLEAR_DIRTY_LOG clears; all pages are dirty at first."""
 
     name = "clear-log"
+    manual = True
     initially_set = True
     flags = _MANUAL_PROTECT | _INITIALLY_SET
 
@@ -129,16 +173,8 @@ class ClearLog(LogMode):
     def create_vm_done(self, vm: Vm) -> None:
         vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, self.flags)
 
-    def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
-        if not stopped:
-            kick()
-        bitmap = new_bitmap(memslot.npages)
-        vm.get_dirty_log(memslot.slot, bitmap)
-        vm.clear_dirty_log(memslot.slot, bitmap, 0, memslot.npages)
-        return Collected([set_pages(bitmap)])
 
-
-class ClearLogUnset(ClearLog):
+class ClearLogUnsetMode(ClearLogMode):
     """As clear-log, but with all pages clean at first (without KVM_DIRTY_LOG_INITIALLY_SET)."""
 
     name = "clear-log-unset"
@@ -146,50 +182,51 @@ class ClearLogUnset(ClearLog):
     flags = _MANUAL_PROTECT
 
 
-class DirtyRing(LogMode):
-    """A ring of entries per vCPU, enabled through KVM_CAP_DIRTY_LOG_RING_ACQ_REL.
-
-    :param entries: size of each ring; a power of two
-    """
+class RingMode(LogMode):
+    """A ring of entries per vCPU, enabled through KVM_CAP_DIRTY_LOG_RING_ACQ_REL."""
 
     name = "dirty-ring"
-    per_vcpu = True
+    uses_ring = True
     cap = uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL
     cap_name = "KVM_CAP_DIRTY_LOG_RING_ACQ_REL"
 
-    def __init__(self, entries: int) -> None:
-        self.entries = entries
+    def __init__(self, ring_entries: int) -> None:
+        super().__init__(ring_entries)
+        self._rings: list[DirtyRing] = []
 
     @classmethod
     def supported(cls, kvm: Kvm) -> str | None:
         return None if kvm.check_extension(cls.cap) else f"{cls.name}: this KVM has no {cls.cap_name}"
 
+    @classmethod
+    def largest_ring(cls, kvm: Kvm) -> int:
+        return kvm.check_extension(cls.cap) // ENTRY_SIZE
+
     def create_vm_done(self, vm: Vm) -> None:
-        vm.enable_cap(self.cap, self.entries * ENTRY_SIZE)
+        vm.enable_cap(self.cap, self.ring_entries * ENTRY_SIZE)
 
-    def collect_dirty_pages(self, vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
-        if not stopped:
-            kick()
-        return self.harvest_all(vm, stopped)
+    def rings(self, vm: Vm) -> list[DirtyRing]:
+        for vcpu in vm.vcpus[len(self._rings) :]:
+            self._rings.append(DirtyRing.of(vcpu, self.ring_entries))
+        return self._rings
 
-    def harvest_all(self, vm: Vm, stopped: bool) -> Collected:
-        """Harvest all rings, whatever slots their entries are of, and have KVM take that back."""
-        rings = [vcpu.map_dirty_ring(self.entries) for vcpu in vm.vcpus]
-        harvests = [ring.harvest() for ring in rings]
-        behind_gap = [ring.dirty_behind_gap() for ring in rings] if stopped else []
-        reset = reset_all(vm, sum(len(offsets) for _, offsets in harvests))
-        return Collected([offsets for _, offsets in harvests], [slots for slots, _ in harvests], reset, behind_gap)
+    def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
+        rings = self.rings(vm)
+        report = DirtyReport([Source(*ring.harvest(), vcpu) for vcpu, ring in enumerate(rings)])
+        if stopped:
+            for source, ring in zip(report.sources, rings, strict=True):
+                source.behind_gap = ring.dirty_behind_gap()
+        harvested = report.harvested
+        report.reset = reset_until(vm.reset_dirty_rings, lambda reset: reset >= harvested)
+        return report
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:
         if not code and vcpu.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL:
             return AfterRun.RING_FULL
         return super().after_vcpu_run(guest, vcpu, code)
 
-    def before_vcpu_join(self, release: Callable[[], None]) -> None:
-        release()
 
-
-class DirtyRingPlain(DirtyRing):
+class RingPlainMode(RingMode):
     """As dirty-ring, through KVM_CAP_DIRTY_LOG_RING, which promises total store order and so exists on x86 only."""
 
     name = "dirty-ring-plain"
@@ -198,23 +235,25 @@ class DirtyRingPlain(DirtyRing):
 
 
 LOG_MODES: dict[str, type[LogMode]] = {
-    mode.name: mode for mode in (DirtyLog, ClearLog, ClearLogUnset, DirtyRing, DirtyRingPlain)
+    mode.name: mode for mode in (BitmapMode, ClearLogMode, ClearLogUnsetMode, RingMode, RingPlainMode)
 }
 
 
-def make_log_mode(name: str, ring_entries: int) -> LogMode:
-    """The log mode *name* for one VM; *ring_entries* concerns the ring modes only."""
-    mode = LOG_MODES[name]
-    return mode(ring_entries) if issubclass(mode, DirtyRing) else mode()
+def ring_accepted(kvm: Kvm, entries: int, mode: type[LogMode] = RingMode) -> bool:
+    """Whether this KVM takes a ring of *entries* entries in *mode*."""
+    with kvm.create_vm() as vm:
+        try:
+            mode(entries).create_vm_done(vm)
+        except KvmError:
+            return False
+        return True
 
 
-def reset_all(vm: Vm, harvested: int) -> int:
-    """KVM_RESET_DIRTY_RINGS until KVM has taken back *harvested* entries, or takes no more; returns how many it took."""
-    taken, idle = 0, 0
-    while idle < _RESET_TRIES:
-        count = vm.reset_dirty_rings()
-        taken += count
-        if taken >= harvested:
-            break
-        idle = 0 if count else idle + 1
-    return taken
+def smallest_ring(kvm: Kvm, mode: type[LogMode] = RingMode) -> int:
+    """The smallest number of entries that this KVM, which must have *mode*, accepts for a ring.
+
+    It depends on the entries that the backend reserves (api.rst 8.29, kvm_dirty_ring_get_rsvd_entries()).
+    """
+    largest = mode.largest_ring(kvm)
+    sizes = [1 << bit for bit in range(largest.bit_length())]
+    return next((entries for entries in sizes if ring_accepted(kvm, entries, mode)), largest)

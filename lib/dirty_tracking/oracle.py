@@ -15,7 +15,7 @@ the last reap of an iteration.
 
 KVM may make a page writable for one vCPU, and only then log it (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c): a
 store of another vCPU in between is logged with the first one's. That needs no exemption here: every vCPU leaves KVM_RUN
-between the count of the writes and the collection (``collect_dirty_pages()`` of modes.py), so what it has to log is
+between the count of the writes and the collection (``LogMode.collect()`` of modes.py), so what it has to log is
 logged by then.
 
 With a ring for each vCPU, "in k" means in any of the rings for what must be reported, and in the vCPU's own for what may.
@@ -39,7 +39,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from dirty_tracking.modes import Collected
+from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.violations import Kind, Violation
 from dirty_tracking.write_stream import WriteStream
 from kvm_util.wording import counted
@@ -63,7 +63,7 @@ class Reap:
     before: list[int]
     after: list[int]
     exact: list[bool]
-    collected: Collected
+    report: DirtyReport
 
 
 @dataclass
@@ -145,12 +145,12 @@ class Oracle:
             reported |= self._check_source(reap, index, vcpus, found)
         self._check_lost(reap, reported, found)
         if self._per_vcpu:
-            harvested = sum(map(len, reap.collected.pages))
-            if reap.collected.reset != harvested:
-                found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, reset {reap.collected.reset}")
+            harvested = reap.report.harvested
+            if reap.report.reset != harvested:
+                found(Kind.RESET_COUNT, None, (), f"harvested {harvested}, reset {reap.report.reset}")
         self._reports.append((len(self._reap_iterations), array("I", reported)))
         self._reported_before = reported
-        self._rings_before = [Counter(pages) for pages in reap.collected.pages] if self._per_vcpu else []
+        self._rings_before = [Counter(source.offsets) for source in reap.report.sources] if self._per_vcpu else []
         for vcpu, stream in enumerate(self._streams):
             before, after, exact = reap.before[vcpu], reap.after[vcpu], reap.exact[vcpu]
             early = self._seen[vcpu].early & {before, after}
@@ -202,9 +202,8 @@ class Oracle:
     def _check_source(self, reap: Reap, index: int, vcpus: Sequence[int], found: _Found) -> set[int]:
         """Check what one bitmap or ring reports: nothing but what its vCPUs wrote; returns the reported pages."""
         vcpu = vcpus[0] if self._per_vcpu else None
-        entries = reap.collected.pages[index]
-        if reap.collected.slots:
-            entries = self._check_slots(vcpu, entries, reap.collected.slots[index], found)
+        source = reap.report.sources[index]
+        entries = self._check_slots(vcpu, source, found)
         reported = set(entries)
         if reported and max(reported) >= self.npages:
             beyond = [page for page in reported if page >= self.npages]
@@ -219,12 +218,12 @@ class Oracle:
                 found(Kind.SPURIOUS, vcpu, false, f"{len(false)} of {counted(len(reported), 'reported page')}")
         if vcpu is not None and len(reported) < len(entries):
             self._check_duplicates(reap, vcpu, entries, found)
-        if reap.collected.behind_gap and reap.collected.behind_gap[index]:
+        if source.behind_gap:
             found(
                 Kind.GAP,
                 vcpu,
                 (),
-                f"a harvest in order does not reach {counted(reap.collected.behind_gap[index], 'entry', 'entries')}",
+                f"a harvest in order does not reach {counted(source.behind_gap, 'entry', 'entries')}",
             )
         return reported
 
@@ -263,15 +262,16 @@ class Oracle:
         """Whether the reap being checked is the one that has to report every page."""
         return self._initially_set and len(self._reap_iterations) == 1
 
-    def _check_slots(self, vcpu: int | None, entries: list[int], slots: list[int], found: _Found) -> list[int]:
+    def _check_slots(self, vcpu: int | None, source: Source, found: _Found) -> list[int]:
         """The entries that name the test slot; a finding for the others."""
-        if slots.count(self._slot) == len(slots):
+        entries = source.of_slot(self._slot)
+        if len(entries) == len(source.offsets):
             return entries
-        wrong = [(page, slot) for page, slot in zip(entries, slots, strict=True) if slot != self._slot]
+        wrong = [(page, slot) for page, slot in zip(source.offsets, source.slots, strict=True) if slot != self._slot]
         named = ", ".join(f"{slot:#x}" for slot in sorted({slot for _, slot in wrong})[:4])
         detail = f"{counted(len(wrong), 'entry says', 'entries say')} {named}, not {self._slot:#x}"
         found(Kind.WRONG_SLOT, vcpu, [page for page, _ in wrong], detail)
-        return [page for page, slot in zip(entries, slots, strict=True) if slot == self._slot]
+        return entries
 
     def _check_duplicates(self, reap: Reap, vcpu: int, entries: list[int], found: _Found) -> None:
         """KVM pushes an entry for a write, so a page cannot have more entries than the vCPU may have made writes."""

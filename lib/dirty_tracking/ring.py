@@ -1,50 +1,83 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""One vCPU's dirty ring: harvesting its entries and handing them back (api.rst 8.29)."""
+"""One vCPU's dirty ring: reading and harvesting its entries, and having KVM reset them (api.rst 8.29)."""
 
 import ctypes
 import mmap
 from array import array
+from collections.abc import Callable
 from itertools import takewhile
 
 from kvm_util import uapi
 from kvm_util.arch import current as arch
-from kvm_util.ioctl import call_on_kvm
+from kvm_util.vcpu import Vcpu
 
 ENTRY_SIZE = 16
 _WORDS = ENTRY_SIZE // 4  # 32-bit words per entry: flags, slot, and the two halves of offset
 _QUADS = ENTRY_SIZE // 8
 _CHUNK = 4096
 
+# How many KVM_RESET_DIRTY_RINGS in a row may reset nothing before what is left counts as refused. Since Linux 6.17
+# (commit 49005a2a3d2a) a pending signal ends the call early, with the entries that it had reset until then, which may be
+# none; so many in a row do not meet one each, not even where other threads send signals all the time.
+_IDLE_RESETS = 1000
+# How many calls there may be in all: a KVM that says it reset something, and did not, must not be asked for ever.
+_MOST_RESETS = 100_000
+
+# The slots and the offsets of entries, in the ring's order
+Entries = tuple[list[int], list[int]]
+
 
 class DirtyRing:
-    """The ring of the vCPU whose file is *fd*, mapped with room for *entries* entries.
+    """The ring that is mapped at *memory*, all of it.
 
     An entry belongs to KVM until its flags say DIRTY, and to user space from then on until it says RESET. Flags are read
     before the rest of an entry, and RESET is written after it: with total store order that is the acquire and release
     that the protocol demands, since each step below is a call of its own that the interpreter does not reorder.
+
+    :ivar entries: how many entries the ring has room for
+    :ivar next: position of the next entry to be harvested, counted from the first that there ever was
+    :ivar mark: the flags that mark an entry as harvested: RESET, with or without DIRTY ("1X" in api.rst 8.29)
     """
 
-    def __init__(self, fd: int, entries: int) -> None:
+    def __init__(self, memory: mmap.mmap) -> None:
         if not arch.TOTAL_STORE_ORDER:
             raise NotImplementedError(
                 f"{arch.NAME} needs a load-acquire to read a dirty ring, which Python does not have"
             )
-        self.entries = entries
+        self.entries = len(memory) // ENTRY_SIZE
         self.next = 0
-        size, offset = entries * ENTRY_SIZE, arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
-        with call_on_kvm("mmap", f"dirty ring of {entries} entries", size):
-            self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-        self._bytes = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.mark = uapi.KVM_DIRTY_GFN_F_RESET
+        self._seen = 0
+        self._reset_to = 0
+        self._map = memory
+        self._bytes = memoryview(memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._words = self._bytes.cast("I")
         self._quads = self._bytes.cast("Q")
         self._dirty = array("I", [uapi.KVM_DIRTY_GFN_F_DIRTY]) * _CHUNK
-        self._reset = memoryview(array("I", [uapi.KVM_DIRTY_GFN_F_RESET]) * _CHUNK)
 
-    def harvest(self, most: int | None = None) -> tuple[list[int], list[int]]:
+    @classmethod
+    def of(cls, vcpu: Vcpu, entries: int) -> "DirtyRing":
+        """Map the ring of *vcpu*, whose VM must have rings of *entries* entries; the vCPU closes it."""
+        offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
+        ring = cls(vcpu.map_shared(entries * ENTRY_SIZE, offset, f"dirty ring of {entries} entries"))
+        vcpu.closing.callback(ring.close)
+        return ring
+
+    def peek(self) -> Entries:
+        """The dirty entries that this has not returned yet, and that are not harvested; they stay where they are."""
+        slots: list[int] = []
+        offsets: list[int] = []
+        self._seen = max(self._seen, self.next)
+        # No further than once around the ring: a full one is dirty all over.
+        while count := self._read_chunk(self._seen, self.next + self.entries - self._seen, slots, offsets):
+            self._seen += count
+        return slots, offsets
+
+    def harvest(self, most: int | None = None) -> Entries:
         """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets.
 
-        None is marked before all are read: another thread's KVM_RESET_DIRTY_RINGS may take it back at once, and an entry that
+        None is marked before all are read: another thread's KVM_RESET_DIRTY_RINGS may reset it at once, and an entry that
         came because of that belongs to the next harvest.
         """
         slots: list[int] = []
@@ -57,7 +90,7 @@ class DirtyRing:
         while self.next < position:
             first = self.next % self.entries
             count = min(_CHUNK, self.entries - first, position - self.next)
-            self._words[first * _WORDS : (first + count) * _WORDS : _WORDS] = self._reset[:count]
+            self._words[first * _WORDS : (first + count) * _WORDS : _WORDS] = array("I", [self.mark]) * count
             self.next += count
         return slots, offsets
 
@@ -80,6 +113,16 @@ class DirtyRing:
         """The memory of the ring's entry *number*, counted from the first that there ever was."""
         return uapi.kvm_dirty_gfn.from_address(self.address + number % self.entries * ENTRY_SIZE)
 
+    def is_harvested(self, number: int) -> bool:
+        """Whether the entry *number* is marked as harvested, and not KVM's again yet."""
+        return bool(self.entry(number).flags & uapi.KVM_DIRTY_GFN_F_RESET)
+
+    def not_reset(self) -> int:
+        """How many of the entries harvested since the last call are not KVM's again; to be called after a reset."""
+        left = sum(1 for number in range(self._reset_to, self.next) if self.entry(number).flags)
+        self._reset_to = self.next
+        return left
+
     def dirty_behind_gap(self) -> int:
         """How many entries are dirty although the next one is not, which KVM's in-order writing rules out.
 
@@ -94,3 +137,19 @@ class DirtyRing:
         for view in (self._words, self._quads, self._bytes):
             view.release()
         self._map.close()
+
+
+def reset_until(reset: Callable[[], int], done: Callable[[int], bool]) -> int:
+    """Call *reset* (KVM_RESET_DIRTY_RINGS) until all is reset, or no call after the other helps.
+
+    :param done: whether all is reset, given how many entries the calls have reset so far
+    :returns: that number in the end
+    """
+    total, idle = 0, 0
+    for _ in range(_MOST_RESETS):
+        count = reset()
+        total += count
+        idle = 0 if count else idle + 1
+        if done(total) or idle == _IDLE_RESETS:
+            break
+    return total

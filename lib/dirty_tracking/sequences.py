@@ -12,13 +12,14 @@ from types import TracebackType
 
 from dirty_tracking.bitmap import bitmap_of
 from dirty_tracking.model import Access, BitmapModel, Difference, Entry, RingModel
-from dirty_tracking.modes import LOG_MODES, ClearLog, DirtyRing, reset_all
-from dirty_tracking.ring import DirtyRing as RingMemory
+from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.platform import reserved_entries, uses_pml
+from dirty_tracking.ring import reset_until
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from kvm_util import uapi
 from kvm_util.guest import GuestError
 from kvm_util.guest_program import assemble_all
-from kvm_util.host import EMULATING_BACKENDS, Host, reserved_entries, this_host, uses_pml
+from kvm_util.host import EMULATING_BACKENDS, Host, this_host
 from kvm_util.ioctl import KvmError
 from kvm_util.kvm import DEFAULT_DEVICE, Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
@@ -124,18 +125,20 @@ class Pair:
     """A VM with two vCPUs and no slots, and the model that goes with it."""
 
     def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
-        kind = LOG_MODES[mode]
+        log_mode = LOG_MODES[mode]
         self.emulates = host.backend in EMULATING_BACKENDS
         entries = 1024 if uses_pml(host) else 256
         self.model: BitmapModel | RingModel
-        if issubclass(kind, DirtyRing):
+        if log_mode.uses_ring:
             self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)
         else:
-            self.model = BitmapModel(issubclass(kind, ClearLog), kind.initially_set, self.emulates)
+            self.model = BitmapModel(log_mode.manual, log_mode.initially_set, self.emulates)
         self.tracked = TrackedVm(kvm, mode, VCPUS, entries)
         self.vm = self.tracked.vm
         self.tracked.map(FIRST_GPA, PLACES * MOST_PAGES)
-        self.readers = [RingReader(vcpu.map_dirty_ring(entries)) for vcpu in self.vm.vcpus] if self.has_rings else []
+        for ring in self.tracked.rings:
+            # The other way to mark an entry as harvested (api.rst 8.29): its DIRTY flag stays.
+            ring.mark = _DIRTY_AND_RESET
         self._writes = 0
 
     @property
@@ -223,21 +226,23 @@ class Pair:
 
         :raises Difference: another ring got something
         """
-        if not self.readers:
-            return []
-        news = [reader.news() for reader in self.readers]
-        for other, entries in enumerate(news):
+        new = self._new_entries()
+        for other, entries in new.items():
             if other != vcpu and entries:
                 raise Difference(f"vCPU {vcpu} ran, and the ring of vCPU {other} got {entries}")
-        return news[vcpu]
+        return new.get(vcpu, [])
 
     def check_quiet(self) -> None:
         """Hold KVM to it that no ring got anything since :meth:`pushed` was asked.
 
         :raises Difference: one did
         """
-        if news := {vcpu: entries for vcpu, reader in enumerate(self.readers) if (entries := reader.news())}:
-            raise Difference(f"no vCPU ran, and rings got {news}")
+        if new := {vcpu: entries for vcpu, entries in self._new_entries().items() if entries}:
+            raise Difference(f"no vCPU ran, and rings got {new}")
+
+    def _new_entries(self) -> dict[int, list[Entry]]:
+        """The entries that each ring got since the last call, by vCPU; they stay in the rings."""
+        return {vcpu: list(zip(*ring.peek(), strict=True)) for vcpu, ring in enumerate(self.tracked.rings)}
 
     def get(self, slot: int) -> list[int]:
         """KVM_GET_DIRTY_LOG, held to the model; returns the pages."""
@@ -252,13 +257,14 @@ class Pair:
 
     def harvest(self, vcpu: int, most: int) -> None:
         """Take entries from a vCPU's ring."""
-        self.rings.harvested(vcpu, most, self.readers[vcpu].harvest(most))
+        self.rings.harvested(vcpu, most, list(zip(*self.tracked.rings[vcpu].harvest(most), strict=True)))
 
     def reset(self) -> None:
         """KVM_RESET_DIRTY_RINGS."""
-        self.rings.reset(reset_all(self.vm, sum(len(ring.taken) for ring in self.rings.rings)))
-        for vcpu, reader in enumerate(self.readers):
-            if left := reader.not_handed_back():
+        harvested = sum(len(ring.taken) for ring in self.rings.rings)
+        self.rings.reset(reset_until(self.vm.reset_dirty_rings, lambda reset: reset >= harvested))
+        for vcpu, ring in enumerate(self.tracked.rings):
+            if left := ring.not_reset():
                 raise Difference(f"vCPU {vcpu}: after the reset {left} of its entries are not KVM's again")
 
     def empty_rings(self) -> None:
@@ -274,47 +280,6 @@ class Pair:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.tracked.close()
-
-
-class RingReader:
-    """A vCPU's ring, of which entries can be seen before they are taken."""
-
-    def __init__(self, ring: RingMemory) -> None:
-        self._ring = ring
-        self._seen = 0
-        self._taken = 0
-        self._handed_back = 0
-
-    def news(self) -> list[Entry]:
-        """The entries that came since the last call; they stay where they are."""
-        entries: list[Entry] = []
-        while self._seen < self._handed_back + self._ring.entries and self._is_dirty(self._seen):
-            entries.append(self._entry(self._seen))
-            self._seen += 1
-        return entries
-
-    def harvest(self, most: int) -> list[Entry]:
-        """Take at most *most* entries, and mark them as harvested."""
-        entries: list[Entry] = []
-        while len(entries) < most and self._is_dirty(self._taken):
-            entries.append(self._entry(self._taken))
-            self._ring.entry(self._taken).flags = _DIRTY_AND_RESET
-            self._taken += 1
-        return entries
-
-    def not_handed_back(self) -> int:
-        """How many of the harvested entries have not become KVM's again by a reset."""
-        left = sum(1 for number in range(self._handed_back, self._taken) if self._ring.entry(number).flags)
-        self._handed_back = self._taken
-        return left
-
-    def _is_dirty(self, number: int) -> bool:
-        flags: int = self._ring.entry(number).flags
-        return flags == uapi.KVM_DIRTY_GFN_F_DIRTY
-
-    def _entry(self, number: int) -> Entry:
-        entry = self._ring.entry(number)
-        return entry.slot, entry.offset
 
 
 def gpa_of(place: int) -> int:
@@ -403,7 +368,7 @@ class SetTracking(Step):
         return self if self.slot in pair.vm.memslots else None
 
     def make(self, pair: Pair) -> None:
-        pair.tracked.set_tracking(self.slot, self.on)
+        (enable_dirty_logging if self.on else disable_dirty_logging)(pair.vm, self.slot)
         pair.model.set_tracking(self.slot, self.on)
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
-from dirty_tracking.modes import DirtyRing, LogMode, make_log_mode
-from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from dirty_tracking.modes import LOG_MODES, LogMode, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.report import DirtyReport
+from dirty_tracking.ring import DirtyRing
+from dirty_tracking.violations import ContractViolation, Kind, Violation
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
@@ -48,10 +50,6 @@ class Operation:
     count: int = 0
 
 
-# The pages that KVM reported, by slot; in a ring's order, and with what it repeats, for rings
-Reported = dict[int, list[int]]
-
-
 class TrackedVm:
     """A VM with *vcpus* vCPUs that do operations, and slots whose writes are tracked in *mode*.
 
@@ -70,7 +68,7 @@ class TrackedVm:
         guest_mode: str = "48bit-4k",
         prepare: Callable[[Vm], None] | None = None,
     ) -> None:
-        self.mode: LogMode = make_log_mode(mode, ring_count)
+        self.mode: LogMode = LOG_MODES[mode](ring_count)
         self.guest = GuestVm(kvm, GuestProgram.load("operations"), guest_mode, vcpus * 2 * LIST_SIZE + _PAGE_TABLES)
         self.vm = self.guest.vm
         self._lists: list[int] = []
@@ -115,15 +113,23 @@ class TrackedVm:
         """Map *npages* pages at *gpa* in the guest, at *gva*."""
         self.guest.map_test_memory(gva, gpa, npages * PAGE)
 
-    def set_tracking(self, slot: int, on: bool) -> None:
-        """Switch the tracking of a slot on or off."""
-        self.vm.set_tracking(slot, on)
+    def enable_dirty_logging(self, slot: int, assert_initial: bool = True) -> None:
+        """Enable dirty logging for a slot.
 
-    def switch_on(self, slot: int) -> None:
-        """Switch the tracking of a slot on, and take the first report where all pages are dirty at first."""
-        self.set_tracking(slot, on=True)
-        if self.mode.initially_set:
-            self.expect("switching tracking on", {slot: range(self.vm.memslots[slot].npages)})
+        :param assert_initial: where all pages are dirty at first, collect, and assert that they are
+        """
+        enable_dirty_logging(self.vm, slot)
+        if assert_initial and self.mode.initially_set:
+            self.assert_dirty("enabling dirty logging", {slot: range(self.vm.memslots[slot].npages)})
+
+    def disable_dirty_logging(self, slot: int) -> None:
+        """Disable dirty logging for a slot."""
+        disable_dirty_logging(self.vm, slot)
+
+    @property
+    def rings(self) -> list[DirtyRing]:
+        """The rings of the vCPUs; none in a mode without."""
+        return self.mode.rings(self.vm)
 
     def address(self, slot: int, page: int, offset: int = 0) -> int:
         """The guest-virtual address of a byte of a slot."""
@@ -174,52 +180,34 @@ class TrackedVm:
         """Write a word into each of *pages*."""
         self.run(*(Operation("store_8", self.address(slot, page), value) for page in pages), vcpu=vcpu)
 
-    def collect(self) -> Reported:
-        """Take from KVM all that it reports, and have it track these pages anew."""
-        if isinstance(self.mode, DirtyRing):
-            return self._harvest(self.mode)
-        reported: Reported = {}
-        for slot, memslot in self.vm.memslots.items():
-            if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES:
-                collected = self.mode.collect_dirty_pages(self.vm, memslot, lambda: None, stopped=True)
-                reported[slot] = collected.pages[0]
-        return reported
+    def collect(self) -> DirtyReport:
+        """Collect what KVM reports, of all slots; KVM write-protects these pages again.
 
-    def _harvest(self, mode: DirtyRing) -> Reported:
-        reported = Reported(
-            (slot, []) for slot, memslot in self.vm.memslots.items() if memslot.flags & uapi.KVM_MEM_LOG_DIRTY_PAGES
-        )
-        collected = mode.harvest_all(self.vm, stopped=True)
-        for slots, offsets in zip(collected.slots, collected.pages, strict=True):
-            for slot, offset in zip(slots, offsets, strict=True):
-                reported.setdefault(slot, []).append(offset)
-        harvested = sum(map(len, collected.pages))
-        if collected.reset != harvested:
-            raise violated(Kind.RESET_COUNT, f"harvested {harvested}, reset {collected.reset}")
-        if any(collected.behind_gap):
-            where = [f"{number} of vCPU {vcpu}" for vcpu, number in enumerate(collected.behind_gap) if number]
-            raise violated(Kind.GAP, ", ".join(where))
-        return reported
+        :raises ContractViolation: KVM reset another number of ring entries than were harvested, or left a gap in a ring
+        """
+        report = self.mode.collect(self.vm, kick=None)
+        report.check()
+        return report
 
-    def expect(self, what: str, expected: Mapping[int, Sequence[int]], writes_per_page: int = 1) -> None:
-        """Collect, and hold it to what was written: each page once, slots that are tracked and not named: none.
+    def assert_dirty(self, what: str, expected: Mapping[int, Iterable[int]], writes_per_page: int = 1) -> None:
+        """Collect, and assert that exactly these pages are dirty, by slot. Logged slots that are not named must be clean.
 
         :param what: what the guest did, for the message
-        :param writes_per_page: how many writes a page got at most. What KVM writes itself, emulating an instruction or
-            for user space, it pushes to a ring each time, for it does not look whether the page is in there already
+        :param writes_per_page: how many entries of a page a ring may have. What KVM writes itself, emulating an instruction
+            or for user space, it pushes to a ring each time, for it does not look whether the page is in there already
             (mark_page_dirty_in_slot(), virt/kvm/kvm_main.c)
         :raises ContractViolation: KVM reported something else
         """
-        self.hold_to(what, expected, self.collect(), writes_per_page)
+        self.assert_report(what, expected, self.collect(), writes_per_page)
 
-    def hold_to(
-        self, what: str, expected: Mapping[int, Sequence[int]], reported: Reported, writes_per_page: int = 1
+    def assert_report(
+        self, what: str, expected: Mapping[int, Iterable[int]], report: DirtyReport, writes_per_page: int = 1
     ) -> None:
-        """The same for what was collected before."""
-        for slot in sorted(reported.keys() | expected.keys()):
-            self._compare(what, slot, expected.get(slot, ()), reported.get(slot, []), writes_per_page)
+        """As :meth:`assert_dirty`, for a report collected earlier."""
+        for slot in sorted(report.slots | expected.keys()):
+            self._compare(what, slot, expected.get(slot, ()), report.entries(slot), writes_per_page)
 
-    def expect_bits(self, what: str, slot: int, expected: Iterable[int]) -> None:
+    def assert_bitmap(self, what: str, slot: int, expected: Iterable[int]) -> None:
         """Hold KVM_GET_DIRTY_LOG alone to *expected*; in manual mode, where it changes nothing.
 
         :raises ContractViolation: KVM reported something else

@@ -249,7 +249,6 @@ class Writers:
         return "\n".join(lines)
 
     def _join_threads(self) -> None:
-        self._mode.before_vcpu_join(self.rings_were_reset)
         threads = [thread for thread in self._all_threads() if thread.ident is not None]
         deadline = time.monotonic() + _JOIN_TIMEOUT
         while any(thread.is_alive() for thread in threads):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from dirty_tracking.cell import PAGE
-from dirty_tracking.modes import make_log_mode
+from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.oracle import WORDS_PER_PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSE, Writers
@@ -59,8 +59,7 @@ class WritersVm:
         pace: int = SPARSE,
         guest_mode: str = "48bit-4k",
     ) -> None:
-        self.mode = make_log_mode(mode, ring_count)
-        self.ring_count = ring_count
+        self.mode = LOG_MODES[mode](ring_count)
         npages = sum(count for count, _ in shapes)
         data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
         self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), guest_mode, data)

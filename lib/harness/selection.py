@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dirty_tracking.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_data_size, place_test_memory
-from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.modes import LOG_MODES, LogMode, ring_accepted, smallest_ring
 from dirty_tracking.ring import ENTRY_SIZE
 from harness.matrix import full_matrix, pairwise_matrix
 from kvm_util import uapi
@@ -22,7 +22,6 @@ from kvm_util.host_limits import (
     thread_limits,
     tightest,
 )
-from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, size_text
 
@@ -194,39 +193,18 @@ def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any
         except ValueError as error:
             option = "--test-mem" if settings.phys_offset is None else "--phys-offset"
             raise SelectionError(f"{option}: {error}") from None
-    rings = [mode for name in dimensions["log_mode"] if issubclass(mode := LOG_MODES[name], DirtyRing)]
-    for mode in rings:
-        if mode.supported(kvm) is None:
+    for mode in (LOG_MODES[name] for name in dimensions["log_mode"]):
+        if mode.uses_ring and mode.supported(kvm) is None:
             _check_ring_count(kvm, mode, settings.ring_count)
 
 
-def _check_ring_count(kvm: Kvm, mode: type[DirtyRing], count: int) -> None:
-    most = kvm.check_extension(mode.cap) // ENTRY_SIZE
-    if count > most:
-        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at most {most}")
-    if not _ring_accepted(kvm, mode, count):
-        # The smallest size depends on the entries that the backend reserves (api.rst 8.29, kvm_dirty_ring_get_rsvd_entries()).
-        least = next((n for n in _powers_of_two(count, most) if _ring_accepted(kvm, mode, n)), most)
-        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at least {least}")
-
-
-def _ring_accepted(kvm: Kvm, mode: type[DirtyRing], count: int) -> bool:
-    with kvm.create_vm() as vm:
-        try:
-            mode(count).create_vm_done(vm)
-        except KvmError:
-            return False
-        return True
-
-
-def _powers_of_two(first: int, last: int) -> list[int]:
-    return [1 << bit for bit in range(first.bit_length(), last.bit_length())]
-
-
-def smallest_ring(kvm: Kvm, mode: type[DirtyRing] = DirtyRing) -> int:
-    """The smallest number of entries that this KVM, which must have *mode*, accepts for a ring."""
-    sizes = _powers_of_two(1, 1 << 17)
-    return next(count for count in sizes if _ring_accepted(kvm, mode, count))
+def _check_ring_count(kvm: Kvm, mode: type[LogMode], count: int) -> None:
+    largest = mode.largest_ring(kvm)
+    if count > largest:
+        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at most {largest}")
+    if not ring_accepted(kvm, count, mode):
+        smallest = smallest_ring(kvm, mode)
+        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at least {smallest}")
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:

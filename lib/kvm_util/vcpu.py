@@ -5,8 +5,8 @@ import ctypes
 import errno
 import mmap
 import os
+from contextlib import ExitStack
 
-from dirty_tracking.ring import DirtyRing
 from kvm_util import uapi
 from kvm_util.ioctl import call_on_kvm, fail, ioctl, raw_ioctl
 
@@ -20,6 +20,7 @@ EXIT_REASONS = {
 class Vcpu:
     """An open vCPU; *run* is the structure that it shares with KVM (api.rst section 5).
 
+    :ivar closing: what is to be closed before the vCPU is: views of what :meth:`map_shared` returned, for example
     :param fd: what KVM_CREATE_VCPU returned
     :param mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned, in bytes
     """
@@ -28,15 +29,14 @@ class Vcpu:
         self.fd = fd
         self.id = vcpu_id
         try:
-            with call_on_kvm("mmap", f"struct kvm_run of vCPU {vcpu_id}", mmap_size):
-                self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map = self.map_shared(mmap_size, 0, f"struct kvm_run of vCPU {vcpu_id}")
         except BaseException:
             os.close(fd)
             raise
         # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
         self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.run = uapi.kvm_run.from_address(self._run_address)
-        self._ring: DirtyRing | None = None
+        self.closing = ExitStack()
 
     def kvm_run(self) -> int:
         """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
@@ -61,11 +61,13 @@ class Vcpu:
             asked = f"vCPU {self.id}, gpa={request.gpa:#x}, size={request.size:#x}"
             ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
 
-    def map_dirty_ring(self, entries: int) -> DirtyRing:
-        """The vCPU's dirty ring of *entries* entries, mapped at the first call; the VM must have the ring enabled."""
-        if self._ring is None:
-            self._ring = DirtyRing(self.fd, entries)
-        return self._ring
+    def map_shared(self, size: int, offset: int, what: str) -> mmap.mmap:
+        """Map *size* bytes at *offset* of the vCPU's file, shared, for reading and writing; a mapping keeps the VM alive.
+
+        :param what: what that is, for the message of an error
+        """
+        with call_on_kvm("mmap", what, size):
+            return mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
 
     def exit_reason(self) -> str:
         """The name of the last exit's reason, such as ``KVM_EXIT_IO``."""
@@ -90,10 +92,9 @@ class Vcpu:
         return ""
 
     def close(self) -> None:
-        """Unmap ring and shared structure and close the vCPU. It must not be running."""
+        """Unmap the shared structure and close the vCPU. It must not be running."""
         if self.fd >= 0:
-            if self._ring is not None:
-                self._ring.close()
+            self.closing.close()
             del self.run
             self._map.close()
             os.close(self.fd)

@@ -80,11 +80,9 @@ class Vm:
             memory.close()
             raise
 
-    def set_tracking(self, slot: int, on: bool) -> None:
-        """KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES alone changed: track the writes to a slot, or do not."""
+    def set_flags(self, slot: int, flags: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION with *flags* as slot *slot*'s new flags, and nothing else changed."""
         memslot = self.memslots[slot]
-        others = memslot.flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES
-        flags = others | (uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
         self.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
 
     def delete_memory_region(self, slot: int) -> None:
@@ -110,7 +108,7 @@ class Vm:
         ioctl(self.fd, uapi.KVM_CLEAR_DIRTY_LOG, "KVM_CLEAR_DIRTY_LOG", ctypes.byref(request), asked)
 
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS: hand back what was harvested; returns how many entries KVM took (api.rst 8.29)."""
+        """KVM_RESET_DIRTY_RINGS: reset what was harvested; returns how many entries that were (api.rst 8.29)."""
         return ioctl(self.fd, uapi.KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS")
 
     def get_stats_fd(self) -> int:

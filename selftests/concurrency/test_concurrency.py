@@ -16,16 +16,16 @@ import pytest
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from dirty_tracking.cell import PAGE, Settings
 from dirty_tracking.collectors import Collectors, Operation, Worker, work_together
-from dirty_tracking.mapping_sizes import Mapped
-from dirty_tracking.modes import LOG_MODES, ClearLog, DirtyRing
+from dirty_tracking.mapping_sizes import MappingSizes
+from dirty_tracking.modes import LOG_MODES, smallest_ring
+from dirty_tracking.platform import uses_tdp
 from dirty_tracking.violations import Kind, violated
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
-from harness.selection import smallest_ring
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
-from kvm_util.host import Host, uses_tdp
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
 Shapes = Sequence[tuple[int, str]]
@@ -72,7 +72,7 @@ def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterato
                 of.reset,
             )
             yield draw.choice(kinds)
-        elif isinstance(of.vm.mode, ClearLog) and draw.random() < 0.5:
+        elif of.vm.mode.manual and draw.random() < 0.5:
             npages = area.end - area.first
             first = draw.randrange(0, npages, BITS_PER_WORD)
             last = draw.choice([*range(first + BITS_PER_WORD, npages, BITS_PER_WORD), npages])
@@ -140,7 +140,7 @@ Writing = Callable[..., AbstractContextManager[Collectors]]
 @pytest.fixture
 def writing(kvm: Kvm, settings: Settings, outcome: Any, log_mode: str) -> Writing:
     """Call it for a context with writers, stopped so far; it ends with the check that KVM had something to report."""
-    ring = max(RING, smallest_ring(kvm)) if issubclass(LOG_MODES[log_mode], DirtyRing) else RING
+    ring = max(RING, smallest_ring(kvm)) if LOG_MODES[log_mode].uses_ring else RING
 
     @contextmanager
     def of_writers(
@@ -223,13 +223,13 @@ def test_huge_pages_are_split_and_merged_beside_writers(
             return some_collections(of, random.Random(draw.random()), count)
 
         for _ in range(rounds):
-            huge = Mapped.now(stats).pages_2m
+            huge = MappingSizes.read(stats).pages_2m
             assert huge, "no huge page is mapped although the host has them and nothing is tracked"
             toggling = some_toggles(of, random.Random(draw.random()), count, {})
             work(of, draw, [toggling, collecting()])
             switch_all(of, on=True)
             work(of, draw, [collecting()])
-            assert Mapped.now(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
+            assert MappingSizes.read(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
             switch_all(of, on=False)
             work(of, draw, [collecting()])
 

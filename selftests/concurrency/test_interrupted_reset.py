@@ -58,7 +58,7 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
             for _ in range(times):
                 vm.write(SLOT, *range(NPAGES))
                 monkeypatch.setattr(vm.vm, "reset_dirty_rings", how)
-                vm.expect("writes to all pages", {SLOT: range(NPAGES)})
+                vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
         # Before Linux 6.17 no signal ends it (49005a2a3d2a): there the test says that signals do no harm.
         if not met and host.kernel_version >= (6, 17):
             lacks(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")

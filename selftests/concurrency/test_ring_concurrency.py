@@ -15,9 +15,9 @@ import pytest
 
 from dirty_tracking.cell import Settings
 from dirty_tracking.collectors import Collectors, Operation, Worker, storm_at, storm_at_vcpus, work_together
+from dirty_tracking.modes import smallest_ring
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
-from harness.selection import smallest_ring
 from kvm_util.kvm import Kvm
 
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]

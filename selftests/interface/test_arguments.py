@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dirty_tracking.modes import ClearLog
+from dirty_tracking.modes import disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from kvm_util import uapi
@@ -152,7 +152,7 @@ def test_bitmaps_are_not_there_in_ring_mode(ringed: TrackedVm, request_name: str
     for slot in (SLOT, ABSENT, TOO_HIGH):
         argument = structs[request_name](slot=slot)
         assert answer(ringed.vm.fd, getattr(uapi, request_name), argument) == "ENXIO"
-    ringed.expect("a write before it", {SLOT: [7]})
+    ringed.assert_dirty("a write before it", {SLOT: [7]})
 
 
 @pytest.mark.parametrize(
@@ -233,17 +233,17 @@ def test_what_is_refused_changes_nothing(kvm: Kvm, log_mode: str) -> None:
         # There is a vCPU, so that no size is right.
         refused += [enable(vm.vm, cap, size) for cap in RINGS.values() for size in (0, MOST // 2, MOST, MOST * 2)]
         assert "0" not in refused
-        if not vm.mode.per_vcpu:
+        if not vm.mode.uses_ring:
             read = [vm.read_bitmap(SLOT) for _ in range(2)]
-            assert read == [[3], [3] if isinstance(vm.mode, ClearLog) else []]
+            assert read == [[3], [3] if vm.mode.manual else []]
             vm.collect()
         else:
-            vm.expect("a write before it", {SLOT: [3]})
+            vm.assert_dirty("a write before it", {SLOT: [3]})
         vm.write(SLOT, 4)
-        vm.expect("a write after it", {SLOT: [4]})
-        vm.set_tracking(SLOT, on=False)
-        vm.switch_on(SLOT)
-        vm.expect("nothing since tracking began again", {})
+        vm.assert_dirty("a write after it", {SLOT: [4]})
+        vm.disable_dirty_logging(SLOT)
+        vm.enable_dirty_logging(SLOT)
+        vm.assert_dirty("nothing since tracking began again", {})
 
 
 def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:
@@ -282,9 +282,9 @@ def test_a_ring_with_a_bitmap_is_not_offered(plain: Vm, kvm: Kvm) -> None:
 def test_a_slot_of_a_ring_mode_vm_is_tracked_or_not_as_its_flags_say(ringed: TrackedVm) -> None:
     """Switching it on again with the same flags, and off, is no error, and takes effect."""
     for page, on in enumerate((True, False, False, True)):
-        ringed.set_tracking(SLOT, on)
+        (enable_dirty_logging if on else disable_dirty_logging)(ringed.vm, SLOT)
         ringed.write(SLOT, page)
-        ringed.expect(f"a write with tracking {'on' if on else 'off'}", {SLOT: [page] if on else []})
+        ringed.assert_dirty(f"a write with tracking {'on' if on else 'off'}", {SLOT: [page] if on else []})
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm, needs_log_
     needs_log_mode("clear-log")
     with TrackedVm(kvm, "clear-log") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
-        vm.set_tracking(SLOT, on=True)
+        vm.enable_dirty_logging(SLOT, assert_initial=False)
         assert vm.read_bitmap(SLOT) == ALL
         vm.vm.clear_dirty_log(SLOT, bitmap_of([0, 64], NPAGES), 0, NPAGES)
         assert vm.read_bitmap(SLOT) == [page for page in ALL if page not in (0, 64)]
@@ -264,11 +264,11 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     needs_log_mode("clear-log")
     vm, cap = automatic, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     vm.write(OTHER, *ALL)
-    vm.set_tracking(OTHER, on=False)
+    vm.disable_dirty_logging(OTHER)
     vm.write(SLOT, 3)
     vm.vm.enable_cap(cap, MANUAL | INITIALLY_SET)
     assert vm.read_bitmap(SLOT) == [3]
-    vm.set_tracking(OTHER, on=True)
+    vm.enable_dirty_logging(OTHER, assert_initial=False)
     assert vm.read_bitmap(OTHER) == ALL
     vm.vm.enable_cap(cap, MANUAL)
     assert [vm.read_bitmap(slot) for slot in (SLOT, OTHER)] == [[3], ALL]
@@ -276,8 +276,8 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
     vm.write(OTHER, 7)
     assert vm.read_bitmap(OTHER) == [7]
-    vm.set_tracking(OTHER, on=False)
-    vm.set_tracking(OTHER, on=True)
+    vm.disable_dirty_logging(OTHER)
+    vm.enable_dirty_logging(OTHER, assert_initial=False)
     assert vm.read_bitmap(OTHER) == []
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from dirty_tracking.modes import LOG_MODES, DirtyRing
-from dirty_tracking.ring import ENTRY_SIZE
-from dirty_tracking.ring import DirtyRing as Ring
+from dirty_tracking.modes import LOG_MODES, smallest_ring
+from dirty_tracking.platform import reserved_entries
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
-from harness.selection import smallest_ring
 from kvm_util import uapi
 from kvm_util.arch import current as arch
-from kvm_util.host import Host, reserved_entries
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, GuestMemory
 from kvm_util.vcpu import Vcpu
@@ -37,10 +36,9 @@ def ringed(kvm: Kvm, ring_mode: str) -> Iterator[TrackedVm]:
         yield vm
 
 
-def harvest(vcpu: Vcpu, most: int, entries: int = 4096) -> list[tuple[int, int]]:
-    """Take at most *most* entries, in order, and mark them as harvested; returns (slot, offset) of each."""
-    slots, offsets = vcpu.map_dirty_ring(entries).harvest(most)
-    return list(zip(slots, offsets, strict=True))
+def harvest(ring: DirtyRing, most: int) -> list[tuple[int, int]]:
+    """Harvest at most *most* entries, in order; returns (slot, offset) of each."""
+    return list(zip(*ring.harvest(most), strict=True))
 
 
 def is_full(vcpu: Vcpu) -> bool:
@@ -88,17 +86,17 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, ring
     with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, *range(lap * 100))
-        vm.expect("a few writes before", {SLOT: range(lap * 100)})
+        vm.assert_dirty("a few writes before", {SLOT: range(lap * 100)})
         first = 0
         for _ in range(5):
             done = fill(vm, first)
-            (handle,) = vm.vm.vcpus
+            (handle,), (ring,) = vm.vm.vcpus, vm.rings
             assert all(is_full(handle) for _ in range(3)), "KVM_RUN went on although the ring is full"
             assert vm.vm.reset_dirty_rings() == 0
             assert is_full(handle), "KVM_RUN went on after a reset, with nothing harvested"
-            taken = harvest(handle, entries, entries)
+            taken = harvest(ring, entries)
             assert is_full(handle), "KVM_RUN went on after a harvest, with nothing reset"
-            assert harvest(handle, entries, entries) == [], "a vCPU whose ring is full wrote"
+            assert harvest(ring, entries) == [], "a vCPU whose ring is full wrote"
             assert entries - reserved_entries(host) <= len(taken) <= entries
             assert [slot for slot, _ in taken] == [SLOT] * len(taken)
             assert [offset for _, offset in taken] == [(first + index) % NPAGES for index in range(len(taken))]
@@ -106,7 +104,7 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, ring
             assert vm.vm.reset_dirty_rings() == len(taken)
             handle.kvm_run()
             assert handle.run.exit_reason != uapi.KVM_EXIT_DIRTY_RING_FULL
-            rest = vm.collect()[SLOT]
+            rest = vm.collect().entries(SLOT)
             # The vCPU may have left with the last page in the ring, and its store to be done again after the reset.
             if rest[:1] == [taken[-1][1]]:
                 del rest[0]
@@ -127,7 +125,7 @@ def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, host: Host, ring
             handle.run.immediate_exit = 0
             assert handle.kvm_run() == 0
             assert handle.exit_reason() == "KVM_EXIT_DIRTY_RING_FULL"
-        taken = harvest(handle, entries, entries)
+        taken = harvest(vm.rings[0], entries)
         assert vm.vm.reset_dirty_rings() == len(taken) >= entries - reserved_entries(host)
         handle.kvm_run()
         assert handle.exit_reason() != "KVM_EXIT_DIRTY_RING_FULL"
@@ -138,7 +136,7 @@ def test_each_vcpu_has_its_own_writes_in_its_own_ring(ringed: TrackedVm) -> None
     """With the slot of each, in the order of the writes."""
     ringed.run(*(Operation("store_8", ringed.address(slot, page)) for slot, page in ((SLOT, 9), (OTHER, 1), (SLOT, 2))))
     ringed.run(*(Operation("store_8", ringed.address(slot, page)) for slot, page in ((OTHER, 7), (SLOT, 3))), vcpu=1)
-    one, two = ringed.vm.vcpus
+    one, two = ringed.rings
     assert harvest(one, 10) == [(SLOT, 9), (OTHER, 1), (SLOT, 2)]
     assert harvest(two, 10) == [(OTHER, 7), (SLOT, 3)]
     assert ringed.vm.reset_dirty_rings() == 5
@@ -152,23 +150,23 @@ def test_a_high_slot_is_named_right(kvm: Kvm, ring_mode: str) -> None:
             vm.add_slot(slot, FIRST_GPA + index * 64 * PAGE, 64)
         vm.write(highest, 63)
         vm.write(highest // 2, 0)
-        vm.expect("stores to slots with high numbers", {highest: [63], highest // 2: [0]})
+        vm.assert_dirty("stores to slots with high numbers", {highest: [63], highest // 2: [0]})
 
 
 @pytest.mark.usefixtures("entries_in_order")
 def test_a_reset_takes_what_was_harvested_and_no_more(ringed: TrackedVm) -> None:
     """Entry by entry: it stops at the first that was not harvested; the others stay where they are."""
     ringed.write(SLOT, *range(10))
-    handle = ringed.vm.vcpus[0]
+    ring = ringed.rings[0]
     assert ringed.vm.reset_dirty_rings() == 0
-    assert harvest(handle, 4) == [(SLOT, page) for page in range(4)]
+    assert harvest(ring, 4) == [(SLOT, page) for page in range(4)]
     assert ringed.vm.reset_dirty_rings() == 4
     assert ringed.vm.reset_dirty_rings() == 0
-    assert harvest(handle, 100) == [(SLOT, page) for page in range(4, 10)]
+    assert harvest(ring, 100) == [(SLOT, page) for page in range(4, 10)]
     assert ringed.vm.reset_dirty_rings() == 6
 
 
-def mark_harvested(ring: Ring, *numbers: int) -> None:
+def mark_harvested(ring: DirtyRing, *numbers: int) -> None:
     for number in numbers:
         ring.entry(number).flags = RESET
 
@@ -180,7 +178,7 @@ def test_a_reset_stops_at_a_gap_in_each_ring(ringed: TrackedVm, emulates: bool) 
     User space must not skip entries; KVM looks at each ring's entries in order, and at none behind the first that does not say
     RESET (kvm_dirty_ring_reset(), virt/kvm/dirty_ring.c).
     """
-    one, two = (vcpu.map_dirty_ring(4096) for vcpu in ringed.vm.vcpus)
+    one, two = ringed.rings
 
     def write_all() -> None:
         ringed.write(SLOT, *range(5))
@@ -202,20 +200,20 @@ def test_a_reset_stops_at_a_gap_in_each_ring(ringed: TrackedVm, emulates: bool) 
     # A backend that emulates every store pushes each page each time.
     again = [*range(5)] * 3
     one.next, two.next = 4, 5
-    assert harvest(ringed.vm.vcpus[0], 100) == [(SLOT, page) for page in (4, *(again if emulates else (0, 1, 2, 3)))]
-    assert harvest(ringed.vm.vcpus[1], 100) == [(OTHER, page) for page in (again if emulates else (0, 1, 2, 3, 4))]
+    assert harvest(one, 100) == [(SLOT, page) for page in (4, *(again if emulates else (0, 1, 2, 3)))]
+    assert harvest(two, 100) == [(OTHER, page) for page in (again if emulates else (0, 1, 2, 3, 4))]
 
 
 def test_a_page_is_tracked_anew_by_the_reset_alone(ringed: TrackedVm, emulates: bool) -> None:
     """Before it, a page that is in the ring is not pushed again by a guest's store; after it, it is."""
     ringed.write(SLOT, 5)
     ringed.write(SLOT, 5)
-    handle = ringed.vm.vcpus[0]
+    ring = ringed.rings[0]
     # What KVM writes itself it pushes each time, so a backend that emulates every store repeats the page.
-    assert harvest(handle, 10) == [(SLOT, 5)] * (2 if emulates else 1)
+    assert harvest(ring, 10) == [(SLOT, 5)] * (2 if emulates else 1)
     assert ringed.vm.reset_dirty_rings() == (2 if emulates else 1)
     ringed.write(SLOT, 5)
-    assert harvest(handle, 10) == [(SLOT, 5)]
+    assert harvest(ring, 10) == [(SLOT, 5)]
 
 
 ORDERS = {
@@ -242,7 +240,7 @@ def test_entries_in_any_order_are_reset(ringed: TrackedVm, order: list[int], slo
         entries = [(slots[index % len(slots)], page) for index, page in enumerate(order)]
         ringed.run(*(Operation("store_8", ringed.address(slot, page)) for slot, page in entries))
         expected = {slot: [page for its, page in entries if its == slot] for slot in (SLOT, OTHER)}
-        ringed.expect("writes in an order of their own", expected)
+        ringed.assert_dirty("writes in an order of their own", expected)
 
 
 def ring_map(vcpu: Vcpu, pages: int, flags: int, prot: int, first: int = 0) -> None:
@@ -332,7 +330,7 @@ def test_all_mappings_of_a_ring_are_one(ringed: TrackedVm) -> None:
     ringed.write(SLOT, 5)
     offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
     with mmap.mmap(handle.fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as other:
-        assert harvest(handle, 10) == [(SLOT, 5)]
+        assert harvest(ringed.rings[0], 10) == [(SLOT, 5)]
         assert int.from_bytes(other[:4], "little") == uapi.KVM_DIRTY_GFN_F_RESET
         assert ringed.vm.reset_dirty_rings() == 1
         assert int.from_bytes(other[:4], "little") == 0
@@ -344,20 +342,19 @@ def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> Non
     A slot that is not there, and a page that the slot does not have, are taken as an entry and nothing else is done. Each is
     the only such entry of its reset: two could be joined, as in test_an_offset_that_wraps_around_is_ignored().
     """
-    handle = ringed.vm.vcpus[0]
+    ring = ringed.rings[0]
     for slot, offset in ((77, 5), (SLOT | 9 << 16, 5), (SLOT, NPAGES), (SLOT, (1 << 64) - 1)):
         ringed.write(SLOT, 5)
-        ring = handle.map_dirty_ring(4096)
-        assert harvest(handle, 10)[-1] == (SLOT, 5)
+        assert harvest(ring, 10)[-1] == (SLOT, 5)
         last = ring.entry(ring.next - 1)
         last.slot, last.offset = slot, offset
         assert ringed.vm.reset_dirty_rings() > 0
         ringed.write(SLOT, 6)
-        assert harvest(handle, 10)[-1] == (SLOT, 6)
+        assert harvest(ring, 10)[-1] == (SLOT, 6)
         assert ringed.vm.reset_dirty_rings() > 0
         # Page 5 is still mapped writable: switch its tracking off and on.
-        ringed.set_tracking(SLOT, on=False)
-        ringed.set_tracking(SLOT, on=True)
+        ringed.disable_dirty_logging(SLOT)
+        ringed.enable_dirty_logging(SLOT)
 
 
 def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_mode: str, outcome: Any) -> None:
@@ -368,24 +365,23 @@ def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_
         vm.remove_slot(SLOT)
         vm.add_slot(SLOT, FIRST_GPA, 64)
         vm.write(SLOT, 60)
-        vm.expect("writes to the old slot, and to the new one", {SLOT: [60, 69]})
+        vm.assert_dirty("writes to the old slot, and to the new one", {SLOT: [60, 69]})
         vm.write(SLOT, 60)
-        vm.expect("a write to the new one", {SLOT: [60]})
+        vm.assert_dirty("a write to the new one", {SLOT: [60]})
 
 
 @pytest.mark.parametrize("twins", [(5, 5), (5, 6, 5), (6, 5, 5)], ids=["alone", "around", "behind"])
 def test_an_entry_that_comes_twice_is_taken_twice(ringed: TrackedVm, twins: tuple[int, ...]) -> None:
     """Its page is tracked anew, and so are the pages beside it."""
-    handle = ringed.vm.vcpus[0]
-    ring = handle.map_dirty_ring(4096)
+    ring = ringed.rings[0]
     ringed.write(SLOT, *range(5, 5 + len(twins)))
     start = ring.next
-    count = len(harvest(handle, 4096))
+    count = len(harvest(ring, 4096))
     for index in range(count):
         ring.entry(start + index).offset = twins[min(index, len(twins) - 1)]
     assert ringed.vm.reset_dirty_rings() == count
     ringed.write(SLOT, *sorted(set(twins)))
-    ringed.expect("writes to pages that were taken twice", {SLOT: sorted(set(twins))})
+    ringed.assert_dirty("writes to pages that were taken twice", {SLOT: sorted(set(twins))})
 
 
 @pytest.mark.usefixtures("throwaway_kernel")
@@ -394,26 +390,24 @@ def test_an_offset_that_wraps_around_is_ignored(ringed: TrackedVm) -> None:
 
     An entry that is not joined with it is taken as ever; of the slot's other pages none is tracked anew or forgotten.
     """
-    handle = ringed.vm.vcpus[0]
-    ring = handle.map_dirty_ring(4096)
+    ring = ringed.rings[0]
     for first in ((1 << 64) - 63, (1 << 64) - 1):
         ringed.write(SLOT, 5, 6, 100)
         start = ring.next
-        assert len(harvest(handle, 3)) == 3
+        assert len(harvest(ring, 3)) == 3
         for index, offset in enumerate((first, 0, 100)):
             ring.entry(start + index).offset = offset
         assert ringed.vm.reset_dirty_rings() == 3
         ringed.write(SLOT, 0, 5, 6, 63, 100)
         # Pages 5 and 6, whose entries were lost, are still mapped writable.
-        ringed.expect("writes after a reset of an offset that wraps around", {SLOT: [0, 63, 100]})
-        ringed.set_tracking(SLOT, on=False)
-        ringed.set_tracking(SLOT, on=True)
+        ringed.assert_dirty("writes after a reset of an offset that wraps around", {SLOT: [0, 63, 100]})
+        ringed.disable_dirty_logging(SLOT)
+        ringed.enable_dirty_logging(SLOT)
 
 
 def test_a_reset_does_not_look_at_the_dirty_bit(ringed: TrackedVm) -> None:
     """An entry that KVM never dirtied, but that says RESET, is taken (kvm_dirty_gfn_harvested())."""
-    handle = ringed.vm.vcpus[0]
-    ring = handle.map_dirty_ring(4096)
+    ring = ringed.rings[0]
     ring.entry(0).flags = uapi.KVM_DIRTY_GFN_F_RESET
     assert ringed.vm.reset_dirty_rings() == 1
     assert ringed.vm.reset_dirty_rings() == 0
@@ -435,9 +429,9 @@ def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> 
             vm.vm.set_user_memory_region(SLOT, 4 * GIB, memory)
             for _ in range(5):
                 before = vmalloc_used()
-                vm.set_tracking(SLOT, on=True)
+                vm.enable_dirty_logging(SLOT)
                 taken.setdefault(mode, []).append(vmalloc_used() - before)
-                vm.set_tracking(SLOT, on=False)
+                vm.disable_dirty_logging(SLOT)
     # Others use the kernel's memory too: so the middle of several measurements, against half of the 4 MiB.
     assert median(taken["dirty-log"]) > npages // 8
     assert median(taken[ring_mode]) < npages // 8
@@ -448,10 +442,8 @@ def test_the_smallest_ring_holds_what_is_reserved(kvm: Kvm, host: Host, ring_mod
 
     See kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c.
     """
-    mode = LOG_MODES[ring_mode]
-    assert issubclass(mode, DirtyRing)
     least = max(mmap.PAGESIZE, reserved_entries(host) * ENTRY_SIZE)
-    assert smallest_ring(kvm, mode) * ENTRY_SIZE == 1 << (least - 1).bit_length()
+    assert smallest_ring(kvm, LOG_MODES[ring_mode]) * ENTRY_SIZE == 1 << (least - 1).bit_length()
 
 
 def test_the_ring_lies_beyond_the_vcpus_own_mapping(kvm: Kvm) -> None:

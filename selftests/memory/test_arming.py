@@ -60,13 +60,13 @@ def check_slot(vm: TrackedVm, gpa: int, npages: int, chance: random.Random, roun
     where = f"slot of {npages} pages at gfn {gpa // PAGE:#x}"
     vm.add_slot(SLOT, gpa, npages, tracked=False)
     vm.write(SLOT, *range(npages))
-    vm.switch_on(SLOT)
-    vm.expect(f"{where}, nothing since tracking began", {})
+    vm.enable_dirty_logging(SLOT)
+    vm.assert_dirty(f"{where}, nothing since tracking began", {})
     for name, pages in patterns(npages, chance).items():
         for _ in range(rounds):
             vm.write(SLOT, *pages)
-            vm.expect(f"{where}, {name} written", {SLOT: pages})
-    vm.expect(f"{where}, nothing since the last collection", {})
+            vm.assert_dirty(f"{where}, {name} written", {SLOT: pages})
+    vm.assert_dirty(f"{where}, nothing since the last collection", {})
     vm.remove_slot(SLOT)
 
 
@@ -75,12 +75,12 @@ def test_pages_that_were_mapped_before_are_tracked(empty: TrackedVm) -> None:
     npages = 64 + 9
     empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
     empty.write(SLOT, *range(npages))
-    empty.switch_on(SLOT)
-    empty.expect("nothing since tracking began", {})
+    empty.enable_dirty_logging(SLOT)
+    empty.assert_dirty("nothing since tracking began", {})
     empty.write(SLOT, *range(0, npages, 2))
-    empty.expect("writes to every second page", {SLOT: range(0, npages, 2)})
+    empty.assert_dirty("writes to every second page", {SLOT: range(0, npages, 2)})
     empty.write(SLOT, *range(1, npages, 2))
-    empty.expect("writes to the others", {SLOT: range(1, npages, 2)})
+    empty.assert_dirty("writes to the others", {SLOT: range(1, npages, 2)})
 
 
 def test_pages_that_were_mapped_in_advance_are_tracked(
@@ -92,10 +92,10 @@ def test_pages_that_were_mapped_in_advance_are_tracked(
     npages = 64 + 9
     empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
     empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
-    empty.switch_on(SLOT)
-    empty.expect("nothing since tracking began", {})
+    empty.enable_dirty_logging(SLOT)
+    empty.assert_dirty("nothing since tracking began", {})
     empty.write(SLOT, *range(0, npages, 3))
-    empty.expect("writes to pages that were mapped before tracking began", {SLOT: range(0, npages, 3)})
+    empty.assert_dirty("writes to pages that were mapped before tracking began", {SLOT: range(0, npages, 3)})
     empty.remove_slot(SLOT)
     empty.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
     # So that the vCPU lets go of the page tables of before: with those the ioctl never ends, until "KVM: x86/mmu: Check and
@@ -105,7 +105,7 @@ def test_pages_that_were_mapped_in_advance_are_tracked(
     # What can be mapped writable is, and is reported then, though nothing has written it (make_spte(), mmu/spte.c).
     empty.collect()
     empty.write(SLOT, *range(0, npages, 3))
-    empty.expect("writes to pages that were mapped since", {SLOT: range(0, npages, 3)})
+    empty.assert_dirty("writes to pages that were mapped since", {SLOT: range(0, npages, 3)})
 
 
 def test_slots_of_any_size_at_any_gfn(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
@@ -135,10 +135,10 @@ def test_slots_with_many_pages(empty: TrackedVm, chance: random.Random, npages: 
     fixed = {0, 63, 64, 65535, 65536, 65537, npages // 2, npages - 65, npages - 1}
     pages = sorted({*fixed, *chance.sample(range(npages), 10)})
     empty.write(SLOT, *pages)
-    empty.switch_on(SLOT)
+    empty.enable_dirty_logging(SLOT)
     for _ in range(2):
         empty.write(SLOT, *pages)
-        empty.expect("sparse writes", {SLOT: pages})
+        empty.assert_dirty("sparse writes", {SLOT: pages})
 
 
 def test_pages_at_any_distance(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
@@ -154,7 +154,7 @@ def test_pages_at_any_distance(empty: TrackedVm, chance: random.Random, thorough
     for order in orders:
         for _ in range(2):
             empty.write(SLOT, *order)
-            empty.expect(f"pages {order} written", {SLOT: order})
+            empty.assert_dirty(f"pages {order} written", {SLOT: order})
 
 
 def test_a_write_right_after_each_collection_is_seen(empty: TrackedVm, thorough: bool) -> None:
@@ -164,7 +164,7 @@ def test_a_write_right_after_each_collection_is_seen(empty: TrackedVm, thorough:
     for _ in range(20 if thorough else 2):
         for page in range(npages):
             empty.write(SLOT, page)
-            empty.expect(f"page {page} written", {SLOT: [page]})
+            empty.assert_dirty(f"page {page} written", {SLOT: [page]})
 
 
 def test_every_vcpu_loses_its_translation(empty: TrackedVm, thorough: bool) -> None:
@@ -175,14 +175,14 @@ def test_every_vcpu_loses_its_translation(empty: TrackedVm, thorough: bool) -> N
     for turn in range(10 if thorough else 2):
         for vcpu in (0, 1):
             empty.write(SLOT, *everything, vcpu=vcpu)
-        empty.switch_on(SLOT)
+        empty.enable_dirty_logging(SLOT)
         for writer in (0, 1, 1, 0, 1, 0):
             empty.write(SLOT, *everything, vcpu=writer)
-            empty.expect(f"turn {turn}: vCPU {writer} wrote after the other", {SLOT: everything})
+            empty.assert_dirty(f"turn {turn}: vCPU {writer} wrote after the other", {SLOT: everything})
         for page in everything:
             empty.write(SLOT, page, vcpu=page % 2)
-            empty.expect(f"turn {turn}: vCPU {page % 2} wrote page {page}", {SLOT: [page]})
-        empty.set_tracking(SLOT, on=False)
+            empty.assert_dirty(f"turn {turn}: vCPU {page % 2} wrote page {page}", {SLOT: [page]})
+        empty.disable_dirty_logging(SLOT)
 
 
 @pytest.mark.parametrize("log_mode", MANUAL_MODES, indirect=True)
@@ -206,9 +206,9 @@ def check_clear(vm: TrackedVm, chance: random.Random, where: str) -> None:
     mask = sorted(chance.sample(range(first, first + count), chance.choice((1, -(-count // 2), count))))
     vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, count, first), first, count)
     dirty = set(range(npages)) - set(mask)
-    vm.expect_bits(f"{where}: CLEAR of {count} pages from {first}, mask {mask}", SLOT, dirty)
+    vm.assert_bitmap(f"{where}: CLEAR of {count} pages from {first}, mask {mask}", SLOT, dirty)
     for start in range(first, first + count, 64):
         word = [page for page in mask if start <= page < start + 64]
         vm.write(SLOT, *word)
         dirty |= set(word)
-        vm.expect_bits(f"{where}: pages {word} written after a CLEAR of {mask}", SLOT, dirty)
+        vm.assert_bitmap(f"{where}: pages {word} written after a CLEAR of {mask}", SLOT, dirty)

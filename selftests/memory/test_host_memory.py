@@ -80,18 +80,18 @@ def test_writes_around_it_are_reported(kvm: Kvm, log_mode: str, backing: str, ta
     with TrackedVm(kvm, log_mode) as vm:
         memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES, backing).memory
         vm.write(SLOT, *range(NPAGES))
-        vm.expect("writes to all pages", {SLOT: range(NPAGES)})
+        vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
         with taken(memory):
-            vm.expect("nothing but that the host took pages away", {})
+            vm.assert_dirty("nothing but that the host took pages away", {})
             vm.write(SLOT, *INSIDE, *OUTSIDE)
-            vm.expect("writes after the host took pages away", {SLOT: INSIDE + OUTSIDE})
+            vm.assert_dirty("writes after the host took pages away", {SLOT: INSIDE + OUTSIDE})
         vm.write(SLOT, *INSIDE, *OUTSIDE)
         with taken(memory):
-            vm.expect("writes before the host took pages away", {SLOT: INSIDE + OUTSIDE})
+            vm.assert_dirty("writes before the host took pages away", {SLOT: INSIDE + OUTSIDE})
         vm.write(SLOT, *INSIDE)
         with taken(memory):
             vm.write(SLOT, *INSIDE, *OUTSIDE)
             # What KVM maps anew for a store is in a ring once more.
-            vm.expect("writes before and after", {SLOT: INSIDE + OUTSIDE}, writes_per_page=2)
+            vm.assert_dirty("writes before and after", {SLOT: INSIDE + OUTSIDE}, writes_per_page=2)
         vm.write(SLOT, *INSIDE)
-        vm.expect("writes after all that", {SLOT: INSIDE})
+        vm.assert_dirty("writes after all that", {SLOT: INSIDE})

@@ -11,14 +11,15 @@ import pytest
 
 from dirty_tracking.bitmap import bitmap_of
 from dirty_tracking.cell import Settings
-from dirty_tracking.mapping_sizes import Mapped, huge_pages
+from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
 from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.platform import splits_eagerly, uses_tdp
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from dirty_tracking.violations import Kind, violated
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
-from kvm_util.host import Host, splits_eagerly, uses_tdp
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, MIB, size_text
 
@@ -157,7 +158,7 @@ def test_huge_pages_are_reported_page_by_page(
 def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None:
     """Map the slot huge, track it, write in patterns, and again after tracking was off."""
     vm.write(SLOT, *touched(vm, layout))
-    vm.switch_on(SLOT)
+    vm.enable_dirty_logging(SLOT)
     first = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[0]
     chance = random.Random(seed)
     patterns = {
@@ -170,15 +171,15 @@ def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None
     for _ in range(rounds):
         for what, pages in patterns.items():
             vm.write(SLOT, *pages)
-            vm.expect(what, {SLOT: pages})
+            vm.assert_dirty(what, {SLOT: pages})
     vm.run(Operation("store_8", vm.address(SLOT, first[-1], PAGE - 4)))
-    vm.expect("a store across the edge of a huge page", {SLOT: [first[-1], first[-1] + 1]})
-    vm.set_tracking(SLOT, on=False)
+    vm.assert_dirty("a store across the edge of a huge page", {SLOT: [first[-1], first[-1] + 1]})
+    vm.disable_dirty_logging(SLOT)
     vm.write(SLOT, *edges(vm, layout))
-    vm.switch_on(SLOT)
-    vm.expect("nothing since tracking began again", {})
+    vm.enable_dirty_logging(SLOT)
+    vm.assert_dirty("nothing since tracking began again", {})
     vm.write(SLOT, first[-1])
-    vm.expect("a write into memory that may be mapped huge again", {SLOT: [first[-1]]})
+    vm.assert_dirty("a write into memory that may be mapped huge again", {SLOT: [first[-1]]})
 
 
 @pytest.mark.parametrize(("mode", "layout"), CASES, ids=str)
@@ -197,26 +198,28 @@ def check_sizes(vm: TrackedVm, stats: BinaryStats, host: Host, layout: Layout) -
     count = len(huge_pages(vm.vm.memslots[SLOT], size)) if size == layout.size else GIB // size
     for turn in range(2):
         vm.write(SLOT, *(pages if size == layout.size else range(0, layout.npages, size // PAGE)))
-        huge = Mapped.now(stats)
+        huge = MappingSizes.read(stats)
         check_huge(huge, size, count, f"turn {turn}: untracked, touched")
-        vm.set_tracking(SLOT, on=True)
+        vm.enable_dirty_logging(SLOT, assert_initial=False)
         if vm.mode.initially_set:
-            assert Mapped.now(stats) == huge, "no page has to be split before the first CLEAR"
-            vm.expect("switching tracking on", {SLOT: range(layout.npages)})
-        armed = Mapped.now(stats)
+            assert MappingSizes.read(stats) == huge, "no page has to be split before the first CLEAR"
+            vm.assert_dirty("switching tracking on", {SLOT: range(layout.npages)})
+        armed = MappingSizes.read(stats)
         if splits_eagerly(host):
-            split = Mapped(huge.pages_4k + count * size // PAGE, 0, 0)
+            split = MappingSizes(huge.pages_4k + count * size // PAGE, 0, 0)
             assert armed == split, f"all {count} huge pages were to be split: {huge}, then {armed}"
         else:
             assert armed == huge, f"huge pages are to be split when they are written: {huge}, then {armed}"
         page = pages[1]
         vm.run(Operation("load", vm.address(SLOT, page)))
-        vm.expect("a load", {})
-        check_huge(Mapped.now(stats), size, armed.huge(size), "a load splits no huge page")
+        vm.assert_dirty("a load", {})
+        check_huge(MappingSizes.read(stats), size, armed.huge(size), "a load splits no huge page")
         vm.write(SLOT, page)
-        vm.expect("a write", {SLOT: [page]})
-        check_huge(Mapped.now(stats), size, 0 if splits_eagerly(host) else count - 1, "after a write into one of them")
-        vm.set_tracking(SLOT, on=False)
+        vm.assert_dirty("a write", {SLOT: [page]})
+        check_huge(
+            MappingSizes.read(stats), size, 0 if splits_eagerly(host) else count - 1, "after a write into one of them"
+        )
+        vm.disable_dirty_logging(SLOT)
 
 
 def mapped_size(vm: TrackedVm, host: Host, layout: Layout) -> int:
@@ -224,7 +227,7 @@ def mapped_size(vm: TrackedVm, host: Host, layout: Layout) -> int:
     return layout.size if uses_tdp(host) else min(layout.size, vm.guest.guest_mode.page_size)
 
 
-def check_huge(found: Mapped, size: int, count: int, when: str) -> None:
+def check_huge(found: MappingSizes, size: int, count: int, when: str) -> None:
     """Hold KVM's statistics to *count* mapped pages of *size* bytes."""
     if found.huge(size) != count:
         raise violated(Kind.OTHER, f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
@@ -238,11 +241,11 @@ def test_memory_that_was_only_read_before(make: Make, mode: str) -> None:
         pages = touched(vm, layout)
         loads = [Operation("load", vm.address(SLOT, page)) for page in pages]
         vm.run(*loads)
-        vm.switch_on(SLOT)
+        vm.enable_dirty_logging(SLOT)
         vm.run(*loads)
-        vm.expect("loads", {})
+        vm.assert_dirty("loads", {})
         vm.write(SLOT, *pages)
-        vm.expect("stores", {SLOT: pages})
+        vm.assert_dirty("stores", {SLOT: pages})
 
 
 @pytest.mark.parametrize("mode", list(LOG_MODES))
@@ -255,15 +258,15 @@ def test_memory_that_is_executed(make: Make, mode: str) -> None:
         vm.write(SLOT, code, value=RET)
         execute = Operation("execute", vm.address(SLOT, code))
         vm.run(execute)
-        vm.switch_on(SLOT)
+        vm.enable_dirty_logging(SLOT)
         vm.run(execute)
-        vm.expect("an execution", {})
+        vm.assert_dirty("an execution", {})
         # Both first: where a write drops a huge page and maps one small page, the next access to another one is a fault,
         # which maps it writable where it may, and reports it, whatever the access was (make_spte(), arch/x86/kvm/mmu/spte.c).
         for pages in ([code, code + 1], [code + 1], [code]):
             vm.write(SLOT, *pages, value=RET)
             vm.run(execute)
-            vm.expect("stores and an execution", {SLOT: pages})
+            vm.assert_dirty("stores and an execution", {SLOT: pages})
 
 
 @pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
@@ -305,11 +308,11 @@ def test_all_set_at_first_and_collected_otherwise(make: Make, outcome: Any, late
     with outcome.contract(), make("clear-log", two_mib("anonymous_thp", 3)) as vm:
         pages = touched(vm, two_mib("anonymous_thp", 3))
         vm.write(SLOT, *pages)
-        vm.set_tracking(SLOT, on=True)
+        vm.enable_dirty_logging(SLOT, assert_initial=False)
         vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, later)
-        vm.expect("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
+        vm.assert_dirty("switching tracking on", {SLOT: range(vm.vm.memslots[SLOT].npages)})
         vm.write(SLOT, *pages)
-        vm.expect("writes into memory that was mapped huge", {SLOT: pages})
+        vm.assert_dirty("writes into memory that was mapped huge", {SLOT: pages})
 
 
 def ends_on_first_page(mask: list[int], edge: int) -> bool:
@@ -333,14 +336,14 @@ def check_clear(vm: TrackedVm, mask: list[int], what: str) -> None:
     memslot = vm.vm.memslots[SLOT]
     first = min(mask) // 64 * 64
     count = min(memslot.npages, (max(mask) // 64 + 1) * 64) - first
-    vm.set_tracking(SLOT, on=False)
+    vm.disable_dirty_logging(SLOT)
     vm.write(SLOT, *(page[100] for page in huge_pages(memslot, 2 * MIB)))
-    vm.set_tracking(SLOT, on=True)
+    vm.enable_dirty_logging(SLOT, assert_initial=False)
     around = list(range(first, first + count))
     if not vm.mode.initially_set:
         vm.write(SLOT, *around)
     dirty = list(range(memslot.npages)) if vm.mode.initially_set else around
     vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, count, first), first, count)
-    vm.expect_bits(f"{what}: left after it", SLOT, set(dirty) - set(mask))
+    vm.assert_bitmap(f"{what}: left after it", SLOT, set(dirty) - set(mask))
     vm.write(SLOT, *mask)
-    vm.expect_bits(f"{what}: its pages written", SLOT, dirty)
+    vm.assert_bitmap(f"{what}: its pages written", SLOT, dirty)

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dirty_tracking.platform import uses_pml, uses_tdp
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
-from kvm_util.host import Host, uses_pml, uses_tdp
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
 SLOT = 1
@@ -96,15 +97,15 @@ def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, turns: in
 
     def doings() -> Iterator[None]:
         for page in PAGES:
-            slot.set_tracking(SLOT, on=True)
+            slot.enable_dirty_logging(SLOT, assert_initial=False)
             first = slot.collect() if slot.mode.initially_set else None
             yield  # before all that takes time: the vCPU shall not wait for more than the ioctl
             if first is not None:
-                slot.hold_to("tracking was switched on", {SLOT: range(NPAGES)}, first)
-            reported = slot.collect()
-            slot.set_tracking(SLOT, on=False)
+                slot.assert_report("tracking was switched on", {SLOT: range(NPAGES)}, first)
+            report = slot.collect()
+            slot.disable_dirty_logging(SLOT)
             yield
-            slot.hold_to("a store right after tracking was switched on", {SLOT: [page]}, reported)
+            slot.assert_report("a store right after tracking was switched on", {SLOT: [page]}, report)
 
     for _ in range(turns):
         store_beside(slot, 2, doings())
@@ -112,16 +113,18 @@ def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, turns: in
 
 def test_a_store_right_after_a_collection(slot: TrackedVm, turns: int) -> None:
     """GET, GET and CLEAR, or a harvest and its reset, of a page that was stored to just before."""
-    slot.switch_on(SLOT)
+    slot.enable_dirty_logging(SLOT)
 
     def doings() -> Iterator[None]:
         before: list[int] = []
         for page in PAGES:
-            reported = slot.collect()
+            report = slot.collect()
             yield
-            slot.hold_to("a store right after a collection, and one to another page", {SLOT: [*before, page]}, reported)
+            slot.assert_report(
+                "a store right after a collection, and one to another page", {SLOT: [*before, page]}, report
+            )
             before = [page]
 
     for _ in range(turns):
         store_beside(slot, 1, doings())
-        slot.expect("a store right after a collection", {SLOT: PAGES[-1:]})
+        slot.assert_dirty("a store right after a collection", {SLOT: PAGES[-1:]})

@@ -30,7 +30,7 @@ def tracked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
         vm.run(*(Operation("load", vm.address(slot, page)) for slot in (SLOT, NEIGHBOUR) for page in range(NPAGES)))
-        vm.expect("loads of all pages", {})
+        vm.assert_dirty("loads of all pages", {})
         yield vm
 
 
@@ -61,7 +61,7 @@ def entries(emulates: bool) -> Entries:
     """How many entries a page may have in a ring for so many writes of one instruction.
 
     One, where the CPU makes them: after the first KVM has the page mapped writable, and sees no other. Where KVM's emulator
-    makes them, one for each (see TrackedVm.expect()).
+    makes them, one for each (see TrackedVm.assert_dirty()).
     """
     return (lambda writes: writes) if emulates else lambda _writes: 1
 
@@ -127,7 +127,7 @@ def stored_twice(vm: TrackedVm, store: Store, offset: int, pages: list[int], mos
     for repetition, value in (("first", store.value), ("second", store.value + 1)):
         count = held() if store.exchanges else store.count
         vm.run(Operation(store.name, vm.address(SLOT, WRITTEN, offset), value, count))
-        vm.expect(f"{repetition} {store.name} at offset {offset}", {SLOT: pages}, most)
+        vm.assert_dirty(f"{repetition} {store.name} at offset {offset}", {SLOT: pages}, most)
         assert not store.exchanges or held() == value
 
 
@@ -149,7 +149,7 @@ def test_a_store_that_straddles_two_pages_is_reported_in_both(
     most = entries(store.writes)
     stored_twice(tracked, store, PAGE - store.size // 2, [WRITTEN, WRITTEN + 1], most)
     tracked.run(Operation(store.name, tracked.address(NEIGHBOUR, 0, -(store.size // 2)), store.value, store.count))
-    tracked.expect(f"{store.name} over a slot's end", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, most)
+    tracked.assert_dirty(f"{store.name} over a slot's end", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, most)
 
 
 @pytest.fixture
@@ -175,13 +175,13 @@ def test_a_store_that_kvm_emulates_is_reported(forced: TrackedVm, store: Store) 
 def test_an_emulated_compare_and_exchange_that_fails_is_a_write(forced: TrackedVm, name: str) -> None:
     """As the CPU's: commit 910c57dfa4d1, "KVM: x86: Mark target gfn of emulated atomic instruction as dirty"."""
     forced.run(Operation(name, forced.address(SLOT, WRITTEN), 1, count=77))
-    forced.expect(f"{name} that fails", {SLOT: [WRITTEN]}, 2)
+    forced.assert_dirty(f"{name} that fails", {SLOT: [WRITTEN]}, 2)
     assert not any(forced.vm.memslots[SLOT].memory.view)
 
 
 def test_an_emulated_load_is_not_reported(forced: TrackedVm) -> None:
     forced.run(*(Operation("emulated_load", forced.address(SLOT, page)) for page in range(NPAGES)))
-    forced.expect("emulated loads", {})
+    forced.assert_dirty("emulated loads", {})
 
 
 @pytest.mark.parametrize(("size", "feature"), [(32, "AVX"), (64, "AVX-512")], ids=["32", "64"])
@@ -197,7 +197,7 @@ def test_a_vector_store_is_reported(
     for offset, pages in ((64, [WRITTEN]), (PAGE - size, [WRITTEN]), (PAGE - 5, [WRITTEN, WRITTEN + 1])):
         with emulated(f"store_{size}"):
             tracked.run(Operation(f"store_{size}", tracked.address(SLOT, WRITTEN, offset)))
-        tracked.expect(f"store of {size} bytes at offset {offset}", {SLOT: pages}, entries(size))
+        tracked.assert_dirty(f"store of {size} bytes at offset {offset}", {SLOT: pages}, entries(size))
 
 
 def test_xsave_is_reported(tracked: TrackedVm, emulated: Emulated, lacks: Callable[[str], None]) -> None:
@@ -206,9 +206,9 @@ def test_xsave_is_reported(tracked: TrackedVm, emulated: Emulated, lacks: Callab
         lacks("KVM offers no XSAVE here (CPUID)")
     with emulated("xsave"):
         tracked.run(Operation("enable_xsave", 0, 3), Operation("xsave", tracked.address(SLOT, WRITTEN)))
-    tracked.expect("xsave", {SLOT: [WRITTEN]})
+    tracked.assert_dirty("xsave", {SLOT: [WRITTEN]})
     tracked.run(Operation("xsave", tracked.address(SLOT, WRITTEN, PAGE - 512)))
-    tracked.expect("xsave, with its header in the next page", {SLOT: [WRITTEN, WRITTEN + 1]})
+    tracked.assert_dirty("xsave, with its header in the next page", {SLOT: [WRITTEN, WRITTEN + 1]})
 
 
 def test_the_frame_of_an_interrupt_is_reported(tracked: TrackedVm, emulated: Emulated, entries: Entries) -> None:
@@ -218,7 +218,9 @@ def test_the_frame_of_an_interrupt_is_reported(tracked: TrackedVm, emulated: Emu
         for _ in range(2):
             with emulated("interrupt"):
                 tracked.run(Operation("interrupt", tracked.address(SLOT, WRITTEN, below)))
-            tracked.expect(f"an interrupt's frame of {frame} bytes below offset {below}", {SLOT: pages}, entries(frame))
+            tracked.assert_dirty(
+                f"an interrupt's frame of {frame} bytes below offset {below}", {SLOT: pages}, entries(frame)
+            )
 
 
 def test_the_accessed_bit_of_a_segment_is_reported(tracked: TrackedVm, emulated: Emulated) -> None:
@@ -239,9 +241,9 @@ def test_the_accessed_bit_of_a_segment_is_reported(tracked: TrackedVm, emulated:
     with emulated("load_segment"):
         tracked.run(load)
     assert slot.words[first + 8 + selector // 8] != arch.SEGMENT_NOT_ACCESSED
-    tracked.expect("loading a segment that was not accessed", {SLOT: [WRITTEN]})
+    tracked.assert_dirty("loading a segment that was not accessed", {SLOT: [WRITTEN]})
     tracked.run(load)
-    tracked.expect("loading it again", {})
+    tracked.assert_dirty("loading it again", {})
 
 
 FAULTING = {
@@ -261,7 +263,7 @@ def test_a_store_that_faults_is_not_reported(tracked: TrackedVm, emulated: Emula
     before = bytes(tracked.vm.memslots[SLOT].memory.view)
     with emulated(operation.name), pytest.raises(GuestError, match="#PF"):
         tracked.run(replace(operation, address=readonly + WRITTEN * PAGE))
-    tracked.expect(f"{operation.name} to a page that is read-only in the guest", {})
+    tracked.assert_dirty(f"{operation.name} to a page that is read-only in the guest", {})
     assert bytes(tracked.vm.memslots[SLOT].memory.view) == before
 
 
@@ -286,9 +288,9 @@ def test_a_store_that_faults_in_its_second_page_writes_neither(
     changed = tracked.changed_pages(SLOT, before)
     # KVM's emulator writes the first page before it looks at the second (emulator_read_write(), arch/x86/kvm/x86.c).
     assert emulates or not changed
-    reported = tracked.collect()
-    assert set(changed) <= set(reported[SLOT]) <= {WRITTEN}
-    assert not reported[NEIGHBOUR]
+    report = tracked.collect()
+    assert set(changed) <= report.dirty(SLOT) <= {WRITTEN}
+    assert not report.dirty(NEIGHBOUR)
 
 
 EMULATED_FAULTING = {
@@ -310,7 +312,7 @@ def test_an_emulated_store_that_faults_in_its_second_page_is_reported_as_far_as_
         forced.run(replace(operation, address=boundary - 4))
     changed = forced.changed_pages(SLOT, before)
     assert changed in ([], [WRITTEN])
-    forced.expect(f"{operation.name} over the end of what the guest may write", {SLOT: changed})
+    forced.assert_dirty(f"{operation.name} over the end of what the guest may write", {SLOT: changed})
 
 
 def test_a_string_store_is_reported_as_far_as_it_came(tracked: TrackedVm, emulated: Emulated, entries: Entries) -> None:
@@ -319,7 +321,7 @@ def test_a_string_store_is_reported_as_far_as_it_came(tracked: TrackedVm, emulat
     tracked.map_at(end - 2 * PAGE, FIRST_GPA + WRITTEN * PAGE, 2)
     with emulated("rep_stosq"), pytest.raises(GuestError, match="#PF"):
         tracked.run(Operation("rep_stosq", end - PAGE - 16, 1, PAGE))
-    tracked.expect("rep stosq into a page that is not mapped", {SLOT: [WRITTEN, WRITTEN + 1]}, entries(PAGE // 8))
+    tracked.assert_dirty("rep stosq into a page that is not mapped", {SLOT: [WRITTEN, WRITTEN + 1]}, entries(PAGE // 8))
 
 
 def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> None:
@@ -343,7 +345,7 @@ def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str, la
         vm.run(*stores, on_exit=write_exit)
         assert exits == [FIRST_GPA + page * PAGE for page in (0, WRITTEN, NPAGES - 1)]
         vm.write(NEIGHBOUR, 0)
-        vm.expect("stores to a read-only slot, and one to its neighbour", {NEIGHBOUR: [0]})
+        vm.assert_dirty("stores to a read-only slot, and one to its neighbour", {NEIGHBOUR: [0]})
         assert not any(vm.vm.memslots[SLOT].memory.view)
 
 
@@ -352,7 +354,7 @@ def test_a_compare_and_exchange_that_fails_is_a_write(tracked: TrackedVm, emulat
     """The CPU writes the old value back (Intel SDM, CMPXCHG); KVM's emulator has to as well (commit 910c57dfa4d1)."""
     with emulated(name):
         tracked.run(Operation(name, tracked.address(SLOT, WRITTEN), 1, count=77))
-    tracked.expect(f"{name} that fails", {SLOT: [WRITTEN]})
+    tracked.assert_dirty(f"{name} that fails", {SLOT: [WRITTEN]})
     assert not any(tracked.vm.memslots[SLOT].memory.view)
 
 
@@ -361,11 +363,11 @@ def test_long_string_stores_are_reported_page_by_page(tracked: TrackedVm, entrie
     words = PAGE // 8
     most = entries(words)
     tracked.run(Operation("rep_stosq", tracked.address(SLOT, NPAGES - 2, 16), 1, 3 * words))
-    tracked.expect("rep stosq", {SLOT: [NPAGES - 2, NPAGES - 1], NEIGHBOUR: [0, 1]}, most)
+    tracked.assert_dirty("rep stosq", {SLOT: [NPAGES - 2, NPAGES - 1], NEIGHBOUR: [0, 1]}, most)
     tracked.run(Operation("rep_stosq_down", tracked.address(SLOT, 4, 16), 1, 3 * words))
-    tracked.expect("rep stosq downwards", {SLOT: [1, 2, 3, 4]}, most)
+    tracked.assert_dirty("rep stosq downwards", {SLOT: [1, 2, 3, 4]}, most)
     tracked.run(Operation("rep_movsq", tracked.address(SLOT, 8), tracked.address(NEIGHBOUR, 8), 2 * words))
-    tracked.expect("rep movsq", {SLOT: [8, 9]}, most)
+    tracked.assert_dirty("rep movsq", {SLOT: [8, 9]}, most)
 
 
 @pytest.mark.parametrize("length", [16, 200], ids=["one-page", "two-pages"])
@@ -382,7 +384,7 @@ def test_string_input_from_a_port_is_reported(tracked: TrackedVm, length: int) -
     start = tracked.address(SLOT, WRITTEN, PAGE - 100)
     tracked.run(Operation("rep_insb", start, PORT, length), on_exit=answer)
     pages = [WRITTEN] if length <= 100 else [WRITTEN, WRITTEN + 1]
-    tracked.expect(f"rep insb of {length} bytes", {SLOT: pages}, length)
+    tracked.assert_dirty(f"rep insb of {length} bytes", {SLOT: pages}, length)
     memory = tracked.vm.memslots[SLOT].memory.view
     first = WRITTEN * PAGE + PAGE - 100
     assert bytes(memory[first : first + length]) == b"\x5a" * length
@@ -391,14 +393,14 @@ def test_string_input_from_a_port_is_reported(tracked: TrackedVm, length: int) -
 @pytest.mark.parametrize("name", ["load", "prefetch", "clflush", "test", "store_nothing"])
 def test_what_does_not_write_is_not_reported(tracked: TrackedVm, name: str) -> None:
     tracked.run(*(Operation(name, tracked.address(SLOT, page)) for page in range(NPAGES)))
-    tracked.expect(name, {})
+    tracked.assert_dirty(name, {})
     tracked.write(SLOT, WRITTEN)
-    tracked.expect(f"a store after {name}", {SLOT: [WRITTEN]})
+    tracked.assert_dirty(f"a store after {name}", {SLOT: [WRITTEN]})
 
 
 def test_reading_a_string_is_not_reported(tracked: TrackedVm) -> None:
     tracked.run(Operation("rep_lodsb", tracked.address(SLOT, 0), count=4 * PAGE))
-    tracked.expect("rep lodsb", {})
+    tracked.assert_dirty("rep lodsb", {})
 
 
 def test_executing_is_not_reported(tracked: TrackedVm) -> None:
@@ -410,7 +412,7 @@ def test_executing_is_not_reported(tracked: TrackedVm) -> None:
     tracked.run(call)
     tracked.collect()
     tracked.run(call)
-    tracked.expect("a call into the slot", {})
+    tracked.assert_dirty("a call into the slot", {})
 
 
 def test_writes_of_user_space_are_not_reported(tracked: TrackedVm) -> None:
@@ -418,11 +420,11 @@ def test_writes_of_user_space_are_not_reported(tracked: TrackedVm) -> None:
     memory = tracked.vm.memslots[SLOT].memory.view
     for page in range(NPAGES):
         memory[page * PAGE] = 1
-    tracked.expect("writes through the host's mapping", {})
+    tracked.assert_dirty("writes through the host's mapping", {})
 
 
 def test_an_untracked_slot_is_not_reported(tracked: TrackedVm) -> None:
-    tracked.set_tracking(NEIGHBOUR, on=False)
+    tracked.disable_dirty_logging(NEIGHBOUR)
     tracked.write(NEIGHBOUR, 1, 2)
     tracked.write(SLOT, WRITTEN)
-    tracked.expect("writes to an untracked slot, and one to a tracked one", {SLOT: [WRITTEN]})
+    tracked.assert_dirty("writes to an untracked slot, and one to a tracked one", {SLOT: [WRITTEN]})

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from dirty_tracking.cell import Settings
-from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.platform import uses_pml
 from dirty_tracking.sequence_search import search
 from dirty_tracking.sequences import Collect, Create, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
 from harness import known_bugs
 from harness.failure_report import environment_lines, reproduce_line
-from kvm_util.host import Host, uses_pml
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
 # The known bug that shrinks_slot_in_rings() keeps off
@@ -58,7 +59,7 @@ def test_any_history(
 ) -> None:  # fmt: skip
     """Writes, loads, GET, CLEAR, harvests, resets, tracking on and off, slots made, moved, deleted: KVM does as the model."""
     needs_log_mode(mode)
-    if issubclass(LOG_MODES[mode], DirtyRing):
+    if LOG_MODES[mode].uses_ring:
         request.getfixturevalue("entries_in_order")
 
     # What a known bug breaks on this kernel is left out, so that others can be found.
@@ -70,7 +71,7 @@ def test_any_history(
 
     rounds = EMULATED_ROUNDS if emulated_cpu else ROUNDS
     seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
-    found = search(run, issubclass(LOG_MODES[mode], DirtyRing), seeds)
+    found = search(run, LOG_MODES[mode].uses_ring, seeds)
     if found is not None:
         seed, failure = found
         test = shlex.quote(f"selftests/scenarios/test_histories.py::test_any_history[{mode}]")

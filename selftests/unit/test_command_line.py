@@ -15,9 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dirty_tracking.modes import DirtyRing
+from dirty_tracking.modes import RingMode, smallest_ring
 from harness.output_paths import OutputError, check_file, check_folder
-from harness.selection import smallest_ring
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner import ROOT
@@ -292,7 +291,7 @@ def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
 
 def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
     """The smallest size depends on the backend; the message names it, and that size is taken."""
-    if reason := DirtyRing.supported(kvm):
+    if reason := RingMode.supported(kvm):
         lacks(reason)
     least = smallest_ring(kvm)
     done = suite(f"--ring-count={least // 2}")

@@ -615,7 +615,7 @@ def on_kvm(*arguments, **options):
     [
         (("kvm_util.vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
         (
-            ("dirty_tracking.ring", "DirtyRing", "__init__", "mmap.mmap"),
+            ("kvm_util.vcpu", "Vcpu", "map_shared", "mmap.mmap"),
             [*ONE, "--log-mode=dirty-ring"],
             "mmap(dirty ring of 1024 entries): EPERM",
         ),

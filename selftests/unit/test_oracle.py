@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from dirty_tracking.modes import Collected
 from dirty_tracking.oracle import WORDS_PER_PAGE, Oracle, Reap
+from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.violations import Kind, Violation
 from dirty_tracking.write_stream import WriteStream
 
@@ -21,7 +21,16 @@ def oracle(*streams: Sequence[int], ring: bool = False, initially_set: bool = Fa
 
 def reap(pages: Sequence[int], before: int, after: int | None = None, iteration: int = 1) -> Reap:
     """A reap of a bitmap; with *after* one that was made while the single vCPU ran."""
-    return Reap(iteration, [before], [before if after is None else after], [after is None], Collected([list(pages)]))
+    return Reap(iteration, [before], [before if after is None else after], [after is None], report(pages))
+
+
+def report(*sources: Sequence[int], rings: bool = False, reset: int | None = None) -> DirtyReport:
+    """A report of the slot, of a bitmap or of rings, of which all entries were reset or *reset* of them."""
+    made = DirtyReport(
+        [Source([SLOT] * len(its), list(its), vcpu if rings else None) for vcpu, its in enumerate(sources)]
+    )
+    made.reset = made.harvested if reset is None else reset
+    return made
 
 
 def ring_reap(
@@ -30,7 +39,7 @@ def ring_reap(
     """A reap of one ring, with the vCPU stopped."""
     slots = slots or [SLOT] * len(pages)
     reset = len(pages) if reset is None else reset
-    return Reap(1, [before], [before], [True], Collected([list(pages)], [list(slots)], reset, [gap]))
+    return Reap(1, [before], [before], [True], DirtyReport([Source(list(slots), list(pages), 0, gap)], reset))
 
 
 def kinds(findings: Sequence[Violation]) -> list[Kind]:
@@ -97,8 +106,8 @@ def test_initially_set_demands_every_page_once() -> None:
 
 def test_one_bitmap_reports_for_all_vcpus() -> None:
     checks = oracle([3, 1], [4, 5])
-    assert not checks.check_reap(Reap(1, [1, 1], [1, 1], [True, True], Collected([[3, 4]])))
-    (finding,) = checks.check_reap(Reap(1, [2, 2], [2, 2], [True, True], Collected([[1]])))
+    assert not checks.check_reap(Reap(1, [1, 1], [1, 1], [True, True], report([3, 4])))
+    (finding,) = checks.check_reap(Reap(1, [2, 2], [2, 2], [True, True], report([1])))
     assert (finding.kind, finding.vcpu, finding.pages) == (Kind.LOST, 1, (5,))
 
 
@@ -108,7 +117,7 @@ def two_rings(first: list[int], second: list[int], before: list[int]) -> Reap:
         before,
         before,
         [True, True],
-        Collected([first, second], [[SLOT] * len(first), [SLOT] * len(second)], 2, [0, 0]),
+        report(first, second, rings=True, reset=2),
     )
 
 
@@ -156,9 +165,7 @@ def test_a_write_under_way_may_come_twice_when_another_entry_of_its_page_was_tak
     checks = oracle([3, 5, 1, 1], [5, 2, 2, 2], ring=True)
 
     def made(first: list[int], second: list[int], before: list[int], exact: bool) -> Reap:
-        slots = [[SLOT] * len(first), [SLOT] * len(second)]
-        collected = Collected([first, second], slots, len(first) + len(second))
-        return Reap(1, before, before, [exact, exact], collected)
+        return Reap(1, before, before, [exact, exact], report(first, second, rings=True))
 
     assert not checks.check_reap(made([3], others, [1, len(others)], exact))
     assert kinds(checks.check_reap(made([5, 5], [] if others else [5], [2, 1], True))) == expected
@@ -207,15 +214,15 @@ def test_a_write_under_way_has_an_entry_for_each_of_its_own_that_is_taken_back(
 ) -> None:
     """The page was in the ring that was taken back while its next write was under way: that may have two entries."""
     checks = oracle([*taken_back, 5, 2], ring=True)
-    assert not checks.check_reap(Reap(1, [2], [2], [False], Collected([taken_back], reset=2)))
-    findings = checks.check_reap(Reap(1, [3], [3], [True], Collected([[5, 5]], reset=2)))
+    assert not checks.check_reap(Reap(1, [2], [2], [False], report(taken_back, rings=True, reset=2)))
+    findings = checks.check_reap(Reap(1, [3], [3], [True], report([5, 5], rings=True, reset=2)))
     assert kinds(findings) == ([] if right else [Kind.DUPLICATE])
 
 
 def test_a_page_that_another_vcpu_is_about_to_write_is_lost_all_the_same() -> None:
     """VCPU 0 has written page 5, which is not reported, while vCPU 1 was about to write it: what that has to log is logged."""
     checks = oracle([5, 1, 1], [5, 3, 1])
-    (finding,) = checks.check_reap(Reap(1, [1, 0], [1, 0], [True, False], Collected([[]])))
+    (finding,) = checks.check_reap(Reap(1, [1, 0], [1, 0], [True, False], report([])))
     assert (finding.kind, finding.vcpu, finding.pages) == (Kind.LOST, 0, (5,))
 
 

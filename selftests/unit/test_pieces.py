@@ -4,21 +4,22 @@
 import ctypes
 import errno
 import mmap
-import os
 import random
 from array import array
 
 import pytest
 
+from dirty_tracking import ring as dirty_ring
 from dirty_tracking.bitmap import new_bitmap, set_pages
-from dirty_tracking.modes import reset_all
-from dirty_tracking.ring import ENTRY_SIZE, DirtyRing
+from dirty_tracking.report import DirtyReport, Source
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_until
+from dirty_tracking.violations import ContractViolation, Kind
 from dirty_tracking.write_stream import WriteStream, make_stream, sweep_length
+from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
 from kvm_util.ioctl import KvmError
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
-from kvm_util.vm import Vm
 
 # --- dirty_bitmap -----------------------------------------------------------------------------------------------------
 
@@ -75,13 +76,10 @@ def test_streams_repeat_by_seed_and_differ_by_vcpu() -> None:
 
 
 class FakeRing:
-    """A ring in a file of memory, written as KVM writes one, to be read by the code under test."""
+    """A ring in memory, written as KVM writes one, to be read by the code under test."""
 
     def __init__(self, entries: int) -> None:
-        self.fd = os.memfd_create("ring")
-        offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
-        os.ftruncate(self.fd, offset + entries * ENTRY_SIZE)
-        self.map = mmap.mmap(self.fd, entries * ENTRY_SIZE, offset=offset)
+        self.map = mmap.mmap(-1, entries * ENTRY_SIZE)
         self.entries = entries
         self.index = 0
 
@@ -99,7 +97,7 @@ class FakeRing:
 def test_harvest_takes_dirty_entries_in_order_and_marks_them() -> None:
     """Many times around a ring larger than one chunk, in pieces of any size."""
     fake = FakeRing(8192)
-    ring = DirtyRing(fake.fd, 8192)
+    ring = DirtyRing(fake.map)
     page = 0
     for count in (1, 0, 4095, 4097, 8191, 8192, 5000, 3):
         for _ in range(count):
@@ -115,12 +113,88 @@ def test_harvest_takes_dirty_entries_in_order_and_marks_them() -> None:
 def test_harvest_stops_at_the_first_entry_that_is_not_dirty() -> None:
     """What lies behind a gap is not taken, but counted; an entry that waits for its reset is not taken again."""
     fake = FakeRing(256)
-    ring = DirtyRing(fake.fd, 256)
+    ring = DirtyRing(fake.map)
     for flags in (1, 1, 0, 1, 2, 1):
         fake.push(fake.index, flags=flags)
     assert ring.harvest() == ([1, 1], [0, 1])
     assert fake.flags()[:6] == [2, 2, 0, 1, 2, 1]
     assert ring.dirty_behind_gap() == 2
+
+
+def test_peek_returns_each_entry_once_and_leaves_it() -> None:
+    """Also of a ring that is full all over, and of one whose harvested entries wait for their reset."""
+    fake = FakeRing(256)
+    ring = DirtyRing(fake.map)
+    for page in range(256):
+        fake.push(page)
+    assert ring.peek() == ([1] * 256, list(range(256)))
+    assert ring.peek() == ([], [])
+    ring.mark = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
+    assert ring.harvest(3) == ([1] * 3, [0, 1, 2])
+    assert fake.flags()[:4] == [3, 3, 3, 1]
+    assert ring.peek() == ([], [])
+    for page in (300, 301, 302):
+        fake.push(page)
+    assert ring.peek() == ([1] * 3, [300, 301, 302])
+    assert ring.harvest() == ([1] * 256, [*range(3, 256), 300, 301, 302])
+
+
+def test_what_a_reset_left_is_counted_once() -> None:
+    fake = FakeRing(256)
+    ring = DirtyRing(fake.map)
+    for page in range(4):
+        fake.push(page)
+    ring.harvest(3)
+    fake.map[:ENTRY_SIZE] = bytes(ENTRY_SIZE)
+    assert [ring.is_harvested(number) for number in range(4)] == [False, True, True, False]
+    assert ring.not_reset() == 2
+    assert ring.not_reset() == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "harvested", "reset", "unasked"),
+    [
+        ([7], 7, 7, []),
+        ([0], 0, 0, []),
+        ([3, 0, 2, 0, 0, 2, 9], 7, 7, [9]),  # stopped early by signals (Linux 6.17), with progress in between
+        ([3, 0, 0, 0, 9], 7, 3, [9]),  # no progress: refused
+        ([8, 9], 7, 8, [9]),  # too many: the count says so
+    ],
+)
+def test_resets_go_on_until_all_is_reset_or_none_is(
+    monkeypatch: pytest.MonkeyPatch, answers: list[int], harvested: int, reset: int, unasked: list[int]
+) -> None:
+    monkeypatch.setattr(dirty_ring, "_IDLE_RESETS", 3)
+    assert reset_until(lambda: answers.pop(0), lambda count: count >= harvested) == reset
+    assert answers == unasked
+
+
+# --- dirty_report -----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_has_rings_and_bitmaps() -> None:
+    """As on arm64, where KVM writes memory for devices without a vCPU: the bitmaps are no part of what was harvested."""
+    report = DirtyReport([Source([1, 2, 1], [5, 6, 5], 0), Source([2], [7], 1), Source([2, 3], [6, 0])], reset=4)
+    assert report.slots == {1, 2, 3}
+    assert (report.harvested, report.count) == (4, 6)
+    assert [report.entries(slot) for slot in (1, 2, 3, 4)] == [[5, 5], [6, 7, 6], [0], []]
+    assert [report.dirty(slot) for slot in (1, 2, 4)] == [{5}, {6, 7}, set()]
+    assert report.violations({1: 6, 2: 8, 3: 1}) == []
+
+
+def test_a_report_that_cannot_be_right() -> None:
+    """Whatever the guest wrote; what it says is checked against the memslots only where these are given."""
+    report = DirtyReport([Source([1, 9, 1], [5, 2, 8], 0, behind_gap=2)], reset=2)
+    found = report.violations({1: 8})
+    assert [(one.kind, one.slot, one.pages, one.vcpu) for one in found] == [
+        (Kind.WRONG_SLOT, None, (2,), 0),
+        (Kind.BAD_OFFSET, 1, (8,), 0),
+        (Kind.GAP, None, (), 0),
+        (Kind.RESET_COUNT, None, (), None),
+    ]
+    with pytest.raises(ContractViolation) as error:
+        report.check()
+    assert error.value.kinds == {Kind.GAP, Kind.RESET_COUNT}
 
 
 # --- page tables and addresses ----------------------------------------------------------------------------------------
@@ -255,34 +329,3 @@ def test_kvm_errors_name_call_arguments_and_errno() -> None:
 )
 def test_size_text(size: int, text: str) -> None:
     assert size_text(size) == text
-
-
-# --- log_modes --------------------------------------------------------------------------------------------------------
-
-
-class ResetAnswers(Vm):
-    """A VM whose KVM_RESET_DIRTY_RINGS gives the answers that it was made with, and counts the calls."""
-
-    def __init__(self, *answers: int) -> None:
-        self.answers = list(answers)
-
-    def reset_dirty_rings(self) -> int:
-        return self.answers.pop(0)
-
-
-@pytest.mark.parametrize(
-    ("answers", "harvested", "taken", "unasked"),
-    [
-        ([7], 7, 7, []),
-        ([0], 0, 0, []),
-        ([3, 0, 2, 0, 0, 2, 9], 7, 7, [9]),  # stopped early by signals (Linux 6.17), with progress in between
-        ([3, 0, 0, 0, 9], 7, 3, [9]),  # no progress: refused
-        ([8, 9], 7, 8, [9]),  # too many: the count says so
-    ],
-)
-def test_resets_go_on_until_all_is_taken_back_or_nothing_moves(
-    answers: list[int], harvested: int, taken: int, unasked: list[int]
-) -> None:
-    vm = ResetAnswers(*answers)
-    assert reset_all(vm, harvested) == taken
-    assert vm.answers == unasked

@@ -15,12 +15,11 @@ import pytest
 from dirty_tracking import writers
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
-from dirty_tracking.modes import LOG_MODES, DirtyLog
+from dirty_tracking.modes import LOG_MODES, BitmapMode, smallest_ring
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import TrackedVm
 from dirty_tracking.vcpu_thread import VcpuHang
 from dirty_tracking.violations import Kind
-from harness.selection import smallest_ring
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
 from kvm_util.ioctl import KvmError
@@ -219,12 +218,12 @@ def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyP
         raise KvmError(errno.ENOMEM, "STEP")
 
     for owner, step in (
-        (Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (DirtyLog, "create_vm_done"), (GuestMemory, "populate"),
+        (Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (BitmapMode, "create_vm_done"), (GuestMemory, "populate"),
     ):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(KvmError):
             patch.setattr(owner, step, fails)
             DirtyLogRun(kvm, cell(), SETTINGS)
-    for owner, step in ((Vm, "create_vcpu"), (DirtyLog, "create_vm_done")):
+    for owner, step in ((Vm, "create_vcpu"), (BitmapMode, "create_vm_done")):
         with monkeypatch.context() as patch, pytest.raises(KvmError):
             patch.setattr(owner, step, fails)
             TrackedVm(kvm, "dirty-log")

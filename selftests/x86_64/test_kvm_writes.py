@@ -39,7 +39,7 @@ def filled(vm: TrackedVm) -> TrackedVm:
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
     vm.run(*(Operation("load", vm.address(slot, page)) for slot in (SLOT, NEIGHBOUR) for page in range(NPAGES)))
-    vm.expect("loads of all pages", {})
+    vm.assert_dirty("loads of all pages", {})
     return vm
 
 
@@ -94,7 +94,7 @@ def test_an_area_that_a_register_names_is_reported(
     """The page, and no other; it holds what KVM wrote."""
     vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
     vm.write(SLOT, *range(NPAGES), value=(1 << 64) - 1)
-    vm.expect("stores to all pages", {SLOT: range(NPAGES)})
+    vm.assert_dirty("stores to all pages", {SLOT: range(NPAGES)})
     before = area(vm)
     try:
         if what.by_guest:
@@ -109,7 +109,7 @@ def test_an_area_that_a_register_names_is_reported(
         lacks(f"{what.name}: KVM does not have the register: {str(error).splitlines()[0]}")
     vm.run()
     assert area(vm) != before
-    vm.expect(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
+    vm.assert_dirty(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
 
 
 def test_the_clock_is_reported_whenever_it_is_written(
@@ -121,13 +121,13 @@ def test_the_clock_is_reported_whenever_it_is_written(
     (vcpu,) = tracked.vm.vcpus
     tracked.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
     tracked.run()
-    tracked.expect("kvmclock", {SLOT: [AREA]}, MANY)
+    tracked.assert_dirty("kvmclock", {SLOT: [AREA]}, MANY)
     for _ in range(3):
         before = area(tracked)
         ioctl(vcpu.fd, uapi.KVM_KVMCLOCK_CTRL, "KVM_KVMCLOCK_CTRL")
         tracked.run()
         assert area(tracked) != before
-        tracked.expect("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
+        tracked.assert_dirty("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
 
 
 def test_steal_time_is_reported_at_each_run(tracked: TrackedVm) -> None:
@@ -136,7 +136,7 @@ def test_steal_time_is_reported_at_each_run(tracked: TrackedVm) -> None:
     for _ in range(3):
         tracked.collect()
         tracked.run()
-        tracked.expect("steal time", {SLOT: [AREA]}, MANY)
+        tracked.assert_dirty("steal time", {SLOT: [AREA]}, MANY)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def with_apic(with_irqchip: TrackedVm) -> TrackedVm:
         Operation("wrmsr", msr.X2APIC_SPIV, msr.APIC_SPIV_APIC_ENABLED | 0xFF),
     )
     with_irqchip.write(SLOT, AREA, value=(1 << 64) - 1)
-    with_irqchip.expect("a store", {SLOT: [AREA]})
+    with_irqchip.assert_dirty("a store", {SLOT: [AREA]})
     return with_irqchip
 
 
@@ -170,11 +170,11 @@ def was_written(vm: TrackedVm, what: str, emulates: bool, lacks: Callable[[str],
 def test_the_pv_eoi_area_is_reported(software_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:
     """KVM writes it as it injects an interrupt, and takes that back at the next exit."""
     software_apic.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
-    software_apic.expect("switching PV EOI on", {})
+    software_apic.assert_dirty("switching PV EOI on", {})
     vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
     software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
     was_written(software_apic, "PV EOI", emulates, lacks)
-    software_apic.expect("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
+    software_apic.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
 def test_the_apic_page_that_user_space_names_is_reported(
@@ -192,7 +192,7 @@ def test_the_apic_page_that_user_space_names_is_reported(
         software_apic.collect()
         software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
         was_written(software_apic, "KVM_SET_VAPIC_ADDR", emulates, lacks)
-        software_apic.expect("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
+        software_apic.assert_dirty("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
 def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:
@@ -204,15 +204,15 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
     vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
     flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
     vm.write(SLOT, AREA, value=0)
-    vm.expect("a store", {SLOT: [AREA]})
+    vm.assert_dirty("a store", {SLOT: [AREA]})
     vm.run(
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_INT, vector),
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_EN, AREA_GPA | flags),
     )
     vm.run()
-    vm.expect("switching asynchronous page faults on, which has KVM wake all", {SLOT: [AREA]}, MANY)
+    vm.assert_dirty("switching asynchronous page faults on, which has KVM wake all", {SLOT: [AREA]}, MANY)
     vm.run(Operation("store_8", vm.address(SLOT, AREA)), Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_ACK, 1))
-    vm.expect("the guest's answer to that", {SLOT: [AREA]})
+    vm.assert_dirty("the guest's answer to that", {SLOT: [AREA]})
     with MissingPages(late.memory.hva, PAGE) as missing:
         # A KVM that waits for the page, instead of telling the guest, is let go, for the check below to fail.
         rescue = threading.Timer(DEADLINE, missing.give, [late.memory.hva])
@@ -221,13 +221,13 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
             vm.run(Operation("interruptible_load", vm.address(LATE, 0)))
         rescue.cancel()
         assert area(vm)[:4] != bytes(4)
-        vm.expect("a page that is not there", {SLOT: [AREA]}, MANY)
+        vm.assert_dirty("a page that is not there", {SLOT: [AREA]}, MANY)
         missing.give(missing.wait(DEADLINE))
         until = time.monotonic() + DEADLINE
         while area(vm)[4:8] == bytes(4) and time.monotonic() < until:
             vcpu.kvm_run()
     assert area(vm)[4:8] != bytes(4), f"KVM did not say within {DEADLINE} s that the page is there"
-    vm.expect("a page that is there now", {SLOT: [AREA]}, MANY)
+    vm.assert_dirty("a page that is there now", {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
@@ -242,7 +242,7 @@ def test_clock_pairing_is_reported(
     pages = [AREA] if offset == 16 else [AREA, AREA + 1]
     for _ in range(2):
         tracked.write(SLOT, *pages, value=(1 << 64) - 1)
-        tracked.expect("stores", {SLOT: pages})
+        tracked.assert_dirty("stores", {SLOT: pages})
         before = bytes(tracked.vm.memslots[SLOT].memory.view)
         tracked.run(Operation("hypercall", KVM_HC_CLOCK_PAIRING, AREA_GPA + offset, KVM_CLOCK_PAIRING_WALLCLOCK))
         answer = ctypes.c_int64(arch.get_regs(vcpu.fd).r12).value
@@ -250,7 +250,7 @@ def test_clock_pairing_is_reported(
             lacks("KVM_HC_CLOCK_PAIRING: the host's clock is not the TSC (KVM_EOPNOTSUPP)")
         assert answer == 0
         assert tracked.changed_pages(SLOT, before) == pages
-        tracked.expect("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
+        tracked.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
 def have_xen(kvm: Kvm, vm: TrackedVm, lacks: Callable[[str], None], flag: str) -> None:
@@ -266,7 +266,7 @@ def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm, lacks:
     have_xen(kvm, tracked, lacks, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
     tracked.run(Operation("wrmsr", XEN_REGISTER, AREA_GPA))
     assert area(tracked) != bytes(PAGE)
-    tracked.expect("the hypercall page", {SLOT: [AREA]}, MANY)
+    tracked.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
 
 
 @dataclass(frozen=True)
@@ -314,13 +314,13 @@ def test_a_xen_area_is_reported(
         lacks(f"Xen's {what.name}: an area in two pages is refused before Linux 6.2")
     tracked.run()
     assert area(tracked) != before
-    tracked.expect(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
+    tracked.assert_dirty(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
     for _ in range(2):
         before = area(tracked)
         tracked.run()
         # KVM may have the clock updated some time after it began, or at each run (kvm_gen_kvmclock_update(), x86.c).
         written = what.at_each_run or area(tracked) != before
-        tracked.expect(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
+        tracked.assert_dirty(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
 
 
 def test_a_message_of_a_hyperv_timer_is_reported(
@@ -341,13 +341,13 @@ def test_a_message_of_a_hyperv_timer_is_reported(
     ):
         arch.set_msr(vcpu.fd, register, value)
     vm.run()
-    vm.expect("a message page without a message", {})
+    vm.assert_dirty("a message page without a message", {})
     for what in ("a message", "the flag that another one waits"):
         before = area(vm)
         arch.set_msr(vcpu.fd, msr.HV_X64_MSR_STIMER0_CONFIG, source << msr.HV_STIMER_SINT_SHIFT | msr.HV_STIMER_ENABLE)
         vm.run()
         assert area(vm) != before
-        vm.expect(what, {SLOT: [AREA]}, MANY)
+        vm.assert_dirty(what, {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
@@ -368,7 +368,7 @@ def test_a_copy_from_a_device_is_reported(tracked: TrackedVm, offset: int) -> No
     tracked.run(move, on_exit=answer)
     first = DATA * PAGE + offset
     assert bytes(tracked.vm.memslots[SLOT].memory.view[first : first + 8 * words]) == b"\x5a" * 8 * words
-    tracked.expect("rep movsq from a device", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
+    tracked.assert_dirty("rep movsq from a device", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
 
 
 def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> None:
@@ -393,6 +393,6 @@ def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str, l
         else:
             lacks("KVM makes no slot for the TSS here; kvm_intel does, loaded with unrestricted_guest=0")
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-        vm.expect("KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR", {})
+        vm.assert_dirty("KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR", {})
         vm.write(SLOT, DATA)
-        vm.expect("a store", {SLOT: [DATA]})
+        vm.assert_dirty("a store", {SLOT: [DATA]})

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from dirty_tracking.mapping_sizes import Mapped
+from dirty_tracking.mapping_sizes import MappingSizes
+from dirty_tracking.platform import uses_tdp
 from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, LIST_SIZE, PAGE, Operation, TrackedVm
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
@@ -21,7 +22,7 @@ from kvm_util.arch.x86_64.paging import PageTables
 from kvm_util.arch.x86_64.uapi import kvm_sregs
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.guest import GuestError
-from kvm_util.host import Host, uses_tdp
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, MIB
 from kvm_util.vcpu import Vcpu
@@ -124,7 +125,7 @@ def inner(kvm: Kvm, log_mode: str, nested: bool) -> Iterator[InnerGuest]:
         vm.add_slot(OWN, OWN_GPA, NPAGES, tracked=False)
         guest = InnerGuest(vm, nested)
         guest.run()
-        vm.expect("L2's start", {})
+        vm.assert_dirty("L2's start", {})
         yield guest
 
 
@@ -132,16 +133,16 @@ def test_a_store_of_l2_is_reported(inner: InnerGuest) -> None:
     """Each time, also where the page is mapped already."""
     for pages in ([3], [3, 4], [0, NPAGES - 1], [4]):
         inner.write(*pages)
-        inner.vm.expect(f"L2's stores to pages {pages}", {SLOT: pages})
+        inner.vm.assert_dirty(f"L2's stores to pages {pages}", {SLOT: pages})
 
 
 def test_a_load_of_l2_is_not_reported(inner: InnerGuest) -> None:
     inner.load(*range(NPAGES))
-    inner.vm.expect("L2's loads", {})
+    inner.vm.assert_dirty("L2's loads", {})
     inner.write(5)
-    inner.vm.expect("a store of L2 to a page that it has read", {SLOT: [5]})
+    inner.vm.assert_dirty("a store of L2 to a page that it has read", {SLOT: [5]})
     inner.load(*range(NPAGES))
-    inner.vm.expect("L2's loads of pages, one of which it has written before", {})
+    inner.vm.assert_dirty("L2's loads of pages, one of which it has written before", {})
 
 
 def test_stores_of_both_guests_are_reported(inner: InnerGuest) -> None:
@@ -150,11 +151,11 @@ def test_stores_of_both_guests_are_reported(inner: InnerGuest) -> None:
     for _ in range(3):
         inner.write(7, 8)
         vm.write(SLOT, 7, 9)
-        vm.expect("stores of both guests", {SLOT: [7, 8, 9]}, MANY)
+        vm.assert_dirty("stores of both guests", {SLOT: [7, 8, 9]}, MANY)
         inner.write(7)
-        vm.expect("a store of L2 after one of L1", {SLOT: [7]})
+        vm.assert_dirty("a store of L2 after one of L1", {SLOT: [7]})
         vm.write(SLOT, 7)
-        vm.expect("a store of L1 after one of L2", {SLOT: [7]})
+        vm.assert_dirty("a store of L1 after one of L2", {SLOT: [7]})
 
 
 def test_stores_through_two_addresses_are_reported(inner: InnerGuest) -> None:
@@ -163,24 +164,24 @@ def test_stores_through_two_addresses_are_reported(inner: InnerGuest) -> None:
     for _ in range(2):
         inner.write(6)
         inner.write(6, 7, window=ALIAS)
-        vm.expect("stores of L2 through two addresses", {SLOT: [6, 7]}, MANY)
+        vm.assert_dirty("stores of L2 through two addresses", {SLOT: [6, 7]}, MANY)
         for window in (WINDOW, ALIAS, WINDOW):
             inner.write(6, window=window)
-            vm.expect(f"a store of L2 through {window:#x}", {SLOT: [6]})
+            vm.assert_dirty(f"a store of L2 through {window:#x}", {SLOT: [6]})
 
 
 def test_tracking_is_switched_on_under_l2(inner: InnerGuest) -> None:
     """Its pages are mapped writable by then, for both guests."""
     vm = inner.vm
     for _ in range(2):
-        vm.set_tracking(SLOT, on=False)
+        vm.disable_dirty_logging(SLOT)
         inner.write(*range(NPAGES))
         vm.write(SLOT, *range(NPAGES))
-        vm.switch_on(SLOT)
+        vm.enable_dirty_logging(SLOT)
         inner.write(1, NPAGES - 1)
-        vm.expect("stores of L2 after switching on", {SLOT: [1, NPAGES - 1]})
+        vm.assert_dirty("stores of L2 after switching on", {SLOT: [1, NPAGES - 1]})
         vm.write(SLOT, 2)
-        vm.expect("a store of L1 after that", {SLOT: [2]})
+        vm.assert_dirty("a store of L1 after that", {SLOT: [2]})
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 2 * MIB], ids=["4k", "2m"])
@@ -201,13 +202,13 @@ def test_huge_pages_of_l2_are_reported_page_by_page(
         inner = InnerGuest(vm, nested, page_size)
         inner.write(*range(0, npages, 64))
         with BinaryStats(vm.vm.get_stats_fd()) as stats:
-            assert (Mapped.now(stats).pages_2m > 0) == (page_size > PAGE or (uses_tdp(host) and not nested))
-        vm.switch_on(SLOT)
+            assert (MappingSizes.read(stats).pages_2m > 0) == (page_size > PAGE or (uses_tdp(host) and not nested))
+        vm.enable_dirty_logging(SLOT)
         for pages in ([0, 511], [512, 513, npages - 1], [0, 700]):
             inner.write(*pages)
-            vm.expect(f"L2's stores to pages {pages}", {SLOT: pages})
+            vm.assert_dirty(f"L2's stores to pages {pages}", {SLOT: pages})
         vm.write(SLOT, 1, 512)
-        vm.expect("L1's stores", {SLOT: [1, 512]})
+        vm.assert_dirty("L1's stores", {SLOT: [1, 512]})
 
 
 def test_a_ring_that_fills_under_l2_stops_it(kvm: Kvm, ring_mode: str, nested: bool) -> None:
@@ -222,12 +223,12 @@ def test_a_ring_that_fills_under_l2_stops_it(kvm: Kvm, ring_mode: str, nested: b
         def full(vcpu: Vcpu) -> bool:
             if vcpu.exit_reason() != "KVM_EXIT_DIRTY_RING_FULL":
                 return False
-            harvests.append(vm.collect()[SLOT])
+            harvests.append(vm.collect().entries(SLOT))
             return True
 
         inner.run(*(Operation("store_8", inner.address(page), 1) for page in range(npages)), on_exit=full)
         assert harvests, "the ring did not fill"
-        harvests.append(vm.collect()[SLOT])
+        harvests.append(vm.collect().entries(SLOT))
         # The store that filled the ring was not done yet: it faults, and is reported, once more.
         for last, following in pairwise(harvests):
             if following and following[:1] == last[-1:]:
@@ -238,7 +239,7 @@ def test_a_ring_that_fills_under_l2_stops_it(kvm: Kvm, ring_mode: str, nested: b
 def test_what_kvm_writes_for_l1_is_reported(inner: InnerGuest) -> None:
     """The VMCB, where L1 finds how L2 ended; and the accessed and dirty bits of the nested page tables."""
     vm = inner.vm
-    vm.switch_on(OWN)
+    vm.enable_dirty_logging(OWN)
     inner.run()
     vm.collect()
     for name, page, sets_bits in (("load", 3, True), ("store_8", 3, True), ("store_8", 5, True), ("store_8", 5, False)):
@@ -247,8 +248,8 @@ def test_what_kvm_writes_for_l1_is_reported(inner: InnerGuest) -> None:
         tables = [own for own in vm.changed_pages(OWN, before) if own in TABLES]
         assert bool(tables) == (inner.nested and sets_bits)
         stored = [page] if name == "store_8" else []
-        reported = vm.collect()
-        assert (set(reported[OWN]), reported[SLOT]) == ({*tables, VMCB}, stored)
+        report = vm.collect()
+        assert (report.dirty(OWN), report.entries(SLOT)) == ({*tables, VMCB}, stored)
 
 
 def test_a_vmsave_of_l1_is_reported(inner: InnerGuest) -> None:
@@ -261,7 +262,7 @@ def test_a_vmsave_of_l1_is_reported(inner: InnerGuest) -> None:
             Operation("vmsave", FIRST_GPA + 5 * PAGE),
         )
         assert vm.changed_pages(SLOT, before) == [5]
-        vm.expect("vmsave", {SLOT: [5]})
+        vm.assert_dirty("vmsave", {SLOT: [5]})
 
 
 def test_a_vmload_of_l1_writes_nothing(inner: InnerGuest) -> None:
@@ -274,4 +275,4 @@ def test_a_vmload_of_l1_writes_nothing(inner: InnerGuest) -> None:
         before = bytes(vm.vm.memslots[SLOT].memory.view)
         vm.run(Operation("vmload", page))
         assert vm.changed_pages(SLOT, before) == []
-        assert set(vm.collect()[SLOT]) <= {5}
+        assert vm.collect().dirty(SLOT) <= {5}

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from dirty_tracking.platform import uses_tdp
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
 from dirty_tracking.violations import Kind, violated
 from kvm_util.arch.x86_64.paging import PageTables
-from kvm_util.host import Host, uses_tdp
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
 TABLES, DATA = 1, 2
@@ -44,12 +45,13 @@ def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> 
     before = bytes(vm.vm.memslots[TABLES].memory.view)
     vm.run(Operation(name, WINDOW + page * PAGE))
     tables = vm.changed_pages(TABLES, before)
-    reported = vm.collect()
-    lost = set(tables) - set(reported[TABLES])
+    report = vm.collect()
+    reported = {slot: report.dirty(slot) for slot in (TABLES, DATA)}
+    lost = set(tables) - reported[TABLES]
     # A page walk needs its tables writable under nested paging, whether there is a bit to set or not (AMD APM volume 2,
     # "Nested versus Guest Page Faults": a walk's accesses count as writes). So tables that were only read may be there.
-    false = set(reported[TABLES]) - ({0, 1, 2} if uses_tdp(host) else set(tables))
-    if lost or false or set(reported[DATA]) != set(data):
+    false = reported[TABLES] - ({0, 1, 2} if uses_tdp(host) else set(tables))
+    if lost or false or reported[DATA] != set(data):
         raise violated(
             Kind.LOST if lost else Kind.SPURIOUS,
             f"{name} of page {page}: tables {tables} changed, and KVM reports {reported}",

@@ -74,18 +74,18 @@ def smi(vm: TrackedVm) -> None:
 def test_one_address_space_is_tracked(with_smm: TrackedVm, tracked: int) -> None:
     """Of writes to the same page in both, those in the other one are not told: not its slot's, and not as this one's."""
     vm, other = with_smm, SLOT + SMM_SLOT - tracked
-    vm.set_tracking(SMRAM_SLOT, on=False)
-    vm.set_tracking(other, on=False)
+    vm.disable_dirty_logging(SMRAM_SLOT)
+    vm.disable_dirty_logging(other)
     written = {SLOT: [FIRST, 9], SMM_SLOT: [FIRST, SECOND]}
     for _ in range(2):
         smi(vm)
         vm.write(SLOT, FIRST, 9)
-        vm.expect("writes in both address spaces", {tracked: written[tracked]})
-    vm.set_tracking(tracked, on=False)
-    vm.switch_on(other)
+        vm.assert_dirty("writes in both address spaces", {tracked: written[tracked]})
+    vm.disable_dirty_logging(tracked)
+    vm.enable_dirty_logging(other)
     smi(vm)
     vm.write(SLOT, FIRST, 9)
-    vm.expect("the same with the other one tracked", {other: written[other]})
+    vm.assert_dirty("the same with the other one tracked", {other: written[other]})
 
 
 def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) -> None:
@@ -93,7 +93,8 @@ def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) ->
     vm = with_smm
     for turn in range(3):
         smi(vm)
-        reported = {slot: set(pages) for slot, pages in vm.collect().items()}
+        report = vm.collect()
+        reported = {slot: report.dirty(slot) for slot in {SLOT, SMM_SLOT, SMRAM_SLOT} | report.slots}
         if turn == 0:
             # Fetching the handler maps it, writable, and what is mapped so counts as dirty (make_spte()).
             reported[SMRAM_SLOT].discard(HANDLER_PAGE)
@@ -104,7 +105,7 @@ def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) ->
 
 def test_writes_outside_are_reported_outside(with_smm: TrackedVm) -> None:
     with_smm.write(SLOT, 1, FIRST)
-    with_smm.expect("stores outside of SMM", {SLOT: [1, FIRST]})
+    with_smm.assert_dirty("stores outside of SMM", {SLOT: [1, FIRST]})
 
 
 def test_what_is_reported_for_one_stays_for_the_other(with_smm: TrackedVm) -> None:
@@ -112,8 +113,8 @@ def test_what_is_reported_for_one_stays_for_the_other(with_smm: TrackedVm) -> No
     vm = with_smm
     vm.write(SLOT, FIRST, 9)
     smi(vm)
-    reported = vm.collect()
-    assert {slot: set(pages) for slot, pages in reported.items() if slot != SMRAM_SLOT} == {
+    report = vm.collect()
+    assert {slot: report.dirty(slot) for slot in report.slots - {SMRAM_SLOT}} == {
         SLOT: {FIRST, 9},
         SMM_SLOT: {FIRST, SECOND},
     }

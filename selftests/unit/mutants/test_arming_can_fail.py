@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dirty_tracking.mapping_sizes import Mapped, huge_pages
-from dirty_tracking.modes import LOG_MODES, DirtyRing
-from dirty_tracking.ring import DirtyRing as Ring
+from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from harness import known_bugs
@@ -21,7 +21,7 @@ from kvm_util.vm import Vm
 from selftests.memory import test_arming, test_huge_pages
 
 SLOT = test_huge_pages.SLOT
-RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
+RING_MODES = [name for name, mode in LOG_MODES.items() if mode.uses_ring]
 # Base pages will do where the mapping does not matter, only the edges.
 LAYOUT = test_huge_pages.Layout("anonymous", FIRST_GPA + 3 * PAGE, 3 * 512 + 7, 2 * MIB)
 EDGE = 512 - 3
@@ -39,7 +39,7 @@ def vm_for(kvm: Kvm, mode: str) -> TrackedVm:
 
 def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | None], first: int = 0) -> None:
     """Have each reported page of the slot go through *change*, from report *first* on: another page, or None for none."""
-    honest_get, honest_harvest = Vm.get_dirty_log, Ring.harvest
+    honest_get, honest_harvest = Vm.get_dirty_log, DirtyRing.harvest
     reports = [0]
 
     def get(vm: Vm, slot: int, bitmap: bytearray) -> None:
@@ -53,7 +53,7 @@ def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | Non
             if page is not None:
                 bitmap[page // 8] |= 1 << page % 8
 
-    def harvest(ring: Ring) -> tuple[list[int], list[int]]:
+    def harvest(ring: DirtyRing) -> tuple[list[int], list[int]]:
         slots, offsets = honest_harvest(ring)
         reports[0] += 1
         if reports[0] <= first:
@@ -62,7 +62,7 @@ def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | Non
         return slots[: len(changed)], changed
 
     patch.setattr(Vm, "get_dirty_log", get)
-    patch.setattr(Ring, "harvest", harvest)
+    patch.setattr(DirtyRing, "harvest", harvest)
 
 
 @pytest.mark.parametrize("page", [EDGE - 1, EDGE, EDGE + 511, EDGE + 512, LAYOUT.npages - 1])
@@ -196,9 +196,9 @@ def test_masks_around_an_edge_are_of_both_kinds() -> None:
     assert not all(kinds[0])
 
 
-@pytest.mark.parametrize("found", [Mapped(600, 1, 0), Mapped(600, 3, 0), Mapped(2, 0, 2)], ids=str)
-def test_a_wrong_number_of_huge_pages(found: Mapped) -> None:
-    test_huge_pages.check_huge(Mapped(600, 2, 0), 2 * MIB, 2, "sound")
+@pytest.mark.parametrize("found", [MappingSizes(600, 1, 0), MappingSizes(600, 3, 0), MappingSizes(2, 0, 2)], ids=str)
+def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
+    test_huge_pages.check_huge(MappingSizes(600, 2, 0), 2 * MIB, 2, "sound")
     with pytest.raises(ContractViolation, match="2 pages of 2 MiB were to be mapped, but it is"):
         test_huge_pages.check_huge(found, 2 * MIB, 2, "falsified")
 
@@ -209,14 +209,14 @@ def test_falsified_statistics(
     make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, mode: str, call: int
 ) -> None:
     """One huge page more than there is, each time that the statistics are looked at."""
-    honest, calls = Mapped.now, [0]
+    honest, calls = MappingSizes.read, [0]
 
-    def falsified(stats: BinaryStats) -> Mapped:
+    def falsified(stats: BinaryStats) -> MappingSizes:
         calls[0] += 1
         found = honest(stats)
-        return Mapped(found.pages_4k, found.pages_2m + (calls[0] == call), found.pages_1g)
+        return MappingSizes(found.pages_4k, found.pages_2m + (calls[0] == call), found.pages_1g)
 
-    monkeypatch.setattr(Mapped, "now", falsified)
+    monkeypatch.setattr(MappingSizes, "read", falsified)
     layout = test_huge_pages.two_mib("anonymous_thp", 3)
     with make(mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
         test_huge_pages.check_sizes(vm, stats, host, layout)

@@ -18,13 +18,14 @@ import pytest
 from dirty_tracking.bitmap import set_pages
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
-from dirty_tracking.modes import LOG_MODES, Collected
+from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.oracle import Oracle
+from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import Kind
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
-from kvm_util.vm import Memslot, Vm
+from kvm_util.vm import Vm
 from selftests.unit.mutants.faults import falsify_bitmaps
 
 ITERATIONS = 80
@@ -353,22 +354,21 @@ def test_rings_of_two_vcpus_mixed_up_are_caught(
 ) -> None:
     """The first vCPU is given an entry of the second one's ring, of a page that it did not write itself."""
     with caught(kvm, request, mode, Kind.SPURIOUS, vcpus=2) as planter:
-        collect = planter.run.mode.collect_dirty_pages
+        collect = planter.run.mode.collect
 
-        def falsified(*arguments: Any) -> Collected:
-            collected = collect(*arguments)
+        def falsified(*arguments: Any, **options: Any) -> DirtyReport:
+            report = collect(*arguments, **options)
             if planter.fresh:
                 own = planter.run.streams[0].between(0, planter.run.published()[0] + 1)
                 recent = set(own[-2000:])
-                (first, second), (first_slots, second_slots) = collected.pages, collected.slots
-                at = next((at for at, page in enumerate(second) if page not in recent), None)
+                first, second = report.sources
+                at = next((at for at, page in enumerate(second.offsets) if page not in recent), None)
                 if at is not None:
-                    first.append(second.pop(at))
-                    first_slots.append(second_slots.pop(at))
+                    first.add(second.slots.pop(at), [second.offsets.pop(at)])
                     planter.plant()
-            return collected
+            return report
 
-        monkeypatch.setattr(planter.run.mode, "collect_dirty_pages", falsified)
+        monkeypatch.setattr(planter.run.mode, "collect", falsified)
 
 
 @pytest.mark.parametrize("mode", RING_MODES)
@@ -430,27 +430,24 @@ def test_a_page_lost_while_the_vcpu_runs_is_caught(
 ) -> None:
     """A running reap lacks a page whose write was done well before it began."""
     with caught(kvm, request, mode, Kind.LOST) as planter:
-        collect = planter.run.mode.collect_dirty_pages
+        collect = planter.run.mode.collect
 
-        def falsified(vm: Vm, memslot: Memslot, kick: Callable[[], None], stopped: bool) -> Collected:
+        def falsified(vm: Vm, kick: Callable[[], None] | None, **options: Any) -> DirtyReport:
             written = planter.run.published()[0] - 50  # the reap's own count was taken a moment ago
-            collected = collect(vm, memslot, kick, stopped)
-            if planter.armed and planter.planted is None and not stopped and not planter.run.all_stopped():
+            report = collect(vm, kick, **options)
+            if planter.armed and planter.planted is None and kick is not None and not planter.run.all_stopped():
                 since = planter.run.oracle.writes_seen(0) + 1
                 long_done = set(planter.run.streams[0].between(since, max(since, written)))
-                (pages,) = collected.pages
-                at = next((at for at, page in enumerate(pages) if page in long_done), None)
-                if at is not None:
-                    page = pages[at]
-                    keep = [at for at, other in enumerate(pages) if other != page]
-                    collected.pages[0] = [pages[at] for at in keep]
-                    if collected.slots:
-                        collected.slots[0] = [collected.slots[0][at] for at in keep]
-                        collected.reset = len(keep)
+                (source,) = report.sources
+                page = next((page for page in source.offsets if page in long_done), None)
+                if page is not None:
+                    source.offsets = [other for other in source.offsets if other != page]
+                    del source.slots[len(source.offsets) :]
+                    report.reset = report.harvested
                     planter.plant()
-            return collected
+            return report
 
-        monkeypatch.setattr(planter.run.mode, "collect_dirty_pages", falsified)
+        monkeypatch.setattr(planter.run.mode, "collect", falsified)
 
 
 @pytest.mark.parametrize("mode", list(LOG_MODES))

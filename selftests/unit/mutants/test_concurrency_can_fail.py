@@ -191,7 +191,6 @@ def test_a_reset_that_is_not_made(
 ) -> None:
     """Whether KVM says that it took nothing, or all."""
     needs_log_mode(mode)
-    monkeypatch.setattr(reset_ledger, "HANG_TIMEOUT", 0.5)
 
     def falsify(of: Collectors) -> None:
         ledger = of.ledger
@@ -224,7 +223,7 @@ def test_tracking_that_is_not_switched_on(
     def falsify(of: Collectors) -> None:
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
-        monkeypatch.setattr(of.vm.vm, "set_tracking", lambda *_arguments, **_named: None)
+        monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
         for area in of.vm.areas:
             of.switch(area, on=True, stopped=True)
 
@@ -238,7 +237,7 @@ def test_tracking_that_is_not_switched_off(
     needs_log_mode(mode)
 
     def falsify(of: Collectors) -> None:
-        monkeypatch.setattr(of.vm.vm, "set_tracking", lambda *_arguments, **_named: None)
+        monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
 
@@ -287,7 +286,7 @@ def test_a_harvest_marks_nothing_before_all_is_read(
     with TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(1, FIRST_GPA, 50)
         vm.write(1, *range(50))
-        assert vm.vm.vcpus[0].map_dirty_ring(4096).harvest() == ([1] * 50, list(range(50)))
+        assert vm.rings[0].harvest() == ([1] * 50, list(range(50)))
         assert marked == [0] * 5
         assert vm.vm.reset_dirty_rings() == 50
 

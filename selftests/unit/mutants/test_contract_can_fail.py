@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dirty_tracking.modes import LOG_MODES, DirtyRing
-from dirty_tracking.ring import DirtyRing as Ring
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from dirty_tracking.violations import ContractViolation
 from kvm_util import uapi
@@ -18,7 +18,7 @@ from selftests.unit.mutants.faults import falsify_bitmaps
 SLOT, OTHER = 1, 2
 NPAGES = 70
 WRITTEN = [3, 64, 69]
-RING_MODES = [name for name, mode in LOG_MODES.items() if issubclass(mode, DirtyRing)]
+RING_MODES = [name for name, mode in LOG_MODES.items() if mode.uses_ring]
 BITMAP_MODES = [name for name in LOG_MODES if name not in RING_MODES]
 
 BITMAP_FAULTS: dict[str, Callable[[bytearray], None]] = {
@@ -42,11 +42,11 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[], None]) -> None:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
         vm.write(SLOT, *WRITTEN)
-        vm.expect("writes", {SLOT: WRITTEN})
+        vm.assert_dirty("writes", {SLOT: WRITTEN})
         vm.write(SLOT, *WRITTEN)
         falsify()
         with pytest.raises(ContractViolation):
-            vm.expect("writes", {SLOT: WRITTEN})
+            vm.assert_dirty("writes", {SLOT: WRITTEN})
 
 
 @pytest.mark.parametrize("fault", BITMAP_FAULTS.values(), ids=list(BITMAP_FAULTS))
@@ -69,8 +69,8 @@ def test_a_falsified_ring(
     kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, fault: Any
 ) -> None:
     needs_log_mode(mode)
-    honest = Ring.harvest
-    check_fails(kvm, mode, lambda: monkeypatch.setattr(Ring, "harvest", lambda ring: fault(honest(ring))))
+    honest = DirtyRing.harvest
+    check_fails(kvm, mode, lambda: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(honest(ring))))
 
 
 def test_a_reset_that_takes_too_little(
@@ -89,9 +89,9 @@ def test_tracking_that_is_not_armed_again(
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, *WRITTEN)
         monkeypatch.setattr(Vm, "clear_dirty_log", lambda *_arguments: None)
-        vm.expect("writes", {SLOT: WRITTEN})
+        vm.assert_dirty("writes", {SLOT: WRITTEN})
         with pytest.raises(ContractViolation, match=r"SPURIOUS.*: pages 3, 64, 69"):
-            vm.expect("nothing", {})
+            vm.assert_dirty("nothing", {})
 
 
 def test_tracking_that_stays_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +107,4 @@ def test_tracking_that_stays_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> N
         assert vm.vm.memslots[SLOT].flags != uapi.KVM_MEM_LOG_DIRTY_PAGES
         vm.write(SLOT, *WRITTEN)
         with pytest.raises(ContractViolation, match=r"LOST.*: pages 3, 64, 69"):
-            vm.expect("writes", {SLOT: WRITTEN})
+            vm.assert_dirty("writes", {SLOT: WRITTEN})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 
 from dirty_tracking.bitmap import BITS_PER_WORD
-from dirty_tracking.model import Entry
-from dirty_tracking.modes import LOG_MODES, DirtyRing
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.platform import uses_pml
+from dirty_tracking.ring import DirtyRing, Entries
 from dirty_tracking.sequence_search import search
-from dirty_tracking.sequences import Collect, Create, HistoryFailed, RingReader, Step, Write, run_history, script
+from dirty_tracking.sequences import Collect, Create, HistoryFailed, Step, Write, run_history, script
 from harness import known_bugs
 from kvm_util import uapi
-from kvm_util.host import Host, uses_pml
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
 from kvm_util.vm import Vm
@@ -87,8 +89,13 @@ def add_bit_behind_end(bitmap: bytearray) -> None:
         bitmap[-1] |= 0x80
 
 
-def on_entries(change: Callable[[list[Entry]], list[Entry]]) -> Callable[[Any], Any]:
+def on_entries(change: Callable[[Entries], Entries]) -> Callable[[Any], Any]:
     return lambda honest: lambda *arguments: change(honest(*arguments))
+
+
+def on_each(change: Callable[[list[int]], list[int]]) -> Callable[[Entries], Entries]:
+    """Change slots and offsets in the same way."""
+    return lambda taken: (change(taken[0]), change(taken[1]))
 
 
 def clear_all_of_range(honest: Any) -> Any:
@@ -111,9 +118,8 @@ def claimed_reset(_honest: Any) -> Any:
     def reset_dirty_rings(vm: Vm) -> int:
         taken = 0
         for vcpu in vm.vcpus:
-            ring = vcpu.map_dirty_ring(256)
-            flags = [uapi.kvm_dirty_gfn.from_address(ring.address + index * 16).flags for index in range(ring.entries)]
-            taken += flags.count(MARKER)
+            with closing(DirtyRing.of(vcpu, 256)) as ring:
+                taken += [ring.entry(number).flags for number in range(ring.entries)].count(MARKER)
         return taken
 
     return reset_dirty_rings
@@ -166,12 +172,12 @@ FAULTS = [
     Fault("stays on", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_on), 5),
     Fault("does not move", ("clear-log",), Vm, "set_user_memory_region", on_region(stays_where_it_is), 4),
     Fault("forgets when it moves", ("dirty-log",), Vm, "set_user_memory_region", move_forgets, 4),
-    Fault("does not push an entry", RINGS, RingReader, "news", on_entries(lambda taken: taken[:-1]), 2),
-    Fault("pushes an entry twice", RINGS, RingReader, "news", on_entries(lambda taken: taken[:1] + taken), 2),
-    Fault("changes a slot", RINGS, RingReader, "news", on_entries(lambda taken: [(9, page) for _, page in taken]), 2),
-    Fault("swaps entries", RINGS, RingReader, "news", on_entries(lambda taken: taken[::-1]), 2),
-    Fault("loses an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken[1:]), 3),
-    Fault("repeats an entry", RINGS, RingReader, "harvest", on_entries(lambda taken: taken + taken[-1:]), 3),
+    Fault("does not push an entry", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[:-1])), 2),
+    Fault("pushes an entry twice", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[:1] + part)), 2),
+    Fault("changes a slot", RINGS, DirtyRing, "peek", on_entries(lambda taken: ([9 for _ in taken[0]], taken[1])), 2),
+    Fault("swaps entries", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[::-1])), 2),
+    Fault("loses an entry", RINGS, DirtyRing, "harvest", on_entries(on_each(lambda part: part[1:])), 3),
+    Fault("repeats an entry", RINGS, DirtyRing, "harvest", on_entries(on_each(lambda part: part + part[-1:])), 3),
     Fault("resets nothing", RINGS, Vm, "reset_dirty_rings", lambda _honest: lambda _vm: 0, 4),
     Fault("resets nothing, and says it did", RINGS, Vm, "reset_dirty_rings", claimed_reset, 4),
 ]
@@ -192,7 +198,7 @@ def test_a_fault_is_found_and_shrunk_to_a_script(
         run_history(kvm, host, mode, steps)
 
     monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
-    found = search(run, issubclass(LOG_MODES[mode], DirtyRing), SEEDS)
+    found = search(run, LOG_MODES[mode].uses_ring, SEEDS)
     assert found is not None, "not found"
     failure = found[1]
     assert len(failure.steps) <= fault.most, failure.script
