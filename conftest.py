@@ -40,6 +40,7 @@ from harness.failure_report import (
     column,
     environment_lines,
     reproduce_line,
+    suite_line,
     this_pytest,
 )
 from harness.interruption import Interruption, heed_once_in_worker
@@ -377,7 +378,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         remote_tests = config.stash[_remote_tests_key]
         tests = f"tests    {' '.join(remote_tests)}"
         here = [f"         and on this host {' '.join(config.args)}"] if config.args else []
-        return [part for line in (*target.lines, chosen, tests, *here, seed) for part in column(line)]
+        return [part for line in (suite_line(), *target.lines, chosen, tests, *here, seed) for part in column(line)]
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")  # a worker has none
     unwatched = report.facts.kernel_log if report is not None else None
     unused = for_another_kernel(config.option)

@@ -37,7 +37,7 @@ _LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_i
 
 # What the suite takes along of itself: nothing that a run makes, and no kernels.
 _SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
-_SUITE_FILES = ("conftest.py", "pytest.ini", "known_bugs.toml")
+_SUITE_FILES = ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml")
 
 # Parts of the standard library that take space and that no test can have a use for
 _LEFT_OUT = (

@@ -11,6 +11,7 @@ from typing import Any
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyTrackingError
 from dirty_tracking.violations import Kind
+from harness.version import suite_version
 from kvm_util.host import Host
 from kvm_util.wording import NO_BREAK, WIDTH, counted, wrapped
 
@@ -27,12 +28,17 @@ _MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.SPURIOUS, "S"), (Kind.DUPLI
 
 
 def environment_lines(host: Host) -> list[str]:
-    """Kernel, backend with its telling parameters, and CPU."""
+    """Version of the suite, kernel, backend with the parameters that decide its code paths, and CPU."""
     telling = [
         f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _TELLING_PARAMETERS
     ]
     backend = f"backend  {host.backend} ({', '.join(telling)})"
-    return [f"kernel   {host.kernel}", *column(backend), f"cpu      {host.cpu}"]
+    return [suite_line(), f"kernel   {host.kernel}", *column(backend), f"cpu      {host.cpu}"]
+
+
+def suite_line() -> str:
+    """The line that gives the suite's version."""
+    return f"suite    {suite_version()}"
 
 
 def this_pytest() -> str:

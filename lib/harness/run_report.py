@@ -15,6 +15,7 @@ from harness.interruption import Interruption
 from harness.kernel_options import OWN_TESTS
 from harness.kernel_verdict import Outcome, Word, judge, place
 from harness.screen import Screen
+from harness.version import suite_version
 from kvm_util.wording import counted
 from runner import ROOT
 
@@ -152,6 +153,7 @@ class RunReport:
     def _write(self) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
         data = {
+            "suite": suite_version(),
             "host": self.facts.host,
             "place": self.facts.place,
             "machine": self.facts.machine,
