@@ -48,17 +48,34 @@ class GuestProgram:
         """
         path = OUTPUT / f"{name}.elf"
         try:
-            with path.open("rb") as file:
-                elf = ELFFile(file)
-                segments = tuple(
-                    (segment["p_vaddr"], segment.data(), segment["p_memsz"]) for segment in elf.iter_segments("PT_LOAD")
-                )
-                table = elf.get_section_by_name(".symtab")
-                assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip
-                symbols = {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}
-                return cls(name, segments, symbols)
+            return cls._read(name, path)
         except FileNotFoundError:
             raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None
+
+    @classmethod
+    def from_source(cls, name: str, text: str) -> "GuestProgram":
+        """Assemble *text*, which may include ``guest.inc``; for a program that is not in ``guest_code/``.
+
+        :param name: what reports call the program
+        :raises GuestProgramError: when there is no assembler, or it rejects the program
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / f"{name}.S", Path(folder) / f"{name}.elf"
+            source.write_text(text)
+            assemble(source, target)
+            return cls._read(name, target)
+
+    @classmethod
+    def _read(cls, name: str, path: Path) -> "GuestProgram":
+        with path.open("rb") as file:
+            elf = ELFFile(file)
+            segments = tuple(
+                (segment["p_vaddr"], segment.data(), segment["p_memsz"]) for segment in elf.iter_segments("PT_LOAD")
+            )
+            table = elf.get_section_by_name(".symtab")
+            assert isinstance(table, SymbolTableSection)  # ld writes one unless it is told to strip
+            symbols = {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}
+            return cls(name, segments, symbols)
 
 
 def assemble_all() -> None:
@@ -84,7 +101,7 @@ def assemble(source: Path, target: Path) -> None:
         raise GuestProgramError(f"{target.parent} cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may be doing the same
         object_file, linked = Path(folder) / "object", Path(folder) / "linked"
-        _tool("as", "-I", str(source.parent), "-o", str(object_file), str(source))
+        _tool("as", "-I", str(source.parent), "-I", str(SOURCES), "-o", str(object_file), str(source))
         _tool(
             *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
             *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
