@@ -34,7 +34,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo "Options of run and test: ARGS='...' (see README.md), WORKERS=N"
+	@echo "Options of run and test: ARGS='...' (docs/options.md), WORKERS=N"
 
 run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
 	$(PYTEST) -o testpaths=selftests/matrix/test_dirty_log.py -n $(WORKERS) --kernel auto $(ARGS)
@@ -115,7 +115,7 @@ endif
 endif
 ifneq ($(filter check-kernel,$(GOALS)),)
 ifeq ($(strip $(KERNEL)),)
-$(error make check-kernel: no kernel is named: KERNEL=debian:6.12, a bzImage, a build tree, ... (README.md))
+$(error make check-kernel: no kernel is named: KERNEL=debian:6.12, a bzImage, a build tree, ... (docs/kernels.md))
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

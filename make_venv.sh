@@ -72,7 +72,7 @@ give_up() {
 install() {
 	echo "make_venv.sh: installing the packages of $requirements into $venv" >&2
 	"$@" install --quiet --disable-pip-version-check --requirement "$requirements" >>"$log" 2>&1 ||
-		give_up "no packages from pip: $(sed -n 's,^ERROR: ,,p' "$log" | tail -n 1) (no network? README.md, 'Without network'; all that pip said is in $log)"
+		give_up "no packages from pip: $(sed -n 's,^ERROR: ,,p' "$log" | tail -n 1) (no network? docs/setup.md, 'Without network'; all that pip said is in $log)"
 }
 
 # Give the path of a pip wheel from Debian's archive, through a package index of our own where the system's is empty.

@@ -66,7 +66,7 @@ def test_a_variable_that_would_be_ignored(clone: Path, words: list[str], message
 
 @pytest.mark.parametrize(("prefix", "status"), [("", 2), ("MAKEFLAGS= ", 0)])
 def test_variables_of_a_parent_make(clone: Path, prefix: str, status: int) -> None:
-    """They are refused like any others, unless the recipe keeps them back as README.md says."""
+    """They are refused like any others, unless the recipe keeps them back as docs/setup.md says."""
     parent = clone.parent / "Makefile"
     parent.write_text(f"suite:\n\t@{prefix}$(MAKE) -C clone help\n")
     done = start(["make", "V=1"], clone.parent)
@@ -284,7 +284,7 @@ def test_packages_that_cannot_be_had(maker: Maker) -> None:
     said = maker(status=1).splitlines()
     assert said[1:] == [
         "make_venv.sh: no packages from pip: No matching distribution found for pytest==9.2.0"
-        " (no network? README.md, 'Without network'; all that pip said is in build/pip.log)"
+        " (no network? docs/setup.md, 'Without network'; all that pip said is in build/pip.log)"
     ]
     assert "WARNING: Retrying" in (maker.folder / "build" / "pip.log").read_text()
     assert not maker.venv.exists()
