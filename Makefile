@@ -52,10 +52,11 @@ test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and th
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, to be there, or be copied, where no network is
 	@$(FETCH)
 
-lint: $(VENV)/dev ## ruff and mypy
+lint: $(VENV)/dev ## ruff, mypy and codespell
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
 
 guest_code: $(VENV)/run ## assemble the guest programs
 	PYTHONPATH=lib $(VENV)/bin/python -c 'from kvm_util.guest_program import assemble_all; assemble_all()'
