@@ -46,7 +46,7 @@ from harness.failure_report import (
 from harness.interruption import Interruption, heed_once_in_worker
 from harness.kernel_log_watch import RunWatch, TestWatch
 from harness.kernel_options import (
-    AT_HAND,
+    AUTO,
     LONGEST,
     for_another_kernel,
     kernel_options,
@@ -118,7 +118,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         return None
     interruption = config.stash[_interruption_key] = Interruption()
     if only_shows(option) and not option.collectonly:
-        if option.kernel not in (None, AT_HAND):
+        if option.kernel not in (None, AUTO):
             raise pytest.UsageError("an option that only shows something tests no kernel: leave out --kernel")
         return None
     interruption.heed()
@@ -149,7 +149,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
             return None
         target = _find_target(config)
     except (CannotTest, HostLimit, OSError, RuntimeError) as error:
-        if option.kernel == AT_HAND:
+        if option.kernel == AUTO:
             config.stash[_hint_key] = f"to run under emulation instead: {error}"
             return None
         print(f"cannot be tested: {error}", file=sys.stderr)
@@ -159,7 +159,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     config.args = here
     if not here:
         # One process in the kernel: emulated, two only get in each other's way.
-        if getattr(option, "numprocesses", None) and option.kernel != AT_HAND:
+        if getattr(option, "numprocesses", None) and option.kernel != AUTO:
             say("-n is not used: one process runs the tests in the kernel")
         option.numprocesses, option.dist, option.tx = 0, "no", []
     _make_results(config, target.label)
@@ -185,8 +185,8 @@ def _read_known_bugs(option: Any) -> None:
 
 
 def _needs_kernel(config: pytest.Config) -> bool:
-    """Whether the tests on KVM run in another kernel: one that is named, or one at hand as this host has no usable KVM."""
-    if config.option.kernel != AT_HAND:
+    """Whether the tests on KVM run in another kernel: one that is named, or a local one if this host has no usable KVM."""
+    if config.option.kernel != AUTO:
         return True
     why = _why_not_here(config.option)
     if why is not None:
@@ -208,7 +208,8 @@ def _find_target(config: pytest.Config) -> "Target":
     machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], option.append or "")
     limit = min(numbers["time_limit"] + (soak_of(option) or 0), LONGEST)
     parameters = option.kvm_params or ""
-    target = find_target(option.kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
+    kernel = None if option.kernel == AUTO else option.kernel
+    target = find_target(kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
     if target.qemu.emulated:
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
@@ -300,7 +301,7 @@ def _prepare(config: pytest.Config) -> None:
     config.pluginmanager.register(planned_tests, "planned-tests")
     config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
     if guest is not None:
-        config.pluginmanager.register(ReportStream(config, guest.report_to, report), "report-stream")
+        config.pluginmanager.register(ReportStream(config, guest.report_path, report), "report-stream")
 
 
 def _prepare_remote(config: pytest.Config) -> None:
@@ -315,16 +316,16 @@ def _prepare_remote(config: pytest.Config) -> None:
     report = RunReport(results, facts)
     option = config.option
     # With auto the tests of this host may be all that was asked for.
-    report.must_test, report.nothing_ran_status = option.kernel != AT_HAND, CANNOT_TEST
+    report.must_test, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )
-    repeat_with = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
+    reproduce_command = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
     tests = config.stash[_remote_tests_key]
     config.pluginmanager.register(report, "run-report")
     planned = PlannedTests({}, config.stash[_interruption_key])
     config.pluginmanager.register(planned, "planned-tests")
-    session = RemoteSession(target, options, repeat_with, tests, bool(config.args), results, report, planned)
+    session = RemoteSession(target, options, reproduce_command, tests, bool(config.args), results, report, planned)
     config.pluginmanager.register(session, "remote-session")
 
 

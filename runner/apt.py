@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Packages from the Debian archive, with an apt state of our own: nothing is installed, and the machine's apt is unchanged."""
+"""Packages from the Debian archive, by apt with a state of its own: nothing is installed, and the host's apt is unchanged."""
 
 import os
 import re
@@ -12,39 +12,40 @@ from pathlib import Path
 
 from kvm_util.wording import counted
 from runner.apt_sources import mirror
+from runner.arch import this_arch
 from runner.errors import CannotTest
 from runner.store import BUILD, say
 from runner.waiting import bytes_in, duration, waiting
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
-_CARRY = "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here"
-# Read after the machine's configuration, of which this leaves the way to the network: no hooks, no release that it prefers.
-_NOT_OURS = "".join(f"#clear {name};\n" for name in ("APT::Update", "APT::Default-Release", "AptCli"))
-# Which line of what apt-get and dpkg-deb say names the cause, the most telling first; the last line rarely does.
+_COPY_FETCHED = "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here"
+# Read after the host's configuration: it clears hooks and the preferred release, and keeps how to reach the network.
+_CLEARED = "".join(f"#clear {name};\n" for name in ("APT::Update", "APT::Default-Release", "AptCli"))
+# Which line of the output of apt-get and dpkg-deb names the cause, the most specific first; the last one rarely does.
 _NO_NETWORK = "Failed to fetch|does not have a Release file"
-_TELLING = ("No space left|enough free space", _NO_NETWORK, "^E: ", "error:")
+_CAUSES = ("No space left|enough free space", _NO_NETWORK, "^E: ", "error:")
 
 
 def require(instead: str) -> None:
-    """Check that this machine can fetch packages.
+    """Check that this host can fetch packages.
 
-    :param instead: what can be done where it cannot
-    :raises CannotTest: it has no apt, or not the archive's key
+    :param instead: what the user can do if it cannot
+    :raises CannotTest: apt or the archive's key is missing
     """
     for tool in _TOOLS:
         if shutil.which(tool) is None:
             raise CannotTest(
-                f"Debian packages are fetched with {tool}, which this machine lacks: {instead}, or {_CARRY}"
+                f"Debian packages are fetched with {tool}, which this machine lacks: {instead}, or {_COPY_FETCHED}"
             )
     if not _KEYRING.exists():
         raise CannotTest(f"{_KEYRING} is not there: apt install debian-archive-keyring, or {instead}")
 
 
 class Suite:
-    """One suite of the Debian archive, such as ``trixie``; its main component.
+    """The main component of one suite of the Debian archive, such as ``trixie``.
 
-    :raises CannotTest: this machine names no mirror of it
+    :raises CannotTest: this host's apt has no mirror of it
     """
 
     def __init__(self, name: str) -> None:
@@ -53,12 +54,13 @@ class Suite:
         for folder in ("lists/partial", "archives/partial"):
             (self._folder / folder).mkdir(parents=True, exist_ok=True)
         sources, status, config = (self._folder / file for file in ("sources.list", "status", "apt.conf"))
-        # By file: apt would use packages where they are, by copy: it puts them with the archives (sources.list(5)).
+        # With file: apt uses packages where they are, with copy: it puts them with the other archives (sources.list(5)).
         uri = re.sub("^file:", "copy:", mirror())
         sources.write_text(f"deb [signed-by={_KEYRING}] {uri} {name} main\n")
         status.touch()
-        config.write_text(_NOT_OURS)
-        # With an empty status nothing counts as installed: what a package needs is all of it in the archive.
+        config.write_text(_CLEARED)
+        debian = this_arch().debian
+        # With an empty status nothing counts as installed, so that all dependencies are downloaded.
         self._options = [
             *("-c", str(config), "-o", f"Dir::State={self._folder}", "-o", f"Dir::State::Lists={self._folder}/lists"),
             *("-o", f"Dir::State::status={status}", "-o", f"Dir::Cache={self._folder}"),
@@ -67,13 +69,13 @@ class Suite:
             *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", "Dir::Etc::Preferences=/dev/null", "-o", "Dir::Etc::PreferencesParts=/dev/null"),
             *("-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"),
-            *("-o", "APT::Architecture=amd64", "-o", "APT::Architectures=amd64", "-o", "Debug::NoLocking=1"),
+            *("-o", f"APT::Architecture={debian}", "-o", f"APT::Architectures={debian}", "-o", "Debug::NoLocking=1"),
         ]
 
     @classmethod
     @cache
     def updated(cls, name: str) -> "Suite":
-        """The suite *name* with its present package lists, which are fetched once.
+        """The suite *name* with its current package lists, which are fetched once.
 
         :raises CannotTest: the mirror cannot be reached
         """
@@ -97,7 +99,7 @@ class Suite:
         return sorted(folder.glob("*.deb"))
 
     def download_with_dependencies(self, name: str) -> list[Path]:
-        """Download the package *name* and all that it depends on, down to the C library; nothing that is recommended.
+        """Download the package *name* and its dependencies, down to the C library, without recommended packages.
 
         :raises CannotTest: one is not there, or the download fails
         """
@@ -107,7 +109,7 @@ class Suite:
         return sorted(archives.glob("*.deb"))
 
     def forget_archives(self) -> None:
-        """Remove what was downloaded, once it is unpacked."""
+        """Remove the downloaded packages."""
         self._run("apt-get", "clean")
         shutil.rmtree(self._folder / "download", ignore_errors=True)
 
@@ -116,11 +118,11 @@ class Suite:
         with waiting(
             f"reading Debian's package lists of {self.name}", lambda: (None, f"{_megabytes(bytes_in(lists))} MB")
         ):
-            # Error-Mode: without it apt takes a mirror that cannot be reached for a warning.
+            # Without Error-Mode=any apt only warns about a mirror that it cannot reach.
             self._run("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
 
     def _fetch(self, folder: Path, *arguments: str, cwd: Path | None = None) -> None:
-        """Run apt-get with *arguments*, which have it download packages into *folder*, and show how far it is."""
+        """Run apt-get with *arguments* that make it download packages into *folder*, and show the progress."""
         uris = self._run("apt-get", "-qq", "--print-uris", *arguments, cwd=cwd)
         sizes = [int(size) for size in re.findall(r"^'.*?' \S+ (\d+)", uris, re.MULTILINE)]
         total, started = sum(sizes), time.monotonic()
@@ -137,12 +139,12 @@ class Suite:
 
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
         command = [tool, *self._options, *arguments]
-        english = os.environ | {"LC_ALL": "C.UTF-8"}  # cause() reads what it says
+        english = os.environ | {"LC_ALL": "C.UTF-8"}  # for cause()
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=english)
         if done.returncode:
             why = cause(done.stderr)
-            carry = re.search(_NO_NETWORK, why) and not re.search(_TELLING[0], why)
-            hint = f" (without network, {_CARRY})" if carry else ""
+            offline = re.search(_NO_NETWORK, why) and not re.search(_CAUSES[0], why)
+            hint = f" (without network, {_COPY_FETCHED})" if offline else ""
             raise CannotTest(f"{tool} {arguments[-1]} ({self.name}) failed: {why}{hint}")
         return done.stdout
 
@@ -167,6 +169,6 @@ def _megabytes(size: int) -> str:
 
 
 def cause(text: str) -> str:
-    """The line of what apt-get or dpkg-deb said that names the cause of its failure."""
+    """The line in the output of apt-get or dpkg-deb that names the cause of its failure."""
     lines = text.strip().splitlines() or ["no message"]
-    return next((line for pattern in _TELLING for line in lines if re.search(pattern, line)), lines[-1])
+    return next((line for pattern in _CAUSES for line in lines if re.search(pattern, line)), lines[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The mirror of the Debian archive, as the sources of this machine's apt name it."""
+"""The mirror of the Debian archive in the sources of this host's apt."""
 
 import os
 import re
@@ -14,11 +14,11 @@ _APT = Path("/etc/apt")
 _ONE_LINE = re.compile(r"^[ \t]*deb[ \t]+(?:\[([^\]]*)\][ \t]*)?(\S+)[ \t]+(\S+)[ \t]+([^#\n]*)", re.MULTILINE)
 _FIELD = re.compile(r"^([\w-]+):(.*(?:\n[ \t].*)*)", re.MULTILINE)
 _NO = ("no", "false", "without", "off", "disable", "0")  # apt-pkg/contrib/strutl.cc, StringToBool()
-# What a mirror holds beside these suites, such as -security, it holds under another URI.
+# Other suites, such as -security, are at other URIs.
 _SUITE = re.compile(
     r"(stable|oldstable|oldoldstable|testing|unstable|sid|bullseye|bookworm|trixie|forky|duke)(-updates|-backports)?"
 )
-# Mirrors carry the archive under this name (debian.org/mirror/ftpmirror).
+# The path of the archive on a mirror (debian.org/mirror/ftpmirror)
 _ARCHIVE = re.compile(r"/debian/?$")
 
 
@@ -26,7 +26,7 @@ _ARCHIVE = re.compile(r"/debian/?$")
 class _Source:
     """One entry of apt's sources.
 
-    :ivar key: what it has to be signed by; empty if it does not say
+    :ivar key: its signed-by option; empty without one
     """
 
     uris: list[str]
@@ -36,13 +36,13 @@ class _Source:
 
     @property
     def is_debian(self) -> bool:
-        """Whether it is of the Debian archive. Third parties name suites as Debian does, but have keys of their own."""
+        """Whether it is the Debian archive; third parties use Debian's names of suites, but keys of their own."""
         named = "main" in self.components and any(map(_SUITE.fullmatch, self.suites))
         return named and (not self.key or "debian-archive" in self.key)
 
 
 def mirror() -> str:
-    """The mirror of the Debian archive that this machine's apt uses, or the one that DEBIAN_MIRROR names.
+    """The URI of the mirror that DEBIAN_MIRROR names, or else that this host's apt uses.
 
     :raises CannotTest: there is none
     """
@@ -50,13 +50,13 @@ def mirror() -> str:
         return named
     for source in _sources():
         for uri in source.uris if source.is_debian else ():
-            if _ARCHIVE.search(real := _behind(uri)):
+            if _ARCHIVE.search(real := _resolve(uri)):
                 return real
     raise CannotTest("apt has no mirror of the Debian archive among its sources: name one in DEBIAN_MIRROR=URI")
 
 
 def _sources() -> Iterator[_Source]:
-    """The entries of the files that apt reads, in its order."""
+    """The entries of the files that apt reads, in the same order."""
     parts = sorted(path for path in (_APT / "sources.list.d").glob("*") if path.suffix in (".list", ".sources"))
     for path in (_APT / "sources.list", *parts):
         if path.is_file() and os.access(path, os.R_OK):
@@ -80,8 +80,8 @@ def _stanzas(text: str) -> Iterator[_Source]:
             yield _Source(uris, suites, components, " ".join(key))
 
 
-def _behind(uri: str) -> str:
-    """*uri*, or the first one of the list that it names, as Debian's cloud images have it (apt-transport-mirror(1))."""
+def _resolve(uri: str) -> str:
+    """*uri*, or the first one in the list of mirrors that it names (apt-transport-mirror(1); Debian's cloud images)."""
     match = re.fullmatch(r"mirror[+:]file:(?://(?=/))?(/.*)", uri)
     if match is None:
         return uri

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A program that is started by its path has only its own folder there; and any Python may have been named to start it.
+    # Python puts the program's own folder there; and the user may have taken any Python.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from runner.unmet import leave, unmet
 
@@ -15,10 +15,10 @@ if __name__ == "__main__":
 
 import pytest
 
+from harness.kernel_options import AUTO
 from runner import ROOT
 from runner.suite_pytest import in_one_word, run
 
-_AT_HAND = "auto"  # kernel_options.AT_HAND, which cannot be imported before main() has set the path
 # Options that name a file to write
 _FILES = ("--results", "--junitxml", "--junit-xml", "--log-file")
 _USAGE = """\
@@ -47,33 +47,31 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(_USAGE)
         return 0
-    if mistake := _mistake(arguments):
+    if mistake := _find_mistake(arguments):
         print(f"check_kernel.py: {mistake}", file=sys.stderr)
         return 128
     kernel, *options = arguments
-    # Paths are seen from where the user is, tests from the suite, which pytest has to be in to find its settings.
+    # Paths are relative to the user's folder, tests to the suite's, where pytest finds its settings.
     if _is_path(kernel):
         kernel = os.path.abspath(os.path.expanduser(kernel))
-    options = _with_absolute_paths(options)
+    options = _make_absolute(options)
     os.chdir(ROOT)
     status = run([f"--kernel={kernel}", "-v", *options])
     return STATUSES.get(status, status)
 
 
-def _mistake(arguments: list[str]) -> str | None:
+def _find_mistake(arguments: list[str]) -> str | None:
     if not arguments or not arguments[0] or arguments[0].startswith("-"):
         return "no kernel is named: check_kernel.py KERNEL [options of pytest], such as debian:6.12; see --help"
-    if arguments[0] == _AT_HAND:
-        return (
-            f"{_AT_HAND} is no kernel to check: name one (debian:6.12); make run takes one at hand where it needs one"
-        )
+    if arguments[0] == AUTO:
+        return f"{AUTO} is no kernel to check: name one (debian:6.12); make run takes a local one where it needs one"
     if any(argument.partition("=")[0] == "--kernel" for argument in arguments):
         return "--kernel: the kernel is named already, as the first argument"
     return None
 
 
-def _with_absolute_paths(options: list[str]) -> list[str]:
-    """*options* with the paths in them made absolute."""
+def _make_absolute(options: list[str]) -> list[str]:
+    """*options* with absolute paths."""
     words: list[str] = []
     for option in in_one_word(options):
         name, equals, value = option.partition("=")
@@ -84,7 +82,7 @@ def _with_absolute_paths(options: list[str]) -> list[str]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether *name* is the path of a kernel or program, and not a name to look up."""
+    """Whether *name* is a path, and not a release or a program to look up."""
     return "/" in name or os.path.exists(name)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Writing an initramfs: an archive in the "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+"""Archives in the "newc" format of an initramfs (Documentation/driver-api/early-userspace/buffer-format.rst)."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 class CpioWriter:
-    """Writes an archive to *file*; all that is in it belongs to root. Folders are made as files need them."""
+    """Writes an archive to *file*, all of it owned by root; the folders of a file are added before it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -43,7 +43,7 @@ class CpioWriter:
                 self.add_file(inside, path.read_bytes(), stat.S_IMODE(status.st_mode), int(status.st_mtime))
 
     def finish(self) -> None:
-        """End the archive; the kernel takes another one behind it."""
+        """Write the end of the archive, which another one may follow."""
         self._write("/TRAILER!!!", 0, b"", 0)
 
     def _add_parents(self, name: str) -> None:
@@ -53,7 +53,7 @@ class CpioWriter:
     def _write(self, name: str, mode: int, data: bytes, mtime: int, device: tuple[int, int] = (0, 0)) -> None:
         self._inode += 1
         path = name.lstrip("/").encode() + b"\0"
-        # inode, mode, uid, gid, links, mtime, size, device, device it stands for, length of the name, checksum
+        # ino, mode, uid, gid, nlink, mtime, filesize, dev (major, minor), rdev (major, minor), namesize, check
         numbers = (self._inode, mode, 0, 0, 1, mtime, len(data), 0, 0, *device, len(path), 0)
         header = b"070701" + b"".join(b"%08X" % number for number in numbers) + path
         self._file.write(header + bytes(-len(header) % 4) + data + bytes(-len(data) % 4))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Debian's kernels: found in the archive, downloaded and unpacked, so that nothing is installed."""
+"""Debian's kernels: finding them in the archive, downloading and unpacking them, without installing anything."""
 
 import hashlib
 import re
@@ -9,23 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.apt import Suite, cause, require, unpack
+from runner.arch import this_arch
 from runner.errors import CannotTest
-from runner.store import BUILD, fill, is_complete, locked, say, shown
+from runner.store import BUILD, fill, locked, newest, say, shown, version_key
 
-_DEFAULT_FLAVOUR = "cloud-amd64"
-# Where to look, in this order: stable has the kernel that is fetched most often, oldstable an older one, unstable the newest.
+# In the order of the search: stable has the kernel that is fetched most often, oldstable an older one, unstable the newest.
 _SUITES = ("trixie", "bookworm", "sid")
 
 
 def fetch(wanted: str, cache: Path) -> Path:
-    """Where the newest Debian kernel that fits *wanted* is unpacked.
+    """The folder of the newest Debian kernel that matches *wanted*: in *cache*, or else in the first suite that has one.
 
-    :param wanted: a version, as many of its numbers as matter, and maybe a flavour (``6.12-rt-amd64``)
-
-    It comes from *cache* when one that fits is there. Otherwise the first suite that has one is taken.
-
+    :param wanted: the start of a version, with or without a flavour (``6.12-rt-amd64``)
     :raises CannotTest: there is none, or it cannot be downloaded
     """
+    architecture = this_arch().debian
     if candidate := re.fullmatch(r"(\d+(?:\.\d+)*)[-~]?rc\d+.*", wanted):
         raise CannotTest(
             f"debian:{wanted}: release candidates are in none of {', '.join(_SUITES)}; name a release, such as"
@@ -33,17 +31,17 @@ def fetch(wanted: str, cache: Path) -> Path:
         )
     match = re.fullmatch(r"(\d+(?:\.\d+)*)(?:-([a-z0-9-]+))?", wanted)
     if not match:
-        raise CannotTest(f"debian:{wanted}: write it as debian:6.12 or debian:6.12-rt-amd64")
-    version, flavour = match[1], match[2] or _DEFAULT_FLAVOUR
-    fit = rf"{re.escape(version)}(?![0-9])[a-z0-9.+~]*(?:-\d+)?-{flavour}"
-    name = re.compile(rf"(?:linux-(?:image|binary)-)?{fit}(?:-unsigned)?")
-    if cached := _newest_cached(name, cache):
+        raise CannotTest(f"debian:{wanted}: write it as debian:6.12 or debian:6.12-rt-{architecture}")
+    version, flavour = match[1], match[2] or f"cloud-{architecture}"
+    pattern = rf"{re.escape(version)}(?![0-9])[a-z0-9.+~]*(?:-\d+)?-{flavour}"
+    name = re.compile(rf"(?:linux-(?:image|binary)-)?{pattern}(?:-unsigned)?")
+    if cached := newest(cache, name):
         return cached
     with locked(BUILD / "apt"):
-        if cached := _newest_cached(name, cache):  # another run fetched it meanwhile
+        if cached := newest(cache, name):  # another run fetched it meanwhile
             return cached
         require(f"give the path of a kernel instead of debian:{wanted}")
-        say(f"fetching a Debian kernel {version} ({flavour}) into {shown(cache)}, as none that fits is there")
+        say(f"fetching a Debian kernel {version} ({flavour}) into {shown(cache)}, as no matching one is there")
         found = _search(name)
         if found is None:
             raise CannotTest(f"Debian has no kernel {version} of flavour {flavour} in {', '.join(_SUITES)}")
@@ -52,7 +50,7 @@ def fetch(wanted: str, cache: Path) -> Path:
 
 
 def _search(name: re.Pattern[str]) -> tuple[Suite, str] | None:
-    """The first suite that has kernel packages that fit *name*, and the newest release among them."""
+    """The first suite with kernel packages that match *name*, and the newest release among them."""
     for suite in map(Suite.updated, _SUITES):
         if packages := [package for package in suite.packages("linux-") if name.fullmatch(package)]:
             return suite, max((_release(package) for package in packages), key=version_key)
@@ -60,14 +58,14 @@ def _search(name: re.Pattern[str]) -> tuple[Suite, str] | None:
 
 
 def unpack_files(packages: Sequence[Path], cache: Path) -> Path:
-    """Where the package files are unpacked together; they are, if they were not before."""
+    """The folder in *cache* with the content of all *packages*, which are unpacked once."""
     stamp = "".join(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in packages)
     target = cache / f"deb-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     return fill(target, lambda folder: unpack(packages, folder))
 
 
 def package_fields(package: Path) -> dict[str, str]:
-    """The fields of a package file's description.
+    """The control fields of a package file.
 
     :raises CannotTest: it is no Debian package
     """
@@ -82,20 +80,10 @@ def package_fields(package: Path) -> dict[str, str]:
     return fields
 
 
-def version_key(text: str) -> list[tuple[int, str]]:
-    """A key that sorts names with numbers in them by the numbers' values."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", text)]
-
-
-def _newest_cached(name: re.Pattern[str], cache: Path) -> Path | None:
-    cached = [path for path in cache.glob("*") if is_complete(path) and name.fullmatch(path.name)]
-    return max(cached, key=lambda path: version_key(path.name), default=None)
-
-
 def _download(suite: Suite, release: str, folder: Path) -> None:
     """Unpack the packages of the kernel *release* into *folder*."""
     packages = suite.packages("linux-")
-    # Where linux-binary exists, linux-image is an empty package that pulls it in; unsigned is what is there at least.
+    # If there is a linux-binary, linux-image only depends on it. Not all kernels are signed.
     kinds = (f"linux-binary-{release}", f"linux-image-{release}", f"linux-image-{release}-unsigned")
     names = [next(kind for kind in kinds if kind in packages)]
     names += [package for package in packages if package == f"linux-modules-{release}"]

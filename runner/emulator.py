@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which QEMU runs the machines: one that is named, this host's if its emulation is known to be sound, or Debian's."""
+"""The QEMU to use: the named one, this host's if its emulation has no known fault to avoid, or Debian's."""
 
 import re
 import shutil
@@ -8,25 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.apt import Suite, cause, require, unpack
-from runner.debian import version_key
+from runner.arch import this_arch
 from runner.emulator_faults import faults_of
 from runner.errors import CannotTest
-from runner.store import BUILD, fill, is_complete, locked, say, shown
+from runner.store import BUILD, fill, locked, newest, say, shown
 
-PROGRAM = "qemu-system-x86_64"
 _CACHE = BUILD / "qemu"
-_SUITE = "trixie"  # its QEMU, 10.0, is the newest one that the whole suite was seen to pass in
-_PACKAGE = "qemu-system-x86"
-_INSTEAD = f"install {PROGRAM}, or name one with --qemu PATH"
-_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+_SUITE = "trixie"  # QEMU 10.0, the newest version in which the whole suite was seen to pass
 
 
 @dataclass(frozen=True)
 class Emulator:
-    """A QEMU that runs here.
+    """A QEMU that runs on this host.
 
-    :ivar command: how it is started
-    :ivar origin: where it comes from
+    :ivar command: the words that start it
+    :ivar origin: where it comes from, for users
     """
 
     command: tuple[str, ...]
@@ -35,10 +31,10 @@ class Emulator:
 
 
 def find_emulator(named: str | None, emulates: bool) -> Emulator:
-    """The QEMU to use.
+    """Choose a QEMU.
 
     :param named: the path of one; None to choose
-    :param emulates: whether it is to emulate the CPU: what its emulation does wrong does not matter where it does not
+    :param emulates: whether it will emulate the CPU; if not, the faults of its emulation do not matter
     :raises CannotTest: there is none, and none can be fetched
     """
     if named is not None:
@@ -46,14 +42,15 @@ def find_emulator(named: str | None, emulates: bool) -> Emulator:
         if path is None:
             raise CannotTest(f"--qemu {named}: there is no such program")
         return _installed(path, f"--qemu {named}")
-    path = shutil.which(PROGRAM)
+    program = this_arch().qemu
+    path = shutil.which(program)
     if path is None:
-        return debian_emulator(f"this host has no {PROGRAM}")
+        return debian_emulator(f"this host has no {program}")
     try:
         host = _installed(path, "this host's")
     except CannotTest as error:
         say(f"{error}; Debian's is used instead")
-        return debian_emulator(f"this host's {PROGRAM} does not run")
+        return debian_emulator(f"this host's {program} does not run")
     fault = next((fault for fault in faults_of(host.version) if fault.avoid), None)
     if fault is None or not emulates:
         return host
@@ -61,7 +58,7 @@ def find_emulator(named: str | None, emulates: bool) -> Emulator:
     try:
         return debian_emulator(why)
     except CannotTest as error:
-        say(f"{why}; it is used all the same, as no other can be had: {error}")
+        say(f"{why}; it is used anyway, as there is no other: {error}")
         return host
 
 
@@ -70,47 +67,44 @@ def _installed(path: str, origin: str) -> Emulator:
 
 
 def debian_emulator(why: str) -> Emulator:
-    """Debian's QEMU, from the cache; it is fetched if it is not there.
+    """Debian's QEMU, which is fetched once.
 
-    :param why: the reason that is shown for it
+    :param why: the reason for the download, for users
     :raises CannotTest: it cannot be fetched
     """
-    if re.search("[:;]", str(_CACHE)):  # both part the folders of the loader's option --library-path (ld.so(8))
+    if re.search("[:;]", str(_CACHE)):  # both separate the folders of --library-path (ld.so(8))
         raise CannotTest(
-            f"Debian's QEMU does not run from {_CACHE}: move the suite to a path without : and ;, or {_INSTEAD}"
+            f"Debian's QEMU does not run from {_CACHE}: move the suite to a path without : and ;, or {_instead()}"
         )
-    folder = _newest_cached()
+    any_version = re.compile(r"\d.*")
+    folder = newest(_CACHE, any_version)
     if folder is None:
         with locked(BUILD / "apt"):
-            folder = _newest_cached() or _fetch(why)
-    root = folder / "root"
-    # By its own C library and loader: the host's may be older, or another one.
-    loader = root / _LIBRARIES / "ld-linux-x86-64.so.2"
+            folder = newest(_CACHE, any_version) or _fetch(why)
+    root, arch = folder / "root", this_arch()
+    # With its own loader and C library, as the host's may be older, or another one.
+    loader = root / arch.loader
     libraries = [
-        root / _LIBRARIES,
-        *(path for path in (root / _LIBRARIES).iterdir() if path.is_dir() and any(path.glob("*.so.*"))),
+        loader.parent,
+        *(path for path in loader.parent.iterdir() if path.is_dir() and any(path.glob("*.so.*"))),
     ]
-    data = [word for name in ("qemu", "seabios") for word in ("-L", str(root / "usr/share" / name))]
+    data = [word for name in arch.qemu_data for word in ("-L", str(root / "usr/share" / name))]
     command = (
         *(str(loader), "--library-path", ":".join(map(str, libraries))),
-        *(str(root / "usr/bin" / PROGRAM), *data),
+        *(str(root / "usr/bin" / arch.qemu), *data),
     )
     return Emulator(command, _version(command), str(shown(folder)))
 
 
-def _newest_cached() -> Path | None:
-    cached = [path for path in _CACHE.glob("*") if is_complete(path)]
-    return max(cached, key=lambda path: version_key(path.name), default=None)
-
-
 def _fetch(why: str) -> Path:
-    require(_INSTEAD)
+    require(_instead())
     say(f"fetching QEMU, about 40 MB of Debian packages, into {shown(_CACHE)}, as {why}")
     suite = Suite.updated(_SUITE)
-    packages = suite.download_with_dependencies(_PACKAGE)
-    package = next((path for path in packages if path.name.startswith(f"{_PACKAGE}_")), None)
+    name = this_arch().qemu_package
+    packages = suite.download_with_dependencies(name)
+    package = next((path for path in packages if path.name.startswith(f"{name}_")), None)
     if package is None:
-        raise CannotTest(f"apt-get install {_PACKAGE} ({_SUITE}) downloaded other packages only: {_INSTEAD}")
+        raise CannotTest(f"apt-get install {name} ({_SUITE}) downloaded other packages only: {_instead()}")
     version = re.sub(r"^\d+%3a|\+.*", "", package.name.split("_")[1])
 
     def write(folder: Path) -> None:
@@ -120,10 +114,15 @@ def _fetch(why: str) -> Path:
     return fill(_CACHE / version, write)
 
 
+def _instead() -> str:
+    """What a user can do where no QEMU can be fetched."""
+    return f"install {this_arch().qemu}, or name one with --qemu PATH"
+
+
 def _version(command: tuple[str, ...]) -> str:
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    except OSError as error:  # such as one that was built for another machine
+    except OSError as error:  # such as a program for another architecture
         raise CannotTest(f"{command[0]} is not a QEMU that runs here: {error.strerror}") from None
     match = re.search(r"QEMU emulator version v?(\d\S*)", done.stdout)
     if match is None:

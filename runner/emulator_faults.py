@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What QEMU's emulation of CPUs (TCG) is known to do wrong that this suite meets: by version, with what to do about it."""
+"""Known faults of QEMU's CPU emulation (TCG) that affect this suite, by version, and how to avoid them."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 class Fault:
     """A fault of the emulation.
 
-    :ivar since: the first version that has it
-    :ivar until: the first version that has it no more; empty when none is known
-    :ivar does: what it does wrong
-    :ivar showed: how that was seen
-    :ivar source: where it can be read: QEMU's commits and functions, threads
-    :ivar avoid: whether a version without it is to be used where one can be had
-    :ivar checks: those of emulator_probe.py that find it
-    :ivar withhold: the features of the CPU that must not be offered with it
+    :ivar since: the first version with it
+    :ivar until: the first version with the fix; empty if there is none
+    :ivar does: what QEMU does wrong, to complete the sentence "QEMU <version> ..."
+    :ivar seen: how it showed
+    :ivar source: QEMU's commits and functions, threads
+    :ivar avoid: whether to prefer a version without it
+    :ivar checks: the checks of emulator_probe.py that find it
+    :ivar withhold: the CPU features that the guest must not have then
     """
 
     name: str
     since: str
     until: str
     does: str
-    showed: str
+    seen: str
     source: str
     avoid: bool = False
     checks: tuple[str, ...] = ()
@@ -36,18 +36,18 @@ FAULTS = (
         name="page tables not updated atomically",
         since="0",
         until="7.2",
-        does="sets accessed and dirty bits by plain stores: what another CPU changes in the entry meanwhile is undone",
-        showed="read in the source, not tried: a page that KVM just write-protected may become writable again",
-        source="mended by 4a1e9d4d11cd, 'target/i386: Use atomic operations for pte updates'",
+        does="sets accessed and dirty bits by plain stores, which undo what another CPU changes in the entry meanwhile",
+        seen="read in the source, not tried: a page that KVM just write-protected may become writable",
+        source="fixed by 4a1e9d4d11cd, 'target/i386: Use atomic operations for pte updates'",
         avoid=True,
     ),
     Fault(
         name="XSETBV not intercepted",
         since="0",
         until="8.2",
-        does="lets a guest set XCR0 behind KVM's back; at the next VMRUN KVM puts back the value that it knows, without AVX",
-        showed="vector stores of 32 bytes take #UD in the guest: test_a_vector_store_is_reported[*-32] failed (7.2.22)",
-        source="mended by 24b34590d07f, 'target/i386: check intercept for XSETBV'",
+        does="lets a guest set XCR0 behind KVM's back; at the next VMRUN KVM restores the value that it knows, without AVX",
+        seen="vector stores of 32 bytes take #UD in the guest: test_a_vector_store_is_reported[*-32] failed (7.2.22)",
+        source="fixed by 24b34590d07f, 'target/i386: check intercept for XSETBV'",
         avoid=True,
         checks=("xsetbv",),
         withhold=("avx",),
@@ -58,8 +58,8 @@ FAULTS = (
         until="8.1",
         does="misses what another CPU writes to code while it translates it: the breakpoint by which a kernel switches a"
         " static key may stay for good",
-        showed="'Oops: int3' in up to 2 of 3 boots; with one key switched in a loop, after at most 20 times (7.2.22)",
-        source="mended by deba78709ae8, 'accel/tcg: Always lock pages before translation'; reported in the thread"
+        seen="'Oops: int3' in up to 2 of 3 boots; with one key switched in a loop, after at most 20 times (7.2.22)",
+        source="fixed by deba78709ae8, 'accel/tcg: Always lock pages before translation'; reported in the thread"
         " 'qemu-x86_64 booting with 8.0.0 stil see int3: when running LTP tracing testing' (LKML, July 2023)",
         avoid=True,
     ),
@@ -67,27 +67,27 @@ FAULTS = (
         name="second page of translated code not recorded",
         since="8.1",
         until="9.1",
-        does="does not notice that code which continues in another page is changed there",
-        showed="read in the source, not tried: a kernel that runs code which it has replaced",
-        source="mended by 3b279f73fa37, 'accel/tcg: Fix typo causing tb->page_addr[1] to not be recorded'",
+        does="does not notice changes to the second page of code that crosses a page boundary",
+        seen="read in the source, not tried: a kernel that runs code that it has replaced",
+        source="fixed by 3b279f73fa37, 'accel/tcg: Fix typo causing tb->page_addr[1] to not be recorded'",
         avoid=True,
     ),
     Fault(
         name="code invalidated before it is changed",
         since="0",
         until="",
-        does="translates code again between another CPU's store to it being noticed and being done: the same as with"
-        " 'code translated before its page is locked', but seldom; not with thread=single",
-        showed="'Oops: int3' with one key switched in a loop, three CPUs on two of the host's: in 8 of 11 runs, after at most"
+        does="may translate code again after it notices another CPU's store to it and before it does the store: as with"
+        " 'code translated before its page is locked', but rarely; not with thread=single",
+        seen="'Oops: int3' with one key switched in a loop, three CPUs on two of the host's: in 8 of 11 runs, after at most"
         " 429 times (10.0 and 11.1 with Linux 6.12; in none of 4 with 7.2); with thread=single not in 1585 times",
-        source="notdirty_write() in accel/tcg/cputlb.c; the runner boots again (ending.py)",
+        source="notdirty_write() in accel/tcg/cputlb.c; the runner boots again (lib/harness/remote.py)",
     ),
     Fault(
         name="first CPU's flags changed by others",
         since="4.2",
         until="",
-        does="clears a bit of the first CPU's hflags2 without a lock, when any CPU restores its x87 state",
-        showed="a guest or the kernel crashes where it runs on the first CPU: see keep_off_cpu_0() in guest_init.py",
+        does="clears a bit of the first CPU's hflags2 without a lock when any CPU restores its x87 state",
+        seen="a guest or the kernel crashes where it runs on the first CPU: see keep_off_cpu_0() in guest_init.py",
         source="cpu_clear_ignne() in target/i386/tcg/*/fpu_helper.c, since bf13bfab0840, 'i386: implement IGNNE'",
     ),
 )
@@ -104,18 +104,18 @@ def faults_of(version: str) -> list[Fault]:
 
 
 def withheld(failed: Collection[str]) -> tuple[str, ...]:
-    """The features of the CPU that must not be offered where these checks of emulator_probe.py failed."""
+    """The CPU features that the guest must not have if these checks of emulator_probe.py failed."""
     found = (fault for fault in FAULTS if not set(failed).isdisjoint(fault.checks))
     return tuple(dict.fromkeys(feature for fault in found for feature in fault.withhold))
 
 
 def without(cpu_model: str, features: Iterable[str]) -> str:
-    """A CPU model less some features, as QEMU's ``-cpu`` takes it."""
+    """A CPU model without some features, as QEMU's ``-cpu`` takes it."""
     return ",".join((cpu_model, *(f"-{feature}" for feature in features)))
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """A version's numbers, for comparison; what follows them (-rc1, a distribution's own) does not count."""
+    """The numbers of a version, for comparisons; suffixes (-rc1, a distribution's) do not count."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     if match is None:
         raise ValueError(f"not a version of QEMU: {version!r}")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# Asks an emulated CPU for what KVM and this suite need of it. QEMU boots it in place of a kernel; it does what KVM does
-# with guests of its own, and says on the debug console how each ended. runner/emulator_probe.py knows what is right.
+# Checks whether an emulated CPU does what KVM and this suite need. QEMU boots this program in place of a kernel; it runs
+# guests as KVM does, and prints on the debug console how each exited. emulator_probe.py has the right answers.
 #
-# Of each check a line: its name, "=", the exit code, exit information 1 and 2 and a value of its own, all in hex; or
-# its name and "absent" where CPUID does not offer what it needs. A line that is not whole is where the machine broke down.
+# A line per check: its name, "=", EXITCODE, EXITINFO1, EXITINFO2 and a value of the check's own, all in hex; or its name and
+# "absent" if CPUID lacks a feature that it needs. If the machine crashes, the last line is incomplete.
 
 	.set CONSOLE, 0xe9		# QEMU's isa-debugcon
 	.set EXIT_PORT, 0xf4		# its isa-debug-exit
@@ -28,9 +28,9 @@
 	.set CR4_PAE, 1 << 5
 	.set CR4_OSFXSR, 1 << 9
 	.set CR4_OSXSAVE, 1 << 18
-	.set XCR0_AVX, 7		# with what it needs: x87 and SSE
+	.set XCR0_AVX, 7		# and what it depends on: x87 and SSE
 
-	# Page table entries, nested ones too
+	# Page table entries, also nested ones
 	.set PRESENT, 1 << 0
 	.set WRITABLE, 1 << 1
 	.set USER, 1 << 2
@@ -65,28 +65,28 @@
 	.set SAVED_PAT, 0x668
 	.set HLT_OR_SHUTDOWN, 1 << 24 | 1 << 31
 	.set VMRUN_VMMCALL_XSETBV, 1 << 0 | 1 << 1 | 1 << 13
-	.set LIMIT, 4			# of a segment, behind its selector and attributes; then its base
+	.set LIMIT, 4			# of a segment: after its selector and attributes, before its base
 	.set BASE, 8
 	.set CODE_16, 0x09b << 16	# attributes: type, present, long, granularity
 	.set CODE_64, 0xa9b << 16
 	.set DATA, 0xc93 << 16
 
-	# What all page tables map: so many huge pages one to one, this program among them, but for the one with the guest's
-	# test memory. Its pages are mapped singly, by the guest's tables from the same address, by the nested ones from
-	# another: memory is wrong where one of the two is not walked. Its last page is the guest's table for it.
+	# All page tables map these huge pages one to one, this program among them, except for the one with the guest's test
+	# memory. Its pages are mapped one by one: by the guest's tables from the same address, by the nested ones from another,
+	# so that a walk that skips one of them finds wrong memory. Its last page is the guest's table for it.
 	.set HUGE_PAGES, 8
 	.set TEST, 2 * HUGE_PAGE
 	.set BEHIND_TEST, 3 * HUGE_PAGE
 	.set TEST_PAGES, 512
 	.set GUEST_TABLE, TEST + (TEST_PAGES - 1) * PAGE
 
-	# What a check needs, in %ebp
+	# Features that a check needs, in %ebp
 	.set HAS_NESTED_PAGING, 1 << 0
 	.set HAS_XSAVE, 1 << 1
 	.set HAS_AVX, 1 << 2
 
 	# check name, memory, needs ... end_check: the guest of a check, with its test memory at *memory*: BEHIND_TEST for one
-	# with nested paging, else TEST. Its own value is what %rdx holds at the end.
+	# with nested paging, else TEST. Its own value is %rdx at the end.
 	.macro check name, memory, needs
 	.pushsection .rodata
 9:	.asciz "\name"
@@ -103,7 +103,7 @@
 7:
 	.endm
 
-	# Run the guest from *code* to where it ends.
+	# Run the guest from *code* to its exit.
 	.macro run code
 	mov $\code, %eax
 	mov %rax, vmcb + SAVED_RIP
@@ -119,7 +119,7 @@
 	call print_text
 	.endm
 
-	# Page tables: three levels, the last with huge pages. *test* is what the test memory's entry points to.
+	# Page tables: three levels, the last with huge pages. *test* is the target of the entry for the test memory.
 	.macro page_tables name, test
 	.balign PAGE
 \name:	.quad 1f + USER + WRITABLE + PRESENT
@@ -160,7 +160,7 @@ host_save_area:
 	.skip PAGE
 stack:
 
-	# QEMU begins where this note says, in 32-bit protected mode without paging (Xen's PVH boot protocol).
+	# QEMU starts at the address in this note, in 32-bit protected mode without paging (Xen's PVH boot protocol).
 	.section .note.Xen, "a", @note
 	.long 4, 8, 18			# sizes of name and content, XEN_ELFNOTE_PHYS32_ENTRY
 	.asciz "Xen"
@@ -215,8 +215,8 @@ has_svm:
 	clgi
 	jmp checks
 
-# Print the name %rsi, and make ready a guest with test memory at %r14.
-# Carry is set, and the check is over, when the CPU lacks something of %r15.
+# Print the name %rsi, and prepare a guest with test memory at %r14.
+# Carry is set, and the check is over, if the CPU lacks a feature of %r15.
 begin_check:
 	call print_text
 	mov %r15d, %eax
@@ -228,7 +228,7 @@ begin_check:
 	stc
 	ret
 1:	print "="
-	mov %r14, %rdi			# the guest's memory: the first pages are cleared, the last one is its table
+	mov %r14, %rdi			# the guest's memory: clear the first pages; the last one is its table
 	xor %eax, %eax
 	mov $4 * PAGE / 8, %ecx
 	rep stosq
@@ -247,7 +247,7 @@ begin_check:
 	movl $HLT_OR_SHUTDOWN, INTERCEPT_MISC1(%rbx)
 	movl $VMRUN_VMMCALL_XSETBV, INTERCEPT_MISC2(%rbx)
 	movl $1, ASID(%rbx)
-	movb $1, TLB_CONTROL(%rbx)	# flush all, each time
+	movb $1, TLB_CONTROL(%rbx)	# flush everything on each VMRUN
 	cmp $BEHIND_TEST, %r14d
 	jne 1f
 	movb $1, NESTED_PAGING(%rbx)
@@ -278,7 +278,7 @@ begin_check:
 	clc
 	ret
 
-# Fill the table %rdi with entries for pages from that of %rax on.
+# Fill the table %rdi with entries for consecutive pages, %rax first.
 fill_table:
 	mov $TEST_PAGES, %ecx
 1:	stosq
@@ -286,7 +286,7 @@ fill_table:
 	loop 1b
 	ret
 
-# Print how the guest ended, and %rdx.
+# Print how the guest exited, and %rdx.
 report:
 	push %rdx
 	mov vmcb + EXIT_CODE, %rdx
@@ -325,9 +325,9 @@ digits:
 pattern:
 	.ascii "0123456789abcdefghijklmnopqrstuv"
 	.set PATTERN_SIZE, . - pattern
-	.set STRADDLING, PAGE - 5	# where it lies over a page's end
+	.set STRADDLING, PAGE - 5	# crosses a page boundary there
 
-# --- the guests: each ends with vmmcall, unless something else ends it ---
+# --- the guests: each runs to its vmmcall, unless it exits before ---
 
 	.text
 guest_nothing:
@@ -368,7 +368,7 @@ guest_vector_store:
 	vmovups %ymm0, TEST + STRADDLING
 	vmmcall
 
-# What is left in %rdx: whether the pattern is where the guest of %r14 stored it.
+# Set %rdx to whether the pattern is where the guest of %r14 stored it.
 find_pattern:
 	xor %edx, %edx
 	lea STRADDLING(%r14), %rdi
@@ -402,7 +402,7 @@ checks:
 	run guest_nothing
 	end_check
 
-	# The guest's new value must not get into XCR0, and KVM must learn of it.
+	# The guest's new value must not reach XCR0, and the guest must exit to KVM.
 	check "xsetbv", TEST, HAS_XSAVE | HAS_AVX
 	run guest_set_xcr0
 	xor %ecx, %ecx
@@ -439,7 +439,7 @@ checks:
 	call marks
 	end_check
 
-	# A page is write-protected after it was written, as a collection of the log does it.
+	# A page is write-protected after it was written, as KVM does when the dirty log is collected.
 	check "store-protected-again", BEHIND_TEST, HAS_NESTED_PAGING
 	run guest_store
 	andb $~WRITABLE, nested_table
@@ -459,7 +459,7 @@ checks:
 	xor %edx, %edx
 	end_check
 
-	# The value: what the string store left to do when it came to the protected page.
+	# The value: what the string store has left to do at the protected page.
 	check "string-store-protected", BEHIND_TEST, HAS_NESTED_PAGING
 	andb $~WRITABLE, nested_table + 8
 	run guest_string_store
@@ -472,14 +472,14 @@ checks:
 	xor %edx, %edx
 	end_check
 
-	# The guest's own page table is protected, and the walk wants to set an accessed bit in it.
+	# The guest's own page table is write-protected, and the walk has to set an accessed bit in it.
 	check "walk-protected", BEHIND_TEST, HAS_NESTED_PAGING
 	andb $~WRITABLE, nested_table + 8 * (TEST_PAGES - 1)
 	run guest_load
 	xor %edx, %edx
 	end_check
 
-	# vmmcall is behind the test memory, hlt at its own address.
+	# The nested tables lead to a vmmcall; at the guest's own address is a hlt.
 	check "real-mode-nested", BEHIND_TEST, HAS_NESTED_PAGING
 	movl $0xd9010f, BEHIND_TEST
 	movb $0xf4, TEST

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What ends a run under another kernel before it began."""
+"""The error that ends a run in another kernel before its first test."""
 
-CANNOT_TEST = 125  # the exit status that says so, as git bisect run takes it
+CANNOT_TEST = 125  # the exit status for it, by which git bisect run skips a commit
 
 
 class CannotTest(Exception):
-    """The kernel cannot be tested as asked; the text is one line that says why, and what to do."""
+    """The kernel cannot be tested; the text is one line with the reason and a remedy."""

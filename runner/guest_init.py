@@ -1,23 +1,20 @@
 #!/usr/bin/python3 -SE
 # SPDX-License-Identifier: GPL-2.0-only
-"""The first program in the booted kernel: loads KVM, runs pytest, and tells the host about it on the second serial port.
+"""The init process of the booted kernel: it loads KVM, runs pytest, and reports to the host over a serial port.
 
-It gets its orders from ``/orders.json``; what it tells are lines of JSON. The host ends the machine.
+Its job is in ``/job.json``, its messages are lines of JSON. The host kills the machine at the end.
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 
-ORDERS = "/orders.json"
-REPORTS = "/dev/ttyS1"
+JOB = "/job.json"
 OUTPUT = "/run/output"
-BEGINS = "guest_init: begins"  # in the kernel's log, between its boot and its first program
-FINIT_MODULE = {"x86_64": 313}
+INIT_MARKER = "guest_init: begins"  # in the kernel's log, between its boot and the first user space
 
 MOUNTS = (
     ("proc", "/proc"),
@@ -36,70 +33,92 @@ class CannotTest(Exception):
     """This kernel cannot be tested; the text says why."""
 
 
-def main() -> None:
-    """Do it all; never returns."""
+class Job:
+    """The content of JOB; no dataclass, as every import costs emulated time.
+
+    :ivar modules: path and arguments of each module, in the order in which to load them
+    :ivar parameters: values of KVM's parameters to check afterwards, such as ``kvm.tdp_mmu``
+    :ivar command: pytest, which is started before the modules are loaded and gets a line of input afterwards
+    """
+
+    def __init__(
+        self,
+        report_port: str,
+        modules: list[tuple[str, str]],
+        parameters: dict[str, str],
+        keep_off_cpu_0: bool,
+        command: list[str],
+        environment: dict[str, str],
+    ) -> None:
+        self.report_port = report_port
+        self.modules = modules
+        self.parameters = parameters
+        self.keep_off_cpu_0 = keep_off_cpu_0
+        self.command = command
+        self.environment = environment
+
+
+def main(job: Job) -> None:
+    """Run the whole job, and report how it ended."""
     for kind, path in MOUNTS:
         os.makedirs(path, exist_ok=True)
-        libc.mount(kind.encode(), path.encode(), kind.encode(), 0, None)  # a kernel without debugfs goes without it
+        libc.mount(kind.encode(), path.encode(), kind.encode(), 0, None)  # debugfs may fail: it is optional
     with open("/dev/kmsg", "w") as log:
-        log.write(BEGINS)
-    with open(ORDERS) as file:
-        orders = json.load(file)
-    tell(hello=os.uname().release)
-    if orders["keep_off_cpu_0"]:
+        log.write(INIT_MARKER)
+    send(job, booted=os.uname().release)
+    if job.keep_off_cpu_0:
         keep_off_cpu_0()
-    suite = start(orders["command"], orders["environment"])
+    suite = start_suite(job.command, job.environment)
     try:
-        for path, arguments in orders["modules"]:
-            load(path, arguments)
+        for path, arguments in job.modules:
+            load_module(path, arguments)
         if not os.path.exists("/dev/kvm"):
             raise CannotTest("there is no /dev/kvm: this kernel has no KVM for this CPU")
-        for name, wanted in orders["parameters"].items():
+        for name, wanted in job.parameters.items():
             check_parameter(name, wanted)
     except CannotTest as error:
-        tell(cannot=str(error))
-    else:
-        finish(suite)
-    while True:
-        time.sleep(60)
+        send(job, cannot_test=str(error))
+        return
+    suite.communicate(b"\n")
+    with open(OUTPUT, errors="replace") as output:
+        send(job, exit_status=suite.returncode, output=output.read()[-20000:])
 
 
-def load(path: str, arguments: str) -> None:
+def load_module(path: str, arguments: str) -> None:
     """Load a module."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    number = FINIT_MODULE[os.uname().machine]
-    if libc.syscall(number, file, arguments.encode(), 0):
+    with open(path, "rb") as file:
+        data = file.read()
+    if libc.init_module(data, ctypes.c_ulong(len(data)), arguments.encode()):
         reason = os.strerror(ctypes.get_errno())
         raise CannotTest(
             f"module {os.path.basename(path)} does not load here: {reason} (its reason is in the console log)"
         )
-    os.close(file)
 
 
 def check_parameter(name: str, wanted: str) -> None:
-    """Check that a parameter has the value that was asked for."""
+    """Check that a parameter, such as ``kvm.tdp_mmu``, has the value that the user wants."""
     module, _, parameter = name.partition(".")
     path = f"/sys/module/{module}/parameters/{parameter}"
     try:
         with open(path) as file:
             found = file.read().strip()
     except OSError:
-        raise CannotTest(f"KVM parameter {name}: this kernel has none of that name that it shows") from None
+        raise CannotTest(f"KVM parameter {name}: this kernel shows no parameter of that name") from None
     if not took_effect(wanted, found):
         raise CannotTest(f"KVM parameter {name}={wanted} did not take effect: it is {found}")
 
 
 def took_effect(wanted: str, found: str) -> bool:
-    """Whether a parameter that shows *found* may have been set to *wanted*.
+    """Whether a parameter that was set to *wanted* may read as *found*.
 
     Some take words that they do not show: ``auto`` leaves the choice to KVM, and ``force`` is Y (set_nx_huge_pages(),
     arch/x86/kvm/mmu/mmu.c).
     """
-    return wanted == "auto" or comparable({"force": "Y"}.get(wanted, wanted)) == comparable(found)
+    return wanted == "auto" or normalized({"force": "Y"}.get(wanted, wanted)) == normalized(found)
 
 
-def comparable(value: str) -> str:
-    """A value in one spelling: those of a bool (kstrtobool()), and numbers of any base."""
+def normalized(value: str) -> str:
+    """A value in one spelling: Y and N for those of a bool (kstrtobool()), decimal for numbers of any base."""
     lower = value.lower()
     if lower in ("y", "yes", "on", "1", "t", "true"):
         return "Y"
@@ -112,45 +131,40 @@ def comparable(value: str) -> str:
 
 
 def keep_off_cpu_0() -> None:
-    """Run the tests on the other CPUs: in QEMU's TCG, a guest that runs on the first one is now and then corrupted.
+    """Run the tests on the other CPUs: QEMU's TCG may corrupt a guest that runs on the first one.
 
     Each FXRSTOR or XRSTOR of any CPU clears a bit in the first CPU's hflags2, without a lock (cpu_clear_ignne() in
-    target/i386/tcg/*/fpu_helper.c, QEMU 4.2 to 10.2 at least). The same word tells whether nested paging is on. When VMRUN or
-    #VMEXIT changes that at the same moment, the change is lost: the guest ends in a triple fault, or the host's memory is
-    taken for the guest's and the kernel panics ("corrupted stack end detected inside scheduler").
+    target/i386/tcg/*/fpu_helper.c, QEMU 4.2 to 10.2 at least). Another bit of that word says whether nested paging is on. If
+    VMRUN or #VMEXIT changes it at the same moment, the change is lost: the guest ends in a triple fault, or reads the host's
+    memory as its own and the kernel panics ("corrupted stack end detected inside scheduler").
     """
     cpus = os.cpu_count() or 1
-    if cpus > 1:  # with a single one there is no other to do it
+    if cpus > 1:
         os.sched_setaffinity(0, range(1, cpus))
 
 
-def start(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """Start pytest, which waits for a line before it begins."""
+def start_suite(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start pytest: it is imported while modules load, and waits for a line on its standard input."""
     with open(OUTPUT, "wb") as output:
         return subprocess.Popen(
             command, cwd="/suite", env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
         )
 
 
-def finish(suite: "subprocess.Popen[bytes]") -> None:
-    """Let pytest begin, which reports to the host itself, and tell how it ended."""
-    suite.communicate(b"\n")
-    with open(OUTPUT, errors="replace") as output:
-        tell(ended=suite.returncode, output=output.read()[-20000:])
-
-
-def tell(**message: object) -> None:
-    """Send the host a message."""
-    with open(REPORTS, "w") as port:
-        # No other program's message may come in between.
-        fcntl.flock(port, fcntl.LOCK_EX)
+def send(job: Job, **message: object) -> None:
+    """Send a message to the host."""
+    with open(job.report_port, "w") as port:
         port.write(json.dumps(message) + "\n")
 
 
 if __name__ == "__main__":
+    with open(JOB) as file:
+        job = Job(**json.load(file))
     try:
-        main()
+        main(job)
+        while True:
+            time.sleep(60)
     except BaseException as error:
         print(f"guest_init: {type(error).__name__}: {error}", file=sys.stderr)
-        tell(cannot=f"the first program failed: {type(error).__name__}: {error}")
+        send(job, cannot_test=f"init failed: {type(error).__name__}: {error}")
         raise

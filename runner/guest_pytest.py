@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """guest_pytest.py SESSION [options of pytest]: pytest in the booted kernel.
 
-It is imported while KVM is loaded, and begins when it gets a line to read. SESSION is a GuestSession as JSON.
+It starts while KVM is loaded, and runs the tests once it reads a line. SESSION is a GuestSession as JSON.
 """
 
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the host hands to the pytest in a booted kernel. They are no options: by hand they would only do harm."""
+"""The settings that the host gives the pytest session in a booted kernel; no options, as no user should set them."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ import pytest
 
 @dataclass(frozen=True)
 class GuestSession:
-    """A plugin without hooks; that a session has it says that its kernel was booted for it.
+    """A plugin without hooks; only a session in a kernel that was booted for it has one.
 
-    :ivar report_to: the file that all reports go to, as JSON
-    :ivar repeat_with: the command that runs pytest in this kernel again, on the host
-    :ivar emulated: whether QEMU's TCG emulates this kernel's CPU
+    :ivar report_path: the device file that takes all reports, as JSON
+    :ivar reproduce_command: the host's command that runs pytest in this kernel again
+    :ivar emulated: whether TCG emulates the CPUs
     """
 
-    report_to: str
-    repeat_with: str
+    report_path: str
+    reproduce_command: str
     emulated: bool
 
 
 def guest_session(config: pytest.Config) -> GuestSession | None:
-    """What the host handed to this session; None on the host."""
+    """The settings of a session in a booted kernel; None on the host."""
     return next((one for one in config.pluginmanager.get_plugins() if isinstance(one, GuestSession)), None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The file system of the booted kernel: this Python, pytest, KVM's modules and the suite, all in an initramfs.
+"""The initramfs of the booted kernel: this Python, pytest, KVM's modules and the suite.
 
-Everything lies in memory before the first program runs. That needs nothing of the kernel but CONFIG_BLK_DEV_INITRD, and
-under emulation it is faster than any file system that is shared with the host.
+It needs nothing of the kernel but CONFIG_BLK_DEV_INITRD, and under emulation it is faster than any file system that is shared
+with the host.
 """
 
 import compileall
@@ -16,17 +16,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from packaging.requirements import Requirement
 
 from runner import ROOT
 from runner.cpio import CpioWriter
 from runner.errors import CannotTest
+from runner.guest_init import JOB, Job
 from runner.modules import Module
 from runner.store import BUILD, locked, scratch
 
@@ -35,33 +36,21 @@ PYTHON = "/usr/bin/python3"
 SITE = "/usr/lib/site-packages"
 _LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
 
-# What the suite takes along of itself: nothing that a run makes, and no kernels.
+# The parts of this checkout that go into the guest
 _SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
 _SUITE_FILES = ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml")
 
-# Parts of the standard library that take space and that no test can have a use for
+# Parts of the standard library that take space and that no test uses
 _LEFT_OUT = (
-    *("test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "pydoc_data", "site-packages"),
-    *(
-        "dist-packages",
-        "__pycache__",
-        "config-*",
-        "sqlite3",
-        "_sqlite3*",
-        "curses",
-        "_curses*",
-        "dbm",
-        "_dbm*",
-        "_gdbm*",
-    ),
-    *("_test*", "_xx*", "xx*", "_tkinter*", "turtle*", "_codecs_*", "distutils", "wsgiref", "xmlrpc", "venv"),
-)
+    "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "pydoc_data", "site-packages",
+    "dist-packages", "__pycache__", "config-*", "sqlite3", "_sqlite3*", "curses", "_curses*", "dbm", "_dbm*", "_gdbm*",
+    "_test*", "_xx*", "xx*", "_tkinter*", "turtle*", "_codecs_*", "distutils", "wsgiref", "xmlrpc", "venv",
+)  # fmt: skip
 
 
-def build(folder: Path, modules: Sequence[Module], orders: Mapping[str, Any]) -> BinaryIO:
-    """Make the initramfs: a file in *folder* without a name, which is gone with the processes that use it, whatever ends them.
+def build(folder: Path, modules: Sequence[Module], job: Job) -> BinaryIO:
+    """Make an initramfs whose init does *job*: an unnamed file in *folder*, so that nothing is left of a killed run.
 
-    :param orders: what the first program is to do; the modules are added
     :raises CannotTest: it cannot be written
     """
     with ExitStack() as failing:
@@ -69,7 +58,7 @@ def build(folder: Path, modules: Sequence[Module], orders: Mapping[str, Any]) ->
             file = failing.enter_context(tempfile.TemporaryFile(dir=folder))
             with _base().open("rb") as base:
                 shutil.copyfileobj(base, file, 1 << 20)
-            file.write(_overlay(modules, orders))
+            file.write(_overlay(modules, job))
             file.flush()
             failing.pop_all()
             return file
@@ -81,14 +70,14 @@ def build(folder: Path, modules: Sequence[Module], orders: Mapping[str, Any]) ->
 
 
 def base_digest() -> str:
-    """A name for what the cached part is made of: Python, the packages, and this file."""
+    """A digest of all that the cached part depends on: Python, the packages, and this file."""
     packages = sorted(f"{package.name} {package.version}" for package in _packages())
     text = f"{sys.version} {sys.executable} {packages}".encode() + Path(__file__).read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _base() -> Path:
-    """The part that is the same for all runs; it is made if it is not there."""
+    """The part that all runs share, made once."""
     path = CACHE / f"python-{base_digest()}.cpio"
     if not path.exists():
         with locked(CACHE):
@@ -129,19 +118,19 @@ def _collect_python(tree: Path) -> None:
     for shared in _shared_libraries([binary, *extensions]):
         target = tree / str(shared)[1:]
         target.parent.mkdir(parents=True, exist_ok=True)
-        # binutils are there: they assemble the guest programs. What they strip need not be unpacked.
+        # binutils are there: they assemble the guest programs. The guest has less to unpack.
         subprocess.run(["strip", "--strip-debug", "-o", str(target), str(shared)], check=True, capture_output=True)
     for folder in (_LIBRARY, SITE):
-        # Without the sources there is half as much to unpack into the machine's memory.
+        # Without the sources the guest has half as much to unpack.
         _compile(tree, folder, legacy=True)
         for source in (tree / folder[1:]).rglob("*.py"):
             source.unlink()
 
 
 def _compile(tree: Path, folder: str, legacy: bool = False) -> None:
-    """Compile all Python files beforehand; emulated, that takes minutes.
+    """Compile all Python files here; in an emulated guest that takes minutes.
 
-    :param legacy: put the compiled files where the sources are, which can then be left out
+    :param legacy: put the compiled files beside the sources, which can then be left out
     """
     unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(
@@ -150,12 +139,12 @@ def _compile(tree: Path, folder: str, legacy: bool = False) -> None:
 
 
 def _ignore_compiled(_folder: str, names: list[str]) -> list[str]:
-    """Of what is compiled only what pytest did itself goes along: test modules with their assertions rewritten."""
+    """Leave compiled files out, except for the test modules that pytest compiled with rewritten assertions."""
     return [name for name in names if name.endswith(".pyc") and "-pytest-" not in name]
 
 
 def _packages() -> list[Distribution]:
-    """The distributions of pytest and the other packages of requirements.txt, with all that they need."""
+    """The distributions of the packages in requirements.txt and of their dependencies."""
     found: dict[str, Distribution] = {}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     left = [line for line in lines if line.strip() and not line.startswith("#")]
@@ -171,32 +160,24 @@ def _packages() -> list[Distribution]:
 
 
 def _shared_libraries(binaries: Sequence[Path]) -> Iterator[Path]:
-    """The shared libraries that *binaries* load, with the loader itself."""
+    """The shared libraries that *binaries* load, and the loader."""
     done = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
     found = {Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", done.stdout, re.MULTILINE)}
     yield from sorted(found)
     for libc in found:
-        # glibc loads it when a thread is cancelled or exits (pthread_exit(3)).
+        # glibc loads libgcc_s.so when a thread is cancelled or exits (pthread_exit(3)).
         if libc.name.startswith("libc.so") and (unwinder := libc.with_name("libgcc_s.so.1")).exists():
             yield unwinder
 
 
-def _overlay(modules: Sequence[Module], orders: Mapping[str, Any]) -> bytes:
-    """The part that is this run's own."""
+def _overlay(modules: Sequence[Module], job: Job) -> bytes:
+    """The part that differs from run to run."""
     file = io.BytesIO()
     archive = CpioWriter(file)
     archive.add_file("/init", (ROOT / "runner" / "guest_init.py").read_bytes(), 0o755)
-    parameters = orders["added_parameters"] | orders["parameters"]
-    loads = []
+    archive.add_file(JOB, json.dumps(vars(job)).encode())
     for module in modules:
-        mine = [
-            f"{name.partition('.')[2]}={value}"
-            for name, value in parameters.items()
-            if name.startswith(f"{module.name}.")
-        ]
-        loads.append((f"/modules/{module.name}.ko", " ".join(mine)))
-        archive.add_file(loads[-1][0], module.data)
-    archive.add_file("/orders.json", json.dumps({**orders, "modules": loads}).encode())
+        archive.add_file(module.guest_path, module.data)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in _SUITE_FOLDERS:

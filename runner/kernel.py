@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which kernel to boot: from what a user names to an image, its release and its modules."""
+"""Kernels to boot: from the name that a user gives to the image, its release and its modules."""
 
 import gzip
 import lzma
@@ -14,25 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import debian
+from runner.arch import BOOT_MAGICS, ELF_MACHINES, HEADER_SIZE, this_arch
 from runner.errors import CannotTest
-from runner.store import BUILD, is_complete
+from runner.store import BUILD, is_complete, version_key
 
 CACHE = BUILD / "kernels"
-
-# The x86 boot protocol (Documentation/arch/x86/boot.rst): offsets in the image
-_HEADER_MAGIC, _VERSION_POINTER, _XLOADFLAGS = 0x202, 0x20E, 0x236
-_XLF_KERNEL_64 = 1
-# Documentation/arch/arm64/booting.rst, Documentation/arch/riscv/boot-image-header.rst, include/uapi/linux/elf-em.h
-_ARM64_MAGIC, _RISCV_MAGIC, _MAGIC_OFFSET = b"ARM\x64", b"RSC\x05", 56
-_ELF_MACHINES = {3: "i386", 22: "s390", 62: "x86_64", 183: "arm64", 243: "riscv", 258: "loongarch"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that can be booted.
+    """A kernel that can be booted here.
 
-    :ivar release: as ``uname -r`` will say
-    :ivar modules: the folder with its modules, at any depth, and with ``modules.builtin``
+    :ivar release: as ``uname -r`` has it
+    :ivar modules: the folder that holds its modules, at any depth, and ``modules.builtin``
     """
 
     image: Path
@@ -41,10 +35,10 @@ class Kernel:
 
 
 def find_kernel(name: str) -> Kernel:
-    """The kernel that *name* means.
+    """Find the kernel called *name*; one of Debian's is fetched.
 
     :param name: path of an image, build tree, unpacked package or .deb; an installed release; or ``debian:6.12``
-    :raises CannotTest: there is no such kernel, or it is not one that can be booted here
+    :raises CannotTest: there is no such kernel, or it cannot be booted on this machine
     """
     if name.startswith("debian:"):
         return _in_root(debian.fetch(name.removeprefix("debian:"), CACHE))
@@ -64,14 +58,14 @@ def find_kernel(name: str) -> Kernel:
     )
 
 
-def kernels_at_hand() -> list[Kernel]:
-    """The kernels that can be booted without fetching one, newest first: those fetched from Debian, and installed ones."""
+def local_kernels() -> list[Kernel]:
+    """The kernels that can be booted without a download, newest first: installed ones, and those fetched from Debian."""
     roots = [path for path in CACHE.glob("[0-9]*") if is_complete(path)]
     return _newest_first(kernel for root in (Path("/"), *roots) for kernel in kernels_under(root))
 
 
 def kernels_under(root: Path) -> list[Kernel]:
-    """The bootable kernels, with modules, of a file system or of an unpacked package at *root*, newest first."""
+    """The kernels with modules in the file system or unpacked package at *root* that can be booted here, newest first."""
     images = [
         *root.glob("boot/vmlinuz-*"),
         *root.glob("usr/lib/modules/*/vmlinuz"),
@@ -82,13 +76,13 @@ def kernels_under(root: Path) -> list[Kernel]:
         try:
             kernel = _from_image(image)
         except (CannotTest, PermissionError):
-            continue  # a rescue image, one of another architecture, or one that only root may read: not for us
+            continue  # a rescue image, another architecture's, or one that only root may read
         found.setdefault(kernel.release, kernel)
     return _newest_first(found.values())
 
 
 def _newest_first(kernels: Iterable[Kernel]) -> list[Kernel]:
-    return sorted(kernels, key=lambda kernel: debian.version_key(kernel.release), reverse=True)
+    return sorted(kernels, key=lambda kernel: version_key(kernel.release), reverse=True)
 
 
 def _installed(root: Path, release: str) -> Kernel | None:
@@ -107,21 +101,21 @@ def _in_root(root: Path) -> Kernel:
             f"{root} holds several kernels: name one of {', '.join(str(kernel.image) for kernel in kernels)}"
         )
     for image in [*root.glob("boot/vmlinuz-*"), *root.glob("usr/lib/modules/*/vmlinuz")]:
-        return _from_image(image)  # says what is wrong with it
+        return _from_image(image)  # its error says what is wrong with the image
     raise CannotTest(
         f"{root} is neither a kernel build tree nor a folder with boot/vmlinuz-* or usr/lib/modules/*/vmlinuz and lib/modules/"
     )
 
 
 def _is_build_tree(path: Path) -> bool:
-    """Whether a kernel is built in *path*, be it with ``O=``, or may be."""
+    """Whether *path* is a kernel's source tree or an ``O=`` folder, built or not."""
     return (path / "Kbuild").exists() or ((path / ".config").exists() and (path / "arch").is_dir())
 
 
 def _in_build_tree(tree: Path) -> Kernel:
-    image = tree / "arch/x86/boot/bzImage"
+    image = tree / this_arch().image
     if not image.is_file():
-        raise CannotTest(f"{tree} is a kernel tree without arch/x86/boot/bzImage: build it (make bzImage modules)")
+        raise CannotTest(f"{tree} is a kernel tree without {this_arch().image}: build it (make {image.name} modules)")
     return _from_image(image.absolute())
 
 
@@ -131,9 +125,9 @@ def _from_image(image: Path) -> Kernel:
 
 
 def _find_modules(image: Path, release: str) -> Path:
-    parents = image.resolve().parents
-    if image.name == "bzImage" and len(parents) > 3 and _is_build_tree(parents[3]):
-        return parents[3]
+    real, in_tree = image.resolve(), this_arch().image
+    if str(real).endswith(f"/{in_tree}") and _is_build_tree(tree := real.parents[in_tree.count("/")]):
+        return tree
     folder = image.parent
     for modules in (folder.parent / "lib/modules" / release, folder.parent / "usr/lib/modules" / release):
         if modules.is_dir():
@@ -147,38 +141,35 @@ def _find_modules(image: Path, release: str) -> Path:
 
 
 def image_release(image: Path) -> str:
-    """The release in the header of a bzImage.
+    """The release in the header of a boot image.
 
-    :raises CannotTest: *image* is no kernel, or one that does not run here
+    :raises CannotTest: *image* is no kernel, or does not run on this machine
     """
     with image.open("rb") as file:
-        head = file.read(0x10000)
-    if len(head) > 0x260 and head[_HEADER_MAGIC : _HEADER_MAGIC + 4] == b"HdrS":
-        (flags,) = struct.unpack_from("<H", head, _XLOADFLAGS)
-        if not flags & _XLF_KERNEL_64:
-            raise CannotTest(f"{image} is a 32-bit x86 kernel: only x86_64 kernels are tested")
-        if platform.machine() != "x86_64":
-            raise CannotTest(f"{image} is an x86_64 kernel, this machine is {platform.machine()}")
-        (pointer,) = struct.unpack_from("<H", head, _VERSION_POINTER)
-        version = head[pointer + 0x200 : pointer + 0x400].split(b"\0")[0].decode(errors="replace")
-        if pointer and version:
-            return version.split()[0]
-        raise CannotTest(f"{image} does not say its release in its header: it is damaged")
-    raise CannotTest(f"{image} {_what_it_is(head)}")
+        head = file.read(HEADER_SIZE)
+    offset, magic = BOOT_MAGICS[this_arch().name]
+    if not head.startswith(magic, offset):
+        raise CannotTest(f"{image} {_describe_other_file(head)}")
+    try:
+        return this_arch().image_release(head)
+    except ValueError as error:
+        raise CannotTest(f"{image} {error}") from None
 
 
-def _what_it_is(head: bytes) -> str:
-    if head[_MAGIC_OFFSET : _MAGIC_OFFSET + 4] in (_ARM64_MAGIC, _RISCV_MAGIC):
-        other = "arm64" if head[_MAGIC_OFFSET : _MAGIC_OFFSET + 4] == _ARM64_MAGIC else "riscv"
-        return f"is a kernel for {other}, this machine is {platform.machine()}"
+def _describe_other_file(head: bytes) -> str:
+    """What a file is that has no boot header of this architecture, to complete the sentence "<image> ..."."""
+    arch, here = this_arch(), f"this machine is {platform.machine()}"
+    for other, (offset, magic) in BOOT_MAGICS.items():
+        if head.startswith(magic, offset):
+            return f"is a kernel for {other}, {here}"
     if head[:4] == b"\x7fELF":
-        machine = _ELF_MACHINES.get(struct.unpack_from("<H", head, 18)[0], "an unknown machine")
-        if machine == "x86_64":
-            return "is an ELF file: give the compressed image (arch/x86/boot/bzImage), or the build tree"
-        return f"is an ELF file for {machine}, this machine is {platform.machine()}"
+        machine = ELF_MACHINES.get(struct.unpack_from("<H", head, 18)[0], "an unknown machine")
+        if machine == arch.name:
+            return f"is an ELF file: give the compressed image ({arch.image}), or the build tree"
+        return f"is an ELF file for {machine}, {here}"
     if head[:2] == b"\x1f\x8b" or head[4:8] == b"zimg":
-        return f"is compressed as kernels of other architectures are; this machine is {platform.machine()}"
-    return "is not a kernel image (no x86 boot header)"
+        return f"is compressed as kernels of other architectures are; {here}"
+    return f"is not a kernel image (no {arch.name} boot header)"
 
 
 def _package_set(package: Path) -> list[Path]:
@@ -190,7 +181,7 @@ def _package_set(package: Path) -> list[Path]:
     )
     if release is None:
         raise CannotTest(f"{package} is the package {fields['Package']}, not a kernel's (linux-image-*)")
-    if fields["Architecture"] != "amd64":
+    if fields["Architecture"] != this_arch().debian:
         raise CannotTest(f"{package} is a package for {fields['Architecture']}, this machine is {platform.machine()}")
     release = release.removesuffix("-unsigned")
     beside = [path for kind in kinds for path in package.parent.glob(f"{kind}{release}_*_{fields['Architecture']}.deb")]
@@ -198,9 +189,9 @@ def _package_set(package: Path) -> list[Path]:
 
 
 def decompress_module(path: Path) -> bytes:
-    """A module's ELF file, whatever it is packed with.
+    """A module's ELF file, decompressed.
 
-    :raises CannotTest: the tool that unpacks it is missing, or the file is damaged
+    :raises CannotTest: the tool that decompresses it is missing, or the file is damaged
     """
     try:
         data = path.read_bytes()

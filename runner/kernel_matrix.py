@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 if __name__ == "__main__":
-    # A program that is started by its path has only its own folder there; and any Python may have been named to start it.
+    # Python puts the program's own folder there; and the user may have taken any Python.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from runner.unmet import leave, unmet
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import pytest
 from _pytest._io import TerminalWriter
 
-from harness.kernel_options import MACHINE_OPTIONS
+from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS
 from harness.results import new_folder
 from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from harness.toml_file import TomlError, TomlFile
@@ -43,26 +43,26 @@ from runner import ROOT
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.modules import parse_parameters
+from runner.store import shown
 from runner.waiting import waiting
 
 _USAGE = "usage: kernel_matrix.py FILE [options of pytest]"
 _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
-# In place of a kernel: the one that runs here, with its own KVM as it is loaded
-_HOST = "host"
-_CONTRACT = ["-o", "testpaths=selftests/test_*.py selftests/x86_64"]
-# pytest's own exit statuses there; where nothing ran, this host may have no KVM, and another kernel may
+_HOST = "host"  # in place of a kernel: the one that runs here, with the KVM that is loaded
+_KVM_TESTS = sorted({f"selftests/{folder.name}/" for folder in (ROOT / "selftests").glob("*/")} - {OWN_TESTS})
+# pytest's exit statuses there: where no test ran, this host may have no KVM, and the other kernels may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
-_NOT_RUN, _WRONG, _INTERRUPTED = -1, 128, 130
+_NOT_RUN, _USAGE_ERROR, _INTERRUPTED = -1, 128, 130
 _VERDICTS = {
     0: "good",
     1: "BAD",
     CANNOT_TEST: "cannot be tested",
-    _WRONG: "cannot be run like this",
+    _USAGE_ERROR: "cannot be run like this",
     _INTERRUPTED: "interrupted",
     _NOT_RUN: "not run",
 }
 _GREEN, _RED, _YELLOW = {"green": True}, {"red": True, "bold": True}, {"yellow": True}
-# In the tables too; the letters count a test's cases.
+# The words of verdicts and of the tables; F and k follow the number of a test's cases.
 _COLOURS = {
     "good": _GREEN,
     "pass": _GREEN,
@@ -76,32 +76,38 @@ _COLOURS = {
 }
 _COLOURED = re.compile(r"(?<!\S)(?:good|BAD|cannot be tested|pass|FAIL|bug\??|[0-9]+[Fk])(?=[ :,;]|$)")
 _OWN_FILES = "each run has files of its own, below the matrix's folder (--results)"
-# Options that differ from run to run, and what decides them
-_TAKEN = {
+# Options that the matrix sets itself for each run, and where their values come from
+_RESERVED = {
     "--kernel": "the file names the kernels",
     "--kvm-params": "the file names the parameters",
     "--junitxml": _OWN_FILES,
     "--junit-xml": _OWN_FILES,
 }
-# How a run says why it could test nothing
+# The lines in which a run gives its reason for testing nothing
 _REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: error: )(.+)")
 
 
-class _Ended(KeyboardInterrupt):
-    """Signal *number* is to end the matrix, as Ctrl-C does."""
+class _Terminated(KeyboardInterrupt):
+    """Signal *number* arrived, which ends the matrix like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
 
 
-@dataclass(frozen=True)
-class Run:
-    """One kernel with one set of parameters, tested.
+class _UsageError(Exception):
+    """The matrix cannot start; the text is one line that says why."""
 
-    :ivar cells: the rows of its results
-    :ivar tests: those of the tests that are no cells
-    :ivar reason: why it could not be tested, or how the kernel ended
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of testing one kernel with one set of parameters.
+
+    :ivar status: as check_kernel.py exits with it, or _NOT_RUN
+    :ivar cells: the rows of the cells in results.json
+    :ivar tests: the rows of the other tests
+    :ivar release: as ``uname -r`` has it, if the kernel booted
+    :ivar reason: why it is not good, in a line
     """
 
     kernel: str
@@ -112,11 +118,16 @@ class Run:
     release: str
     reason: str
 
+    @property
+    def verdict(self) -> str:
+        """The verdict and its reason."""
+        return _verdict(self.status) + (f": {self.reason}" if self.reason else "")
+
 
 def load(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """The kernels, sets of parameters and arguments of a matrix file.
+    """Read the kernels, the sets of parameters and the arguments of a matrix file.
 
-    :raises TomlError: it cannot be read, or says something that is not understood
+    :raises TomlError: it cannot be read, or has a mistake
     """
     file = TomlFile(path)
     for name, value in file.data.items():
@@ -143,72 +154,84 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
     return kernels, sets, arguments
 
 
-def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> Run:
-    """Test one kernel, with all files in *folder*. A signal that ends the matrix reaches the run, which is waited for."""
+def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> RunResult:
+    """Test one kernel, with all files in *folder*. A signal that ends the matrix is passed on to the run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
     options = [f"--results={folder}", *arguments]
     if kernel == _HOST:
-        command = [sys.executable, "-m", "pytest", "-v", *_CONTRACT, *_take(options, MACHINE_OPTIONS)[1]]
+        testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
+        command = [sys.executable, "-m", "pytest", "-v", "-o", testpaths, *_split_options(options, MACHINE_OPTIONS)[1]]
     else:
         program = str(ROOT / "runner" / "check_kernel.py")
         command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
     interrupted = False
     with (folder / "output.txt").open("wb") as output:
-        # Unbuffered, or a mistake, which pytest prints to standard error, would stand in the middle of another line.
+        # Unbuffered, or pytest's errors, which go to standard error, would stand in the middle of another line.
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
         while process.returncode is None:
             try:
                 process.wait()
-            except _Ended as ended:
+            except _Terminated as signalled:
                 interrupted = True
-                process.send_signal(ended.number)
+                process.send_signal(signalled.number)
             except KeyboardInterrupt:
                 interrupted = True  # the terminal has sent it to the run too
-    return _judge(kernel, parameters, _INTERRUPTED if interrupted else process.returncode, folder)
+    return _read_result(kernel, parameters, _INTERRUPTED if interrupted else process.returncode, folder)
 
 
-def _judge(kernel: str, parameters: str, status: int, folder: Path) -> Run:
-    """The outcome of a run that ended with *status*, from the files that it left."""
+def _read_result(kernel: str, parameters: str, status: int, folder: Path) -> RunResult:
+    """The result of a run that exited with *status*, from the files in *folder*."""
     killed = status < 0
     if killed:
         status = CANNOT_TEST
     elif kernel == _HOST:
         status = _HOST_STATUSES.get(status, status)
     data: dict[str, Any] = {"cells": [], "tests": [], "host": {}, "end": {}}
-    lacks = ""
+    unreadable = ""
     try:
         data |= json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        lacks = "it left no results: nothing was tested on KVM"
+        unreadable = "it left no results: nothing was tested on KVM"
     except (OSError, ValueError) as error:
-        lacks = f"its results cannot be read: {error}"
-    ended = data["end"].get("text", "finished")
+        unreadable = f"its results cannot be read: {error}"
+    outcome = data["end"].get("text", "finished")
     if killed:
         reason = "a signal ended it"
-    elif status == 0 and lacks:
-        status, reason = _WRONG, lacks
+    elif status == 0 and unreadable:
+        status, reason = _USAGE_ERROR, unreadable
     elif status in (0, _INTERRUPTED):
         reason = ""
-    elif ended != "finished":
-        reason = ended
+    elif outcome != "finished":
+        reason = outcome
     elif status == 1:
-        reason = lacks or "tests failed"
+        reason = unreadable or "tests failed"
     else:
-        reason = _why(folder / "output.txt")
-    return Run(kernel, parameters, status, data["cells"], data["tests"], data["host"].get("kernel", kernel), reason)
+        reason = _read_reason(folder / "output.txt")
+    return RunResult(
+        kernel, parameters, status, data["cells"], data["tests"], data["host"].get("kernel", kernel), reason
+    )
 
 
-def _why(output: Path) -> str:
-    """Why a run could test nothing, from its *output*; its last line where none says so."""
+def _read_reason(output: Path) -> str:
+    """Why a run could test nothing: the last line of its *output* that gives a reason, or else its last line."""
     lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
     reasons = [found[1] for line in lines if (found := _REASON.match(line))]
     return reasons[-1] if reasons else lines[-1]
 
 
-def _take(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The options *names* in *words*, each with its value, and the rest of *words*."""
+def _read_progress(output: Path) -> tuple[float | None, str]:
+    """The share of a run's tests that is done, from the percentage that pytest prints behind each."""
+    try:
+        found = re.findall(r"\[ *(\d+)%\]", output.read_text(errors="replace"))
+    except OSError:
+        found = []
+    return (int(found[-1]) / 100, f"{found[-1]} %") if found else (None, "")
+
+
+def _split_options(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split *words* into the options *names*, each with its value, and the other words."""
     found, rest, left = {}, [], iter(words)
     for word in left:
         name, equals, value = word.partition("=")
@@ -219,8 +242,64 @@ def _take(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], l
     return found, rest
 
 
-def _results(given: str | None) -> Path:
-    """The matrix's folder, made.
+def main(arguments: list[str]) -> int:
+    """Run the matrix."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    try:
+        pairs, options, folder = _prepare(arguments)
+    except (TomlError, _UsageError) as error:
+        print(f"matrix: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _raise_terminated)
+    try:
+        results = _run_all(pairs, folder, options)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    results += [RunResult(*pair, _NOT_RUN, [], [], pair[0], "") for pair in pairs[len(results) :]]
+    lines = _summary(results)
+    try:
+        (folder / "table.txt").write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
+    verdicts = Counter(_verdict(result.status) for result in results)
+    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
+    lines += ["", f"{counted(len(results), 'run')}: {words}; files: {shown(folder)}"]
+    _print_line("\n".join(["", *lines]))
+    statuses = {result.status for result in results}
+    if 1 in statuses:
+        return 1
+    return max(statuses) if max(statuses) >= _USAGE_ERROR or _NOT_RUN not in statuses else _INTERRUPTED
+
+
+def _prepare(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str], Path]:
+    """The kernels with their parameters, the options of each run, and the folder of the matrix.
+
+    :raises _UsageError, TomlError: *arguments* or the matrix file have a mistake
+    """
+    if not arguments or not arguments[0] or arguments[0].startswith("-"):
+        raise _UsageError(f"no file is named ({_USAGE})")
+    kernels, sets, options = load(Path(arguments[0]))
+    # The same seed for all, so that they can be compared; the last --seed counts.
+    options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *options, *arguments[1:]]
+    set_here, options = _split_options(options, ["--results", *_RESERVED])
+    for name, value in set_here.items():
+        if name in _RESERVED or not value:
+            raise _UsageError(f"{name}: {_RESERVED.get(name, 'no folder is named')}")
+    pairs = [(kernel, parameters) for kernel in kernels for parameters in (sets if kernel != _HOST else [""])]
+    try:
+        return pairs, options, _make_folder(set_here.get("--results"))
+    except OSError as error:
+        raise _UsageError(f"{error.filename}: {error.strerror} (--results DIR puts the files elsewhere)") from None
+
+
+def _make_folder(given: str | None) -> Path:
+    """Make the folder of the matrix.
 
     :raises OSError: it cannot be written
     """
@@ -230,101 +309,41 @@ def _results(given: str | None) -> Path:
     return folder
 
 
-def main(arguments: list[str]) -> int:
-    """Run the matrix."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return 0
-    if not arguments or not arguments[0] or arguments[0].startswith("-"):
-        print(f"{_USAGE}: no file is named", file=sys.stderr)
-        return _WRONG
-    try:
-        kernels, sets, options = load(Path(arguments[0]))
-    except TomlError as error:
-        print(f"matrix: {error}", file=sys.stderr)
-        return _WRONG
-    # One seed for all, so that they can be compared; the last --seed counts.
-    options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *options, *arguments[1:]]
-    taken, options = _take(options, ["--results", *_TAKEN])
-    for name in taken:
-        if name in _TAKEN or not taken[name]:
-            print(f"matrix: {name}: {_TAKEN.get(name, 'no folder is named')}", file=sys.stderr)
-            return _WRONG
-    try:
-        results = _results(taken.get("--results"))
-    except OSError as error:
-        print(f"matrix: {error.filename}: {error.strerror} (--results DIR puts the files elsewhere)", file=sys.stderr)
-        return _WRONG
-    pairs = [(kernel, parameters) for kernel in kernels for parameters in (sets if kernel != _HOST else [""])]
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _end)
-    try:
-        runs = _run_all(pairs, results, options)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    runs += [Run(*pair, _NOT_RUN, [], [], pair[0], "") for pair in pairs[len(runs) :]]
-    lines = _summary(runs)
-    try:
-        (results / "table.txt").write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
-    shown = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
-    verdicts = Counter(_word(done.status) for done in runs)
-    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
-    lines += ["", f"{counted(len(runs), 'run')}: {words}; files: {shown}"]
-    _say(_in_colour("\n".join(["", *lines])), "\n")
-    statuses = {done.status for done in runs}
-    if 1 in statuses:
-        return 1
-    return max(statuses) if max(statuses) >= _WRONG or _NOT_RUN not in statuses else _INTERRUPTED
-
-
-def _run_all(pairs: Sequence[tuple[str, str]], results: Path, options: list[str]) -> list[Run]:
-    """Run one after the other, as far as it makes sense."""
-    runs: list[Run] = []
-    with suppress(KeyboardInterrupt):  # where it comes between two runs
+def _run_all(pairs: Sequence[tuple[str, str]], folder: Path, options: list[str]) -> list[RunResult]:
+    """Test one kernel after the other, until all are done, or a signal or a wrong option ends the matrix."""
+    results: list[RunResult] = []
+    with suppress(KeyboardInterrupt):  # between two runs
         for number, (kernel, parameters) in enumerate(pairs, 1):
             label = f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'}"
-            folder = results / f"{number:02}"
+            own_folder = folder / f"{number:02}"
             start = time.monotonic()
             try:
-                with waiting(label, partial(_done, folder / "output.txt"), f"{label} ..."):
-                    done = run(kernel, parameters, folder, options)
+                with waiting(label, partial(_read_progress, own_folder / "output.txt"), f"{label} ..."):
+                    result = run(kernel, parameters, own_folder, options)
             except OSError as error:
-                done = Run(kernel, parameters, CANNOT_TEST, [], [], kernel, f"{error.filename}: {error.strerror}")
-            runs.append(done)
-            cells, tests, seconds = len(done.cells), len(done.tests), time.monotonic() - start
+                reason = f"{error.filename}: {error.strerror}"
+                result = RunResult(kernel, parameters, CANNOT_TEST, [], [], kernel, reason)
+            results.append(result)
+            cells, tests, seconds = len(result.cells), len(result.tests), time.monotonic() - start
             counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
-            _say(_in_colour(f"{label} ... {_verdict(done)} ({counts})"), "\n")
-            if done.status >= _WRONG:
-                break  # an option that is wrong for all of them, or a signal
-    return runs
+            _print_line(f"{label} ... {result.verdict} ({counts})")
+            if result.status >= _USAGE_ERROR:
+                break
+    return results
 
 
-def _done(output: Path) -> tuple[float | None, str]:
-    """How much of a run's tests is done, from the percentage that pytest prints behind each."""
-    try:
-        found = re.findall(r"\[ *(\d+)%\]", output.read_text(errors="replace"))
-    except OSError:
-        found = []
-    return (int(found[-1]) / 100, f"{found[-1]} %") if found else (None, "")
+def _raise_terminated(number: int, _frame: FrameType | None) -> None:
+    raise _Terminated(number)
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
-    raise _Ended(number)
-
-
-def _say(text: str, end: str = "") -> None:
-    """Print *text*; the terminal may be gone by now."""
+def _print_line(text: str) -> None:
+    """Print *text* with verdicts in colour, if the terminal is still there."""
     with suppress(OSError):
-        print(text, end=end, flush=True)
+        print(_colourize(text), flush=True)
 
 
-def _in_colour(text: str) -> str:
-    """*text* with the verdicts in colour, where there is a terminal that has some; not in the lines that explain the words."""
+def _colourize(text: str) -> str:
+    """*text* with the verdicts in colour, if the terminal has some; the lines that explain the words have none."""
     writer = TerminalWriter()
 
     def coloured(found: re.Match[str]) -> str:
@@ -333,22 +352,19 @@ def _in_colour(text: str) -> str:
     return "\n".join(line if line.startswith("(") else _COLOURED.sub(coloured, line) for line in text.split("\n"))
 
 
-def _word(status: int) -> str:
+def _verdict(status: int) -> str:
     return _VERDICTS.get(status, f"ended with status {status}")
 
 
-def _verdict(done: Run) -> str:
-    return _word(done.status) + (f": {done.reason}" if done.reason else "")
-
-
-def _summary(runs: list[Run]) -> list[str]:
-    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(runs))]
+def _summary(results: list[RunResult]) -> list[str]:
+    """The tables of all runs, with a letter for each, and the verdict behind each letter."""
+    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(results))]
     legend = [
-        f"{name}  {done.release}  {done.parameters or 'defaults'}: {_verdict(done)}"
-        for name, done in zip(names, runs, strict=True)
+        f"{name}  {result.release}  {result.parameters or 'defaults'}: {result.verdict}"
+        for name, result in zip(names, results, strict=True)
     ]
-    columns = {name: done for name, done in zip(names, runs, strict=True) if done.status != _NOT_RUN}
-    cells, tests = [done.cells for done in columns.values()], [done.tests for done in columns.values()]
+    columns = {name: result for name, result in zip(names, results, strict=True) if result.status != _NOT_RUN}
+    cells, tests = [result.cells for result in columns.values()], [result.tests for result in columns.values()]
     lines = [*cross_table([*columns], cells), ""] if any(cells) else []
     lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
     lines += legend

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM's modules of a kernel to boot: which files, in which order, and whether they take the parameters that are asked for."""
+"""KVM's modules of a kernel to boot: their files, the order to load them in, and the parameters that they have."""
 
 import difflib
 import io
@@ -17,9 +17,10 @@ from runner.kernel import Kernel, decompress_module
 
 @dataclass(frozen=True)
 class Module:
-    """A module, unpacked.
+    """A module.
 
-    :ivar depends: the modules that must be there before it
+    :ivar data: its ELF file
+    :ivar depends: the names of the modules to load before it
     :ivar parameters: the names of its parameters
     """
 
@@ -28,9 +29,20 @@ class Module:
     depends: tuple[str, ...]
     parameters: frozenset[str]
 
+    @property
+    def guest_path(self) -> str:
+        """Its file in the initramfs."""
+        return f"/modules/{self.name}.ko"
+
+    def arguments(self, parameters: Mapping[str, str]) -> str:
+        """What to load it with so that it has its own of *parameters*."""
+        prefix = f"{self.name}."
+        own = (item for item in parameters.items() if item[0].startswith(prefix))
+        return " ".join(f"{name.removeprefix(prefix)}={value}" for name, value in own)
+
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """Parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``.
+    """Parse parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``.
 
     :raises CannotTest: one is not of that form, or has two values
     """
@@ -47,7 +59,7 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 
 def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
-    """The modules that KVM needs in *kernel*, in the order in which to load them, without those that are built in.
+    """The modules to load for KVM in *kernel*, in this order; those that are built in are left out.
 
     :param vendor: the module for the CPU, such as ``kvm_amd``
     :raises CannotTest: the kernel has no KVM
@@ -63,11 +75,12 @@ def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
 
 
 def check_parameters(parameters: Mapping[str, str], modules: Iterable[Module], vendor: str) -> None:
-    """Check that the modules have *parameters*: the kernel takes no notice of a misspelt one.
+    """Check that the modules have *parameters*: the kernel ignores a misspelt one.
 
-    Those of KVM's that are not among *modules* are built in. Whether a parameter took effect is seen in the booted kernel.
+    Modules of KVM that are not among *modules* are built in: their parameters are only checked in the booted kernel, like
+    the values of all.
 
-    :raises CannotTest: one of them has not
+    :raises CannotTest: a module lacks one, or is not loaded
     """
     by_name = {module.name: module for module in modules}
     for full_name in parameters:
@@ -90,7 +103,7 @@ def module_name(path: Path) -> str:
 
 def _add(name: str, files: Mapping[str, Path], loaded: dict[str, Module]) -> None:
     if name in loaded or name not in files:
-        return  # what is no file is built in; if not, loading what needs it says so
+        return  # without a file it is built in, or loading the module that depends on it fails
     module = _read(name, files[name])
     for other in module.depends:
         _add(other, files, loaded)
@@ -107,7 +120,7 @@ def _read(name: str, path: Path) -> Module:
         raise CannotTest(f"{path} is not a kernel module: it has no .modinfo")
     fields = [field.decode(errors="replace").partition("=") for field in section.data().split(b"\0")]
     depends = [value for key, _, value in fields if key == "depends"]
-    # parmtype, for parm is only there for those that are described
+    # parmtype: only parameters with a description have a parm
     parameters = frozenset(value.partition(":")[0] for key, _, value in fields if key == "parmtype")
     names = tuple(other.replace("-", "_") for value in depends for other in value.split(",") if other)
     return Module(name, data, names, parameters)

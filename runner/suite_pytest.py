@@ -12,7 +12,7 @@ _PATHS = ("--results", "--kvm-device", "--kernel", "--qemu", "--junitxml", "--ju
 
 
 def in_one_word(words: list[str]) -> list[str]:
-    """A command line with each path in one word with its option."""
+    """Join each option with its path: ``--results=PATH``."""
     joined: list[str] = []
     left = iter(words)
     for word in left:
@@ -22,7 +22,7 @@ def in_one_word(words: list[str]) -> list[str]:
 
 
 def run(arguments: list[str]) -> int:
-    """Run pytest, with its status; what is no test's error and keeps it from its end is one line."""
+    """Run pytest and return its exit status; an error outside the tests is one line."""
     _open_standard_files()
     try:
         return int(pytest.main(in_one_word(arguments)))
@@ -35,11 +35,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _open_standard_files() -> None:
-    """Where standard files were closed (``>&-``) what is written to them goes nowhere."""
+    """Replace standard files that were closed (``>&-``) by the null device."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
-            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115 (for as long as the process lasts)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115 (open as long as the process lasts)
 
 
 if __name__ == "__main__":

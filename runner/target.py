@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run under another kernel needs, found and checked before anything is booted."""
+"""The kernel, QEMU and machine of a run in another kernel, found and checked before anything is booted."""
 
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.kernel_options import AT_HAND
 from kvm_util.host_limits import MIB, available_memory
 from kvm_util.wording import counted
+from runner.arch import this_arch
 from runner.errors import CannotTest
-from runner.kernel import Kernel, find_kernel, kernels_at_hand
+from runner.kernel import Kernel, find_kernel, local_kernels
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import Machine, Qemu, find_qemu
 from runner.store import shown
 
-# The kernel to fetch where none is at hand: the one that the suite is run in most
+# The kernel to fetch where there is no local one: the one that the suite is run in most
 DEFAULT_KERNEL = "debian:6.12"
-# Lets a guest have KVM emulate an instruction of its choice: 120 tests in test_writes.py need it, and no other notices.
-EMULATION_PREFIX = {"kvm.force_emulation_prefix": "1"}
-# Sizes at which a cell takes seconds where every instruction is emulated, as the suite's options have them
+# The suite's options for sizes at which a cell takes seconds although TCG emulates every instruction
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
 
@@ -26,9 +24,9 @@ EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 class Target:
     """A kernel, and the machine to boot it in.
 
-    :ivar parameters: those of KVM's modules that are asked for
-    :ivar added: those that the suite adds
-    :ivar time_limit: for how long no message of the machine may come, in seconds
+    :ivar parameters: of KVM's modules, as the user wants them
+    :ivar added: of KVM's modules, added by the suite
+    :ivar time_limit: the longest time without a message from the guest, in seconds
     """
 
     kernel: Kernel
@@ -41,23 +39,23 @@ class Target:
 
     @property
     def label(self) -> str:
-        """A name for kernel and parameters that can be part of a path."""
+        """A name for kernel and parameters that can be a part of a path."""
         parameters = ",".join(f"{name}={value}" for name, value in self.parameters.items()) or "defaults"
         return re.sub(r"[^\w.,=+-]", "_", f"{self.kernel.release}-{parameters}")
 
     @property
     def booted_machine(self) -> Machine:
-        """The machine with all of the kernel's command line: the parameters are there too, for a KVM that is built in."""
+        """The machine with the parameters on the kernel's command line as well, for a KVM that is built in."""
         parameters = (f"{name}={value}" for name, value in (self.added | self.parameters).items())
         return replace(self.machine, append=" ".join((*parameters, self.machine.append)))
 
     @property
     def lines(self) -> list[str]:
-        """What a run's header says of it."""
+        """The lines of a run's header."""
         image = self.kernel.image
         asked = _words(self.parameters) or "none asked for"
         added = f"; added: {_words(self.added)}" if self.added else ""
-        spare = " and a spare one" if self.qemu.emulated else ""
+        spare = " and a spare one" if self.qemu.keeps_off_cpu_0 else ""
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
             f"kernel   {self.kernel.release} ({shown(image)})",
@@ -69,7 +67,7 @@ class Target:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The same for the results file."""
+        """The same facts for results.json."""
         return {
             "image": str(self.kernel.image),
             "parameters": self.parameters,
@@ -87,7 +85,7 @@ class Target:
 
 
 def find_target(
-    kernel: str,
+    kernel: str | None,
     parameters: str,
     accel: str | None,
     cpu_model: str | None,
@@ -95,9 +93,9 @@ def find_target(
     machine: Machine,
     time_limit: float,
 ) -> Target:
-    """Find and check all that is needed to test *kernel*, and fetch what can be fetched.
+    """Find and check all that is needed to test *kernel*; what is missing is fetched where that is possible.
 
-    :param kernel: as :func:`~runner.kernel.find_kernel` takes it, or ``auto`` for one that is at hand
+    :param kernel: as :func:`~runner.kernel.find_kernel` takes it, or None for a local one
     :raises CannotTest: something is missing or does not fit
     """
     wanted = parse_parameters(parameters)
@@ -108,20 +106,20 @@ def find_target(
             " (a smaller --vm-memory)"
         )
     found_qemu = find_qemu(cpu_model, accel or "auto", {name.partition(".")[0] for name in wanted}, qemu)
-    found, modules = _at_hand(found_qemu.vendor) if kernel == AT_HAND else _with_modules(kernel, found_qemu.vendor)
+    found, modules = _local_kernel(found_qemu.vendor) if kernel is None else _with_modules(kernel, found_qemu.vendor)
     check_parameters(wanted, modules, found_qemu.vendor)
     added = {
         name: value
-        for name, value in EMULATION_PREFIX.items()
+        for name, value in this_arch().added_parameters.items()
         if name not in wanted
         and any(name == f"{module.name}.{known}" for module in modules for known in module.parameters)
     }
     return Target(found, modules, wanted, added, found_qemu, machine, time_limit)
 
 
-def _at_hand(vendor: str) -> tuple[Kernel, list[Module]]:
-    """The newest kernel at hand that has KVM, with its modules; one is fetched if there is none."""
-    for kernel in kernels_at_hand():
+def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:
+    """The newest local kernel that has KVM, with its modules; one is fetched if there is none."""
+    for kernel in local_kernels():
         try:
             return kernel, kvm_modules(kernel, vendor)
         except CannotTest:

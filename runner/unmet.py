@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whether this Python has what the suite runs with; any other than the virtual environment's may not.
+"""Check that this Python has what the suite needs, as any other than the virtual environment's may not.
 
-Written for old Pythons too, which have to get as far as the message.
+It has to run on old Pythons too, up to the message.
 """
 
 import sys
@@ -14,7 +14,7 @@ _REMEDY = "take 'make run', or '.venv/bin/python -m pytest' ('make .venv/run' se
 
 
 def unmet() -> str:
-    """What is missing, in one line, with the remedy; nothing when all is there."""
+    """What is missing, in one line with a remedy; empty if nothing is."""
     if sys.version_info < _OLDEST_PYTHON:
         return _line("Python 3.11 or newer", "{}.{}".format(*sys.version_info))
     for module, package in _MODULES.items():
@@ -36,6 +36,6 @@ def _line(needed: str, found: str) -> str:
 
 
 def leave(reason: str, status: int) -> None:
-    """End this process with *reason* and *status*."""
+    """Print *reason* and exit with *status*."""
     sys.stderr.write(f"ERROR: {reason}\n")
     sys.exit(status)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What takes time while pytest does not have the screen: a line that changes on a terminal, lines now and then elsewhere."""
+"""Progress of what takes time outside pytest: a line that changes on a terminal, elsewhere a line every half minute."""
 
 import os
 import sys
@@ -13,19 +13,19 @@ from runner.live_lines import is_terminal, terminal_size
 
 _TICK = 0.5  # seconds between two changes of the line on a terminal
 _BAR = 24
-SILENCE = 30.0  # and between two lines elsewhere
+SILENCE = 30.0  # seconds between two lines elsewhere
 
 
-# How far something is: the part that is done, if that is known, and in words
+# Progress: the share that is done, or None if unknown, and the same in words
 Figure = Callable[[], tuple[float | None, str]]
 
 
 @contextmanager
 def waiting(what: str, figure: Figure | None = None, begin: str | None = None) -> Iterator[None]:
-    """Show on standard error that *what* is done, and for how long, until the body is over.
+    """Show on standard error what the body does, how far it is, and for how long it runs.
 
-    :param figure: called on another thread
-    :param begin: a line to begin with where there is no terminal
+    :param figure: gives the progress; it is called on another thread
+    :param begin: the first line where there is no terminal
     """
     live = is_terminal(sys.stderr)
     if begin and not live:
@@ -54,22 +54,22 @@ def _show(what: str, figure: Figure | None, live: bool, over: threading.Event) -
 
 
 def _print(text: str) -> None:
-    with suppress(OSError):  # the terminal has gone: that is for those to notice who have results to print
+    with suppress(OSError):  # the terminal is gone: whoever prints results will report it
         print(text, end="", file=sys.stderr, flush=True)
 
 
 def bar(share: float) -> str:
-    """A bar of which the part *share* is full."""
+    """A bar of which *share* is filled."""
     return f"[{'#' * int(min(share, 1) * _BAR):.<{_BAR}}]"
 
 
 def clipped(text: str, columns: int) -> str:
-    """*text*, or as much of it as fits into *columns*."""
+    """*text*, cut to fit into *columns*."""
     return text if len(text) <= columns else f"{text[: max(columns - 2, 0)]}.."
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: ``35 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    """A time in words: ``35 s``, ``2 min 5 s``, ``1 h 3 min``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """How large the files below *folder* are together, while others write and rename them."""
+    """The size of all files below *folder*, which may be written and renamed meanwhile."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:

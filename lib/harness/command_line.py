@@ -12,7 +12,7 @@ import pytest
 
 from dirty_tracking.cell import Settings
 from harness.kernel_options import (
-    AT_HAND,
+    AUTO,
     LONGEST,
     add_kernel_options,
     for_another_kernel,
@@ -141,7 +141,7 @@ def check_options(config: pytest.Config) -> None:
         raise SelectionError(
             f"{', '.join(unused)}: only for tests in another kernel (--kernel NAME, or make check-kernel)"
         )
-    if option.kernel not in (None, AT_HAND) and option.kvm_device is not None:
+    if option.kernel not in (None, AUTO) and option.kvm_device is not None:
         raise SelectionError(
             "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
         )

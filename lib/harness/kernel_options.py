@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The command line of a run in another kernel: the host's options, and what of the command line goes into the kernel."""
+"""The command line of a run in another kernel: the options of the host, and those that pytest gets in the kernel."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,27 +10,27 @@ import pytest
 from harness.selection import parse_number
 from runner import ROOT
 
-# The suite's tests of itself, which say nothing about a kernel unless they are sent there by name
+# The suite's tests of itself, which run in a kernel only if they are named
 OWN_TESTS = "selftests/unit/"
-AT_HAND = "auto"
+AUTO = "auto"  # --kernel: a local kernel, if this host's KVM cannot be used
 ACCELERATORS = ("auto", "tcg", "kvm")
 
 LONGEST = 7 * 24 * 3600  # seconds
-# Options with a number: default, least, most, unit, help
+# Options with a number: default, minimum, maximum, unit, help
 _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
     "vm_memory": (3072, 256, None, "MIB", "memory of the machine, at least 256"),
     "vm_cpus": (2, 1, None, "N", "its CPUs"),
-    "time_limit": (300, 1, LONGEST, "S", "for how long the machine may be silent before it is taken to hang"),
+    "time_limit": (300, 1, LONGEST, "S", "the kernel hangs if the machine sends no message for so long"),
 }
 _MACHINE_TEXTS = ("qemu", "accel", "cpu_model", "append")
 _TEXT_OPTIONS = ("kvm_params", *_MACHINE_TEXTS)
-# Options of pytest's own that the session in the kernel has to know: those that select tests, and others
+# pytest's own options that the session in the kernel gets as well: those that select tests, and others
 _EXPRESSIONS = {"keyword": "-k", "markexpr": "-m"}
 _LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
 _PYTEST_OPTIONS = {"tbstyle": "--tb", "maxfail": "--maxfail"}
 _PYTEST_FLAGS = {"showlocals": "--showlocals", "runxfail": "--runxfail", "fulltrace": "--full-trace"}
-# Those that make no sense there
-_IMPOSSIBLE = {
+# Those that cannot work there
+_UNSUPPORTED = {
     "collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace",
     "lf": "--lf", "failedfirst": "--ff", "newfirst": "--nf", "stepwise": "--stepwise",
     "setuponly": "--setup-only", "setupplan": "--setup-plan", "setupshow": "--setup-show",
@@ -51,7 +51,7 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         "--kernel",
         metavar="KERNEL",
         help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
-        f" {AT_HAND}: in one that is at hand if this host has no usable KVM",
+        f" {AUTO}: in a local one if this host has no usable KVM",
     )
     group.addoption("--kvm-params", metavar="PARAMS", help="of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
     for name, (default, _, _, unit, text) in _MACHINE_OPTIONS.items():
@@ -67,47 +67,47 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
 
 
 def machine_numbers(option: Any) -> dict[str, int]:
-    """The values of the machine's options with a number.
+    """The values of the options of the machine that have a number, by name.
 
     :raises SelectionError: one is no number, or out of its range
     """
     return {
-        name: default if (text := getattr(option, name)) is None else parse_number(option_name(name), text, least, most)
-        for name, (default, least, most, _, _) in _MACHINE_OPTIONS.items()
+        name: default if (text := getattr(option, name)) is None else parse_number(option_name(name), text, low, high)
+        for name, (default, low, high, _, _) in _MACHINE_OPTIONS.items()
     }
 
 
 def for_another_kernel(option: Any) -> list[str]:
-    """The names of the given options that only mean something in another kernel; an empty text asks for nothing."""
+    """The names of the given options that only another kernel uses."""
     return [option_name(name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS) if getattr(option, name)]
 
 
 def options_given(option: Any, names: Iterable[str]) -> list[str]:
-    """Those of the named options that have a value, as words of a command line."""
+    """The options among *names* that have a value, as words of a command line."""
     given = {name: getattr(option, name) for name in names}
     return [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
 
 
 def flags_given(option: Any, names: Iterable[str]) -> list[str]:
-    """The same for options without a value."""
+    """The flags among *names* that are set, as words of a command line."""
     return [option_name(name) for name in names if getattr(option, name)]
 
 
 def kernel_options(option: Any, image: Path) -> list[str]:
-    """The options that have pytest run in the same kernel and machine again.
+    """The options that reproduce the kernel and the machine of this run, as words of a command line.
 
-    :param image: the kernel, if it was chosen
+    :param image: the kernel that ``auto`` stands for
     """
-    kernel = image if option.kernel == AT_HAND else option.kernel
+    kernel = image if option.kernel == AUTO else option.kernel
     given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS)}
     return [f"--kernel={kernel}", *(f"{option_name(name)}={value}" for name, value in given.items() if value)]
 
 
 def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -> list[str]:
-    """The command line's options, as far as they are for the session in the kernel.
+    """The options of this run that the session in the kernel gets, as words of a command line.
 
-    :param names: the suite's options that take a value
-    :param flags: those that do not
+    :param names: the suite's options with a value
+    :param flags: those without
     """
     words = [*options_given(option, names), *flags_given(option, flags), *selection_options(option)]
     words += [f"{word}={value}" for name, word in _PYTEST_OPTIONS.items() if (value := getattr(option, name))]
@@ -123,17 +123,17 @@ def selection_options(option: Any) -> list[str]:
 
 
 def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
-    """Which tests are to run there, and which on this host.
+    """Split the tests of the command line into those that run in the kernel and those that run on this host.
 
-    With ``--kernel auto`` the suite's tests of itself stay here; with a kernel that is named they run there if they are
-    asked for by name, and not at all otherwise.
+    With ``--kernel auto`` the suite's tests of itself run on this host; with a named kernel they run in that one if they are
+    named too, and not at all otherwise.
 
-    :raises pytest.UsageError: one is not in this suite, or an option does not go with another kernel
+    :raises pytest.UsageError: a test is not in this suite, or an option cannot be used with another kernel
     """
-    for name, word in _IMPOSSIBLE.items():
+    for name, word in _UNSUPPORTED.items():
         if config.getoption(name, None):
             raise pytest.UsageError(f"{word} cannot be used where the tests run in another kernel (--kernel)")
-    stay = config.option.kernel == AT_HAND
+    stay = config.option.kernel == AUTO
     # On the command line, or as pytest's setting testpaths, which `make run` gives
     named = config.args_source is not pytest.Config.ArgsSource.INVOCATION_DIR
     there: list[str] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run says of the kernel, in one line that a person can quote."""
+"""The verdict of a run on the kernel, in one line that a user can quote."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from typing import Any
 
 from harness.table import UNTESTED, counts_of_tests
 from kvm_util.wording import counted
-from runner.ending import Ending
+from runner.boot_outcome import BootOutcome
 
 
-class Word(Enum):
-    """The verdicts; each value is what is shown."""
+class Verdict(Enum):
+    """A verdict on a kernel; the value is what users see."""
 
     GOOD = "good"
     BAD = "bad"
@@ -22,17 +22,17 @@ class Word(Enum):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The outcome of a run.
+class RunSummary:
+    """What a verdict depends on.
 
-    :ivar kernel: how many of the tests that judge the kernel have each verdict
-    :ivar own: the same of the suite's tests of itself
-    :ivar planned: how many tests there were to be
-    :ivar uncollected: how many files of tests could not be collected
-    :ivar stopped: what ended the run before its end
-    :ivar log_reports: how many reports of the kernel's log are explained by no known bug
+    :ivar kernel: the number of tests on the kernel with each result
+    :ivar own: the same for the suite's tests of itself
+    :ivar planned: the number of tests that were to run
+    :ivar uncollected: the number of test files that could not be collected
+    :ivar stopped: why the run ended early, if it did
+    :ivar log_reports: the number of reports in the kernel's log that no known bug explains
     :ivar end: how the booted kernel ended: the ``ending`` and ``text`` of the results file
-    :ivar untested: why no test ran on KVM, each reason with the number of tests; None where one did
+    :ivar untested: why no test ran on KVM, with the number of tests for each reason; None if one ran
     """
 
     kernel: Counter[str]
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def place(host: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
-    """Which kernel and KVM, and where they ran, from the facts of the results file."""
+    """Name the kernel, its KVM and where they ran, from the facts in results.json."""
     kvm = "KVM" if host["backend"] == "unknown" else host["backend"]
     if machine:
         how = "emulated" if machine["emulated"] else "virtualized"
@@ -54,43 +54,43 @@ def place(host: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     return f"{host['kernel']}, {kvm} on this host"
 
 
-def judge(outcome: Outcome) -> tuple[Word, str]:
-    """The verdict, and the text that says it with its reason and the counts."""
-    ending = Ending[outcome.end["ending"]] if outcome.end else Ending.FINISHED
-    counts = counts_of_tests(outcome.kernel)
-    ran = sum(outcome.kernel.values()) + sum(outcome.own.values()) - outcome.kernel["not run"] - outcome.own["not run"]
-    stopped = outcome.stopped or ("stopped" if ran < outcome.planned else "")
+def verdict_on_kernel(summary: RunSummary) -> tuple[Verdict, str]:
+    """The verdict, and a line with its reason and the counts."""
+    ended = BootOutcome[summary.end["ending"]] if summary.end else BootOutcome.FINISHED
+    counts = counts_of_tests(summary.kernel)
+    ran = sum(summary.kernel.values()) + sum(summary.own.values()) - summary.kernel["not run"] - summary.own["not run"]
+    stopped = summary.stopped or ("stopped" if ran < summary.planned else "")
     if stopped:
-        of = f" of {outcome.planned}" if outcome.planned else ""
-        tests = "test" if (outcome.planned or ran) == 1 else "tests"
-        came_to = counts_of_tests(
-            Counter({word: number for word, number in outcome.kernel.items() if word != "not run"})
+        of = f" of {summary.planned}" if summary.planned else ""
+        tests = "test" if (summary.planned or ran) == 1 else "tests"
+        results = counts_of_tests(
+            Counter({result: number for result, number in summary.kernel.items() if result != "not run"})
         )
-        counts = f"{stopped}: {ran}{of} {tests} ran" + (f" ({came_to})" if came_to else "")
-    if outcome.kernel["FAIL"] or outcome.log_reports or ending.exit_status == 1:
-        in_log = f"{counted(outcome.log_reports, 'report')} in the kernel's log" if outcome.log_reports else ""
-        died = ending.value if ending.exit_status == 1 else ""
-        word, text = Word.BAD, "; ".join(filter(None, (died, in_log, counts)))
-    elif ending is not Ending.FINISHED:
-        why = outcome.end["text"].removeprefix(f"{Ending.NOT_TESTED.value}: ")
-        word, text = Word.CANNOT, "; ".join(filter(None, (why, counts)))
-    elif outcome.uncollected:
-        files = counted(outcome.uncollected, "file")
-        return Word.NONE, f"{files} of tests could not be collected; {counts}: {Word.NONE.value}{_own(outcome)}"
+        counts = f"{stopped}: {ran}{of} {tests} ran" + (f" ({results})" if results else "")
+    if summary.kernel["FAIL"] or summary.log_reports or ended.exit_status == 1:
+        in_log = f"{counted(summary.log_reports, 'report')} in the kernel's log" if summary.log_reports else ""
+        died = ended.value if ended.exit_status == 1 else ""
+        verdict, text = Verdict.BAD, "; ".join(filter(None, (died, in_log, counts)))
+    elif ended is not BootOutcome.FINISHED:
+        why = summary.end["text"].removeprefix(f"{BootOutcome.NOT_TESTED.value}: ")
+        verdict, text = Verdict.CANNOT, "; ".join(filter(None, (why, counts)))
+    elif summary.uncollected:
+        files = counted(summary.uncollected, "file")
+        return Verdict.NONE, f"{files} of tests could not be collected; {counts}: {Verdict.NONE.value}{_own(summary)}"
     elif stopped:
-        return Word.NONE, f"{counts}: {Word.NONE.value}{_own(outcome)}"
-    elif outcome.untested is not None and (outcome.kernel or outcome.own):
-        word, text = Word.CANNOT, "; ".join(filter(None, (_untested(outcome.untested), counts)))
-    elif any(outcome.kernel[verdict] for verdict in outcome.kernel if verdict not in UNTESTED):
-        word, text = Word.GOOD, counts
+        return Verdict.NONE, f"{counts}: {Verdict.NONE.value}{_own(summary)}"
+    elif summary.untested is not None and (summary.kernel or summary.own):
+        verdict, text = Verdict.CANNOT, "; ".join(filter(None, (_untested(summary.untested), counts)))
+    elif any(summary.kernel[result] for result in summary.kernel if result not in UNTESTED):
+        verdict, text = Verdict.GOOD, counts
     else:
-        own = _own(outcome).removeprefix("; ") or "no test was selected"
-        return Word.NONE, f"{Word.NONE.value}: {own}"
-    return word, f"{word.value}: {text}{_own(outcome)}"
+        own = _own(summary).removeprefix("; ") or "no test was selected"
+        return Verdict.NONE, f"{Verdict.NONE.value}: {own}"
+    return verdict, f"{verdict.value}: {text}{_own(summary)}"
 
 
-def _own(outcome: Outcome) -> str:
-    return f"; the suite's own tests: {counts_of_tests(outcome.own)}" if outcome.own.total() else ""
+def _own(summary: RunSummary) -> str:
+    return f"; the suite's own tests: {counts_of_tests(summary.own)}" if summary.own.total() else ""
 
 
 def _untested(reasons: Counter[str]) -> str:

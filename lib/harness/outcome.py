@@ -28,7 +28,7 @@ from runner.guest_session import guest_session
 def command_of(config: pytest.Config) -> str:
     """The command that runs pytest in this kernel again, with the options that have no value."""
     session = guest_session(config)
-    command = this_pytest() if session is None else session.repeat_with
+    command = this_pytest() if session is None else session.reproduce_command
     return " ".join([command, *flags_given(config.option, ["thorough", "require_kvm", "no_known_bugs"])])
 
 

@@ -13,7 +13,7 @@ import pytest
 from harness import table
 from harness.interruption import Interruption
 from harness.kernel_options import OWN_TESTS
-from harness.kernel_verdict import Outcome, Word, judge, place
+from harness.kernel_verdict import RunSummary, Verdict, place, verdict_on_kernel
 from harness.screen import Screen
 from harness.version import suite_version
 from kvm_util.wording import counted
@@ -206,7 +206,7 @@ class RunReport:
         if self.must_test:
             judges |= set(self._verdicts)
         verdicts = self._verdicts | on_kvm
-        outcome = Outcome(
+        summary = RunSummary(
             kernel=Counter(verdict for test, verdict in verdicts.items() if test in judges),
             own=Counter(verdict for test, verdict in verdicts.items() if test not in judges),
             planned=self._session.testscollected if self._session is not None else 0,
@@ -216,10 +216,10 @@ class RunReport:
             end=self.end,
             untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
         )
-        word, text = judge(outcome)
+        word, text = verdict_on_kernel(summary)
         files = f"; files: {self.shown_results}" if self.kept else ""
-        failed = word in (Word.BAD, Word.CANNOT) or bool(outcome.own["FAIL"])
-        green = word is Word.GOOD and not failed
+        failed = word in (Verdict.BAD, Verdict.CANNOT) or bool(summary.own["FAIL"])
+        green = word is Verdict.GOOD and not failed
         screen = Screen(terminalreporter)
         screen.line()
         screen.line(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What is known of emulators, and what the probe finds in one; the probe runs in QEMU, where there is one."""
+"""The known faults of emulators, and the probe that finds them; it runs in a real QEMU if there is one."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ import pytest
 from runner import emulator_probe
 from runner.emulator import Emulator, find_emulator
 from runner.emulator_faults import FAULTS, faults_of, withheld, without
-from runner.emulator_probe import CHECKS, judge, probe
+from runner.emulator_probe import CHECKS, evaluate, probe
 from runner.errors import CannotTest
 from runner.qemu import find_qemu
 
 ACCEL = "tcg,thread=multi"
-# The output of the probe on a sound CPU
+# The output of the probe on a correct CPU
 SOUND = [f"{check.name}= " + " ".join(f"{number:016x}" for number in check.answer) for check in CHECKS]
-# What is changed in the probe, and which checks have to find it
+# Changes of the probe, each with the checks that must find it
 PLANTED = {
     "avx-not-enabled": (".set XCR0_AVX, 7", ".set XCR0_AVX, 3", {"avx-store", "avx-store-nested"}),
     "xsetbv-not-intercepted": ("1 << 0 | 1 << 1 | 1 << 13", "1 << 0 | 1 << 1", {"xsetbv"}),
@@ -35,7 +35,7 @@ PLANTED = {
 
 @pytest.fixture
 def qemu() -> Emulator:
-    """The QEMU of this host, whatever its faults, else Debian's."""
+    """This host's QEMU, whatever its faults, or else Debian's."""
     try:
         return find_emulator(None, emulates=False)
     except CannotTest as error:
@@ -48,18 +48,18 @@ def known(qemu: Emulator) -> set[str]:
     return {check for fault in faults_of(qemu.version) for check in fault.checks}
 
 
-def test_the_probe_finds_what_is_known(qemu: Emulator, known: set[str]) -> None:
-    """In the QEMU of this host: what is known of its version and no more, and nothing once it is withheld."""
+def test_probe_finds_known_faults(qemu: Emulator, known: set[str]) -> None:
+    """In this host's QEMU the checks of its version's known faults fail and no other, and none once they are withheld."""
     failed = probe(qemu.command, "max", ACCEL)
     assert set(failed) == known
     assert probe(qemu.command, without("max", withheld(failed)), ACCEL) == {}
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_the_probe_finds_a_gap(
+def test_probe_finds_planted_faults(
     qemu: Emulator, known: set[str], planted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each fault that is planted in the program fails the checks that it concerns, and no other."""
+    """Each fault planted in the probe fails the checks for it, and no other."""
     old, new, found = PLANTED[planted]
     text = emulator_probe.SOURCE.read_text()
     assert old in text
@@ -73,46 +73,46 @@ def test_the_probe_finds_a_gap(
 @pytest.mark.parametrize(
     ("cpu_model", "said"), [("max,-svm", "no SVM"), ("nonsense", "nonsense")], ids=["without-svm", "unknown"]
 )
-def test_a_cpu_that_cannot_be_probed(qemu: Emulator, cpu_model: str, said: str) -> None:
-    """A CPU model without SVM, and one that QEMU does not have, are one line."""
+def test_cpu_that_cannot_be_probed(qemu: Emulator, cpu_model: str, said: str) -> None:
+    """A CPU model without SVM, and one that QEMU does not have, are one line each."""
     with pytest.raises(CannotTest, match=said):
         probe(qemu.command, cpu_model, ACCEL)
 
 
-def test_a_program_that_does_not_run(tmp_path: Path) -> None:
-    """A program that is not there is one line."""
+def test_missing_emulator(tmp_path: Path) -> None:
+    """A program that does not exist is one line."""
     with pytest.raises(CannotTest, match="No such file"):
         probe([str(tmp_path / "qemu")], "max", ACCEL)
 
 
-def test_a_machine_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that gives no answer in time is one line."""
-    monkeypatch.setattr(emulator_probe, "_PATIENCE", 0.2)
-    with pytest.raises(CannotTest, match=r"gave no answer: nothing came for 0\.2 s"):
+def test_probe_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that does not end in time is one line."""
+    monkeypatch.setattr(emulator_probe, "_TIMEOUT", 0.2)
+    with pytest.raises(CannotTest, match=r"gave no answer: no end within 0\.2 s"):
         probe(["sh", "-c", "exec sleep 60"], "max", ACCEL)
 
 
-def test_what_a_sound_cpu_answers() -> None:
-    """Also where it lacks a feature: what it does not offer, it does not do wrong."""
-    assert judge("\n".join(SOUND), "") == {}
-    assert judge("\n".join("avx-store absent" if "avx-store=" in line else line for line in SOUND), "") == {}
+def test_answers_of_a_correct_cpu() -> None:
+    """The right answers pass, also if the CPU lacks a feature of one."""
+    assert evaluate("\n".join(SOUND), "") == {}
+    assert evaluate("\n".join("avx-store absent" if "avx-store=" in line else line for line in SOUND), "") == {}
 
 
 @pytest.mark.parametrize("number", range(1, 5))
 @pytest.mark.parametrize("index", range(len(CHECKS)), ids=[check.name for check in CHECKS])
-def test_a_wrong_answer_is_found(index: int, number: int) -> None:
-    """In each number of each check."""
+def test_wrong_answer_is_found(index: int, number: int) -> None:
+    """A wrong number fails its check, in each position of each check."""
     numbers = SOUND[index].split(" ")
     numbers[number] = f"{int(numbers[number], 16) ^ 1 << 40:016x}"
     lines = [*SOUND[:index], " ".join(numbers), *SOUND[index + 1 :]]
-    assert list(judge("\n".join(lines), "")) == [CHECKS[index].name]
+    assert list(evaluate("\n".join(lines), "")) == [CHECKS[index].name]
 
 
 @pytest.mark.parametrize("index", range(len(CHECKS)), ids=[check.name for check in CHECKS])
-def test_an_answer_that_breaks_off(index: int) -> None:
-    """The check during which the machine broke down has failed."""
+def test_incomplete_output(index: int) -> None:
+    """The check during which the machine crashed has failed."""
     lines = [*SOUND[:index], f"{CHECKS[index].name}="]
-    assert judge("\n".join(lines), "it fell") == {CHECKS[index].name: "the machine broke down: it fell"}
+    assert evaluate("\n".join(lines), "it fell") == {CHECKS[index].name: "the machine broke down: it fell"}
 
 
 @pytest.mark.parametrize(
@@ -128,18 +128,18 @@ def test_an_answer_that_breaks_off(index: int) -> None:
     ],
 )
 def test_versions_to_avoid(version: str, names: list[str]) -> None:
-    """Numbers are compared as numbers, and a fault is gone in the version that mends it."""
+    """Versions are compared as numbers, and a fault is gone in the version that fixes it."""
     assert [fault.name for fault in faults_of(version) if fault.avoid] == names
 
 
-def test_a_version_that_is_none() -> None:
+def test_version_without_number() -> None:
     """A version without a number is refused."""
     with pytest.raises(ValueError, match="not a version"):
         faults_of("unknown")
 
 
-def test_what_is_withheld() -> None:
-    """The features of the failed checks are taken from the CPU model."""
+def test_withheld_features() -> None:
+    """The features of failed checks are removed from the CPU model."""
     assert withheld(["xsetbv"]) == ("avx",)
     assert withheld([]) == ()
     assert without("max", ("avx", "xsave")) == "max,-avx,-xsave"
@@ -147,7 +147,7 @@ def test_what_is_withheld() -> None:
 
 
 class Probe:
-    """Stands in for the probe: gives one answer after the other, and keeps the CPU models that it was asked about."""
+    """Stands in for the probe: returns one answer after the other, and records the CPU models."""
 
     def __init__(self, *answers: dict[str, str]) -> None:
         self.cpu_models: list[str] = []
@@ -160,15 +160,15 @@ class Probe:
 
 @pytest.fixture
 def named(tmp_path: Path) -> Path:
-    """A program that says it is QEMU 7.2."""
+    """A program that reports the version of QEMU 7.2."""
     path = tmp_path / "qemu"
     path.write_text("#!/bin/sh\necho QEMU emulator version 7.2.22\n")
     path.chmod(0o755)
     return path
 
 
-def test_a_gap_is_withheld_and_probed_again(monkeypatch: pytest.MonkeyPatch, named: Path) -> None:
-    """A feature that fails is not offered, and the restrictions say what and why."""
+def test_withheld_feature_is_reprobed(monkeypatch: pytest.MonkeyPatch, named: Path) -> None:
+    """A feature that fails is withheld, the CPU is probed once more, and the restrictions have the reason."""
     answers = Probe({"xsetbv": "it is not intercepted"}, {})
     monkeypatch.setattr("runner.qemu.probe", answers)
     qemu = find_qemu("max", "tcg", (), str(named))
@@ -185,13 +185,13 @@ def test_a_gap_is_withheld_and_probed_again(monkeypatch: pytest.MonkeyPatch, nam
     [[{"store-protected-again": "it does not fault"}], [{"xsetbv": "it broke down"}, {"xsetbv": "it broke down"}]],
     ids=["no-feature-to-withhold", "withheld-in-vain"],
 )
-def test_a_gap_that_is_left(monkeypatch: pytest.MonkeyPatch, named: Path, answers: list[dict[str, str]]) -> None:
-    """An emulator that still fails a check gives no verdict."""
+def test_fault_without_remedy(monkeypatch: pytest.MonkeyPatch, named: Path, answers: list[dict[str, str]]) -> None:
+    """An emulator that still fails a check cannot be used."""
     monkeypatch.setattr("runner.qemu.probe", Probe(*answers))
     with pytest.raises(CannotTest, match=r"QEMU 7\.2\.22 .*: it (does not fault|broke down)"):
         find_qemu("max", "tcg", (), str(named))
 
 
-def test_the_checks_that_faults_name() -> None:
-    """The table names only checks that the probe has."""
+def test_checks_of_faults_exist() -> None:
+    """The table of faults names only checks that the probe has."""
     assert {check for fault in FAULTS for check in fault.checks} <= {check.name for check in CHECKS}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness.kernel_verdict import Outcome, Word, judge, place
+from harness.kernel_verdict import RunSummary, Verdict, place, verdict_on_kernel
 from harness.selection import DIMENSIONS
 from harness.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
 from kvm_util.wording import counted, listed, wrapped
@@ -144,76 +144,76 @@ PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syn
 @pytest.mark.parametrize(
     ("outcome", "word", "text"),
     [
-        (Outcome(GOOD), Word.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
-        (Outcome(GOOD, planned=12), Word.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
-        (Outcome(Counter({"known bug": 2})), Word.GOOD, "good: 2 known bugs"),
-        (Outcome(BAD), Word.BAD, "bad: 9 passed, 1 failed, 1 known bug, 2 skipped"),
+        (RunSummary(GOOD), Verdict.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(GOOD, planned=12), Verdict.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(Counter({"known bug": 2})), Verdict.GOOD, "good: 2 known bugs"),
+        (RunSummary(BAD), Verdict.BAD, "bad: 9 passed, 1 failed, 1 known bug, 2 skipped"),
         (
-            Outcome(GOOD, Counter({"FAIL": 2, "pass": 3})),
-            Word.GOOD,
+            RunSummary(GOOD, Counter({"FAIL": 2, "pass": 3})),
+            Verdict.GOOD,
             "good: 9 passed, 1 known bug, 2 skipped; the suite's own tests: 3 passed, 2 failed",
         ),
         (
-            Outcome(Counter(), Counter({"FAIL": 2})),
-            Word.NONE,
+            RunSummary(Counter(), Counter({"FAIL": 2})),
+            Verdict.NONE,
             "no verdict: the suite's own tests: 2 failed",
         ),
-        (Outcome(Counter()), Word.NONE, "no verdict: no test was selected"),
-        (Outcome(Counter(), untested=Counter()), Word.NONE, "no verdict: no test was selected"),
-        (Outcome(GOOD, log_reports=1), Word.BAD, "bad: 1 report in the kernel's log; 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(Counter()), Verdict.NONE, "no verdict: no test was selected"),
+        (RunSummary(Counter(), untested=Counter()), Verdict.NONE, "no verdict: no test was selected"),
+        (RunSummary(GOOD, log_reports=1), Verdict.BAD, "bad: 1 report in the kernel's log; 9 passed, 1 known bug, 2 skipped"),
         (
-            Outcome(GOOD, planned=40, stopped="interrupted"),
-            Word.NONE,
+            RunSummary(GOOD, planned=40, stopped="interrupted"),
+            Verdict.NONE,
             "interrupted: 12 of 40 tests ran (9 passed, 1 known bug, 2 skipped): no verdict",
         ),
         (
-            Outcome(Counter({"pass": 1, "not run": 1}), planned=2, stopped="interrupted"),
-            Word.NONE,
+            RunSummary(Counter({"pass": 1, "not run": 1}), planned=2, stopped="interrupted"),
+            Verdict.NONE,
             "interrupted: 1 of 2 tests ran (1 passed): no verdict",
         ),
-        (Outcome(Counter(), stopped="interrupted"), Word.NONE, "interrupted: 0 tests ran: no verdict"),
+        (RunSummary(Counter(), stopped="interrupted"), Verdict.NONE, "interrupted: 0 tests ran: no verdict"),
         (
-            Outcome(Counter({"FAIL": 1}), planned=3, stopped="interrupted"),
-            Word.BAD,
+            RunSummary(Counter({"FAIL": 1}), planned=3, stopped="interrupted"),
+            Verdict.BAD,
             "bad: interrupted: 1 of 3 tests ran (1 failed)",
         ),
-        (Outcome(Counter({"pass": 1}), Counter({"FAIL": 1}), planned=3), Word.NONE,
+        (RunSummary(Counter({"pass": 1}), Counter({"FAIL": 1}), planned=3), Verdict.NONE,
          "stopped: 2 of 3 tests ran (1 passed): no verdict; the suite's own tests: 1 failed"),
         (
-            Outcome(Counter({"skipped": 5}), untested=Counter({"no KVM": 4, "no LA57": 1})),
-            Word.CANNOT,
+            RunSummary(Counter({"skipped": 5}), untested=Counter({"no KVM": 4, "no LA57": 1})),
+            Verdict.CANNOT,
             "cannot be tested: no test ran on KVM: no KVM (and 1 other reason, above); 5 skipped",
         ),
         (
-            Outcome(Counter(), Counter({"pass": 7}), untested=Counter()),
-            Word.CANNOT,
+            RunSummary(Counter(), Counter({"pass": 7}), untested=Counter()),
+            Verdict.CANNOT,
             "cannot be tested: no test ran on KVM: none that was selected needs it; the suite's own tests: 7 passed",
         ),
         (
-            Outcome(Counter({"FAIL": 1, "skipped": 3}), end=PANIC),
-            Word.BAD,
+            RunSummary(Counter({"FAIL": 1, "skipped": 3}), end=PANIC),
+            Verdict.BAD,
             "bad: the kernel panicked; 1 failed, 3 skipped",
         ),
         (
-            Outcome(Counter(), end={"ending": "NO_BOOT", "text": "the kernel does not boot: why"}, untested=Counter()),
-            Word.CANNOT,
+            RunSummary(Counter(), end={"ending": "NO_BOOT", "text": "the kernel does not boot: why"}, untested=Counter()),
+            Verdict.CANNOT,
             "cannot be tested: the kernel does not boot: why",
         ),
         (
-            Outcome(GOOD, end={"ending": "NOT_TESTED", "text": "it cannot be tested: QEMU ended"}),
-            Word.CANNOT,
+            RunSummary(GOOD, end={"ending": "NOT_TESTED", "text": "it cannot be tested: QEMU ended"}),
+            Verdict.CANNOT,
             "cannot be tested: QEMU ended; 9 passed, 1 known bug, 2 skipped",
         ),
         (
-            Outcome(Counter({"FAIL": 1}), end={"ending": "EMULATOR_FAULT", "text": "the emulator failed: int3"}),
-            Word.BAD,
+            RunSummary(Counter({"FAIL": 1}), end={"ending": "EMULATOR_FAULT", "text": "the emulator failed: int3"}),
+            Verdict.BAD,
             "bad: 1 failed",
         ),
     ],
 )  # fmt: skip
-def test_the_verdict_of_each_outcome(outcome: Outcome, word: Word, text: str) -> None:
+def test_the_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: str) -> None:
     """Each way to end has its verdict, and a text with the reason and the counts."""
-    assert judge(outcome) == (word, text)
+    assert verdict_on_kernel(outcome) == (word, text)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What is fetched from the Debian archive: where from, which QEMU is used, and what a fetch that breaks off leaves."""
+"""Fetching kernels and QEMU from the Debian archive, the caches they go into, and the choice of a QEMU."""
 
 import hashlib
 import multiprocessing
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from runner import apt, apt_sources, debian, emulator, fetch, initramfs, qemu
 from runner.apt import Suite, cause
 from runner.apt_sources import mirror
-from runner.emulator import PROGRAM, debian_emulator, find_emulator
+from runner.arch import this_arch
+from runner.emulator import debian_emulator, find_emulator
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.store import fill, is_complete
 
@@ -26,15 +28,15 @@ SOUND, UNSOUND = "10.0.13", "7.2.22"
 # --- folders that are filled once -------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_filled_once(tmp_path: Path) -> None:
+def test_folder_is_filled_once(tmp_path: Path) -> None:
     """A complete folder is left as it is."""
     folder = fill(tmp_path / "cache/a", lambda path: (path / "first").touch())
     fill(folder, lambda path: (path / "second").touch())
     assert sorted(path.name for path in folder.iterdir()) == [".complete", "first"]
 
 
-def test_a_broken_off_fill_leaves_nothing(tmp_path: Path) -> None:
-    """A fill that fails is not taken for a complete one, and the next one starts from nothing."""
+def test_interrupted_fill(tmp_path: Path) -> None:
+    """A fill that fails leaves no folder, and an incomplete folder is filled from nothing."""
 
     def fail(path: Path) -> None:
         (path / "half").touch()
@@ -43,7 +45,7 @@ def test_a_broken_off_fill_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CannotTest, match="no space"):
         fill(tmp_path / "a", fail)
     assert not (tmp_path / "a").exists()
-    (tmp_path / "a").mkdir()  # as a copy that was cut short leaves it
+    (tmp_path / "a").mkdir()  # as an interrupted copy leaves it
     (tmp_path / "a/half").touch()
     assert not is_complete(tmp_path / "a")
     fill(tmp_path / "a", lambda path: (path / "whole").touch())
@@ -60,8 +62,8 @@ def _fill_slowly(folder: Path, log: Path) -> None:
     fill(folder, write)
 
 
-def test_two_runs_that_fill_at_once(tmp_path: Path) -> None:
-    """The second run waits for the first one, and uses what it made."""
+def test_concurrent_fills(tmp_path: Path) -> None:
+    """The second run waits for the first one, and uses what it wrote."""
     arguments = (tmp_path / "a", tmp_path / "log")
     runs = [multiprocessing.Process(target=_fill_slowly, args=arguments) for _ in range(3)]
     for run in runs:
@@ -72,8 +74,8 @@ def test_two_runs_that_fill_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "x"
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is complete is used without a lock; and where one is needed, another user's lock file may be read-only."""
+def test_read_only_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete folder is used without a lock, and a lock file may be another user's."""
     opened: list[int] = []
     real = os.open
 
@@ -87,11 +89,11 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):
         fill(tmp_path / "a", lambda _path: None)
         initramfs._base()
-    assert opened == [os.O_RDONLY] * 2  # by the first turn
+    assert opened == [os.O_RDONLY] * 2  # in the first iteration
 
 
-def test_what_a_killed_run_left(tmp_path: Path) -> None:
-    """The next run that fills a folder removes it, and nothing else."""
+def test_leftovers_of_killed_runs(tmp_path: Path) -> None:
+    """The next fill of a folder removes them, and nothing else."""
     for name in (".partial/root", "other"):
         (tmp_path / name).mkdir(parents=True)
     fill(tmp_path / "a", lambda _path: None)
@@ -107,7 +109,7 @@ STANZA = f"Types: deb\nURIs: {MIRROR}\nSuites: bookworm\nComponents: main\n"
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the sources that the machine's apt has; it has none."""
+    """An empty folder in place of the sources of the host's apt."""
     (tmp_path / "apt/sources.list.d").mkdir(parents=True)
     monkeypatch.delenv("DEBIAN_MIRROR", raising=False)
     monkeypatch.setattr(apt_sources, "_APT", tmp_path / "apt")
@@ -128,8 +130,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("b.sources", f"{STANZA.replace(MIRROR, 'http://no.test/debian')}Enabled: no\n\n{STANZA}"),
     ],
 )
-def test_the_mirror_of_apts_sources(sources: Path, name: str, text: str) -> None:
-    """Packages come from the mirror that the machine's apt uses, in either format of its sources."""
+def test_mirror_in_apt_sources(sources: Path, name: str, text: str) -> None:
+    """Packages come from the mirror of the host's apt, in either format of its sources."""
     (sources / name).write_text(text)
     assert mirror() == MIRROR
 
@@ -150,8 +152,8 @@ def test_the_mirror_of_apts_sources(sources: Path, name: str, text: str) -> None
         ("a.sources", STANZA.replace("mirror", "docker").replace("main", "stable")),
     ],
 )
-def test_sources_that_are_not_debians(sources: Path, name: str, text: str) -> None:
-    """Third parties, what is switched off, and what apt does not read are passed over, though they come first."""
+def test_sources_of_third_parties(sources: Path, name: str, text: str) -> None:
+    """Third parties, disabled entries and files that apt does not read are skipped, although they come first."""
     (sources / name).write_text(text)
     with pytest.raises(CannotTest, match="no mirror"):
         mirror()
@@ -160,8 +162,8 @@ def test_sources_that_are_not_debians(sources: Path, name: str, text: str) -> No
 
 
 @pytest.mark.parametrize("scheme", ["mirror+file://", "mirror+file:", "mirror:file:"])
-def test_a_list_of_mirrors(sources: Path, scheme: str) -> None:
-    """Where the sources name a list of mirrors, as those of Debian's cloud images do, its first one is taken."""
+def test_list_of_mirrors(sources: Path, scheme: str) -> None:
+    """Of a list of mirrors, as in Debian's cloud images, the first one is taken."""
     listed = sources.parent / "mirrors.list"
     (sources / "a.sources").write_text(STANZA.replace(MIRROR, f"{scheme}{listed}"))
     with pytest.raises(CannotTest, match="no mirror"):
@@ -171,8 +173,8 @@ def test_a_list_of_mirrors(sources: Path, scheme: str) -> None:
 
 
 @pytest.mark.usefixtures("sources")
-def test_no_mirror_but_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where apt has no mirror of Debian's archive, DEBIAN_MIRROR names one."""
+def test_mirror_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mirror in apt's sources, DEBIAN_MIRROR names one."""
     with pytest.raises(CannotTest, match="name one in DEBIAN_MIRROR=URI"):
         mirror()
     monkeypatch.setenv("DEBIAN_MIRROR", "http://named.test/debian")
@@ -193,8 +195,8 @@ def make_archive(folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt-get is not there")
-def test_a_machine_with_an_apt_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its configuration is not heeded, its hooks do not run, and its archives are not removed."""
+def test_hostile_apt_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's apt configuration has no effect: no hooks run, no release is preferred, and its archives are kept."""
     mine, marker = tmp_path / "mine/user.deb", tmp_path / "marker"
     mine.parent.mkdir()
     mine.touch()
@@ -234,8 +236,8 @@ def test_a_machine_with_an_apt_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
         ("first\nlast", 1),
     ],
 )
-def test_the_line_that_names_the_cause(said: str, line: int) -> None:
-    """Of what a tool said that line is shown, wherever it is."""
+def test_cause_in_output_of_apt(said: str, line: int) -> None:
+    """The line that names the cause is shown, wherever it is."""
     assert cause(said) == said.splitlines()[line]
     assert cause("") == "no message"
 
@@ -249,8 +251,8 @@ def test_the_line_that_names_the_cause(said: str, line: int) -> None:
         ("E: Unable to locate package a", False),
     ],
 )
-def test_what_helps_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, network: bool) -> None:
-    """Only where the network is missing are people sent to a machine that has it."""
+def test_remedy_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, network: bool) -> None:
+    """Only a missing network is answered with the remedy for one."""
     tool = tmp_path / "apt-get"
     tool.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 100\n')
     tool.chmod(0o755)
@@ -265,7 +267,7 @@ def test_what_helps_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive that cannot be reached, and nothing in the cache."""
+    """An archive that cannot be reached, and an empty cache."""
     if not Path(apt._KEYRING).exists():
         pytest.skip(f"{apt._KEYRING} is not there (apt install debian-archive-keyring)")
     monkeypatch.setenv("DEBIAN_MIRROR", "file:///nonexistent/debian")
@@ -275,8 +277,8 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line says what could not be fetched, and how to fetch it elsewhere and carry it over."""
+def test_fetch_without_network(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what could not be fetched, and how to fetch it elsewhere and copy it."""
     assert fetch.main([]) == CANNOT_TEST
     shown = capsys.readouterr().err.strip().splitlines()
     assert len(shown) == 2, shown
@@ -298,43 +300,54 @@ def test_no_network(capsys: pytest.CaptureFixture[str]) -> None:
         ("", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
     ],
 )
-def test_a_wrong_name_is_refused_at_once(
-    capsys: pytest.CaptureFixture[str], name: str, status: int, message: str
-) -> None:
-    """One line, before QEMU is fetched."""
+def test_wrong_kernel_to_fetch(capsys: pytest.CaptureFixture[str], name: str, status: int, message: str) -> None:
+    """A wrong name is one line, before QEMU is fetched."""
     assert fetch.main([name]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
 
 
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("kernels", [[], ["debian:6.12"], ["debian:6.12-rt-arm64"]], ids=["qemu", "kernel", "flavour"])
+def test_unsupported_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernels: list[str]
+) -> None:
+    """On an architecture without an entry in arch.py nothing is fetched, and one line says so."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("runner.kernel.CACHE", Path("/nonexistent"))
+    assert fetch.main(kernels) == CANNOT_TEST
+    shown = capsys.readouterr().err
+    assert shown == "cannot fetch: no kernel can be booted on aarch64 yet: only x86_64 is supported\n"
+
+
 @pytest.mark.parametrize("tool", ["apt-get", "apt-cache", "dpkg-deb"])
-def test_a_machine_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
-    """The missing tool is named, and what can be done without it."""
+def test_host_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    """The missing tool is named, and what the user can do instead."""
     monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/usr/bin/{name}")
     for module in (emulator, debian):
         monkeypatch.setattr(module, "BUILD", tmp_path)
     monkeypatch.setattr(emulator, "_CACHE", tmp_path / "qemu")
     lacks = f"fetched with {tool}, which this machine lacks"
     with pytest.raises(
-        CannotTest, match=f"{lacks}: install {PROGRAM}, or name one with --qemu PATH, or run make fetch"
+        CannotTest, match=f"{lacks}: install {this_arch().qemu}, or name one with --qemu PATH, or run make fetch"
     ):
         debian_emulator("why")
     with pytest.raises(CannotTest, match=f"{lacks}: give the path of a kernel instead of debian:6.12, or run make"):
         debian.fetch("6.12", tmp_path / "kernels")
 
 
-def test_a_machine_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package that has it is named."""
+def test_host_without_archive_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of the missing key is named."""
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(apt, "_KEYRING", Path("/nonexistent"))
     with pytest.raises(CannotTest, match="apt install debian-archive-keyring, or give a path"):
         apt.require("give a path")
 
 
-def test_a_build_folder_that_is_none(
+def test_unwritable_build_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nothing can be written a fetch ends with one line that says so."""
+    """A fetch that cannot write is one line."""
     (tmp_path / "build").touch()
     monkeypatch.setattr(emulator, "BUILD", tmp_path / "build")
     monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
@@ -346,9 +359,9 @@ def test_a_build_folder_that_is_none(
 
 
 def make_qemu(folder: Path, version: str) -> Path:
-    """A program that says it is QEMU of *version*."""
+    """A program that reports *version* as QEMU does."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PROGRAM
+    path = folder / this_arch().qemu
     path.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian 1:{version})'\n")
     path.chmod(0o755)
     return path
@@ -356,14 +369,15 @@ def make_qemu(folder: Path, version: str) -> Path:
 
 @pytest.fixture
 def host_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which this host's QEMU is looked for; Debian's, if it is asked for, has the version "fetched"."""
+    """The folder of this host's QEMU; Debian's has the version "fetched"."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
 
     def fetched(why: str) -> emulator.Emulator:
         return emulator.Emulator(("fetched",), "fetched", why)
 
     monkeypatch.setattr(emulator, "debian_emulator", fetched)
-    monkeypatch.setattr(emulator, "PROGRAM", "qemu-of-the-test")
+    other = replace(this_arch(), qemu="qemu-of-the-test")
+    monkeypatch.setattr(emulator, "this_arch", lambda: other)
     return tmp_path / "bin"
 
 
@@ -371,36 +385,36 @@ def install(folder: Path, version: str) -> Path:
     return make_qemu(folder, version).rename(folder / "qemu-of-the-test")
 
 
-def test_a_sound_qemu_of_the_host(host_qemu: Path) -> None:
-    """A QEMU whose emulation has no known fault is used as it is."""
+def test_sound_qemu_of_the_host(host_qemu: Path) -> None:
+    """A QEMU whose emulation has no fault to avoid is used."""
     path = install(host_qemu, SOUND)
     found = find_emulator(None, emulates=True)
     assert (found.command, found.version) == ((str(path),), SOUND)
 
 
-def test_an_unsound_qemu_of_the_host(host_qemu: Path) -> None:
-    """Debian's takes its place, and the reason names the fault."""
+def test_faulty_qemu_of_the_host(host_qemu: Path) -> None:
+    """Debian's QEMU replaces it, and the reason names the fault."""
     install(host_qemu, UNSOUND)
     found = find_emulator(None, emulates=True)
     assert found.version == "fetched"
     assert found.origin.startswith(f"this host's QEMU {UNSOUND} lets a guest set XCR0 behind KVM's back")
 
 
-def test_an_unsound_qemu_that_does_not_emulate(host_qemu: Path) -> None:
-    """Faults of the emulation do not matter where the host's CPU runs the guest."""
+def test_faulty_qemu_without_emulation(host_qemu: Path) -> None:
+    """Faults of the emulation do not matter with nested virtualization."""
     install(host_qemu, UNSOUND)
     assert find_emulator(None, emulates=False).version == UNSOUND
 
 
-def test_a_host_without_qemu(host_qemu: Path) -> None:
-    """Debian's is taken, with the reason."""
+def test_host_without_qemu(host_qemu: Path) -> None:
+    """Debian's QEMU is used, with the reason."""
     assert not host_qemu.exists()
     found = find_emulator(None, emulates=True)
     assert (found.version, found.origin) == ("fetched", "this host has no qemu-of-the-test")
 
 
-def test_a_qemu_that_is_named(host_qemu: Path, tmp_path: Path) -> None:
-    """--qemu is used whatever its version; one that is not there, or is no QEMU, is one line."""
+def test_named_qemu(host_qemu: Path, tmp_path: Path) -> None:
+    """--qemu is used whatever its version; a program that is missing or no QEMU is one line."""
     install(host_qemu, SOUND)
     named = str(make_qemu(tmp_path / "named", UNSOUND))
     assert find_emulator(named, emulates=True).version == UNSOUND
@@ -410,10 +424,10 @@ def test_a_qemu_that_is_named(host_qemu: Path, tmp_path: Path) -> None:
         find_emulator("/bin/true", emulates=True)
 
 
-def test_an_unsound_qemu_and_no_network(
+def test_faulty_qemu_without_network(
     host_qemu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is used all the same, and one line says so and why."""
+    """It is used anyway, and one line says so and why."""
 
     def fetched(_why: str) -> emulator.Emulator:
         raise CannotTest("no network")
@@ -422,12 +436,12 @@ def test_an_unsound_qemu_and_no_network(
     install(host_qemu, UNSOUND)
     assert find_emulator(None, emulates=True).version == UNSOUND
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "it is used all the same, as no other can be had: no network" in line
+    assert "it is used anyway, as there is no other: no network" in line
 
 
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 127\n", "\x7fELF of another machine"], ids=["script", "binary"])
-def test_a_broken_qemu_of_the_host(host_qemu: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
-    """Debian's takes its place, and one line says why; one that is named so is an error."""
+def test_broken_qemu_of_the_host(host_qemu: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """Debian's QEMU replaces one that does not run, with the reason; if --qemu names it, that is an error."""
     path = install(host_qemu, SOUND)
     path.write_text(content)
     assert find_emulator(None, emulates=True).version == "fetched"
@@ -438,8 +452,8 @@ def test_a_broken_qemu_of_the_host(host_qemu: Path, capsys: pytest.CaptureFixtur
         find_emulator(str(path), emulates=True)
 
 
-def test_versions_that_people_build(host_qemu: Path) -> None:
-    """A leading v does not count; where no number is, that is not a QEMU to use."""
+def test_versions_of_own_builds(host_qemu: Path) -> None:
+    """A leading v is ignored; a version without a number is not a QEMU to use."""
     install(host_qemu, "v9.2.0-rc1")
     assert find_emulator(None, emulates=True).version == "9.2.0-rc1"
     install(host_qemu, "unknown")
@@ -447,15 +461,15 @@ def test_versions_that_people_build(host_qemu: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [":", ";"])
-def test_a_path_that_the_loader_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
-    """Debian's QEMU is not fetched to where its loader would not find the libraries."""
+def test_checkout_path_with_separators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """Debian's QEMU is not fetched to a path that its loader would split."""
     monkeypatch.setattr(emulator, "_CACHE", tmp_path / f"a{mark}b/build/qemu")
     with pytest.raises(CannotTest, match="move the suite to a path without : and ;, or install"):
         debian_emulator("why")
 
 
-def test_a_package_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the archive hands out other packages than QEMU's that is one line."""
+def test_archive_without_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that lacks QEMU's package is one line."""
 
     class Empty:
         def download_with_dependencies(self, _name: str) -> list[Path]:
@@ -471,7 +485,8 @@ def test_a_package_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("no_network")
 def test_no_qemu_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the way to carry one over."""
-    monkeypatch.setattr(emulator, "PROGRAM", "qemu-of-the-test")
+    """The error says how to copy one from elsewhere."""
+    other = replace(this_arch(), qemu="qemu-of-the-test")
+    monkeypatch.setattr(emulator, "this_arch", lambda: other)
     with pytest.raises(CannotTest, match="run make fetch in a clone that has it"):
         qemu.find_qemu(None, "tcg", ())

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Finding a kernel, its modules and their parameters, and what is made of how it ended; nothing is booted here."""
+"""Finding a kernel, its modules and their parameters, and diagnosing how it ended; nothing is booted here."""
 
 import io
 import lzma
-import re
 import shutil
 import stat
 import struct
@@ -14,23 +13,20 @@ from typing import Any, cast
 
 import pytest
 
-from harness import results
 from harness.early_collection import any_test_matches
 from harness.interruption import Interruption
 from harness.kernel_options import kernel_options, split_tests
 from harness.planned_tests import PlannedTests
 from harness.remote import RemoteSession
 from harness.run_report import Facts, KernelReport, RunReport
-from harness.table import DIMENSIONS, cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
+from harness.table import cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
 from runner import ROOT, check_kernel, debian, target
-from runner import kernel_matrix as matrix
+from runner.boot_outcome import BootOutcome, diagnose_console, kernel_log, splats_before_init, splats_since_init
 from runner.cpio import CpioWriter
 from runner.emulator import Emulator
-from runner.ending import Ending, judge, kernel_log, reports_at_boot, reports_since_start
 from runner.errors import CannotTest
-from runner.guest_init import BEGINS, comparable, took_effect
+from runner.guest_init import INIT_MARKER, normalized, took_effect
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
-from runner.kernel_matrix import load
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.qemu import Machine, Qemu
 from runner.target import Target
@@ -60,7 +56,8 @@ def make_root(root: Path, *releases: str, usr: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("usr", [False, True], ids=["boot", "usr-lib-modules"])
-def test_an_unpacked_package_by_folder_and_by_image(tmp_path: Path, usr: bool) -> None:
+def test_unpacked_package(tmp_path: Path, usr: bool) -> None:
+    """An unpacked package is found by its folder and by its image, in either layout."""
     root = make_root(tmp_path, RELEASE, usr=usr)
     by_folder = find_kernel(str(root))
     assert by_folder.release == RELEASE
@@ -69,21 +66,23 @@ def test_an_unpacked_package_by_folder_and_by_image(tmp_path: Path, usr: bool) -
     assert find_kernel(str(by_folder.image)) == by_folder
 
 
-def test_modules_beside_an_image_anywhere(tmp_path: Path) -> None:
+def test_modules_beside_an_image(tmp_path: Path) -> None:
+    """An image in any folder takes its modules from lib/modules/<release> there."""
     (tmp_path / "bzImage").write_bytes(bzimage())
     modules = tmp_path / "lib/modules" / RELEASE
     modules.mkdir(parents=True)
     assert find_kernel(str(tmp_path / "bzImage")).modules == modules
 
 
-def test_a_folder_with_several_kernels_is_ambiguous(tmp_path: Path) -> None:
+def test_folder_with_several_kernels(tmp_path: Path) -> None:
+    """A folder with several kernels is refused with the list of images to choose from."""
     root = make_root(tmp_path, "6.1.9", "6.1.10")
     with pytest.raises(CannotTest, match=r"holds several kernels: name one of .*6\.1\.10, .*6\.1\.9"):
         find_kernel(str(root))
 
 
-def test_what_cannot_be_booted_is_not_at_hand(tmp_path: Path) -> None:
-    """No modules, or no kernel: left out; the newest comes first, by the numbers' values."""
+def test_local_kernels_are_bootable(tmp_path: Path) -> None:
+    """Images without modules and files that are no kernels are left out; the newest release, compared as numbers, is first."""
     root = make_root(tmp_path, "6.1.9", "6.1.10")
     (root / "boot/vmlinuz-6.9").write_bytes(bzimage("6.9"))
     (root / "boot/vmlinuz-rescue").write_bytes(b"none")
@@ -91,8 +90,8 @@ def test_what_cannot_be_booted_is_not_at_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("marker", ["Kbuild", ".config"], ids=["in-place", "O="])
-def test_a_build_tree(tmp_path: Path, marker: str) -> None:
-    """Modules come from the tree itself; without an image it is not built."""
+def test_kernel_build_tree(tmp_path: Path, marker: str) -> None:
+    """A build tree has its modules itself; one that is not built is refused."""
     (tmp_path / "arch/x86/boot").mkdir(parents=True)
     (tmp_path / marker).touch()
     with pytest.raises(CannotTest, match="without arch/x86/boot/bzImage: build it"):
@@ -122,8 +121,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_package_file(tmp_path: Path, cache: Path) -> None:
-    """It is unpacked once, into the cache."""
+def test_kernel_package_file(tmp_path: Path, cache: Path) -> None:
+    """A .deb is unpacked once, into the cache."""
     package = make_package(tmp_path, f"linux-image-{RELEASE}-unsigned", "amd64", make_root(tmp_path / "root", RELEASE))
     kernel = find_kernel(str(package))
     assert kernel.release == RELEASE
@@ -131,8 +130,8 @@ def test_a_package_file(tmp_path: Path, cache: Path) -> None:
     assert find_kernel(str(package)) == kernel
 
 
-def test_a_kernel_in_two_packages(tmp_path: Path, cache: Path) -> None:
-    """Image and modules apart, as newer Debian and Ubuntu have them: the other one is taken from beside it."""
+def test_kernel_in_two_packages(tmp_path: Path, cache: Path) -> None:
+    """If image and modules are in two packages, naming either one takes the other from beside it."""
     assert not cache.exists()
     root = make_root(tmp_path / "root", RELEASE)
     shutil.move(root / "lib", tmp_path / "modules/lib")
@@ -152,13 +151,15 @@ def test_a_kernel_in_two_packages(tmp_path: Path, cache: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("cache")
-def test_a_package_that_is_not_for_us(tmp_path: Path, name: str, architecture: str, message: str) -> None:
+def test_unsuitable_package(tmp_path: Path, name: str, architecture: str, message: str) -> None:
+    """A package of another architecture or without a kernel is refused."""
     with pytest.raises(CannotTest, match=message):
         find_kernel(str(make_package(tmp_path, name, architecture, None)))
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_file_that_is_no_package(tmp_path: Path) -> None:
+def test_file_that_is_no_package(tmp_path: Path) -> None:
+    """A .deb that is no Debian package is refused."""
     (tmp_path / "x.deb").write_text("no")
     with pytest.raises(CannotTest, match="is not a Debian package"):
         find_kernel(str(tmp_path / "x.deb"))
@@ -182,14 +183,14 @@ def cached(cache: Path, *releases: str) -> None:
         ("debian:7.2~rc3-rt-amd64", "release candidates are in none of"),
     ],
 )
-def test_kernels_with_another_name_in_debian(name: str, message: str) -> None:
-    """A release that is not installed is named as Debian has it, and a release candidate as one that Debian's suites lack."""
+def test_hint_at_debian_kernels(name: str, message: str) -> None:
+    """A release that is not installed is named as Debian has it; a release candidate is not in Debian's suites."""
     with pytest.raises(CannotTest, match=message):
         find_kernel(name)
 
 
-def test_debian_takes_the_newest_that_fits_from_the_cache(tmp_path: Path) -> None:
-    """Versions are compared number by number, and flavours do not mix; what was cut short is not taken."""
+def test_newest_match_in_the_cache(tmp_path: Path) -> None:
+    """The newest complete kernel of the version and flavour is taken; versions are compared number by number."""
     cached(tmp_path, "6.1.0-9-cloud-amd64", "6.1.0-10-cloud-amd64", "6.12.9+deb12-cloud-amd64", "6.12.9+deb12-rt-amd64")
     (tmp_path / "6.1.0-11-cloud-amd64").mkdir()
     assert debian.fetch("6.1", tmp_path).name == "6.1.0-10-cloud-amd64"
@@ -197,7 +198,8 @@ def test_debian_takes_the_newest_that_fits_from_the_cache(tmp_path: Path) -> Non
     assert debian.fetch("6.12-rt-amd64", tmp_path).name == "6.12.9+deb12-rt-amd64"
 
 
-def test_packed_modules(tmp_path: Path) -> None:
+def test_compressed_modules(tmp_path: Path) -> None:
+    """A compressed module is decompressed; a damaged one is refused."""
     (tmp_path / "a.ko.xz").write_bytes(lzma.compress(b"data"))
     assert decompress_module(tmp_path / "a.ko.xz") == b"data"
     for name in ("b.ko.xz", "b.ko.gz", "b.ko.zst"):
@@ -206,21 +208,24 @@ def test_packed_modules(tmp_path: Path) -> None:
             decompress_module(tmp_path / name)
 
 
-def test_no_modules_are_needed_when_kvm_is_built_in(tmp_path: Path) -> None:
+def test_built_in_kvm_needs_no_module(tmp_path: Path) -> None:
+    """A KVM in modules.builtin has no modules to load; a vendor module that is nowhere is an error."""
     (tmp_path / "modules.builtin").write_text("kernel/arch/x86/kvm/kvm.ko\nkernel/arch/x86/kvm/kvm-amd.ko\n")
     assert kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd") == []
     with pytest.raises(CannotTest, match="no module kvm_intel under"):
         kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_intel")
 
 
-def test_a_module_that_is_none(tmp_path: Path) -> None:
+def test_file_that_is_no_module(tmp_path: Path) -> None:
+    """A .ko that is no module is refused."""
     for name in ("kvm.ko", "kvm-amd.ko"):
         (tmp_path / name).write_bytes(b"garbage")
     with pytest.raises(CannotTest, match=r"kvm\.ko is not a kernel module"):
         kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd")
 
 
-def test_parameters_are_read_and_checked() -> None:
+def test_kvm_parameters() -> None:
+    """Parameters are parsed, a misspelt one gets a hint, and those of a built-in KVM are left to the booted kernel."""
     modules = [Module("kvm", b"", (), frozenset({"tdp_mmu"})), Module("kvm_amd", b"", (), frozenset({"npt"}))]
     parameters = parse_parameters(" kvm.tdp_mmu=0  kvm-amd.npt=1 ")
     assert parameters == {"kvm.tdp_mmu": "0", "kvm_amd.npt": "1"}
@@ -233,31 +238,34 @@ def test_parameters_are_read_and_checked() -> None:
             parse_parameters(text)
 
 
-def test_module_names() -> None:
+def test_name_of_a_module() -> None:
+    """A module's name is that of its file, with underscores and without extensions."""
     assert module_name(Path("kernel/arch/x86/kvm/kvm-amd.ko.xz")) == "kvm_amd"
 
 
 @pytest.mark.parametrize(("one", "other"), [("0", "N"), ("off", "n"), ("1", "Y"), ("0x10", "16"), ("auto", "auto")])
-def test_values_of_parameters_have_several_spellings(one: str, other: str) -> None:
-    assert comparable(one) == comparable(other)
+def test_spellings_of_one_value(one: str, other: str) -> None:
+    """All spellings of a bool, and a number in any base, are the same value."""
+    assert normalized(one) == normalized(other)
 
 
 @pytest.mark.parametrize(
     ("wanted", "found"), [("force", "Y"), ("auto", "Y"), ("auto", "N"), ("off", "N"), ("never", "never")]
 )
-def test_words_that_a_parameter_does_not_show(wanted: str, found: str) -> None:
-    """A word of kvm.nx_huge_pages is compared by what it means."""
+def test_words_that_are_not_shown(wanted: str, found: str) -> None:
+    """A word of kvm.nx_huge_pages is compared by its meaning."""
     assert took_effect(wanted, found)
 
 
 @pytest.mark.parametrize(("wanted", "found"), [("force", "N"), ("1", "N"), ("off", "Y"), ("never", "N")])
-def test_a_word_that_took_no_effect(wanted: str, found: str) -> None:
-    """A value that the kernel did not follow is seen, whatever word it is."""
+def test_words_without_effect(wanted: str, found: str) -> None:
+    """A value that the kernel did not follow is noticed, whatever word it is."""
     assert not took_effect(wanted, found)
 
 
-def test_different_values_are_different() -> None:
-    assert len({comparable(value) for value in ("0", "1", "2", "auto", "-1")}) == 5
+def test_different_values_differ() -> None:
+    """Different values are not normalized to the same one."""
+    assert len({normalized(value) for value in ("0", "1", "2", "auto", "-1")}) == 5
 
 
 OOPS = [
@@ -271,52 +279,54 @@ INT3 = ["[    5.0] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"]
 
 
 @pytest.mark.parametrize(
-    ("lines", "booted", "overdue", "ending"),
+    ("lines", "booted", "timeout", "outcome"),
     [
-        (OOPS, True, None, Ending.OOPS),
-        (OOPS, True, "too late", Ending.OOPS),
-        ([*OOPS, *PANIC], True, None, Ending.PANIC),
-        (PANIC, True, None, Ending.PANIC),
-        (PANIC, False, None, Ending.NO_BOOT),
-        ([], False, "too late", Ending.NO_BOOT),
-        ([], True, "too late", Ending.HANG),
-        ([], True, None, Ending.SUITE_DIED),
-        (OUT_OF_MEMORY, True, None, Ending.NOT_TESTED),
-        ([*OUT_OF_MEMORY, *PANIC], True, None, Ending.PANIC),
-        (INT3, True, None, Ending.EMULATOR_FAULT),
-        ([*INT3, *PANIC], False, None, Ending.EMULATOR_FAULT),
+        (OOPS, True, None, BootOutcome.OOPS),
+        (OOPS, True, "too late", BootOutcome.OOPS),
+        ([*OOPS, *PANIC], True, None, BootOutcome.PANIC),
+        (PANIC, True, None, BootOutcome.PANIC),
+        (PANIC, False, None, BootOutcome.NO_BOOT),
+        ([], False, "too late", BootOutcome.NO_BOOT),
+        ([], True, "too late", BootOutcome.HANG),
+        ([], True, None, BootOutcome.SUITE_DIED),
+        (OUT_OF_MEMORY, True, None, BootOutcome.NOT_TESTED),
+        ([*OUT_OF_MEMORY, *PANIC], True, None, BootOutcome.PANIC),
+        (INT3, True, None, BootOutcome.EMULATOR_FAULT),
+        ([*INT3, *PANIC], False, None, BootOutcome.EMULATOR_FAULT),
     ],
 )
-def test_how_a_machine_ended(lines: list[str], booted: bool, overdue: str | None, ending: Ending) -> None:
-    end = judge("\n".join(["[    0.0] Linux version 6.12", *lines]), booted, overdue, emulated=True)
-    assert end.ending is ending
+def test_diagnosis_by_console(lines: list[str], booted: bool, timeout: str | None, outcome: BootOutcome) -> None:
+    """The console, whether init started, and an exceeded time limit decide how a kernel ended."""
+    end = diagnose_console("\n".join(["[    0.0] Linux version 6.12", *lines]), booted, timeout, emulated=True)
+    assert end.outcome is outcome
 
 
-def test_a_breakpoint_oops_on_real_hardware_is_the_kernels() -> None:
-    assert judge("\n".join(INT3), True, None, emulated=False).ending is Ending.OOPS
+def test_int3_oops_on_hardware() -> None:
+    """Without emulation an int3 oops is the kernel's."""
+    assert diagnose_console("\n".join(INT3), True, None, emulated=False).outcome is BootOutcome.OOPS
 
 
-def test_reports_at_boot_are_told_apart() -> None:
-    """What comes before the first program is not the suite's; what comes when KVM is loaded is."""
+def test_splats_before_and_since_init() -> None:
+    """Reports of the boot are apart from those since init, which include those of loading KVM."""
     console = [
         "[    1.0] WARNING: early",
         "[    1.1] ---[ end trace 0 ]---",
-        f"[    2.0] {BEGINS}",
+        f"[    2.0] {INIT_MARKER}",
         "[    3.0] WARNING: late",
     ]
-    assert [splat.title for splat in reports_at_boot("\n".join(console))] == ["WARNING: early"]
-    assert [splat.title for splat in reports_since_start("\n".join(console))] == ["WARNING: late"]
+    assert [splat.title for splat in splats_before_init("\n".join(console))] == ["WARNING: early"]
+    assert [splat.title for splat in splats_since_init("\n".join(console))] == ["WARNING: late"]
 
 
-def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
-    """A WARN as KVM is loaded fails the run; what a test saw is there once; what came at boot is only remarked."""
+def test_splats_that_no_test_saw(tmp_path: Path) -> None:
+    """A WARN while KVM is loaded is in the report, one that a test saw is there once, and one of the boot is a remark."""
     report = RunReport(tmp_path, Facts({}, {}, []))
     report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
     planned = PlannedTests({}, Interruption())
     session = RemoteSession(cast(Target, None), [], "pytest", [], False, tmp_path, report, planned)
-    titles = ("early", BEGINS, "loading", "seen")
-    lines = [f"[    1.0] {'' if title == BEGINS else 'WARNING: '}{title}" for title in titles]
-    session.add_reports("\n".join(lines))
+    titles = ("early", INIT_MARKER, "loading", "seen")
+    lines = [f"[    1.0] {'' if title == INIT_MARKER else 'WARNING: '}{title}" for title in titles]
+    session.add_splats("\n".join(lines))
     assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
     assert report.kernel_reports[1].known_bug is None
     assert report.remarks == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
@@ -344,10 +354,10 @@ def test_what_no_test_saw_is_in_the_report_all_the_same(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_which_tests_run_in_the_kernel(
+def test_tests_in_kernel_and_on_host(
     kernel: str, arguments: list[str] | None, there: list[str], here: list[str]
 ) -> None:
-    """With auto the suite's tests of itself stay on the host, however tests are named; a named kernel gets all."""
+    """With auto the suite's own tests run on the host, however they are named; a named kernel gets all tests."""
     source = pytest.Config.ArgsSource.TESTPATHS if arguments is None else pytest.Config.ArgsSource.ARGS
     config: Any = SimpleNamespace(
         getoption=lambda _name, default: default,
@@ -369,8 +379,8 @@ def test_which_tests_run_in_the_kernel(
     ],
     ids=["by-name", "by-id"],
 )
-def test_cells_of_any_kernel_match(tests: list[str]) -> None:
-    """What this host lacks may be there in the kernel that is to be booted."""
+def test_cells_of_another_kernel_match(tests: list[str]) -> None:
+    """A cell that this host lacks matches, as the booted kernel may have it."""
     option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
     assert any_test_matches(option, [], tests)
 
@@ -378,8 +388,8 @@ def test_cells_of_any_kernel_match(tests: list[str]) -> None:
 @pytest.mark.parametrize(
     ("kernel", "repeated"), [("auto", "/boot/vmlinuz-6.12"), ("debian:6.12", "debian:6.12")], ids=["chosen", "named"]
 )
-def test_the_same_machine_again(kernel: str, repeated: str) -> None:
-    """The command that repeats a failure has all that the machine was made of, and the kernel that was at hand then."""
+def test_options_to_reproduce_a_run(kernel: str, repeated: str) -> None:
+    """The options to reproduce a run have the whole machine, and the image that auto stood for."""
     given = {"kvm_params": "kvm.tdp_mmu=0", "qemu": None, "accel": "tcg", "cpu_model": None, "append": ""}
     option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus=None, time_limit="60")
     assert kernel_options(option, Path("/boot/vmlinuz-6.12")) == [
@@ -387,21 +397,21 @@ def test_the_same_machine_again(kernel: str, repeated: str) -> None:
     ]  # fmt: skip
 
 
-def test_auto_takes_a_kernel_that_has_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer kernel at hand that has no KVM is passed over."""
+def test_auto_takes_a_kernel_with_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer local kernel that has no KVM is passed over."""
     without, with_kvm = (Kernel(tmp_path, release, tmp_path / release) for release in ("7.9", "6.1"))
     for kernel, built_in in ((without, ""), (with_kvm, "kvm.ko\nkvm-amd.ko\n")):
         kernel.modules.mkdir()
         (kernel.modules / "modules.builtin").write_text(built_in)
     qemu = Qemu(Emulator(("qemu",), "10.0.13", "here"), "tcg", "max", "kvm_amd")
-    monkeypatch.setattr(target, "kernels_at_hand", lambda: [without, with_kvm])
+    monkeypatch.setattr(target, "local_kernels", lambda: [without, with_kvm])
     monkeypatch.setattr(target, "find_qemu", lambda *_: qemu)
-    assert target.find_target("auto", "", None, None, None, Machine(1, 1, ""), 1).kernel == with_kvm
+    assert target.find_target(None, "", None, None, None, Machine(1, 1, ""), 1).kernel == with_kvm
 
 
 @pytest.mark.parametrize("spelling", ["--results=out", "--results out"])
-def test_paths_of_a_checked_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
-    """Files are seen from where the user is, in both spellings of an option; names that are looked up stay as they are."""
+def test_paths_of_check_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    """Paths are relative to the user's folder, in both spellings of an option; names to look up are unchanged."""
     seen: list[str] = []
 
     def main(arguments: list[str]) -> int:
@@ -417,21 +427,23 @@ def test_paths_of_a_checked_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert seen[2:] == [f"--results={tmp_path / 'out'}", "--qemu=qemu-system-x86_64", f"--junitxml={junit}"]
 
 
-def test_statuses_are_those_of_a_bisection() -> None:
-    bad = {Ending.PANIC, Ending.OOPS, Ending.HANG, Ending.SUITE_DIED}
-    assert {ending: ending.exit_status for ending in Ending} == {
-        ending: 0 if ending is Ending.FINISHED else 1 if ending in bad else 125 for ending in Ending
+def test_exit_status_of_each_outcome() -> None:
+    """Each outcome has the exit status by which git bisect run marks a commit bad or skips it."""
+    bad = {BootOutcome.PANIC, BootOutcome.OOPS, BootOutcome.HANG, BootOutcome.SUITE_DIED}
+    assert {outcome: outcome.exit_status for outcome in BootOutcome} == {
+        outcome: 0 if outcome is BootOutcome.FINISHED else 1 if outcome in bad else 125 for outcome in BootOutcome
     }
 
 
-def test_the_kernels_log_is_what_has_a_timestamp() -> None:
+def test_kernel_log_of_a_console() -> None:
+    """The kernel's log is the lines of the console with a timestamp."""
     assert kernel_log("SeaBIOS\n[    0.000000] Linux version\nguest_init: x\n[   12.5][ T1] y\n") == (
         "[    0.000000] Linux version\n[   12.5][ T1] y\n"
     )
 
 
-def test_an_archive_that_cpio_reads(tmp_path: Path) -> None:
-    """The tool where there is one; else what is known of the format."""
+def test_archive_for_cpio(tmp_path: Path) -> None:
+    """An archive has a header for each folder and file, and cpio extracts it."""
     file = io.BytesIO()
     archive = CpioWriter(file)
     archive.add_file("/a/b/c.txt", b"hello", 0o755)
@@ -449,72 +461,8 @@ def test_an_archive_that_cpio_reads(tmp_path: Path) -> None:
         assert (tmp_path / "out/a/b/c.txt").read_text() == "hello"
 
 
-def matrix_file(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "matrix.toml"
-    path.write_text(text)
-    return path
-
-
-def test_a_matrix_file(tmp_path: Path) -> None:
-    path = matrix_file(tmp_path, 'kernels = ["debian:6.1"]\narguments = "-k \'a or b\'"\n')
-    assert load(path) == (["debian:6.1"], [""], ["-k", "a or b"])
-    kernels, parameters, _ = load(ROOT / "matrix.toml")
-    assert kernels == ["host", "debian:6.1", "debian:6.12", "debian:7.2"]
-    assert len(parameters) == 6
-    assert all(parse_parameters(text) for text in parameters)
-
-
-def test_a_run_of_the_matrix_that_cannot_be(tmp_path: Path) -> None:
-    done = matrix.run("/nonexistent/bzImage", "", tmp_path / "01", [])
-    assert (done.status, done.cells) == (125, [])
-    assert "/nonexistent/bzImage" in done.reason or "no qemu" in done.reason
-
-
-@pytest.mark.parametrize("kernel", ["host", "debian:6.12"])
-def test_a_run_of_the_matrix_that_a_signal_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    """It is not good, and the next kernel has its turn."""
-    (tmp_path / "pytest.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = matrix.run(kernel, "", tmp_path / "01", [])
-    assert (done.status, done.reason) == (125, "a signal ended it")
-
-
-@pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 128)])
-def test_the_hosts_run_in_a_matrix_has_a_status_as_others_have(tmp_path: Path, option: str, status: int) -> None:
-    """What ends the whole matrix, and where nothing ran."""
-    assert matrix.run("host", "", tmp_path / "01", ["selftests/unit/test_pieces.py", option]).status == status
-
-
-@pytest.mark.parametrize(
-    ("statuses", "expected"),
-    [([0, 0], 0), ([0, 1], 1), ([1, 125], 1), ([0, 125], 125), ([0, 128], 128), ([130, 0], 130)],
-)
-def test_the_matrix_ends_with_a_table_and_a_status(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    statuses: list[int],
-    expected: int,
-) -> None:
-    """Bad before anything else, then what could not be tested; an interrupted one shows what it has."""
-    cell = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
-    answers = iter(statuses)
-
-    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
-        folder.mkdir(parents=True)
-        return matrix.Run(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], [], kernel, "")
-
-    monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    assert matrix.main([str(matrix_file(tmp_path, 'kernels = ["a", "b"]'))]) == expected
-    shown = capsys.readouterr().out
-    assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass" in shown
-    assert re.search(r"\n\n2 runs: .*; files: \S+\n$", shown)
-    assert (tmp_path / next(iter(tmp_path.glob("results/matrix-*/table.txt")))).exists()
-
-
-def test_the_table_of_several_runs() -> None:
-    """A line per cell, a column per run; a cell that a run did not have is a dash."""
+def test_table_of_several_runs() -> None:
+    """The table has a line per cell and a column per run, with a dash for a cell that a run lacks."""
     cell = {
         "log_mode": "dirty-log",
         "guest_mode": "48bit-4k",
@@ -531,8 +479,8 @@ def test_the_table_of_several_runs() -> None:
     assert len(cross_table(["A"], [[one | {"verdict": "pass"}]])) == 2  # nothing to explain
 
 
-def test_the_table_of_tests_says_where_each_ran() -> None:
-    """A line per function, its cases counted; and what ran nowhere is named with its reason."""
+def test_table_of_tests() -> None:
+    """The table has a line per function with its cases counted; tests that ran nowhere are named with the reason."""
 
     def row(test: str, verdict: str, reason: str = "") -> dict[str, str]:
         return {"test": f"selftests/test_a.py::{test}", "verdict": verdict, "reason": reason}
@@ -554,8 +502,8 @@ def test_the_table_of_tests_says_where_each_ran() -> None:
     assert skipped_everywhere([one, [*two[:2], row("test_b[y]", "pass")]]) == ["selftests/test_a.py::test_c: no AVX"]
 
 
-def test_what_did_not_run_has_a_line_each() -> None:
-    """A line per reason, the one that kept most from running first, with the files of its tests."""
+def test_reasons_of_untested_tests() -> None:
+    """There is a line per reason, the most frequent first, with the files of its tests."""
     lines = untested_lines(
         {
             "no SMM": ["selftests/x86_64/test_smm.py::test_a"],
@@ -576,20 +524,3 @@ def test_what_did_not_run_has_a_line_each() -> None:
         "1 skipped, x86_64/test_smm.py: no SMM",
         "1 skipped, test_c.py: 48bit-1g: no PDPE1GB",
     ]
-
-
-def test_the_host_is_a_kernel_of_the_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters are for kernels that are booted."""
-    asked = []
-
-    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
-        asked.append((kernel, parameters))
-        folder.mkdir(parents=True)
-        return matrix.Run(kernel, parameters, 0, [], [], kernel, "")
-
-    monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    matrix.main(
-        [str(matrix_file(tmp_path, 'kernels = ["host", "b"]\nparameters = ["kvm_amd.npt=0", "kvm_amd.npt=1"]'))]
-    )
-    assert asked == [("host", ""), ("b", "kvm_amd.npt=0"), ("b", "kvm_amd.npt=1")]

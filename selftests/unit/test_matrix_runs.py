@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""runner/kernel_matrix.py as a user meets it: what is refused, why a run failed, and what an interrupted matrix shows."""
+"""runner/kernel_matrix.py: matrix files, usage errors, the results of its runs, and its tables."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from harness import results
 from harness.table import DIMENSIONS
 from runner import ROOT
 from runner import kernel_matrix as matrix
+from runner.modules import parse_parameters
 
 PROGRAM = ROOT / "runner" / "kernel_matrix.py"
 CANNOT_TEST, WRONG, INTERRUPTED = 125, 128, 130
 CELL = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
 
-# In place of Python: it leaves results.json in the folder that --results names, and waits until a signal ends it.
+# A program in place of Python: it writes results.json, and waits for a signal.
 RUN = """#!{python}
 import json, pathlib, signal, sys, time
 (folder,) = [word[len("--results="):] for word in sys.argv if word.startswith("--results=")]
@@ -47,9 +49,9 @@ def write(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
-        ([""], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
-        (["--nope"], WRONG, "usage: kernel_matrix.py FILE [options of pytest]: no file is named"),
+        ([], WRONG, "matrix: no file is named (usage: kernel_matrix.py FILE [options of pytest])"),
+        ([""], WRONG, "matrix: no file is named (usage: kernel_matrix.py FILE [options of pytest])"),
+        (["--nope"], WRONG, "matrix: no file is named (usage: kernel_matrix.py FILE [options of pytest])"),
         (["--help"], 0, "kernel_matrix.py FILE [options of pytest]: test each kernel of FILE"),
         (["FILE", "--kernel=debian:6.12"], WRONG, "matrix: --kernel: the file names the kernels"),
         (["FILE", "--kvm-params", "kvm.tdp_mmu=0"], WRONG, "matrix: --kvm-params: the file names the parameters"),
@@ -60,8 +62,8 @@ def write(path: Path, text: str) -> Path:
         (["FILE", "--results", "FILE"], WRONG, "matrix.toml: File exists (--results DIR puts the files elsewhere)"),
     ],
 )  # fmt: skip
-def test_the_matrix_by_itself(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
-    """Started by its path from another folder, it finds its modules; what is wrong is one line before any run."""
+def test_matrix_usage_errors(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    """Started by its path from another folder, it finds its modules; a mistake is one line before any run."""
     file = write(tmp_path / "matrix.toml", 'kernels = ["host"]\n')
     words = [str(file) if word == "FILE" else word for word in arguments]
     done = subprocess.run([sys.executable, PROGRAM, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -80,25 +82,25 @@ def test_the_matrix_by_itself(tmp_path: Path, arguments: list[str], status: int,
         (["selftests/matrix", "--kvm-device=/nonexistent"], CANNOT_TEST, "no test ran on KVM: /nonexistent does"),
     ],
 )  # fmt: skip
-def test_why_a_run_has_failed(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
-    """What the run said of it, not pytest's last line; and a run without results is not good."""
+def test_reason_of_a_failed_run(tmp_path: Path, arguments: list[str], status: int, reason: str) -> None:
+    """The reason is the run's own, not pytest's last line; a run without results is not good."""
     done = matrix.run("host", "", tmp_path / "01", arguments)
     assert done.status == status
     assert reason in done.reason
 
 
 def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
-    """With --results a folder can be used again: a run that leaves nothing has no cells of the last one."""
+    """A run that leaves no results in a reused folder has none of an earlier matrix."""
     (tmp_path / "01").mkdir()
     old = {"cells": [CELL | {"verdict": "pass"}], "tests": [], "host": {}, "end": {}}
     (tmp_path / "01" / "results.json").write_text(json.dumps(old))
     assert matrix.run("host", "", tmp_path / "01", ["--version"]).cells == []
 
 
-def test_results_that_broke_off(tmp_path: Path) -> None:
+def test_truncated_results(tmp_path: Path) -> None:
     """A results file that was cut short fails the run, and the reason says that it cannot be read."""
     (tmp_path / "results.json").write_text('{"cells": [')
-    done = matrix._judge("a", "", 1, tmp_path)
+    done = matrix._read_result("a", "", 1, tmp_path)
     assert (done.status, done.cells) == (1, [])
     assert "its results cannot be read: " in done.reason
 
@@ -111,10 +113,10 @@ def test_results_that_broke_off(tmp_path: Path) -> None:
         (["-x", "--vm-memory"], ["-x"]),
     ],
 )  # fmt: skip
-def test_the_machine_of_a_matrix_is_not_the_hosts(
+def test_machine_options_of_a_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str]
 ) -> None:
-    """Options of the machine reach the kernels that boot only; none, however it is written, ends the matrix."""
+    """Options of the machine reach only the booted kernels, and do not end the matrix, in either spelling."""
     python = write(tmp_path / "python", f"""#!/bin/sh\nprintf '%s\\n' "$@" > {tmp_path}/words\n""")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
@@ -127,25 +129,25 @@ def test_the_machine_of_a_matrix_is_not_the_hosts(
 
 @pytest.mark.parametrize("coloured", [True, False])
 def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) -> None:
-    """Verdicts and counts have them where the terminal does, and nothing else of a line."""
+    """Verdicts and counts have colours if the terminal has, and nothing else of a line."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR" if coloured else "NO_COLOR", "1")
     red, yellow, green, end = ("\x1b[31m\x1b[1m", "\x1b[33m", "\x1b[32m", "\x1b[0m") if coloured else [""] * 4
     text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: no\n(1F: 1 bug)"
     plain = text.format(red="", yellow="", green="", end="")
-    assert matrix._in_colour(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
+    assert matrix._colourize(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
 
 
 def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has a folder of its own, as runs have."""
+    """Each matrix has a folder of its own."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(time, "strftime", lambda _: "now")
-    assert [matrix._results(None).name for _ in range(3)] == ["matrix-now", "matrix-now-2", "matrix-now-3"]
+    assert [matrix._make_folder(None).name for _ in range(3)] == ["matrix-now", "matrix-now-2", "matrix-now-3"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_matrix_that_is_interrupted(tmp_path: Path, number: signal.Signals) -> None:
-    """It ends the run that is on, waits for it, and shows and keeps what was done and what was not."""
+def test_interrupted_matrix(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal ends the current run, which is waited for; the table has what was done and what was not."""
     fake = write(tmp_path / "python", RUN.format(python=sys.executable, cell=CELL))
     fake.chmod(0o755)
     driver = write(tmp_path / "driver.py", DRIVER.format(fake=str(fake)))
@@ -174,8 +176,8 @@ def test_a_matrix_that_is_interrupted(tmp_path: Path, number: signal.Signals) ->
     assert "C  c  defaults: not run" in (folder / "table.txt").read_text()
 
 
-def test_a_killed_run_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it had found counts as found; the run as one that could not be tested, and the next has its turn."""
+def test_killed_run_in_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run counts as one that could not be tested, its results are shown, and the next one runs."""
     fake = write(tmp_path / "python", RUN.format(python=sys.executable, cell=CELL) + "\n")
     fake.write_text(fake.read_text().replace("time.sleep(60)", "import os\nos.kill(os.getpid(), signal.SIGKILL)"))
     fake.chmod(0o755)
@@ -198,8 +200,99 @@ def test_a_killed_run_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.Monke
         ("a.py ....... [100%]\n", (1.0, "100 %")),
     ],
 )
-def test_how_far_a_run_of_the_matrix_is(tmp_path: Path, output: str | None, done: tuple[float | None, str]) -> None:
-    """By what pytest has printed; nothing is known before that."""
+def test_progress_of_a_matrix_run(tmp_path: Path, output: str | None, done: tuple[float | None, str]) -> None:
+    """The progress is the last percentage that pytest printed, and unknown before."""
     if output is not None:
         write(tmp_path / "output.txt", output)
-    assert matrix._done(tmp_path / "output.txt") == done
+    assert matrix._read_progress(tmp_path / "output.txt") == done
+
+
+def test_kernel_matrix_file(tmp_path: Path) -> None:
+    """A matrix file has kernels, sets of parameters and arguments; the repository's own is valid."""
+    path = write(tmp_path / "matrix.toml", 'kernels = ["debian:6.1"]\narguments = "-k \'a or b\'"\n')
+    assert matrix.load(path) == (["debian:6.1"], [""], ["-k", "a or b"])
+    kernels, parameters, _ = matrix.load(ROOT / "matrix.toml")
+    assert kernels == ["host", "debian:6.1", "debian:6.12", "debian:7.2"]
+    assert len(parameters) == 6
+    assert all(parse_parameters(text) for text in parameters)
+
+
+def test_matrix_run_without_kernel(tmp_path: Path) -> None:
+    """A kernel that does not exist cannot be tested, with the reason."""
+    done = matrix.run("/nonexistent/bzImage", "", tmp_path / "01", [])
+    assert (done.status, done.cells) == (125, [])
+    assert "/nonexistent/bzImage" in done.reason or "no qemu" in done.reason
+
+
+@pytest.mark.parametrize("kernel", ["host", "debian:6.12"])
+def test_killed_run_is_not_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """A run that a signal ends is not good."""
+    (tmp_path / "pytest.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = matrix.run(kernel, "", tmp_path / "01", [])
+    assert (done.status, done.reason) == (125, "a signal ended it")
+
+
+def test_host_runs_all_tests_on_kvm(tmp_path: Path) -> None:
+    """The host's run has all tests that a booted kernel gets: those of each folder but the suite's own."""
+    matrix.run("host", "", tmp_path / "01", ["--collect-only", "-qq"])
+    collected = set(re.findall(r"^(selftests/.*\.py)(?:::|: )", (tmp_path / "01/output.txt").read_text(), re.MULTILINE))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "selftests").rglob("test_*.py")}
+    assert collected == {name for name in files if not name.startswith("selftests/unit/")}
+
+
+@pytest.mark.parametrize(("option", "status"), [("--no-such-option", 128), ("-k=no_such_test", 128)])
+def test_status_of_the_host_run(tmp_path: Path, option: str, status: int) -> None:
+    """The host's run exits with the same status as that of a booted kernel."""
+    assert matrix.run("host", "", tmp_path / "01", ["selftests/unit/test_pieces.py", option]).status == status
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [([0, 0], 0), ([0, 1], 1), ([1, 125], 1), ([0, 125], 125), ([0, 128], 128), ([130, 0], 130)],
+)
+def test_matrix_table_and_status(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    statuses: list[int],
+    expected: int,
+) -> None:
+    """The matrix prints and writes a table; its status is 1 for a bad kernel, else that of what could not be tested."""
+    cell = dict(zip(DIMENSIONS, ("dirty-log", "48bit-4k", "shmem", "forced", "sparse", 1), strict=True))
+    answers = iter(statuses)
+
+    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.RunResult:
+        folder.mkdir(parents=True)
+        return matrix.RunResult(kernel, parameters, next(answers), [cell | {"verdict": "pass"}], [], kernel, "")
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    assert matrix.main([str(write(tmp_path / "matrix.toml", 'kernels = ["a", "b"]'))]) == expected
+    shown = capsys.readouterr().out
+    assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass" in shown
+    assert re.search(r"\n\n2 runs: .*; files: \S+\n$", shown)
+    assert (tmp_path / next(iter(tmp_path.glob("results/matrix-*/table.txt")))).exists()
+
+
+def test_host_runs_once_in_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs once, without parameters, which are for booted kernels."""
+    asked = []
+
+    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.RunResult:
+        asked.append((kernel, parameters))
+        folder.mkdir(parents=True)
+        return matrix.RunResult(kernel, parameters, 0, [], [], kernel, "")
+
+    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    matrix.main(
+        [
+            str(
+                write(
+                    tmp_path / "matrix.toml", 'kernels = ["host", "b"]\nparameters = ["kvm_amd.npt=0", "kvm_amd.npt=1"]'
+                )
+            )
+        ]
+    )
+    assert asked == [("host", ""), ("b", "kvm_amd.npt=0"), ("b", "kvm_amd.npt=1")]

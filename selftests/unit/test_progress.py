@@ -364,7 +364,7 @@ def test_figures_of_a_kernel(tmp_path: Path, clock: SimpleNamespace, restored_li
     session: Any = RemoteSession(cast(Target, None), [], "", [], False, tmp_path, report, planned)
     session._running = "b"
     session._progress = SimpleNamespace(take=lambda *what: told.append(what))
-    session._take(messages[-1])
+    session.handle_message(messages[-1])
     assert told == [("b", Step(3, 4, 100, 1.5))]
 
 
@@ -457,7 +457,7 @@ def test_a_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(waiting, "SILENCE", 0.1)
     monkeypatch.setattr(waiting, "_print", shown)
     with locked(tmp_path):
-        assert lines[0] == f"waiting for another run that is at work in {tmp_path}\n"
+        assert lines[0] == f"waiting for another run that writes to {tmp_path}\n"
         assert re.fullmatch(rf"{re.escape(lines[0].strip())}: \d s\n", lines[1])
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Tests that break the kernel they run in, to see what is made of that.
+"""Tests that break the kernel they run in, for test_check_kernel.py, which boots one for each.
 
-test_check_kernel.py runs them, each in a machine of its own. Nothing collects them unless they are named, and none does
-anything outside such a machine.
+They are collected only if they are named, and fail at once outside such a kernel.
 """
 
 import io
@@ -21,20 +20,20 @@ from elftools.elf.sections import SymbolTableSection
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
 from kvm_util.kvm import Kvm
-from runner.guest_init import ORDERS
+from runner.guest_init import JOB
 from selftests.unit.boot.kernel_code import RELA_SIZE, RETURN_0, load_module, replace_function
 from selftests.unit.mutants.faults import falsify_bitmaps
 
 # Machine code that takes the place of a module's init function
 UD2 = b"\x0f\x0b"  # WARN() where the address is in the table of such places, an invalid opcode elsewhere
-# include/linux/bug.h, arch/x86/include/asm/bug.h: an entry is two relative addresses, the line and the flags
+# include/linux/bug.h, arch/x86/include/asm/bug.h: an entry has two relative addresses, the line and the flags
 BUGFLAG_WARNING = 1
 BUG_ENTRY = 12
 
 
 @pytest.fixture(autouse=True)
 def only_in_a_machine_of_its_own() -> None:
-    if os.getppid() != 1 or not Path(ORDERS).exists():
+    if os.getppid() != 1 or not Path(JOB).exists():
         pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
 
 
@@ -63,7 +62,7 @@ def test_killed() -> None:
 
 
 def test_lost(kvm: Kvm, settings: Settings, outcome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KVM's answer is falsified: it does not report the first page that was written."""
+    """KVM's bitmap is falsified: the first page that was written is not reported."""
 
     def lose_the_first(_slot: int, bitmap: bytearray) -> None:
         first = next((index for index, byte in enumerate(bitmap) if byte), None)
@@ -81,17 +80,17 @@ def test_fails() -> None:
 
 
 def test_ends_all() -> None:
-    """The session ends as if all were well."""
+    """The session exits with status 0 before its last test."""
     os._exit(0)
 
 
 def test_int3() -> None:
-    """What an emulator's fault at a static key leaves: an oops at a breakpoint that nobody owns."""
+    """An oops at an unknown breakpoint, as a fault of the emulator at a static key causes it."""
     load_module_with(b"\xcc" + RETURN_0, warn=False)
 
 
 def test_after() -> None:
-    """A test that is not reached when the kernel died."""
+    """A test that does not run if the kernel died before."""
 
 
 def load_module_with(code: bytes, warn: bool) -> None:

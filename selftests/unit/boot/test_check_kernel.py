@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Testing another kernel, from the command line: what comes of good, broken and unusable ones. Most of these boot one."""
+"""check_kernel.py as users run it, with good, broken and unusable kernels. Most of these tests boot one."""
 
 import json
 import os
@@ -21,8 +21,8 @@ import pytest
 from dirty_tracking.modes import LOG_MODES
 from runner import ROOT
 from runner.errors import CannotTest
-from runner.guest_init import BEGINS
-from runner.kernel import Kernel, kernels_at_hand
+from runner.guest_init import INIT_MARKER
+from runner.kernel import Kernel, local_kernels
 from runner.qemu import find_qemu
 
 GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
@@ -40,7 +40,7 @@ ONE_CELL = [
 
 @dataclass(frozen=True)
 class Checked:
-    """The outcome of a kernel's check."""
+    """A finished run of check_kernel.py."""
 
     status: int
     output: str
@@ -52,7 +52,7 @@ class Checked:
 
 
 class CheckKernel:
-    """Runs check_kernel.py in a process of its own, with results in a folder of the test."""
+    """Runs check_kernel.py in a process, with its results in a folder of the test."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
@@ -74,7 +74,7 @@ class CheckKernel:
 
     @contextmanager
     def started(self, kernel: str | Path, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
-        """The same, to be interfered with."""
+        """Start check_kernel.py, and kill it at the end."""
         process = subprocess.Popen(
             self._command(kernel, *arguments), cwd=self.results.parent, stdout=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored in the background
@@ -94,20 +94,20 @@ def check_kernel(tmp_path: Path) -> CheckKernel:
 
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
-    """A kernel that can be booted here."""
+    """A local kernel that broken_kernel.py can break."""
     try:
         find_qemu(None, "tcg", ())
     except CannotTest as error:
         pytest.skip(str(error))
-    # The table of WARN()s has another shape from 6.18 on, which broken_kernel.py does not know.
-    fit = [kernel for kernel in kernels_at_hand() if kernel.release.startswith(("6.1.", "6.12."))]
+    # From 6.18 on the table of WARN()s has another format, which broken_kernel.py does not know.
+    fit = [kernel for kernel in local_kernels() if kernel.release.startswith(("6.1.", "6.12."))]
     if not fit:
-        pytest.skip("no kernel 6.1 or 6.12 to boot is at hand (make fetch)")
+        pytest.skip("there is no local kernel 6.1 or 6.12 (make fetch)")
     return fit[0]
 
 
-def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """Status 0, the table says where it ran, and the files tell the parameters in force and each cell's figures."""
+def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A kernel that passes is good with status 0; the table says where it ran, the files have the parameters and figures."""
     done = check_kernel(
         kernel.image, *ONE_CELL, "--vcpus=1", "--kvm-params=kvm_amd.npt=0", "selftests/matrix/test_dirty_log.py"
     )
@@ -142,8 +142,8 @@ def test_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     "here", [[], ["selftests/unit/test_uapi.py", "-n2"]], ids=["alone", "beside-tests-of-the-host"]
 )
 @pytest.mark.usefixtures("kernel")
-def test_a_host_without_kvm(tmp_path: Path, here: list[str]) -> None:
-    """With --kernel auto the KVM tests run in a kernel of their own, the suite's tests of itself on the host, in one run."""
+def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
+    """With --kernel auto and no usable KVM, the KVM tests run in a booted kernel, the suite's own tests on the host."""
     tests = ["selftests/matrix/test_dirty_log.py", *ONE_CELL, "--vcpus=1"]
     options = ["--kernel=auto", "--kvm-device=/nonexistent", "--accel=tcg", f"--results={tmp_path}", "-v"]
     command = [sys.executable, "-m", "pytest", *tests, *here, *options]
@@ -166,8 +166,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
-def test_a_kernel_that_dies(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
-    """Each way has its name, is tied to the test that ran, is bad, and leaves all files with what was done before."""
+def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
+    """A panic, an oops, a hang and a killed suite each have a name, fail the running test, and keep the results before it."""
     done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
     assert done.status == BAD, done.output
     assert f"KERNEL {kernel.release}: {text}" in done.output
@@ -185,8 +185,8 @@ def test_a_kernel_that_dies(check_kernel: CheckKernel, kernel: Kernel, how: str,
     assert (done.results / "kernel.log").stat().st_size > 1000
 
 
-def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A real WARN() of the kernel; the tests before and after it pass, and the kernel is bad."""
+def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A WARN() of the kernel fails the test during which it came, and no other, and the kernel is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
     assert done.status == BAD, done.output
     assert "1 failed, 2 passed" in done.output
@@ -197,10 +197,8 @@ def test_a_warning_fails_the_test_that_ran(check_kernel: CheckKernel, kernel: Ke
     assert "svm_init" in report["title"]
 
 
-def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
-    check_kernel: CheckKernel, kernel: Kernel
-) -> None:
-    """SMM, huge pages, guests of guests, KVM's emulator, the CPU's vector and state stores, translations that vCPUs keep.
+def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """Tests that only such a kernel can run fail under a planted fault: SMM, huge pages, nested guests, KVM's emulator, AVX.
 
     test_every_test_can_fail.py has the tests that this host's KVM can run.
     """
@@ -223,15 +221,15 @@ def test_what_only_such_a_machine_can_run_fails_under_a_planted_fault(
     assert not verdicts["error"]
 
 
-def test_a_kernel_that_leaves_translations_in_use(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A KVM that has forgotten how to flush them is seen, in each mode, with small pages and huge ones."""
+def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A KVM that flushes no remote TLBs fails test_stale_translations in each log mode, with small pages and huge ones."""
     done = check_kernel(
         kernel.image, UNFLUSHED, "selftests/memory/test_stale_translations.py", "--tb=no", "--kvm-params=kvm_amd.npt=1",
         "--thorough",  # an interrupt on the vCPU's CPU flushes too: on a busy host now and then in all of a few turns
     )  # fmt: skip
     assert done.status == BAD, done.output
     verdicts = verdicts_of(done)
-    assert verdicts["passed"] == ["test_kvm_flushes_nothing_from_here_on"]
+    assert verdicts["passed"] == ["test_disable_tlb_flushes"]
     assert len(verdicts["failure"]) == 2 * 2 * len(LOG_MODES)
 
 
@@ -244,8 +242,8 @@ def verdicts_of(done: Checked) -> dict[str, list[str]]:
     return verdicts
 
 
-def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A test that fails in the kernel: bad, with the whole report, its file, and the command that runs it there again."""
+def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A failing test in the kernel makes it bad; its report, its file and the command to reproduce it are there."""
     done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
     assert done.status == BAD, done.output
     assert "LOST (written but not reported)" in done.output
@@ -257,22 +255,22 @@ def test_a_lost_page(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert done.data["end"]["ending"] == "FINISHED"
 
 
-def test_a_session_that_ends_too_early(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """It says that all is well, with tests left."""
+def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A session that exits with status 0 before its last test is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
     assert done.status == BAD, done.output
     assert "the suite died in the kernel: pytest ended with status 0, with 2 tests left to run" in done.output
 
 
 @pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
-def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
-    """It is named, what is left runs again; when it comes each time the kernel cannot be tested, but a failure stays one."""
+def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
+    """After a fault of the emulator the tests that are left run again; after the third the kernel cannot be tested."""
     done = check_kernel(
         kernel.image, BREAKING, "-k", f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
     )
     assert done.status == (BAD if failure else CANNOT_TEST), done.output
     assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
-    assert done.output.count("what is left runs again") == 2
+    assert done.output.count("the tests that are left run again") == 2
     assert done.output.count("test_before PASSED") == 1
     assert (done.results / "console-3.log").exists()
 
@@ -281,8 +279,8 @@ def test_an_emulators_fault_is_not_the_kernels(check_kernel: CheckKernel, kernel
     ("number", "text"),
     [(signal.SIGKILL, "signal SIGKILL"), (signal.SIGTERM, "status 0: qemu-system-x86_64: terminating on signal 15")],
 )
-def test_qemu_that_is_killed(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
-    """As the host does when it runs out of memory, or shuts down: that is not the kernel's doing."""
+def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
+    """A QEMU that the host kills says nothing about the kernel, which cannot be tested."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
         wait_until_booted(check_kernel.results)
         for child in children_of(process.pid):
@@ -293,8 +291,8 @@ def test_qemu_that_is_killed(check_kernel: CheckKernel, kernel: Kernel, number: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing_behind(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
-    """QEMU is gone, and there was no initramfs to remain; the logs are there, and the tests that did not come to run."""
+def test_interrupted_run_cleans_up(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
+    """An interrupted run leaves no QEMU and no initramfs, and writes its logs and which tests did not run."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
         wait_until_booted(check_kernel.results)
         children = children_of(process.pid)
@@ -312,7 +310,7 @@ def test_an_interrupted_run_leaves_nothing_behind(check_kernel: CheckKernel, ker
 def wait_until_booted(results: Path) -> None:
     console = results / "console.log"
     deadline = time.monotonic() + 300
-    while not (console.exists() and BEGINS in console.read_text(errors="replace")):
+    while not (console.exists() and INIT_MARKER in console.read_text(errors="replace")):
         assert time.monotonic() < deadline, "the kernel did not come up"
         time.sleep(0.1)
 
@@ -321,8 +319,8 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_only_a_test_on_kvm_makes_a_good_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """Tests that need no KVM pass anywhere. That a file cannot be written at the end is not the kernel's doing."""
+def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A kernel in which no test on KVM ran cannot be tested; a results file that cannot be written does not change that."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
     assert done.status == CANNOT_TEST, done.output
     assert ": cannot be tested: no test ran on KVM: none that was selected needs it; 1 passed" in done.output
@@ -331,8 +329,8 @@ def test_only_a_test_on_kvm_makes_a_good_kernel(check_kernel: CheckKernel, kerne
     assert "Traceback" not in done.output
 
 
-def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A command line that makes it panic before the first program."""
+def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A kernel that panics before init starts cannot be tested."""
     done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
     assert done.status == CANNOT_TEST
     assert (
@@ -342,20 +340,21 @@ def test_a_kernel_that_does_not_boot(check_kernel: CheckKernel, kernel: Kernel) 
     assert done.data["end"]["ending"] == "NO_BOOT"
 
 
-def test_a_kernel_that_hangs_at_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+def test_hang_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A kernel that sends no message within the time limit cannot be tested."""
     done = check_kernel(kernel.image, "--time-limit=1")
     assert done.status == CANNOT_TEST
     assert "the kernel does not boot: no message for 1 s (--time-limit)" in done.output
     assert "no test ran on KVM" not in done.output
 
 
-def test_a_cpu_without_virtualization(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A CPU model that cannot run guests is found before the kernel is booted."""
+def test_cpu_without_svm(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A CPU model that cannot run guests is reported before the kernel is booted."""
     line = one_line(check_kernel(kernel.image, "--cpu-model=max,-svm"))
     assert line.startswith("this CPU model cannot run guests: it has no SVM")
 
 
-def test_a_module_that_does_not_load(check_kernel: CheckKernel, kernel: Kernel) -> None:
+def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that refuses KVM's module cannot be tested."""
     done = check_kernel(kernel.image, "--append=module_blacklist=kvm_amd")
     assert done.status == CANNOT_TEST
@@ -365,8 +364,8 @@ def test_a_module_that_does_not_load(check_kernel: CheckKernel, kernel: Kernel) 
     )
 
 
-def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """The TDP MMU needs nested paging: the kernel takes the parameter and does not follow it."""
+def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A parameter that the kernel accepts and ignores, as the TDP MMU without nested paging, means "cannot be tested"."""
     done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
     assert done.status == CANNOT_TEST
     assert "KVM parameter kvm.tdp_mmu=1 did not take effect: it is N" in done.output
@@ -400,8 +399,8 @@ def test_a_parameter_that_takes_no_effect(check_kernel: CheckKernel, kernel: Ker
     ],
     ids=lambda value: " ".join(value).replace("/", "-") if isinstance(value, list) else "",
 )
-def test_a_mistake_ends_a_bisection(check_kernel: CheckKernel, arguments: list[str], message: str) -> None:
-    """It is said in one line before the kernel is looked for: here there is none to find."""
+def test_usage_error_ends_a_bisection(check_kernel: CheckKernel, arguments: list[str], message: str) -> None:
+    """A wrong option or test is one line, before the kernel (here a missing one) is looked for, and status 128."""
     done = check_kernel("/nonexistent/bzImage", *arguments)
     assert done.status == NOT_LIKE_THIS, done.output
     assert sum(message in line for line in done.output.splitlines()) == 1
@@ -416,7 +415,7 @@ def one_line(done: Checked) -> str:
 
 
 def unpacked(kernel: Kernel, root: Path) -> Path:
-    """A copy of a kernel, as a package would be unpacked at *root*, with the modules that KVM needs."""
+    """A copy of a kernel at *root*, as an unpacked package has it, with the modules that KVM needs."""
     assert kernel.modules is not None
     (root / "boot").mkdir(parents=True)
     shutil.copy(kernel.image, root / "boot" / f"vmlinuz-{kernel.release}")
@@ -428,7 +427,8 @@ def unpacked(kernel: Kernel, root: Path) -> Path:
     return root
 
 
-def test_a_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
+def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
+    """A kernel without KVM's module, or without any modules, is one line."""
     root = unpacked(kernel, tmp_path / "root")
     next(root.rglob("kvm-amd.ko*")).unlink()
     assert f"kernel {kernel.release} has no KVM to test: no module kvm_amd under" in one_line(check_kernel(root))
@@ -437,26 +437,28 @@ def test_a_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel,
 
 
 def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A misspelt parameter or module is one line, with the name that was probably meant."""
     line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
     assert line.endswith("kvm has no parameter tdp_mu (did you mean tdp_mmu?)")
     assert "no such module is loaded" in one_line(check_kernel(kernel.image, "--kvm-params=kvm_amdd.npt=0"))
 
 
-def test_more_memory_than_there_is(check_kernel: CheckKernel, kernel: Kernel) -> None:
+def test_too_much_guest_memory(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """A machine with more memory than the host has free is one line."""
     line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
     assert line.startswith("--vm-memory: 9000000 MiB are not there, the host or its control group has ")
 
 
-def test_no_space_for_the_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """Files may not grow beyond a MiB, which ends in the same place as a full disk."""
+def test_no_space_for_the_initramfs(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """An initramfs that cannot be written, as on a full disk, means "cannot be tested"."""
     done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
     assert done.status == CANNOT_TEST
     assert f"it cannot be tested: the initramfs cannot be made: {done.results}: File too large" in done.output
     assert "Traceback" not in done.output
 
 
-def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """What QEMU complained about is in the line, be it at the probe or as the kernel is to boot."""
+def test_qemu_launch_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """QEMU's own error is in the line, whether it fails at the probe or at the boot."""
     line = one_line(check_kernel(kernel.image, "--cpu-model=z80"))
     assert line.endswith("unable to find CPU model 'z80'")
     done = check_kernel(kernel.image, "--vm-cpus=9999")
@@ -468,7 +470,7 @@ def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no kernel at all", "is not a kernel image (no x86 boot header)"),
+        (b"no kernel at all", "is not a kernel image (no x86_64 boot header)"),
         (bytes(56) + b"ARM\x64" + bytes(4096), "is a kernel for arm64, this machine is"),
         (b"\x7fELF" + bytes(14) + b"\xf3\0" + bytes(4096), "is an ELF file for riscv, this machine is"),
         (b"\x7fELF" + bytes(14) + b"\x3e\0" + bytes(4096), "give the compressed image (arch/x86/boot/bzImage)"),
@@ -478,9 +480,8 @@ def test_qemu_that_does_not_start(check_kernel: CheckKernel, kernel: Kernel) -> 
     ids=["text", "arm64", "riscv", "vmlinux", "i386", "empty"],
 )
 @pytest.mark.usefixtures("kernel")
-def test_what_is_no_kernel_for_this_machine(
-    check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_images_of_other_machines(check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str) -> None:
+    """A file that is no kernel, or another architecture's, is one line that says what it is."""
     path = tmp_path / "image"
     path.write_bytes(content)
     assert message in one_line(check_kernel(path))
@@ -496,7 +497,8 @@ def test_what_is_no_kernel_for_this_machine(
     ],
 )
 @pytest.mark.usefixtures("kernel")
-def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str) -> None:
+def test_unknown_kernel_names(check_kernel: CheckKernel, name: str, message: str) -> None:
+    """A name that fits no kernel is one line."""
     assert message in one_line(check_kernel(name))
 
 
@@ -504,15 +506,15 @@ def test_what_names_no_kernel(check_kernel: CheckKernel, name: str, message: str
     ("name", "message"),
     [("", "no kernel is named"), ("-v", "no kernel is named"), ("auto", "auto is no kernel to check")],
 )
-def test_no_kernel_named(check_kernel: CheckKernel, name: str, message: str) -> None:
-    """An empty name, an option or ``auto`` in the kernel's place is one line, with the status that ends a bisection."""
+def test_missing_kernel_name(check_kernel: CheckKernel, name: str, message: str) -> None:
+    """An empty name, an option or ``auto`` in the kernel's place is one line, with status 128."""
     done = check_kernel(name)
     assert done.status == NOT_LIKE_THIS
     (line,) = done.output.splitlines()
     assert message in line
 
 
-def test_the_usage_has_each_status(check_kernel: CheckKernel) -> None:
+def test_usage_lists_all_statuses(check_kernel: CheckKernel) -> None:
     """``--help`` lists every exit status."""
     done = check_kernel("--help")
     assert done.status == GOOD

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""From this test on the kernel's KVM flushes no remote translations, so that a vCPU in its guest keeps those that it has.
+"""A planted fault for a booted kernel: KVM flushes no remote TLBs, so that a vCPU in its guest keeps stale translations.
 
-test_check_kernel.py names it before tests that have to see that. Nothing collects it unless it is named.
+test_check_kernel.py names it before the tests that must notice. It is collected only if it is named.
 """
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from runner.guest_init import ORDERS
+from runner.guest_init import JOB
 from selftests.unit.boot.kernel_code import RETURN_0, function_names, load_module, replace_function, unload_module
 
 FLUSH = "kvm_flush_remote_tlbs"
-# What it may be compiled into; the last two are those of 6.1
+# Functions that it may be inlined into; the last two are those of 6.1
 CALLERS = (
     "kvm_flush_remote_tlbs_range",
     "kvm_flush_remote_tlbs_memslot",
@@ -24,12 +24,12 @@ CALLERS = (
 )
 
 
-def test_kvm_flushes_nothing_from_here_on(pytestconfig: pytest.Config) -> None:
-    """kvm_flush_remote_tlbs() (virt/kvm/kvm_main.c) returns at once: KVM's module is loaded anew with it."""
-    if os.getppid() != 1 or not Path(ORDERS).exists():
+def test_disable_tlb_flushes(pytestconfig: pytest.Config) -> None:
+    """Reload KVM's modules with a kvm_flush_remote_tlbs() (virt/kvm/kvm_main.c) that returns at once."""
+    if os.getppid() != 1 or not Path(JOB).exists():
         pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
     modules = {
-        Path(path).name: (Path(path), arguments) for path, arguments in json.loads(Path(ORDERS).read_text())["modules"]
+        Path(path).name: (Path(path), arguments) for path, arguments in json.loads(Path(JOB).read_text())["modules"]
     }
     keys: Any = pytestconfig.pluginmanager.get_plugin("static-keys")
     keys.release()
