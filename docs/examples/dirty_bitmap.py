@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Make a VM, run a guest that stores to two pages, and read the dirty bitmap of their memslot."""
 
-from kvm_util import uapi
-from kvm_util.arch import current as arch
-from kvm_util.guest import GuestVm
-from kvm_util.guest_program import GuestProgram
-from kvm_util.kvm import Kvm
+from kvm_util import GuestProgram, GuestVm, Kvm, uapi
 
 SLOT, NPAGES, GPA, GVA = 1, 128, 1 << 30, 1 << 40
 PROGRAM = """
@@ -17,9 +13,9 @@ guest_main:                         # %rdi is the argument of add_vcpu()
     ucall UCALL_DONE
 """
 
-with Kvm() as kvm, GuestVm(kvm, GuestProgram.from_source("two_stores", PROGRAM), arch.GUEST_MODES["48bit-4k"]) as guest:
-    guest.vm.add_memory(SLOT, GPA, NPAGES * arch.PAGE_SIZE, flags=uapi.KVM_MEM_LOG_DIRTY_PAGES)
-    guest.map_test_memory(GVA, GPA, NPAGES * arch.PAGE_SIZE)
+with Kvm() as kvm, GuestVm(kvm, GuestProgram.from_source("two_stores", PROGRAM)) as guest:
+    guest.vm.add_memory(SLOT, GPA, NPAGES * 4096, flags=uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    guest.map_test_memory(GVA, GPA, NPAGES * 4096)
     guest.run_until_ucall(guest.add_vcpu(argument=GVA))
     bitmap = bytearray(NPAGES // 8)
     guest.vm.get_dirty_log(SLOT, bitmap)

@@ -10,4 +10,4 @@ def test_store_across_page_boundary(kvm: Kvm, log_mode: str) -> None:
     with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(1, FIRST_GPA, 24)
         vm.run(Operation("store_8", vm.address(1, page=5, offset=4092)))
-        vm.expect("a store to pages 5 and 6", {1: [5, 6]})
+        vm.assert_dirty("a store to pages 5 and 6", {1: [5, 6]})

@@ -146,13 +146,14 @@ class BitmapMode(LogMode):
     def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
         bitmaps = Source()
         for slot in slots:
-            npages = vm.memslots[slot].npages
-            bitmap = new_bitmap(npages)
+            bitmap = new_bitmap(vm.memslots[slot].npages)
             vm.get_dirty_log(slot, bitmap)
-            if self.manual:
-                vm.clear_dirty_log(slot, bitmap, 0, npages)
+            self._clear(vm, slot, bitmap)
             bitmaps.add(slot, set_pages(bitmap))
         return DirtyReport([bitmaps])
+
+    def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
+        """Clear what *bitmap* reports of memslot *slot*, where KVM_GET_DIRTY_LOG has not done it."""
 
 
 class ClearLogMode(BitmapMode):
@@ -172,6 +173,9 @@ class ClearLogMode(BitmapMode):
 
     def create_vm_done(self, vm: Vm) -> None:
         vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, self.flags)
+
+    def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
+        vm.clear_dirty_log(slot, bitmap, 0, vm.memslots[slot].npages)
 
 
 class ClearLogUnsetMode(ClearLogMode):
