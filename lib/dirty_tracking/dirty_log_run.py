@@ -3,8 +3,6 @@
 
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, guest_data_size, place_test_memory
@@ -13,6 +11,7 @@ from dirty_tracking.modes import LOG_MODES, enable_dirty_logging
 from dirty_tracking.oracle import Oracle, Reap
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.progress import Meter
+from dirty_tracking.run_evidence import Figures, RunEvidence
 from dirty_tracking.vcpu_thread import State
 from dirty_tracking.violations import ContractViolation, Kind, Violation
 from dirty_tracking.write_stream import make_stream, sweep_length
@@ -29,34 +28,6 @@ TEST_SLOT = 1
 # Test memory is mapped here; a 5-level guest mode adds an address bit that 4 levels do not have.
 _TEST_GVA = 1 << 40
 _TEST_GVA_5_LEVEL = 1 << 52
-
-
-class DirtyTrackingError(ContractViolation):
-    """KVM broke the contract in a run of the matrix.
-
-    :ivar run: the run that found it
-    """
-
-    def __init__(self, findings: Sequence[Violation], run: "DirtyLogRun") -> None:
-        super().__init__(findings)
-        self.run = run
-
-
-@dataclass
-class Figures:
-    """What a run counted; it grows while the run lasts, so that a failed run has its figures too.
-
-    :ivar dirty: pages reported, summed over the iterations
-    :ivar clean: pages not reported, summed over the iterations
-    """
-
-    iterations: int = 0
-    writes: int = 0
-    dirty: int = 0
-    clean: int = 0
-    reaps: int = 0
-    ring_full_exits: int = 0
-    seconds: float = 0.0
 
 
 class DirtyLogRun:
@@ -116,7 +87,7 @@ class DirtyLogRun:
     def run(self) -> Figures:
         """Run all iterations.
 
-        :raises DirtyTrackingError: KVM's reports or the memory were wrong in an iteration
+        :raises ContractViolation: KVM's reports or the memory were wrong in an iteration
         :raises GuestError: a guest ended in a way that it should not
         :raises VcpuHang: a vCPU stopped making progress
         """
@@ -130,7 +101,7 @@ class DirtyLogRun:
                 self._iterate(iteration)
         except BaseException as error:
             failure = error
-            if not isinstance(error, DirtyTrackingError):
+            if not isinstance(error, ContractViolation):
                 error.add_note(self.writers.last_exits())
             raise
         finally:
@@ -218,7 +189,8 @@ class DirtyLogRun:
         self.figures.reaps += len(reaps)
         self.figures.ring_full_exits = sum(thread.ring_full_exits for thread in self.writers.threads)
         if findings:
-            raise DirtyTrackingError(findings, self)
+            evidence = RunEvidence(findings, self.figures, self.memslot.npages, self.oracle.history)
+            raise ContractViolation(findings, evidence=evidence)
 
     def __enter__(self) -> "DirtyLogRun":
         return self

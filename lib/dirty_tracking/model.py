@@ -21,13 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from kvm_util.wording import listed
 
 Entry = tuple[int, int]  # slot and page of a ring's entry
-
-
-class Difference(AssertionError):
-    """KVM's answer is not one that the model allows; the text says in what."""
 
 
 class Access(Enum):
@@ -119,7 +116,7 @@ class DirtyModel(ABC):
         """A vCPU made *accesses* to pages of a slot, no page twice.
 
         :param pushed: what is new in its ring
-        :raises Difference: that is not what the accesses make KVM push
+        :raises ContractViolation: that is not what the accesses make KVM push
         """
 
     def _may_map_writable(self, state: SlotState, page: int) -> bool:
@@ -145,7 +142,7 @@ class BitmapModel(DirtyModel):
 
     def ran(self, vcpu: int, slot: int, accesses: Iterable[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
         if pushed:
-            raise Difference(f"vCPU {vcpu}: a ring has {_entries(pushed)}, and the VM has no rings")
+            raise _of_vcpu(Kind.SPURIOUS, vcpu, f"its ring has {_entries(pushed)}, and the VM has no rings")
         state = self.slots[slot]
         for access, page in accesses:
             if state.tracked and access is Access.STORE:
@@ -158,12 +155,17 @@ class BitmapModel(DirtyModel):
     def reported(self, slot: int, pages: Sequence[int]) -> None:
         """KVM_GET_DIRTY_LOG answered with *pages*.
 
-        :raises Difference: it had to report other pages
+        :raises ContractViolation: it had to report other pages
         """
         state, found = self.slots[slot], set(pages)
-        wrong = {"lost": state.dirty - found, "false": found - state.dirty - state.maybe}
-        if text := ", ".join(f"{kind} {listed('page', sorted(pages))}" for kind, pages in wrong.items() if pages):
-            raise Difference(f"slot {slot}: {text}")
+        wrong = {Kind.LOST: state.dirty - found, Kind.SPURIOUS: found - state.dirty - state.maybe}
+        violations = [
+            Violation(kind, listed("page", sorted(pages)), slot, tuple(sorted(pages)))
+            for kind, pages in wrong.items()
+            if pages
+        ]
+        if violations:
+            raise ContractViolation(violations)
         state.dirty = found if self.manual else set()
         state.maybe.clear()
 
@@ -209,10 +211,11 @@ class RingModel(DirtyModel):
             if came and push is not Push.NO:
                 left.popleft()
             elif push is Push.MUST:
-                raise Difference(f"vCPU {vcpu}: its ring lacks {(slot, page)}, it got {_entries(pushed)}")
+                raise _of_vcpu(Kind.LOST, vcpu, f"its ring lacks {(slot, page)}, it got {_entries(pushed)}", slot, page)
             self._mapped(state, access, page, push, came)
         if left:
-            raise Difference(f"vCPU {vcpu}: nothing it did puts {left[0]} into its ring, which got {_entries(pushed)}")
+            detail = f"nothing it did puts {left[0]} into its ring, which got {_entries(pushed)}"
+            raise _of_vcpu(Kind.SPURIOUS, vcpu, detail, *left[0])
         self.rings[vcpu].waiting += pushed
 
     def _push(self, state: SlotState, access: Access, page: int) -> Push:
@@ -236,30 +239,33 @@ class RingModel(DirtyModel):
     def harvested(self, vcpu: int, most: int, entries: Sequence[Entry]) -> None:
         """User space asked for *most* entries of a vCPU, and took *entries*.
 
-        :raises Difference: others were to come
+        :raises ContractViolation: others were to come
         """
         ring = self.rings[vcpu]
         expected = [ring.waiting.popleft() for _ in range(min(most, len(ring.waiting)))]
         if expected != list(entries):
-            raise Difference(
-                f"vCPU {vcpu}: its ring gave {_entries(entries)}, what KVM put there is {_entries(expected)}"
-            )
+            detail = f"its ring gave {_entries(entries)}, what KVM put there is {_entries(expected)}"
+            raise _of_vcpu(Kind.OTHER, vcpu, detail)
         ring.taken += entries
 
     def reset(self, count: int) -> None:
         """KVM_RESET_DIRTY_RINGS returned *count*: all that was taken is armed again.
 
-        :raises Difference: it has to return another number
+        :raises ContractViolation: it has to return another number
         """
         expected = sum(len(ring.taken) for ring in self.rings)
         if count != expected:
-            raise Difference(f"entries harvested: {expected}, reset by KVM_RESET_DIRTY_RINGS: {count}")
+            raise violated(Kind.RESET_COUNT, f"{expected} harvested, {count} reset")
         for ring in self.rings:
             for slot, page in ring.taken:
                 if slot in self.slots:
                     self.slots[slot].writable.discard(page)
                     self.slots[slot].unsure.discard(page)
             ring.taken.clear()
+
+
+def _of_vcpu(kind: Kind, vcpu: int, detail: str, slot: int | None = None, *pages: int) -> ContractViolation:
+    return ContractViolation([Violation(kind, detail, slot, pages, vcpu)])
 
 
 def _entries(entries: Sequence[Entry]) -> str:

@@ -99,9 +99,9 @@ def _round(run: Callable[[Sequence[Step]], object], rings: bool, seed: int) -> H
 def _without_needless_steps(run: Callable[[Sequence[Step]], object], failure: HistoryFailed) -> HistoryFailed:
     """Leave out each step without which the history fails as well: Hypothesis now and then leaves one."""
     index = 0
-    while index < len(failure.steps):
+    while index < len(failure.history.steps):
         try:
-            run(failure.steps[:index] + failure.steps[index + 1 :])
+            run(failure.history.steps[:index] + failure.history.steps[index + 1 :])
         except HistoryFailed as shorter:
             failure, index = shorter, 0
         else:

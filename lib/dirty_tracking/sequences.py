@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 from dirty_tracking.bitmap import bitmap_of
-from dirty_tracking.model import Access, BitmapModel, Difference, Entry, RingModel
+from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.platform import reserved_entries, uses_pml
 from dirty_tracking.ring import reset_until
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from kvm_util import uapi
 from kvm_util.guest import GuestError
 from kvm_util.guest_program import assemble_all
@@ -41,21 +43,39 @@ _DIRTY_AND_RESET = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 Pages = tuple[int, ...] | range
 
 
-class HistoryFailed(AssertionError):
-    """KVM and the model differ, or KVM refused a step.
+@dataclass(frozen=True)
+class History:
+    """The evidence of a history that failed.
 
-    :ivar steps: what was done until then, the last step being the one that showed it
+    :ivar steps: what was done, the last step being the one that failed
     """
 
-    def __init__(self, mode: str, steps: Sequence["Step"], error: Exception) -> None:
-        super().__init__(f"{mode}: step {len(steps)}, {steps[-1]}: {error}")
-        self.mode = mode
-        self.steps = tuple(steps)
+    mode: str
+    steps: tuple["Step", ...]
 
     @property
     def script(self) -> str:
         """A script that makes the history again."""
         return script(self.mode, self.steps)
+
+    def lines(self) -> list[str]:
+        what = "the shortest history that fails, as a script (python - < FILE, in the suite's folder):"
+        return [what, "", *self.script.splitlines()]
+
+    def data(self) -> dict[str, Any]:
+        return {"script": self.script}
+
+
+class HistoryFailed(ContractViolation):
+    """KVM and the model differ, or KVM or the guest failed in a step.
+
+    :ivar history: what was done until then
+    """
+
+    def __init__(self, history: History, error: ContractViolation | KvmError | GuestError) -> None:
+        found = error.violations if isinstance(error, ContractViolation) else [Violation(Kind.OTHER, str(error))]
+        self.history = history
+        super().__init__(found, f"{history.mode}: step {len(history.steps)}, {history.steps[-1]}", history)
 
 
 def script(mode: str, steps: Sequence["Step"]) -> str:
@@ -101,8 +121,8 @@ def run_history(
             try:
                 fitted.make(pair)
                 pair.check_quiet()
-            except (Difference, KvmError, GuestError) as error:
-                raise HistoryFailed(mode, done, error) from error
+            except (ContractViolation, KvmError, GuestError) as error:
+                raise HistoryFailed(History(mode, tuple(done)), error) from error
     return len(done)
 
 
@@ -184,7 +204,9 @@ class Pair:
             nonlocal left, full_at_first
             full: bool = handle.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
             if full_at_first and not full:
-                raise Difference(f"vCPU {vcpu}: its ring is full, and KVM_RUN went on ({handle.exit_reason()})")
+                raise violated(
+                    Kind.OTHER, f"vCPU {vcpu}: its ring is full, and KVM_RUN went on ({handle.exit_reason()})"
+                )
             if full:
                 left = self._ring_was_full(vcpu, slot, left)
             full_at_first = False
@@ -197,7 +219,8 @@ class Pair:
         if access is Access.STORE:
             words = self.vm.memslots[slot].memory.words
             if wrong := [page for page in pages if words[page * _WORDS_OF_PAGE] != self._writes]:
-                raise Difference(f"slot {slot}: the stores did not reach pages {wrong} of its memory")
+                detail = f"the stores did not reach pages {wrong} of its memory"
+                raise ContractViolation([Violation(Kind.VALUE, detail, slot, tuple(wrong), vcpu)])
 
     def _ring_was_full(self, vcpu: int, slot: int, left: list[tuple[Access, int]]) -> list[tuple[Access, int]]:
         """Note what was done when the ring got full, empty all rings, and return what is left to be done.
@@ -210,7 +233,7 @@ class Pair:
         self.model.ran(vcpu, slot, left[:done], pushed)
         if not self._is_full(vcpu):
             used = counted(self._used(vcpu), "entry", "entries")
-            raise Difference(f"vCPU {vcpu}: KVM_EXIT_DIRTY_RING_FULL, with {used} used")
+            raise violated(Kind.OTHER, f"vCPU {vcpu}: KVM_EXIT_DIRTY_RING_FULL, with {used} used")
         self.empty_rings()
         again = [(Access.REDONE, left[done - 1][1])] if done and not self.emulates else []
         return again + left[done:]
@@ -224,21 +247,21 @@ class Pair:
     def pushed(self, vcpu: int) -> list[Entry]:
         """What KVM put into a vCPU's ring since this was last asked.
 
-        :raises Difference: another ring got something
+        :raises ContractViolation: another ring got something
         """
         new = self._new_entries()
         for other, entries in new.items():
             if other != vcpu and entries:
-                raise Difference(f"vCPU {vcpu} ran, and the ring of vCPU {other} got {entries}")
+                raise violated(Kind.SPURIOUS, f"vCPU {vcpu} ran, and the ring of vCPU {other} got {entries}")
         return new.get(vcpu, [])
 
     def check_quiet(self) -> None:
         """Hold KVM to it that no ring got anything since :meth:`pushed` was asked.
 
-        :raises Difference: one did
+        :raises ContractViolation: one did
         """
         if new := {vcpu: entries for vcpu, entries in self._new_entries().items() if entries}:
-            raise Difference(f"no vCPU ran, and rings got {new}")
+            raise violated(Kind.SPURIOUS, f"no vCPU ran, and rings got {new}")
 
     def _new_entries(self) -> dict[int, list[Entry]]:
         """The entries that each ring got since the last call, by vCPU; they stay in the rings."""
@@ -265,7 +288,7 @@ class Pair:
         self.rings.reset(reset_until(self.vm.reset_dirty_rings, lambda reset: reset >= harvested))
         for vcpu, ring in enumerate(self.tracked.rings):
             if left := ring.not_reset():
-                raise Difference(f"vCPU {vcpu}: after the reset {left} of its entries are not KVM's again")
+                raise violated(Kind.OTHER, f"vCPU {vcpu}: after the reset {left} of its entries are not KVM's again")
 
     def empty_rings(self) -> None:
         """Take all entries of all rings, and reset."""
@@ -297,7 +320,7 @@ class Step:
     def make(self, pair: Pair) -> None:
         """Make the step.
 
-        :raises Difference: KVM and the model differ
+        :raises ContractViolation: KVM and the model differ
         """
         raise NotImplementedError
 

@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
 _SHOWN = 8
 
@@ -55,15 +56,27 @@ class Violation:
         return f"{place}{': ' if place else ''}{kind}: {self.detail}"
 
 
+class Evidence(Protocol):
+    """What a test knows about a violation beyond the violation itself."""
+
+    def lines(self) -> list[str]:
+        """The evidence for the failure report, in lines that are shown as they are."""
+
+    def data(self) -> dict[str, Any]:
+        """The evidence for the results folder, as data that JSON can hold."""
+
+
 class ContractViolation(AssertionError):
     """KVM broke the contract of dirty tracking.
 
     :ivar violations: what was wrong, in the order in which it was found; one at least
+    :ivar evidence: what else the report shows; None for nothing
     :param doing: what was done in the test, where the violations do not say it
     """
 
-    def __init__(self, violations: Iterable[Violation], doing: str = "") -> None:
+    def __init__(self, violations: Iterable[Violation], doing: str = "", evidence: Evidence | None = None) -> None:
         self.violations = tuple(violations)
+        self.evidence = evidence
         lines = [str(violation) for violation in self.violations[:_SHOWN]]
         if len(self.violations) > _SHOWN:
             lines.append(f"and {len(self.violations) - _SHOWN} more")

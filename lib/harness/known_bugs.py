@@ -47,8 +47,11 @@ class KnownBug:
             and all(host.parameters.get(name) == value for name, value in self.parameters.items())
         )
 
-    def concerns_cell(self, cell: Cell) -> bool:
-        """Whether *cell* is one of those named."""
+    def concerns(self, test: str, cell: Cell | None = None) -> bool:
+        """Whether a test is one of those named, by the name of its function, or by the *cell* that it is."""
+        return test in self.tests or (cell is not None and self._names(cell))
+
+    def _names(self, cell: Cell) -> bool:
         return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
     def explains(self, kinds: Set[Kind]) -> bool:
@@ -81,6 +84,11 @@ def load(path: Path = PATH) -> tuple[KnownBug, ...]:
             raise entry.error("id", "an entry before has the same")
         bugs[bug.id] = bug
     return tuple(bugs.values())
+
+
+def on_host(host: Host) -> list[KnownBug]:
+    """The bugs that *host* has."""
+    return [bug for bug in load() if bug.on(host)]
 
 
 class _Entry:

@@ -4,8 +4,6 @@
 import random
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -17,19 +15,16 @@ from kvm_util.kvm import Kvm
 SLOT, NPAGES = 1, 3500
 
 
+@pytest.mark.log_modes("dirty-ring")
 def test_what_an_interrupted_reset_took_is_tracked_anew(
     kvm: Kvm,
-    needs_log_mode: Callable[[str], None],
     host: Host,
-    lacks: Callable[[str], None],
-    outcome: Any,
     thorough: bool,
     draw: random.Random,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No vCPU runs meanwhile. One call after the other takes its part; then each page that is written is reported again."""
-    needs_log_mode("dirty-ring")
-    with outcome.contract(), TrackedVm(kvm, "dirty-ring") as vm:
+    with TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20
         met = 0
@@ -61,4 +56,4 @@ def test_what_an_interrupted_reset_took_is_tracked_anew(
                 vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
         # Before Linux 6.17 no signal ends it (49005a2a3d2a): there the test says that signals do no harm.
         if not met and host.kernel_version >= (6, 17):
-            lacks(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")
+            pytest.skip(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")

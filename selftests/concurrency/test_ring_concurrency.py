@@ -8,8 +8,7 @@ and the sum of what KVM_RESET_DIRTY_RINGS took to what was harvested.
 import itertools
 import random
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -19,6 +18,8 @@ from dirty_tracking.modes import smallest_ring
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.kvm import Kvm
+
+pytestmark = pytest.mark.log_modes("ring")
 
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
 NPAGES = sum(count for count, _ in SHAPES)
@@ -63,17 +64,17 @@ def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operat
 
 
 @pytest.fixture(params=["smallest-ring", "large-ring"])
-def size(request: pytest.FixtureRequest, kvm: Kvm, ring_mode: str) -> int:
+def size(request: pytest.FixtureRequest, kvm: Kvm, log_mode: str) -> int:
     """The entries of a ring that fills again and again, and of one that does not where the CPU makes the stores."""
     return LARGE if request.param == "large-ring" else smallest_ring(kvm)
 
 
 def test_reset_from_another_thread(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
     """One thread harvests, another one resets all the time, at any moment of the harvest."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
@@ -84,11 +85,11 @@ def test_reset_from_another_thread(
 
 
 def test_two_threads_reset_at_once(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
     """Two threads harvest and reset: what they took together is what they harvested together."""
     vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
@@ -98,24 +99,24 @@ def test_two_threads_reset_at_once(
 
 
 def test_vcpus_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int
+    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
     """Signals end KVM_RUN anywhere."""
-    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, "vcpus")
+    in_a_storm(kvm, thorough, draw, log_mode, size, "vcpus")
 
 
 @pytest.mark.parametrize("at", ["resetters", "both"])
 def test_resets_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str
+    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int, at: str
 ) -> None:
     """They end KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
-    in_a_storm(kvm, outcome, thorough, draw, ring_mode, size, at)
+    in_a_storm(kvm, thorough, draw, log_mode, size, at)
 
 
-def in_a_storm(kvm: Kvm, outcome: Any, thorough: bool, draw: random.Random, ring_mode: str, size: int, at: str) -> None:
+def in_a_storm(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, size: int, at: str) -> None:
     """Two threads harvest and reset while signals come to them, to the vCPUs' threads, or to both."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with outcome.contract(), WritersVm(kvm, ring_mode, SHAPES, streams(vcpus, draw), size) as vm:
+    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
         for _ in range(rounds):
             work_draws = [random.Random(draw.random()) for _ in range(2)]
@@ -145,8 +146,8 @@ def fill(of: Collectors) -> None:
 
 @pytest.mark.parametrize("entries", SIZES)
 def test_each_size_several_times_around(
-    kvm: Kvm, settings: Settings, outcome: Any, lacks: Callable[[str], None], thorough: bool, draw: random.Random,
-    ring_mode: str, entries: int,
+    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random,
+    log_mode: str, entries: int,
 ) -> None:  # fmt: skip
     """Rings of every size that KVM has, from which each entry comes out once, in its place, for several laps.
 
@@ -154,14 +155,14 @@ def test_each_size_several_times_around(
     """
     smallest = smallest_ring(kvm)
     if entries < smallest:
-        lacks(f"{ring_mode}: the smallest ring is one of {smallest} entries")
+        pytest.skip(f"{log_mode}: the smallest ring is one of {smallest} entries")
     fills = thorough or entries <= MOST_ENTRIES
     laps = 3 if fills else 1
     npages = entries + 70 if fills else MOST_ENTRIES
     pages = array("I", range(npages))
     pages.extend(range(-npages % 64))
     shapes = [(npages, "anonymous")]
-    with outcome.contract(), WritersVm(kvm, ring_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
+    with WritersVm(kvm, log_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
         of = tracked(vm)
         assert of.ledger is not None
         while of.ledger.harvested < laps * entries:

@@ -3,13 +3,13 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from dirty_tracking.modes import disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from kvm_util import uapi
@@ -56,15 +56,17 @@ def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
 
 
 @pytest.fixture
-def manual(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
-    needs_log_mode("clear-log-unset")
+def manual(kvm: Kvm) -> Iterator[TrackedVm]:
+    if reason := LOG_MODES["clear-log-unset"].supported(kvm):
+        pytest.skip(reason)
     with make_vm(kvm, "clear-log-unset") as vm:
         yield vm
 
 
 @pytest.fixture
-def ringed(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
-    needs_log_mode("dirty-ring")
+def ringed(kvm: Kvm) -> Iterator[TrackedVm]:
+    if reason := LOG_MODES["dirty-ring"].supported(kvm):
+        pytest.skip(reason)
     with TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         yield vm
@@ -130,18 +132,17 @@ def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
         (NO_ADDRESS_SPACE | SLOT, "EINVAL"),
     ],
 )
-@pytest.mark.parametrize("mode", ["dirty-log", "clear-log-unset"])
-def test_get_dirty_log(kvm: Kvm, needs_log_mode: Callable[[str], None], mode: str, slot: int, expected: str) -> None:
+@pytest.mark.log_modes("dirty-log", "clear-log-unset")
+def test_get_dirty_log(kvm: Kvm, log_mode: str, slot: int, expected: str) -> None:
     """The answer; and a call that fails clears no slot's bits, and leaves the buffer alone."""
-    needs_log_mode(mode)
-    with make_vm(kvm, mode) as vm:
+    with make_vm(kvm, log_mode) as vm:
         vm.write(SLOT, 7)
         before = b"\xc3" * 64
         bitmap = (ctypes.c_char * 64).from_buffer_copy(before)
         request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
         assert answer(vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
         assert (bitmap.raw == before) == (expected != "0")
-        assert vm.read_bitmap(SLOT) == ([] if expected == "0" and mode == "dirty-log" else [7])
+        assert vm.read_bitmap(SLOT) == ([] if expected == "0" and log_mode == "dirty-log" else [7])
 
 
 @pytest.mark.parametrize("request_name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"])
@@ -170,9 +171,9 @@ def test_reset_with_nothing_to_take(ringed: TrackedVm) -> None:
     assert ringed.vm.reset_dirty_rings() == 0
 
 
-def test_reset_without_vcpus(plain: Vm, needs_log_mode: Callable[[str], None]) -> None:
+@pytest.mark.log_modes("dirty-ring")
+def test_reset_without_vcpus(plain: Vm) -> None:
     """There are rings as soon as they are enabled, none so far."""
-    needs_log_mode("dirty-ring")
     assert enable(plain, RINGS["acq_rel"], MOST) == "0"
     assert plain.reset_dirty_rings() == 0
 
@@ -189,10 +190,8 @@ def test_reset_without_vcpus(plain: Vm, needs_log_mode: Callable[[str], None]) -
         (1, MANUAL, "EINVAL"),
     ],
 )
-def test_enable_manual_protect(
-    plain: Vm, needs_log_mode: Callable[[str], None], flags: int, value: int, expected: str
-) -> None:
-    needs_log_mode("clear-log")
+@pytest.mark.log_modes("clear-log")
+def test_enable_manual_protect(plain: Vm, flags: int, value: int, expected: str) -> None:
     assert enable(plain, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value, flags=flags) == expected
 
 
@@ -214,10 +213,10 @@ def test_enable_manual_protect(
         (1 << 32 | MOST, "0"),
     ],
 )
-def test_enable_a_ring(kvm: Kvm, plain: Vm, lacks: Callable[[str], None], cap: int, size: int, expected: str) -> None:
+def test_enable_a_ring(kvm: Kvm, plain: Vm, cap: int, size: int, expected: str) -> None:
     """Its size in bytes: a power of two, no smaller than a page and the reserved entries, and no larger than the most."""
     if not kvm.check_extension(cap):
-        lacks(f"no capability {cap}")
+        pytest.skip(f"no capability {cap}")
     assert kvm.check_extension(cap) == MOST
     assert enable(plain, cap, size) == expected
 
@@ -246,8 +245,8 @@ def test_what_is_refused_changes_nothing(kvm: Kvm, log_mode: str) -> None:
         vm.assert_dirty("nothing since tracking began again", {})
 
 
-def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:
-    needs_log_mode("dirty-ring")
+@pytest.mark.log_modes("dirty-ring")
+def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm) -> None:
     assert enable(plain, RINGS["acq_rel"], MOST) == "0"
     assert [enable(plain, cap, MOST) for cap in RINGS.values()] == ["EINVAL"] * 2
     with kvm.create_vm() as other:
@@ -255,18 +254,18 @@ def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm, needs_l
         assert enable(other, RINGS["acq_rel"], MOST) == "EINVAL"
 
 
-def test_a_ring_can_be_enabled_when_slots_exist(plain: Vm, needs_log_mode: Callable[[str], None]) -> None:
-    needs_log_mode("dirty-ring")
+@pytest.mark.log_modes("dirty-ring")
+def test_a_ring_can_be_enabled_when_slots_exist(plain: Vm) -> None:
     memory = GuestMemory(BACKINGS["anonymous"], PAGE, FIRST_GPA)
     plain.set_user_memory_region(SLOT, FIRST_GPA, memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
     assert enable(plain, RINGS["acq_rel"], MOST) == "0"
 
 
 @pytest.mark.parametrize("cap", RINGS.values(), ids=list(RINGS))
-def test_the_flags_of_a_ring_are_not_looked_at(plain: Vm, kvm: Kvm, lacks: Callable[[str], None], cap: int) -> None:
+def test_the_flags_of_a_ring_are_not_looked_at(plain: Vm, kvm: Kvm, cap: int) -> None:
     """Unlike those of the other capabilities."""
     if not kvm.check_extension(cap):
-        lacks(f"no capability {cap}")
+        pytest.skip(f"no capability {cap}")
     assert enable(plain, cap, MOST, flags=1) == "0"
 
 
@@ -361,10 +360,10 @@ def test_a_vcpu_that_cannot_be(ringed: TrackedVm, kvm: Kvm) -> None:
     assert answer(ringed.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
 
 
-def test_private_memory_cannot_be_tracked(plain: Vm, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+def test_private_memory_cannot_be_tracked(plain: Vm, kvm: Kvm) -> None:
     """A slot with a guest_memfd may not have KVM_MEM_LOG_DIRTY_PAGES, at first or later (api.rst 4.140)."""
     if not ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
-        lacks("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
+        pytest.skip("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
     size = 4 * PAGE
     # All flags that there are: one of them has ordinary VMs map the file, which others may not have as memory.
     flags = ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)

@@ -4,12 +4,13 @@
 import ctypes
 import errno
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from dirty_tracking.bitmap import bitmap_of, new_bitmap, set_pages
+from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from kvm_util import uapi
 from kvm_util.ioctl import raw_ioctl
@@ -33,9 +34,10 @@ def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
 
 
 @pytest.fixture
-def manual(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> Iterator[TrackedVm]:
+def manual(kvm: Kvm) -> Iterator[TrackedVm]:
     """A VM in which GET only reads, and CLEAR clears."""
-    needs_log_mode("clear-log-unset")
+    if reason := LOG_MODES["clear-log-unset"].supported(kvm):
+        pytest.skip(reason)
     with make_vm(kvm, "clear-log-unset") as vm:
         yield vm
 
@@ -62,9 +64,9 @@ def test_manual_mode_keeps_bits_until_they_are_cleared(manual: TrackedVm) -> Non
     assert manual.read_bitmap(SLOT) == [4]
 
 
-def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm, needs_log_mode: Callable[[str], None]) -> None:
+@pytest.mark.log_modes("clear-log")
+def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm) -> None:
     """KVM_DIRTY_LOG_INITIALLY_SET sets the bits of the slot's pages, and none beyond the last."""
-    needs_log_mode("clear-log")
     with TrackedVm(kvm, "clear-log") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
         vm.enable_dirty_logging(SLOT, assert_initial=False)
@@ -146,16 +148,13 @@ def test_slots_are_not_mixed_up(manual: TrackedVm) -> None:
 
 
 @pytest.mark.parametrize("npages", [1, 64, 65, NPAGES])
-@pytest.mark.parametrize("mode", ["dirty-log", "clear-log"])
-def test_get_writes_whole_words_and_nothing_around_them(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], mode: str, npages: int
-) -> None:
+@pytest.mark.log_modes("dirty-log", "clear-log")
+def test_get_writes_whole_words_and_nothing_around_them(kvm: Kvm, log_mode: str, npages: int) -> None:
     """What the buffer held before is overwritten, guard bytes before and behind it stay.
 
-    In manual mode it is another bitmap of the kernel's that is copied (kvm_get_dirty_log_protect()).
+    In manual log_mode it is another bitmap of the kernel's that is copied (kvm_get_dirty_log_protect()).
     """
-    needs_log_mode(mode)
-    with TrackedVm(kvm, mode) as vm:
+    with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, npages)
         vm.write(SLOT, 0, npages - 1)
         size = len(new_bitmap(npages))
@@ -245,9 +244,9 @@ def test_manual_mode_can_be_switched_off_again(manual: TrackedVm) -> None:
     assert manual.read_bitmap(SLOT) == [3]
 
 
-def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm, needs_log_mode: Callable[[str], None]) -> None:
+@pytest.mark.log_modes("clear-log-unset")
+def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm) -> None:
     """With slots, vCPUs and dirty pages there: GET only reads from then on, and forgets nothing of before."""
-    needs_log_mode("clear-log-unset")
     automatic.write(SLOT, 3)
     automatic.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
     assert [automatic.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
@@ -257,11 +256,11 @@ def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm, needs_log_mod
     assert automatic.read_bitmap(SLOT) == [3, 4]
 
 
+@pytest.mark.log_modes("clear-log")
 def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
-    automatic: TrackedVm, needs_log_mode: Callable[[str], None]
+    automatic: TrackedVm,
 ) -> None:
     """Those that are there stay what they are when it is switched on, and off; a slot's is made when its tracking begins."""
-    needs_log_mode("clear-log")
     vm, cap = automatic, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     vm.write(OTHER, *ALL)
     vm.disable_dirty_logging(OTHER)
@@ -281,10 +280,10 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     assert vm.read_bitmap(OTHER) == []
 
 
-def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm) -> None:
     """KVM has CLEAR wherever it has the capability, enabled or not (api.rst 4.117)."""
     if not kvm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
-        lacks("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+        pytest.skip("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
     automatic.write(SLOT, 3, 70)
     automatic.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
     automatic.write(SLOT, 5)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 
@@ -22,15 +21,17 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, GuestMemory
 from kvm_util.vcpu import Vcpu
 
+pytestmark = pytest.mark.log_modes("ring")
+
 SLOT, OTHER = 1, 2
 DIRTY, RESET = uapi.KVM_DIRTY_GFN_F_DIRTY, uapi.KVM_DIRTY_GFN_F_RESET
 NPAGES = 1024
 
 
 @pytest.fixture
-def ringed(kvm: Kvm, ring_mode: str) -> Iterator[TrackedVm]:
+def ringed(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
     """Two vCPUs and two slots."""
-    with TrackedVm(kvm, ring_mode, vcpus=2) as vm:
+    with TrackedVm(kvm, log_mode, vcpus=2) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
         yield vm
@@ -77,13 +78,13 @@ class _RingFull(Exception):
 
 @pytest.mark.usefixtures("entries_in_order")
 @pytest.mark.parametrize("lap", range(2), ids=["fresh", "used"])
-def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, ring_mode: str, lap: int) -> None:
+def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, log_mode: str, lap: int) -> None:
     """At the soft limit, again at each KVM_RUN, and not any more after the reset; nothing is lost, for several laps.
 
     Neither a reset of what was not harvested nor a harvest without a reset makes room.
     """
     entries = max(256, smallest_ring(kvm))
-    with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
+    with TrackedVm(kvm, log_mode, ring_count=entries) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, *range(lap * 100))
         vm.assert_dirty("a few writes before", {SLOT: range(lap * 100)})
@@ -112,10 +113,10 @@ def test_a_full_ring_stops_its_vcpu_until_it_is_reset(kvm: Kvm, host: Host, ring
             first += len(taken) + len(rest)
 
 
-def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, host: Host, ring_mode: str) -> None:
+def test_a_signal_does_not_hide_that_the_ring_is_full(kvm: Kvm, host: Host, log_mode: str) -> None:
     """``immediate_exit``, the race-free way to send one, comes before it; the next KVM_RUN says again that it is full."""
     entries = max(256, smallest_ring(kvm))
-    with TrackedVm(kvm, ring_mode, ring_count=entries) as vm:
+    with TrackedVm(kvm, log_mode, ring_count=entries) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         fill(vm, 0)
         (handle,) = vm.vm.vcpus
@@ -142,10 +143,10 @@ def test_each_vcpu_has_its_own_writes_in_its_own_ring(ringed: TrackedVm) -> None
     assert ringed.vm.reset_dirty_rings() == 5
 
 
-def test_a_high_slot_is_named_right(kvm: Kvm, ring_mode: str) -> None:
+def test_a_high_slot_is_named_right(kvm: Kvm, log_mode: str) -> None:
     """The highest that there is, and one in the middle, side by side."""
     highest = kvm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS) - 1
-    with TrackedVm(kvm, ring_mode) as vm:
+    with TrackedVm(kvm, log_mode) as vm:
         for index, slot in enumerate((highest, highest // 2)):
             vm.add_slot(slot, FIRST_GPA + index * 64 * PAGE, 64)
         vm.write(highest, 63)
@@ -357,9 +358,9 @@ def test_a_page_is_tracked_anew_once_its_entry_says_so(ringed: TrackedVm) -> Non
         ringed.enable_dirty_logging(SLOT)
 
 
-def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, ring_mode: str, outcome: Any) -> None:
+def test_an_entry_of_a_slot_that_was_larger_takes_no_other_along(kvm: Kvm, log_mode: str) -> None:
     """A reset tracks anew the pages that are there, whatever was harvested besides: here one of the slot as it was before."""
-    with outcome.contract(), TrackedVm(kvm, ring_mode) as vm:
+    with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, 70)
         vm.write(SLOT, 69)
         vm.remove_slot(SLOT)
@@ -384,7 +385,7 @@ def test_an_entry_that_comes_twice_is_taken_twice(ringed: TrackedVm, twins: tupl
     ringed.assert_dirty("writes to pages that were taken twice", {SLOT: sorted(set(twins))})
 
 
-@pytest.mark.usefixtures("throwaway_kernel")
+@pytest.mark.disposable_kernel
 def test_an_offset_that_wraps_around_is_ignored(ringed: TrackedVm) -> None:
     """Joined with the next entry, it would lie in the slot again: commit 577a8d3bae05, an access out of bounds before.
 
@@ -419,11 +420,11 @@ def vmalloc_used() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> None:
+def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, log_mode: str) -> None:
     """Tracking 64 GiB takes 4 MiB of bitmaps in the bitmap modes, and nothing with rings (commit 044c59c409b7)."""
     npages = 64 * GIB // PAGE
     taken: dict[str, list[int]] = {}
-    for mode in ("dirty-log", ring_mode):
+    for mode in ("dirty-log", log_mode):
         with TrackedVm(kvm, mode) as vm:
             memory = GuestMemory(BACKINGS["anonymous"], npages * PAGE, 4 * GIB)
             vm.vm.set_user_memory_region(SLOT, 4 * GIB, memory)
@@ -434,16 +435,16 @@ def test_a_large_slot_takes_no_bitmap_in_ring_mode(kvm: Kvm, ring_mode: str) -> 
                 vm.disable_dirty_logging(SLOT)
     # Others use the kernel's memory too: so the middle of several measurements, against half of the 4 MiB.
     assert median(taken["dirty-log"]) > npages // 8
-    assert median(taken[ring_mode]) < npages // 8
+    assert median(taken[log_mode]) < npages // 8
 
 
-def test_the_smallest_ring_holds_what_is_reserved(kvm: Kvm, host: Host, ring_mode: str) -> None:
+def test_the_smallest_ring_holds_what_is_reserved(kvm: Kvm, host: Host, log_mode: str) -> None:
     """And a page at least: it has the next power of two of both, in bytes.
 
     See kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c.
     """
     least = max(mmap.PAGESIZE, reserved_entries(host) * ENTRY_SIZE)
-    assert smallest_ring(kvm, LOG_MODES[ring_mode]) * ENTRY_SIZE == 1 << (least - 1).bit_length()
+    assert smallest_ring(kvm, LOG_MODES[log_mode]) * ENTRY_SIZE == 1 << (least - 1).bit_length()
 
 
 def test_the_ring_lies_beyond_the_vcpus_own_mapping(kvm: Kvm) -> None:

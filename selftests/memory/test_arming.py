@@ -2,7 +2,7 @@
 """Tracking is armed at the right moments: when it begins, and anew by each collection, for each page of any slot."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,7 +15,6 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB, align_up
 
 SLOT = 1
-MANUAL_MODES = ["clear-log", "clear-log-unset"]
 # Of a slot, in pages: around one and two words of the bitmap; in the long form around the 512 pages of a page table too
 SIZES = (1, 63, 64, 65, 127, 128, 129)
 MORE_SIZES = (2, 191, 192, 193, 511, 512, 513, 1025)
@@ -84,11 +83,14 @@ def test_pages_that_were_mapped_before_are_tracked(empty: TrackedVm) -> None:
 
 
 def test_pages_that_were_mapped_in_advance_are_tracked(
-    kvm: Kvm, empty: TrackedVm, lacks: Callable[[str], None]
+    kvm: Kvm,
+    empty: TrackedVm,
 ) -> None:
     """By KVM_PRE_FAULT_MEMORY, before tracking begins, and while it is on."""
     if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
-        lacks("no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)")
+        pytest.skip(
+            "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
+        )
     npages = 64 + 9
     empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
     empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
@@ -118,12 +120,12 @@ def test_slots_of_any_size_at_any_gfn(empty: TrackedVm, chance: random.Random, t
 
 @pytest.mark.parametrize("boundary", [2 * MIB, GIB, 512 * GIB], ids=["2MiB", "1GiB", "512GiB"])
 def test_slots_across_a_boundary_of_the_page_tables(
-    kvm: Kvm, empty: TrackedVm, chance: random.Random, lacks: Callable[[str], None], boundary: int, thorough: bool
+    kvm: Kvm, empty: TrackedVm, chance: random.Random, boundary: int, thorough: bool
 ) -> None:
     """A word of the bitmap whose pages are mapped by two page tables, and a word that ends where the first one does."""
     middle = align_up(FIRST_GPA + MIB, boundary)
     if middle + MIB > arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)):
-        lacks(f"a guest's physical addresses end below {middle + MIB:#x} here (CPUID MAXPHYADDR)")
+        pytest.skip(f"a guest's physical addresses end below {middle + MIB:#x} here (CPUID MAXPHYADDR)")
     for below in (1, 2, 31, 32, 33, 63, 64, 65, 100) if thorough else (1, 33, 64):
         check_slot(empty, middle - below * PAGE, 130, chance)
 
@@ -185,7 +187,7 @@ def test_every_vcpu_loses_its_translation(empty: TrackedVm, thorough: bool) -> N
         empty.disable_dirty_logging(SLOT)
 
 
-@pytest.mark.parametrize("log_mode", MANUAL_MODES, indirect=True)
+@pytest.mark.log_modes("clear")
 def test_each_clear_arms_its_pages(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
     """Ranges and masks of any shape: their pages are clean and tracked anew, all others stay as they are."""
     for shift in SHIFTS + MORE_SHIFTS if thorough else SHIFTS:

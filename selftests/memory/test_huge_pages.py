@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -23,11 +22,8 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, MIB, size_text
 
-Lacks = Callable[[str], None]
-
 SLOT = 1
 MANUAL = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-MANUAL_MODES = ["clear-log", "clear-log-unset"]
 RET = 0xC3
 
 
@@ -81,31 +77,31 @@ Make = Callable[..., AbstractContextManager[TrackedVm]]
 def make(
     kvm: Kvm,
     host: Host,
-    lacks: Lacks,
-    needs_log_mode: Callable[[str], None],
+    log_mode: str,
     huge_page_pool: Callable[[], AbstractContextManager[None]],
 ) -> Make:
-    """Call it with a mode and a layout for a VM with that slot, untracked, all of it in the host's huge pages.
+    """Call it with a layout for a VM in the log mode with that slot, untracked, all of it in the host's huge pages.
 
     Unless a guest mode is given, it is one in which KVM can map the slot huge.
     """
 
     @contextmanager
-    def make(mode: str, layout: Layout, guest_mode: str | None = None) -> Iterator[TrackedVm]:
-        needs_log_mode(mode)
+    def make(layout: Layout, guest_mode: str | None = None) -> Iterator[TrackedVm]:
         backing = BACKINGS[layout.backing]
         guest_mode = guest_mode or huge_guest_mode(kvm, host, layout)
         if reason := backing.missing(0):
-            lacks(reason)
+            pytest.skip(reason)
         with huge_page_pool() if backing.hugetlb else nullcontext():
             if reason := backing.missing(layout.npages * PAGE + layout.gpa % backing.alignment):
-                lacks(reason)
-            with TrackedVm(kvm, mode, guest_mode=guest_mode) as vm:
+                pytest.skip(reason)
+            with TrackedVm(kvm, log_mode, guest_mode=guest_mode) as vm:
                 memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, tracked=False)
                 memslot.memory.populate()
                 needed = len(huge_pages(memslot, layout.size)) * layout.size
                 if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
-                    lacks(f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)")
+                    pytest.skip(
+                        f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)"
+                    )
                 yield vm
 
     return make
@@ -121,12 +117,12 @@ def huge_guest_mode(kvm: Kvm, host: Host, layout: Layout) -> str:
 
 
 @pytest.fixture
-def stats_of(kvm: Kvm, host: Host, emulates: bool, lacks: Lacks) -> Callable[[TrackedVm], BinaryStats]:
+def stats_of(kvm: Kvm, host: Host, emulates: bool) -> Callable[[TrackedVm], BinaryStats]:
     """Call it for the statistics of a VM that maps memory."""
     if emulates:
-        lacks(f"{host.backend} emulates each instruction of this guest, and maps no page")
+        pytest.skip(f"{host.backend} emulates each instruction of this guest, and maps no page")
     if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
-        lacks("this KVM has no KVM_CAP_BINARY_STATS_FD")
+        pytest.skip("this KVM has no KVM_CAP_BINARY_STATS_FD")
     return lambda vm: BinaryStats(vm.vm.get_stats_fd())
 
 
@@ -145,13 +141,16 @@ def edges(vm: TrackedVm, layout: Layout) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "layout", "guest_mode"), [*((*case, "48bit-4k") for case in CASES), *UNDER_LARGE_GUEST_PAGES], ids=str
+    ("log_mode", "layout", "guest_mode"),
+    [*((*case, "48bit-4k") for case in CASES), *UNDER_LARGE_GUEST_PAGES],
+    ids=str,
+    indirect=["log_mode"],
 )
 def test_huge_pages_are_reported_page_by_page(
-    make: Make, mode: str, layout: Layout, guest_mode: str, settings: Settings, thorough: bool
+    make: Make, layout: Layout, guest_mode: str, settings: Settings, thorough: bool
 ) -> None:
     """Of memory that was mapped huge before tracking began, each page that is written, and no other; again and again."""
-    with make(mode, layout, guest_mode) as vm:
+    with make(layout, guest_mode) as vm:
         check_reports(vm, layout, settings.seed, rounds=5 if thorough else 1)
 
 
@@ -182,12 +181,12 @@ def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None
     vm.assert_dirty("a write into memory that may be mapped huge again", {SLOT: [first[-1]]})
 
 
-@pytest.mark.parametrize(("mode", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("log_mode", "layout"), CASES, ids=str, indirect=["log_mode"])
 def test_split_when_tracked_and_merged_when_not(
-    make: Make, stats_of: Callable[[TrackedVm], BinaryStats], host: Host, mode: str, layout: Layout
+    make: Make, stats_of: Callable[[TrackedVm], BinaryStats], host: Host, layout: Layout
 ) -> None:
     """Mapped huge until tracking begins, or the first CLEAR; then split, all at once or by writes; huge again after it."""
-    with make(mode, layout) as vm, stats_of(vm) as stats:
+    with make(layout) as vm, stats_of(vm) as stats:
         check_sizes(vm, stats, host, layout)
 
 
@@ -233,11 +232,10 @@ def check_huge(found: MappingSizes, size: int, count: int, when: str) -> None:
         raise violated(Kind.OTHER, f"{when}: {count} pages of {size_text(size)} were to be mapped, but it is {found}")
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_memory_that_was_only_read_before(make: Make, mode: str) -> None:
+def test_memory_that_was_only_read_before(make: Make) -> None:
     """Mapped huge by loads alone: later loads are not reported, and the first store into each huge page is."""
     layout = two_mib("anonymous_thp", 3)
-    with make(mode, layout) as vm:
+    with make(layout) as vm:
         pages = touched(vm, layout)
         loads = [Operation("load", vm.address(SLOT, page)) for page in pages]
         vm.run(*loads)
@@ -248,11 +246,10 @@ def test_memory_that_was_only_read_before(make: Make, mode: str) -> None:
         vm.assert_dirty("stores", {SLOT: pages})
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_memory_that_is_executed(make: Make, mode: str) -> None:
+def test_memory_that_is_executed(make: Make) -> None:
     """Huge pages are split for it where kvm.nx_huge_pages is on; what is written in them is reported all the same."""
     layout = two_mib("anonymous_thp", 3)
-    with make(mode, layout) as vm:
+    with make(layout) as vm:
         code, *_ = (page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size))
         vm.write(SLOT, code, code + 1)
         vm.write(SLOT, code, value=RET)
@@ -270,11 +267,11 @@ def test_memory_that_is_executed(make: Make, mode: str) -> None:
 
 
 @pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
-@pytest.mark.parametrize("mode", MANUAL_MODES)
-def test_a_clear_at_a_huge_page_edge(make: Make, mode: str, backing: str, thorough: bool) -> None:
+@pytest.mark.log_modes("clear")
+def test_a_clear_at_a_huge_page_edge(make: Make, backing: str, thorough: bool) -> None:
     """Whichever pages a CLEAR names at the edge of a huge page: their next writes are seen, the others' bits stay."""
     for shift in range(64) if thorough else EDGE_SHIFTS:
-        with make(mode, two_mib(backing, shift)) as vm:
+        with make(two_mib(backing, shift)) as vm:
             edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
             for mask in masks_at(edge):
                 # That case has a test of its own, below.
@@ -282,30 +279,29 @@ def test_a_clear_at_a_huge_page_edge(make: Make, mode: str, backing: str, thorou
                     check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
 
 
-@pytest.mark.parametrize("mode", MANUAL_MODES)
-def test_a_clear_within_a_page_of_1_gib(make: Make, mode: str) -> None:
+@pytest.mark.log_modes("clear")
+def test_a_clear_within_a_page_of_1_gib(make: Make) -> None:
     """It is split for this CLEAR at the latest: the next writes to its pages are seen, and the others' bits stay."""
-    with make(mode, ONE_GIB) as vm:
+    with make(ONE_GIB) as vm:
         check_clear(vm, [511, 512], "CLEAR of both sides of a 2 MiB edge")
 
 
+@pytest.mark.log_modes("clear-log")
 @pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
-def test_a_clear_that_ends_on_the_first_page_of_a_huge_page(
-    make: Make, outcome: Any, backing: str, thorough: bool
-) -> None:
+def test_a_clear_that_ends_on_the_first_page_of_a_huge_page(make: Make, backing: str, thorough: bool) -> None:
     """When it also names pages of the same word that lie in the huge page before: that first page is tracked too."""
-    with outcome.contract():
-        for shift in range(64) if thorough else EDGE_SHIFTS:
-            with make("clear-log", two_mib(backing, shift)) as vm:
-                edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
-                for mask in filter(lambda mask: ends_on_first_page(mask, edge), masks_at(edge)):
-                    check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
+    for shift in range(64) if thorough else EDGE_SHIFTS:
+        with make(two_mib(backing, shift)) as vm:
+            edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
+            for mask in filter(lambda mask: ends_on_first_page(mask, edge), masks_at(edge)):
+                check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
 
 
+@pytest.mark.log_modes("clear-log")
 @pytest.mark.parametrize("later", [MANUAL, 0], ids=["not-initially-set", "automatic"])
-def test_all_set_at_first_and_collected_otherwise(make: Make, outcome: Any, later: int) -> None:
+def test_all_set_at_first_and_collected_otherwise(make: Make, later: int) -> None:
     """Where all bits were set at first, what takes a page's bit tracks it, also when the VM's mode was changed before."""
-    with outcome.contract(), make("clear-log", two_mib("anonymous_thp", 3)) as vm:
+    with make(two_mib("anonymous_thp", 3)) as vm:
         pages = touched(vm, two_mib("anonymous_thp", 3))
         vm.write(SLOT, *pages)
         vm.enable_dirty_logging(SLOT, assert_initial=False)

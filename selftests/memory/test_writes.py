@@ -38,7 +38,7 @@ Emulated = Callable[[str], AbstractContextManager[None]]
 
 
 @pytest.fixture
-def emulated(emulates: bool, lacks: Callable[[str], None]) -> Emulated:
+def emulated(emulates: bool) -> Emulated:
     """Runs an instruction that a backend which emulates every one may not know; then the test is skipped."""
 
     @contextmanager
@@ -48,7 +48,7 @@ def emulated(emulates: bool, lacks: Callable[[str], None]) -> Emulated:
         except NotEmulated as error:
             if not emulates:
                 raise
-            lacks(f"{name}: this backend emulates every instruction: {error}")
+            pytest.skip(f"{name}: this backend emulates every instruction: {error}")
 
     return emulated
 
@@ -153,10 +153,10 @@ def test_a_store_that_straddles_two_pages_is_reported_in_both(
 
 
 @pytest.fixture
-def forced(tracked: TrackedVm, host: Host, lacks: Callable[[str], None]) -> TrackedVm:
+def forced(tracked: TrackedVm, host: Host) -> TrackedVm:
     """A VM whose guest may have KVM emulate an instruction."""
     if host.parameters.get("kvm.force_emulation_prefix", "0") in ("0", "N"):
-        lacks("KVM's module parameter force_emulation_prefix is off (load kvm with force_emulation_prefix=1)")
+        pytest.skip("KVM's module parameter force_emulation_prefix is off (load kvm with force_emulation_prefix=1)")
     return tracked
 
 
@@ -186,12 +186,12 @@ def test_an_emulated_load_is_not_reported(forced: TrackedVm) -> None:
 
 @pytest.mark.parametrize(("size", "feature"), [(32, "AVX"), (64, "AVX-512")], ids=["32", "64"])
 def test_a_vector_store_is_reported(
-    tracked: TrackedVm, emulated: Emulated, entries: Entries, lacks: Callable[[str], None], size: int, feature: str
+    tracked: TrackedVm, emulated: Emulated, entries: Entries, size: int, feature: str
 ) -> None:
     """Inside a page, and over its end."""
     components = dict(arch.vector_stores(tracked.guest.cpuid)).get(size, 0)
     if not components:
-        lacks(f"KVM offers no {feature} here (CPUID)")
+        pytest.skip(f"KVM offers no {feature} here (CPUID)")
     with emulated("enable_xsave"):
         tracked.run(Operation("enable_xsave", 0, components))
     for offset, pages in ((64, [WRITTEN]), (PAGE - size, [WRITTEN]), (PAGE - 5, [WRITTEN, WRITTEN + 1])):
@@ -200,10 +200,10 @@ def test_a_vector_store_is_reported(
         tracked.assert_dirty(f"store of {size} bytes at offset {offset}", {SLOT: pages}, entries(size))
 
 
-def test_xsave_is_reported(tracked: TrackedVm, emulated: Emulated, lacks: Callable[[str], None]) -> None:
+def test_xsave_is_reported(tracked: TrackedVm, emulated: Emulated) -> None:
     """In one page, and where its area lies in two."""
     if not arch.has_xsave(tracked.guest.cpuid):
-        lacks("KVM offers no XSAVE here (CPUID)")
+        pytest.skip("KVM offers no XSAVE here (CPUID)")
     with emulated("xsave"):
         tracked.run(Operation("enable_xsave", 0, 3), Operation("xsave", tracked.address(SLOT, WRITTEN)))
     tracked.assert_dirty("xsave", {SLOT: [WRITTEN]})
@@ -324,10 +324,10 @@ def test_a_string_store_is_reported_as_far_as_it_came(tracked: TrackedVm, emulat
     tracked.assert_dirty("rep stosq into a page that is not mapped", {SLOT: [WRITTEN, WRITTEN + 1]}, entries(PAGE // 8))
 
 
-def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> None:
+def test_a_write_to_a_read_only_slot_is_not_reported(kvm: Kvm, log_mode: str) -> None:
     """It is no write: user space gets KVM_EXIT_MMIO, and memory stays as it is."""
     if not kvm.check_extension(uapi.KVM_CAP_READONLY_MEM):
-        lacks("no KVM_CAP_READONLY_MEM")
+        pytest.skip("no KVM_CAP_READONLY_MEM")
     exits = []
 
     def write_exit(vcpu: Vcpu) -> bool:

@@ -2,7 +2,6 @@
 """Histories that nobody thought of: what guest and VMM do in any order, on KVM and on a model of the contract alike."""
 
 import itertools
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,9 +11,8 @@ from dirty_tracking.cell import Settings
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.sequence_search import search
-from dirty_tracking.sequences import Collect, Create, HistoryFailed, Step, Write, run_history, shrinks_slot_in_rings
+from dirty_tracking.sequences import Collect, Create, Step, Write, run_history, shrinks_slot_in_rings
 from harness import known_bugs
-from harness.failure_report import environment_lines, reproduce_line
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
@@ -33,50 +31,28 @@ def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]
         yield settings.seed + number
 
 
-def failure_text(failure: HistoryFailed, host: Host, command: str) -> str:
-    """What a developer gets to see, with a script to paste into a report."""
-    notes = getattr(failure, "__notes__", [])
-    return "\n".join(
-        [
-            f"KVM and the model of its contract differ: {failure}",
-            *notes,
-            "",
-            *environment_lines(host),
-            reproduce_line(command),
-            "",
-            "the shortest history that shows it, as a script (PYTHONPATH=lib python - < FILE, in the suite's folder):",
-            "",
-            failure.script,
-        ]
-    )
-
-
-@pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_any_history(
-    kvm: Kvm, host: Host, settings: Settings, needs_log_mode: Callable[[str], None], thorough: bool,
-    soak: int | None, pytestconfig: pytest.Config, request: pytest.FixtureRequest, emulated_cpu: bool, repeat_with: str,
-    mode: str,
+    kvm: Kvm, host: Host, settings: Settings, thorough: bool, soak: int | None, pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest, emulated_cpu: bool, record_property: Callable[[str, object], None], log_mode: str,
 ) -> None:  # fmt: skip
     """Writes, loads, GET, CLEAR, harvests, resets, tracking on and off, slots made, moved, deleted: KVM does as the model."""
-    needs_log_mode(mode)
-    if LOG_MODES[mode].uses_ring:
+    if LOG_MODES[log_mode].uses_ring:
         request.getfixturevalue("entries_in_order")
 
     # What a known bug breaks on this kernel is left out, so that others can be found.
-    known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.load() if bug.on(host)]
+    known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.on_host(host)]
     leave_out = shrinks_slot_in_rings if RING_RESET_BUG in known else None
 
     def run(steps: Sequence[Step]) -> None:
-        run_history(kvm, host, mode, steps, leave_out)
+        run_history(kvm, host, log_mode, steps, leave_out)
 
     rounds = EMULATED_ROUNDS if emulated_cpu else ROUNDS
     seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
-    found = search(run, LOG_MODES[mode].uses_ring, seeds)
+    found = search(run, LOG_MODES[log_mode].uses_ring, seeds)
     if found is not None:
         seed, failure = found
-        test = shlex.quote(f"selftests/scenarios/test_histories.py::test_any_history[{mode}]")
-        text = failure_text(failure, host, f"{repeat_with} {test} --seed {seed}")
-        raise pytest.fail.Exception(text, pytrace=False)
+        record_property("seed", str(seed))  # of the round: as --seed it makes that the first
+        raise failure
 
 
 # 190 entries for a ring that takes 192 before it stops its vCPU; the next step brings ten more.
@@ -92,11 +68,9 @@ FILLED_IN_THE_MIDST = [
 ]
 
 
-def test_a_ring_that_gets_full_in_the_midst_of_writes(
-    kvm: Kvm, host: Host, needs_log_mode: Callable[[str], None], lacks: Callable[[str], None]
-) -> None:
+@pytest.mark.log_modes("dirty-ring")
+def test_a_ring_that_gets_full_in_the_midst_of_writes(kvm: Kvm, host: Host) -> None:
     """What was done before it was full, and what is done after it was emptied, is all reported."""
-    needs_log_mode("dirty-ring")
     if uses_pml(host):
-        lacks("with PML the smallest ring has more entries than this history makes")
+        pytest.skip("with PML the smallest ring has more entries than this history makes")
     run_history(kvm, host, "dirty-ring", FILLED_IN_THE_MIDST)

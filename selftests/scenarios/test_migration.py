@@ -3,9 +3,7 @@
 
 import random
 from array import array
-from collections.abc import Callable
 from contextlib import closing
-from typing import Any, NoReturn
 
 import pytest
 
@@ -46,7 +44,7 @@ def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[
 
 @pytest.mark.parametrize(("vcpus", "pattern"), [(1, "sequential"), (2, "random")])
 def test_migration(
-    kvm: Kvm, request: pytest.FixtureRequest, settings: Settings, outcome: Any, lacks: Callable[[str], NoReturn],
+    kvm: Kvm, request: pytest.FixtureRequest, settings: Settings,
     thorough: bool, log_mode: str, vcpus: int, pattern: str,
 ) -> None:  # fmt: skip
     """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
@@ -56,15 +54,14 @@ def test_migration(
     shapes = LARGE if thorough else SMALL
     for count, backing in shapes:
         if reason := BACKINGS[backing].missing(count * PAGE):
-            lacks(reason)
+            pytest.skip(reason)
     npages = sum(count for count, _ in shapes)
     for _ in range(10 if thorough else 1):
-        with outcome.contract():
-            vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
-            with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
-                vm.start()
-                vm.writers.let_go()
-                migration.run()
-                figures = [("migration", name), ("rounds", migration.figures())]
-                request.node.user_properties[:] = [*own_properties, *figures]
-                migration.compare()
+        vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
+        with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
+            vm.start()
+            vm.writers.let_go()
+            migration.run()
+            figures = [("migration", name), ("rounds", migration.figures())]
+            request.node.user_properties[:] = [*own_properties, *figures]
+            migration.compare()

@@ -9,7 +9,6 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,10 +288,10 @@ def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
     assert not (ROOT / ".pytest_cache").exists()
 
 
-def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm, lacks: Callable[[str], None]) -> None:
+def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm) -> None:
     """The smallest size depends on the backend; the message names it, and that size is taken."""
     if reason := RingMode.supported(kvm):
-        lacks(reason)
+        pytest.skip(reason)
     least = smallest_ring(kvm)
     done = suite(f"--ring-count={least // 2}")
     assert done.returncode == USAGE_ERROR

@@ -285,12 +285,12 @@ def read_all(descriptor: int) -> str:
     ids=["terminal", "no-colour", "pipe", "pipe-in-colour"],
 )
 @pytest.mark.usefixtures("kvm")
+@pytest.mark.log_modes("dirty-ring")
 def test_the_end_of_a_run(
-    run: Callable[..., str], needs_log_mode: Callable[[str], None], terminal: bool, arguments: list[str],
+    run: Callable[..., str], terminal: bool, arguments: list[str],
     environment: dict[str, str], coloured: bool,
 ) -> None:  # fmt: skip
     """A pass, a failure and a skip, the verdict below them all, and no line wider than the terminal but commands."""
-    needs_log_mode("dirty-ring")
     output = run(*MIXED, *arguments, terminal=terminal, **environment)
     assert ("\x1b[31m\x1b[1mFAIL\x1b[0m" in output) == coloured
     assert ("\x1b[32mpass\x1b[0m" in output) == coloured

@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import pytest
 
 from dirty_tracking import writers
 from dirty_tracking.cell import Cell, Settings
-from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
+from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.modes import LOG_MODES, BitmapMode, smallest_ring
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import TrackedVm
 from dirty_tracking.vcpu_thread import VcpuHang
-from dirty_tracking.violations import Kind
+from dirty_tracking.violations import ContractViolation, Kind
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
 from kvm_util.ioctl import KvmError
@@ -29,7 +28,6 @@ from kvm_util.vm import Vm
 from selftests.unit.mutants.faults import falsify_bitmaps
 
 SETTINGS = Settings(iterations=3, interval=1.0, ring_count=1024, test_mem=2 * MIB, seed=1)
-NeedsLogMode = Callable[[str], None]
 UD2 = b"\x0f\x0b"
 SPIN = b"\xeb\xfe"
 STORE_TO_0X10 = bytes.fromhex("48 89 04 25 10 00 00 00")
@@ -147,7 +145,7 @@ def test_findings_are_told_although_a_thread_does_not_end(kvm: Kvm, monkeypatch:
     run.writers.helpers.append(helper)
     helper.start()
     try:
-        with pytest.raises(DirtyTrackingError, match="LOST") as caught:
+        with pytest.raises(ContractViolation, match="LOST") as caught:
             run.run()
     finally:
         over.set()
@@ -163,17 +161,14 @@ class HangingHelper(threading.Thread):
         """It does not heed it."""
 
 
-@pytest.mark.parametrize("mode", ["dirty-log", "dirty-ring"])
-def test_a_vcpu_thread_that_dies_fails_the_run(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("dirty-log", "dirty-ring")
+def test_a_vcpu_thread_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Its exception reaches the caller with its own traceback."""
-    needs_log_mode(mode)
 
     def dies(*_: object) -> None:
         raise RuntimeError("the vCPU thread's own error")
 
-    with DirtyLogRun(kvm, cell(mode, vcpus=2), SETTINGS) as run:
+    with DirtyLogRun(kvm, cell(log_mode, vcpus=2), SETTINGS) as run:
         monkeypatch.setattr(run.mode, "after_vcpu_run", dies)
         with pytest.raises(RuntimeError, match="own error") as error:
             run.run()
@@ -193,11 +188,9 @@ def test_a_collector_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("stop", ["cooperative", "forced"])
-def test_ctrl_c_in_the_middle_stops_everything(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, stop: str
-) -> None:
+@pytest.mark.log_modes("dirty-ring")
+def test_ctrl_c_in_the_middle_stops_everything(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     """KeyboardInterrupt on the main thread while two vCPUs run."""
-    needs_log_mode("dirty-ring")
     with DirtyLogRun(kvm, cell("dirty-ring", vcpus=2, stop=stop), SETTINGS) as run:
         waits = iter(range(40))
 
@@ -229,16 +222,14 @@ def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyP
             TrackedVm(kvm, "dirty-log")
 
 
-def test_a_ring_that_stays_full_is_reported(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.log_modes("dirty-ring")
+def test_a_ring_that_stays_full_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """KVM says "ring full" again although nothing can be harvested: the run ends at once, and says so."""
-    needs_log_mode("dirty-ring")
     harvest = DirtyRing.harvest
     long = replace(SETTINGS, iterations=100, interval=50.0, ring_count=smallest_ring(kvm))
     with DirtyLogRun(kvm, cell("dirty-ring"), long) as run:
         monkeypatch.setattr(DirtyRing, "harvest", lambda ring: ([], []) if run.figures.iterations else harvest(ring))
-        with pytest.raises(DirtyTrackingError) as error:
+        with pytest.raises(ContractViolation) as error:
             run.run()
     assert error.value.violations[-1].kind is Kind.STUCK
     reaps = [finding.collection for finding in error.value.violations]

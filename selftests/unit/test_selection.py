@@ -10,7 +10,7 @@ import pytest
 from dirty_tracking.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
 from dirty_tracking.violations import Kind
 from harness import known_bugs
-from harness.failure_report import Context, repeat_command
+from harness.failure_report import cell_command
 from harness.matrix import full_matrix, pairwise_matrix
 from harness.selection import (
     DIMENSIONS,
@@ -135,9 +135,7 @@ def test_the_full_matrix_is_the_product() -> None:
 
 
 def test_the_repeat_command_names_the_cell_and_what_is_not_default() -> None:
-    command = repeat_command(
-        CELL, Context(HOST, Settings(iterations=7, phys_offset=1 << 32, seed=5), "pytest --kernel=x")
-    )
+    command = cell_command("pytest --kernel=x", CELL, Settings(iterations=7, phys_offset=1 << 32, seed=5))
     assert command == (
         "pytest --kernel=x selftests/matrix/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
         " --stop cooperative --density sparse --vcpus 1 --iterations 7 --phys-offset 0x100000000 --seed 5"
@@ -194,9 +192,9 @@ def test_a_known_bug_is_bound_to_its_conditions(tmp_path: Path, host: Host, appl
 
 def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
     (bug,) = read(tmp_path, ENTRY)
-    assert bug.concerns_cell(replace(CELL, log_mode="dirty-ring"))
-    assert not bug.concerns_cell(CELL)
-    assert not bug.concerns_cell(replace(CELL, log_mode="dirty-ring", vcpus=2))
+    assert bug.concerns("test_dirty_log", replace(CELL, log_mode="dirty-ring"))
+    assert not bug.concerns("test_dirty_log", CELL)
+    assert not bug.concerns("test_dirty_log", replace(CELL, log_mode="dirty-ring", vcpus=2))
     lost, spurious = Kind.LOST, Kind.SPURIOUS
     assert bug.explains({lost})
     assert not bug.explains({lost, spurious})

@@ -5,7 +5,7 @@ import ctypes
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -50,10 +50,10 @@ def tracked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
 
 
 @pytest.fixture
-def with_irqchip(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> Iterator[TrackedVm]:
+def with_irqchip(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
     """The same, with the interrupt controllers in the kernel."""
     if not kvm.check_extension(uapi.KVM_CAP_IRQCHIP):
-        lacks("no KVM_CAP_IRQCHIP")
+        pytest.skip("no KVM_CAP_IRQCHIP")
     with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         yield filled(vm)
 
@@ -88,9 +88,7 @@ AREAS = [
 
 
 @pytest.mark.parametrize("what", AREAS, ids=lambda a: f"{a.name}-by-{'guest' if a.by_guest else 'user-space'}")
-def test_an_area_that_a_register_names_is_reported(
-    with_irqchip: TrackedVm, lacks: Callable[[str], None], what: Area
-) -> None:
+def test_an_area_that_a_register_names_is_reported(with_irqchip: TrackedVm, what: Area) -> None:
     """The page, and no other; it holds what KVM wrote."""
     vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
     vm.write(SLOT, *range(NPAGES), value=(1 << 64) - 1)
@@ -106,18 +104,19 @@ def test_an_area_that_a_register_names_is_reported(
     except (GuestError, ValueError) as error:
         if isinstance(error, GuestError) and "#GP" not in str(error):
             raise
-        lacks(f"{what.name}: KVM does not have the register: {str(error).splitlines()[0]}")
+        pytest.skip(f"{what.name}: KVM does not have the register: {str(error).splitlines()[0]}")
     vm.run()
     assert area(vm) != before
     vm.assert_dirty(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
 
 
 def test_the_clock_is_reported_whenever_it_is_written(
-    kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]
+    kvm: Kvm,
+    tracked: TrackedVm,
 ) -> None:
     """Again and again, here as user space tells the guest that it was stopped."""
     if not kvm.check_extension(uapi.KVM_CAP_KVMCLOCK_CTRL):
-        lacks("no KVM_CAP_KVMCLOCK_CTRL")
+        pytest.skip("no KVM_CAP_KVMCLOCK_CTRL")
     (vcpu,) = tracked.vm.vcpus
     tracked.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
     tracked.run()
@@ -152,37 +151,39 @@ def with_apic(with_irqchip: TrackedVm) -> TrackedVm:
 
 
 @pytest.fixture
-def software_apic(with_apic: TrackedVm, host: Host, lacks: Callable[[str], None]) -> TrackedVm:
+def software_apic(with_apic: TrackedVm, host: Host) -> TrackedVm:
     """The same where KVM itself delivers the interrupts: hardware that does leaves it no occasion to write these areas."""
     for name in ("kvm_intel.enable_apicv", "kvm_amd.avic"):
         if host.parameters.get(name) in ("Y", "1"):
-            lacks(f"the CPU delivers interrupts by itself ({name}=Y)")
+            pytest.skip(f"the CPU delivers interrupts by itself ({name}=Y)")
     return with_apic
 
 
-def was_written(vm: TrackedVm, what: str, emulates: bool, lacks: Callable[[str], None]) -> None:
+def was_written(vm: TrackedVm, what: str, emulates: bool) -> None:
     """KVM has written the area; a backend of its own may do without."""
     if emulates and area(vm)[:8] == b"\xff" * 8:
-        lacks(f"{what}: this backend emulates every instruction, and does not write the area")
+        pytest.skip(f"{what}: this backend emulates every instruction, and does not write the area")
     assert area(vm)[:8] != b"\xff" * 8, f"{what}: KVM did not write the area"
 
 
-def test_the_pv_eoi_area_is_reported(software_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:
+def test_the_pv_eoi_area_is_reported(software_apic: TrackedVm, emulates: bool) -> None:
     """KVM writes it as it injects an interrupt, and takes that back at the next exit."""
     software_apic.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
     software_apic.assert_dirty("switching PV EOI on", {})
     vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
     software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
-    was_written(software_apic, "PV EOI", emulates, lacks)
+    was_written(software_apic, "PV EOI", emulates)
     software_apic.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
 def test_the_apic_page_that_user_space_names_is_reported(
-    kvm: Kvm, software_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]
+    kvm: Kvm,
+    software_apic: TrackedVm,
+    emulates: bool,
 ) -> None:
     """KVM_SET_VAPIC_ADDR: KVM writes there what the APIC has pending, when it looks at that before an entry."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
-        lacks("no KVM_CAP_VAPIC")
+        pytest.skip("no KVM_CAP_VAPIC")
     (vcpu,) = software_apic.vm.vcpus
     request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
     ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
@@ -191,14 +192,16 @@ def test_the_apic_page_that_user_space_names_is_reported(
         software_apic.write(SLOT, AREA, value=(1 << 64) - 1)
         software_apic.collect()
         software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
-        was_written(software_apic, "KVM_SET_VAPIC_ADDR", emulates, lacks)
+        was_written(software_apic, "KVM_SET_VAPIC_ADDR", emulates)
         software_apic.assert_dirty("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
-def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, lacks: Callable[[str], None]) -> None:
+def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool) -> None:
     """KVM writes the area when a page is missing on the host, and again when it is there."""
     if emulates:
-        lacks("asynchronous page faults: this backend emulates every instruction, and waits for the page as it does")
+        pytest.skip(
+            "asynchronous page faults: this backend emulates every instruction, and waits for the page as it does"
+        )
     vm, (vcpu,) = with_apic, with_apic.vm.vcpus
     late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, tracked=False)
     vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
@@ -231,13 +234,11 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool, la
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
-def test_clock_pairing_is_reported(
-    tracked: TrackedVm, emulates: bool, lacks: Callable[[str], None], offset: int
-) -> None:
+def test_clock_pairing_is_reported(tracked: TrackedVm, emulates: bool, offset: int) -> None:
     """KVM_HC_CLOCK_PAIRING: KVM writes the host's time, with the guest's TSC at it, where the guest asks for it."""
     if emulates:
         # em_hypercall(), arch/x86/kvm/emulate.c, again and again: there is no end to it.
-        lacks("hypercalls: this backend emulates every instruction, and KVM's emulator leaves these to the CPU")
+        pytest.skip("hypercalls: this backend emulates every instruction, and KVM's emulator leaves these to the CPU")
     (vcpu,) = tracked.vm.vcpus
     pages = [AREA] if offset == 16 else [AREA, AREA + 1]
     for _ in range(2):
@@ -247,23 +248,23 @@ def test_clock_pairing_is_reported(
         tracked.run(Operation("hypercall", KVM_HC_CLOCK_PAIRING, AREA_GPA + offset, KVM_CLOCK_PAIRING_WALLCLOCK))
         answer = ctypes.c_int64(arch.get_regs(vcpu.fd).r12).value
         if answer == -KVM_EOPNOTSUPP:
-            lacks("KVM_HC_CLOCK_PAIRING: the host's clock is not the TSC (KVM_EOPNOTSUPP)")
+            pytest.skip("KVM_HC_CLOCK_PAIRING: the host's clock is not the TSC (KVM_EOPNOTSUPP)")
         assert answer == 0
         assert tracked.changed_pages(SLOT, before) == pages
         tracked.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
-def have_xen(kvm: Kvm, vm: TrackedVm, lacks: Callable[[str], None], flag: str) -> None:
+def have_xen(kvm: Kvm, vm: TrackedVm, flag: str) -> None:
     """Have KVM behave like Xen to the guest; skips where it does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
     if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & getattr(uapi, flag):
-        lacks(f"KVM_CAP_XEN_HVM does not offer {flag}")
+        pytest.skip(f"KVM_CAP_XEN_HVM does not offer {flag}")
     config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_REGISTER)
     ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
 
 
-def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm, lacks: Callable[[str], None]) -> None:
+def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm) -> None:
     """KVM fills the page that the guest names in the register that user space chose."""
-    have_xen(kvm, tracked, lacks, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
+    have_xen(kvm, tracked, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
     tracked.run(Operation("wrmsr", XEN_REGISTER, AREA_GPA))
     assert area(tracked) != bytes(PAGE)
     tracked.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
@@ -296,11 +297,9 @@ XEN_AREAS = [
 
 
 @pytest.mark.parametrize("what", XEN_AREAS, ids=lambda what: what.name)
-def test_a_xen_area_is_reported(
-    kvm: Kvm, host: Host, tracked: TrackedVm, lacks: Callable[[str], None], what: XenArea
-) -> None:
+def test_a_xen_area_is_reported(kvm: Kvm, host: Host, tracked: TrackedVm, what: XenArea) -> None:
     """Event channels' bits alone are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); none is delivered here."""
-    have_xen(kvm, tracked, lacks, what.needs)
+    have_xen(kvm, tracked, what.needs)
     (vcpu,) = tracked.vm.vcpus
     before = area(tracked)
     attribute = uapi.kvm_xen_vcpu_attr(type=what.kind)
@@ -311,7 +310,7 @@ def test_a_xen_area_is_reported(
         # "KVM: x86/xen: Allow XEN_RUNSTATE to straddle page boundary" came with Linux 6.2.
         if error.errno != errno.EINVAL or len(what.pages) == 1 or host.kernel_version >= (6, 2):
             raise
-        lacks(f"Xen's {what.name}: an area in two pages is refused before Linux 6.2")
+        pytest.skip(f"Xen's {what.name}: an area in two pages is refused before Linux 6.2")
     tracked.run()
     assert area(tracked) != before
     tracked.assert_dirty(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
@@ -324,11 +323,12 @@ def test_a_xen_area_is_reported(
 
 
 def test_a_message_of_a_hyperv_timer_is_reported(
-    kvm: Kvm, with_irqchip: TrackedVm, lacks: Callable[[str], None]
+    kvm: Kvm,
+    with_irqchip: TrackedVm,
 ) -> None:
     """KVM puts it into the message page when the timer expires; a second one has to wait, and a flag says so."""
     if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC2):
-        lacks("no KVM_CAP_HYPERV_SYNIC2")
+        pytest.skip("no KVM_CAP_HYPERV_SYNIC2")
     vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
     source = 2
     vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC2)
@@ -371,7 +371,7 @@ def test_a_copy_from_a_device_is_reported(tracked: TrackedVm, offset: int) -> No
     tracked.assert_dirty("rep movsq from a device", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
 
 
-def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str, lacks: Callable[[str], None]) -> None:
+def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str) -> None:
     """The TSS and the identity map for real mode lie in slots that are KVM's own, and no vCPU runs when they are made.
 
     That must not end in a ring, or in a WARN: "KVM: X86: Don't track dirty for KVM_SET_[TSS_ADDR|IDENTITY_MAP_ADDR]".
@@ -391,7 +391,7 @@ def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str, l
             if error.errno != errno.EEXIST:
                 raise
         else:
-            lacks("KVM makes no slot for the TSS here; kvm_intel does, loaded with unrestricted_guest=0")
+            pytest.skip("KVM makes no slot for the TSS here; kvm_intel does, loaded with unrestricted_guest=0")
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.assert_dirty("KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR", {})
         vm.write(SLOT, DATA)

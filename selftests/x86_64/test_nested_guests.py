@@ -41,8 +41,6 @@ RING = 512
 # is pushed by each of them
 MANY = 1000
 
-Lacks = Callable[[str], None]
-
 
 class InnerGuest:
     """L2 of the only vCPU of *vm*, with or without nested page tables. It does operations, in the address space of L1's.
@@ -107,13 +105,13 @@ class InnerGuest:
 
 
 @pytest.fixture(params=[True, False], ids=["nested-paging", "no-nested-paging"])
-def nested(request: pytest.FixtureRequest, kvm: Kvm, lacks: Lacks) -> bool:
+def nested(request: pytest.FixtureRequest, kvm: Kvm) -> bool:
     """Whether L2 has nested page tables; skips where KVM has neither L2 nor those."""
     cpuid = arch.get_supported_cpuid(kvm.fd)
     if not has_svm(cpuid):
-        lacks("KVM offers its guests no SVM here (CPUID SVM)")
+        pytest.skip("KVM offers its guests no SVM here (CPUID SVM)")
     if request.param and not has_nested_paging(cpuid):
-        lacks("KVM offers its guests no nested paging here (CPUID NP)")
+        pytest.skip("KVM offers its guests no nested paging here (CPUID NP)")
     return bool(request.param)
 
 
@@ -186,14 +184,18 @@ def test_tracking_is_switched_on_under_l2(inner: InnerGuest) -> None:
 
 @pytest.mark.parametrize("page_size", [PAGE, 2 * MIB], ids=["4k", "2m"])
 def test_huge_pages_of_l2_are_reported_page_by_page(
-    kvm: Kvm, host: Host, log_mode: str, nested: bool, page_size: int, lacks: Lacks
+    kvm: Kvm,
+    host: Host,
+    log_mode: str,
+    nested: bool,
+    page_size: int,
 ) -> None:
     """KVM maps huge pages of the host for L2, where the tables that it shadows have them; with tracking it must not."""
     npages = 2 * 512
     if reason := BACKINGS["anonymous_thp"].missing(npages * PAGE):
-        lacks(reason)
+        pytest.skip(reason)
     if not kvm.check_extension(kvm_uapi.KVM_CAP_BINARY_STATS_FD):
-        lacks("this KVM has no KVM_CAP_BINARY_STATS_FD, which tells whether a page is mapped huge")
+        pytest.skip("this KVM has no KVM_CAP_BINARY_STATS_FD, which tells whether a page is mapped huge")
     guest_mode = "48bit-4k" if page_size == PAGE and not nested else "48bit-2m"
     with TrackedVm(kvm, log_mode, guest_mode=guest_mode, ring_count=2 * npages) as vm:
         slot = vm.add_slot(SLOT, FIRST_GPA, npages, backing="anonymous_thp", tracked=False)
@@ -211,10 +213,11 @@ def test_huge_pages_of_l2_are_reported_page_by_page(
         vm.assert_dirty("L1's stores", {SLOT: [1, 512]})
 
 
-def test_a_ring_that_fills_under_l2_stops_it(kvm: Kvm, ring_mode: str, nested: bool) -> None:
+@pytest.mark.log_modes("ring")
+def test_a_ring_that_fills_under_l2_stops_it(kvm: Kvm, log_mode: str, nested: bool) -> None:
     """And L2 goes on after the reset; every one of its stores is reported."""
     npages = 2 * RING
-    with TrackedVm(kvm, ring_mode, ring_count=RING) as vm:
+    with TrackedVm(kvm, log_mode, ring_count=RING) as vm:
         vm.add_slot(SLOT, FIRST_GPA, npages)
         vm.add_slot(OWN, OWN_GPA, NPAGES, tracked=False)
         inner = InnerGuest(vm, nested)

@@ -11,8 +11,7 @@ from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
-from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
-from harness import known_bugs
+from dirty_tracking.violations import ContractViolation
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
@@ -66,12 +65,10 @@ def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | Non
 
 
 @pytest.mark.parametrize("page", [EDGE - 1, EDGE, EDGE + 511, EDGE + 512, LAYOUT.npages - 1])
-@pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, page: int
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, page: int
 ) -> None:
-    needs_log_mode(mode)
-    with vm_for(kvm, mode) as vm:
+    with vm_for(kvm, log_mode) as vm:
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, tracked=False)
         falsify_reports(monkeypatch, lambda found: found + 1 if found == page else found)
         with pytest.raises(ContractViolation):
@@ -80,41 +77,34 @@ def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
 
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
 @pytest.mark.parametrize("first", [2, 9])
-@pytest.mark.parametrize("mode", ["dirty-log", "clear-log", "clear-log-unset"])
+@pytest.mark.log_modes("bitmap")
 def test_a_page_that_is_not_armed(
     kvm: Kvm,
-    needs_log_mode: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
     chance: random.Random,
-    mode: str,
+    log_mode: str,
     first: int,
     page: int,
 ) -> None:
     """From the beginning, or from some collection on."""
-    needs_log_mode(mode)
-    with vm_for(kvm, mode) as vm:
+    with vm_for(kvm, log_mode) as vm:
         falsify_reports(monkeypatch, lambda found: None if found == page else found, first)
         with pytest.raises(ContractViolation, match="LOST"):
             test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 def test_an_entry_of_a_neighbour(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, chance: random.Random, mode: str
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, chance: random.Random, log_mode: str
 ) -> None:
-    needs_log_mode(mode)
-    with vm_for(kvm, mode) as vm:
+    with vm_for(kvm, log_mode) as vm:
         falsify_reports(monkeypatch, lambda found: 62 if found == 63 else found)
         with pytest.raises(ContractViolation, match=r"LOST.*: page 63"):
             test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_a_vcpu_whose_writes_are_not_seen(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_a_vcpu_whose_writes_are_not_seen(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The second one does not write, as if its translation had stayed writable."""
-    needs_log_mode(mode)
     honest = TrackedVm.write
 
     def write(vm: TrackedVm, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
@@ -122,7 +112,7 @@ def test_a_vcpu_whose_writes_are_not_seen(
             honest(vm, slot, *pages, value=value)
 
     monkeypatch.setattr(TrackedVm, "write", write)
-    with vm_for(kvm, mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
+    with vm_for(kvm, log_mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
         test_arming.test_every_vcpu_loses_its_translation(vm, thorough=False)
 
 
@@ -163,16 +153,15 @@ def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unarmed_clear", r"LOST .*: pages? \d")]
 )
+@pytest.mark.log_modes("clear-log-unset")
 def test_a_clear_that_leaves_out_a_page(
     kvm: Kvm,
-    needs_log_mode: Callable[[str], None],
     request: pytest.FixtureRequest,
     chance: random.Random,
     fault: str,
     message: str,
 ) -> None:
     """Anywhere, and at each mask around the edge of a huge page."""
-    needs_log_mode("clear-log-unset")
     with vm_for(kvm, "clear-log-unset") as vm:
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages)
         test_huge_pages.check_clear(vm, [EDGE], "sound")
@@ -204,9 +193,9 @@ def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
 
 
 @pytest.mark.parametrize("call", range(1, 5))
-@pytest.mark.parametrize("mode", ["dirty-log", "clear-log"])
+@pytest.mark.log_modes("dirty-log", "clear-log")
 def test_falsified_statistics(
-    make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, mode: str, call: int
+    make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, log_mode: str, call: int
 ) -> None:
     """One huge page more than there is, each time that the statistics are looked at."""
     honest, calls = MappingSizes.read, [0]
@@ -218,7 +207,7 @@ def test_falsified_statistics(
 
     monkeypatch.setattr(MappingSizes, "read", falsified)
     layout = test_huge_pages.two_mib("anonymous_thp", 3)
-    with make(mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
+    with make(log_mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
         test_huge_pages.check_sizes(vm, stats, host, layout)
 
 
@@ -233,24 +222,3 @@ def test_huge_pages_of_a_slot(kvm: Kvm, shift: int, size: int, expected: int) ->
         found = huge_pages(memslot, size)
         assert len(found) == expected
         assert all(len(page) * PAGE == size and (memslot.gpa + page[0] * PAGE) % size == 0 for page in found)
-
-
-@pytest.fixture
-def known_bug(request: pytest.FixtureRequest, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known bug of the test that asks for this, on this host: writes are lost, always."""
-    bug = known_bugs.KnownBug(
-        "b", "", "", (host.backend,), frozenset({Kind.LOST}), always=True, tests=(request.node.originalname,)
-    )
-    monkeypatch.setattr(known_bugs, "load", lambda: [bug])
-
-
-@pytest.mark.usefixtures("known_bug")
-def test_a_known_bug_explains_what_it_breaks_and_no_more(outcome: Any) -> None:
-    with pytest.raises(pytest.xfail.Exception, match="b"), outcome.contract():
-        raise violated(Kind.LOST, "lost")
-    with pytest.raises(ContractViolation), outcome.contract():
-        raise ContractViolation([Violation(kind, "more") for kind in (Kind.LOST, Kind.SPURIOUS)])
-    with pytest.raises(ContractViolation), outcome.contract():
-        raise violated(Kind.OTHER, "something else")
-    with pytest.raises(pytest.fail.Exception, match="did not show"), outcome.contract():
-        pass

@@ -17,12 +17,11 @@ import pytest
 
 from dirty_tracking.bitmap import set_pages
 from dirty_tracking.cell import Cell, Settings
-from dirty_tracking.dirty_log_run import DirtyLogRun, DirtyTrackingError
-from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.oracle import Oracle
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
-from dirty_tracking.violations import Kind
+from dirty_tracking.violations import ContractViolation, Kind
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 from kvm_util.vm import Vm
@@ -32,8 +31,6 @@ ITERATIONS = 80
 ARMED = 2  # complete iterations before a fault is planted
 SETTINGS = Settings(iterations=ITERATIONS, interval=2.0, ring_count=1024, test_mem=8 * MIB, seed=1)
 
-BITMAP_MODES = ["dirty-log", "clear-log", "clear-log-unset"]
-RING_MODES = ["dirty-ring", "dirty-ring-plain"]
 
 Entries = tuple[list[int], list[int]]
 
@@ -291,12 +288,11 @@ EXPECTED: dict[Callable[..., Any], Kind] = {
 @contextmanager
 def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpus: int = 1) -> Iterator[Planter]:
     """Make a run of *mode*, let the body plant a fault, and expect the oracle to find it as *kind*."""
-    request.getfixturevalue("needs_log_mode")(mode)
     cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
     with DirtyLogRun(kvm, cell, SETTINGS) as run:
         planter = Planter(run)
         yield planter
-        with pytest.raises(DirtyTrackingError) as error:
+        with pytest.raises(ContractViolation) as error:
             run.run()
         assert planter.planted, "the fault was never planted: this failure is not its doing"
         assert kind in {finding.kind for finding in error.value.violations}
@@ -307,26 +303,26 @@ def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpu
         assert 1 <= iterations <= 2 or "ten_thousand" in request.node.name
 
 
-@pytest.mark.parametrize("mode", BITMAP_MODES)
+@pytest.mark.log_modes("bitmap")
 @pytest.mark.parametrize("fault", BITMAP_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_false_bitmap_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
 ) -> None:  # fmt: skip
     """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
-    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+    with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
         falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(planter, bitmap))
 
 
-@pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
+@pytest.mark.log_modes("clear")
 @pytest.mark.parametrize("fault", CLEAR_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_wrong_clear_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
 ) -> None:  # fmt: skip
     """KVM_CLEAR_DIRTY_LOG is asked for other pages than the log mode asked for."""
     clear_dirty_log = Vm.clear_dirty_log
-    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+    with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
 
         def falsified(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
             asked = bytearray(bitmap)  # the log mode's own copy stays: it is what GET reported
@@ -336,24 +332,24 @@ def test_a_wrong_clear_is_caught(
         monkeypatch.setattr(Vm, "clear_dirty_log", falsified)
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("fault", RING_FAULTS, ids=lambda fault: fault.__name__)
 def test_false_ring_entries_are_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str,
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, list[int], list[int]], Entries],
 ) -> None:  # fmt: skip
     """What was harvested is changed before the log mode gets it."""
     harvest = DirtyRing.harvest
-    with caught(kvm, request, mode, EXPECTED[fault]) as planter:
+    with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
         monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(planter, *harvest(ring)))
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 def test_rings_of_two_vcpus_mixed_up_are_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
     """The first vCPU is given an entry of the second one's ring, of a page that it did not write itself."""
-    with caught(kvm, request, mode, Kind.SPURIOUS, vcpus=2) as planter:
+    with caught(kvm, request, log_mode, Kind.SPURIOUS, vcpus=2) as planter:
         collect = planter.run.mode.collect
 
         def falsified(*arguments: Any, **options: Any) -> DirtyReport:
@@ -371,14 +367,14 @@ def test_rings_of_two_vcpus_mixed_up_are_caught(
         monkeypatch.setattr(planter.run.mode, "collect", falsified)
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("wrong_by", [-1, 1])
 def test_a_wrong_reset_count_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str, wrong_by: int
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str, wrong_by: int
 ) -> None:
     """KVM_RESET_DIRTY_RINGS says one entry more or less than it took."""
     reset_dirty_rings = Vm.reset_dirty_rings
-    with caught(kvm, request, mode, Kind.RESET_COUNT) as planter:
+    with caught(kvm, request, log_mode, Kind.RESET_COUNT) as planter:
 
         def falsified(vm: Vm) -> int:
             count = reset_dirty_rings(vm)
@@ -390,13 +386,13 @@ def test_a_wrong_reset_count_is_caught(
         monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 def test_a_reset_that_does_nothing_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
     """KVM takes no entry back, again and again; the calls are not repeated for ever."""
     reset_dirty_rings = Vm.reset_dirty_rings
-    with caught(kvm, request, mode, Kind.RESET_COUNT) as planter:
+    with caught(kvm, request, log_mode, Kind.RESET_COUNT) as planter:
 
         def falsified(vm: Vm) -> int:
             if not planter.armed:
@@ -407,13 +403,12 @@ def test_a_reset_that_does_nothing_is_caught(
         monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_a_wrong_value_in_memory_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
     """One page goes back to an older value, as if a write had been lost with its report in place."""
     check_memory = Oracle.check_memory
-    with caught(kvm, request, mode, Kind.VALUE) as planter:
+    with caught(kvm, request, log_mode, Kind.VALUE) as planter:
 
         def falsified(oracle: Oracle, iteration: int, done: list[int], words: memoryview) -> object:
             if planter.fresh:
@@ -424,12 +419,11 @@ def test_a_wrong_value_in_memory_is_caught(
         monkeypatch.setattr(Oracle, "check_memory", falsified)
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
 def test_a_page_lost_while_the_vcpu_runs_is_caught(
-    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+    kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
     """A running reap lacks a page whose write was done well before it began."""
-    with caught(kvm, request, mode, Kind.LOST) as planter:
+    with caught(kvm, request, log_mode, Kind.LOST) as planter:
         collect = planter.run.mode.collect
 
         def falsified(vm: Vm, kick: Callable[[], None] | None, **options: Any) -> DirtyReport:
@@ -450,11 +444,9 @@ def test_a_page_lost_while_the_vcpu_runs_is_caught(
         monkeypatch.setattr(planter.run.mode, "collect", falsified)
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_the_same_run_without_a_fault_is_right(kvm: Kvm, needs_log_mode: Callable[[str], None], mode: str) -> None:
+def test_the_same_run_without_a_fault_is_right(kvm: Kvm, log_mode: str) -> None:
     """What the tests above catch is the fault."""
-    needs_log_mode(mode)
-    cell = Cell(mode, "48bit-4k", "anonymous", "forced", "sparse", 2)
+    cell = Cell(log_mode, "48bit-4k", "anonymous", "forced", "sparse", 2)
     with DirtyLogRun(kvm, cell, SETTINGS) as run:
         assert run.run().iterations == ITERATIONS
 

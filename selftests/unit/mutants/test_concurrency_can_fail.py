@@ -16,7 +16,6 @@ from dirty_tracking.cell import PAGE
 from dirty_tracking.collection_log import Collection, CollectionLog, Drop, Toggle
 from dirty_tracking.collectors import Collectors, Worker, work_together
 from dirty_tracking.migration import Migration, Pages
-from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
 from dirty_tracking.violations import ContractViolation, Kind, violated
@@ -32,7 +31,6 @@ SHAPES = [(130, "anonymous"), (70, "anonymous")]
 NPAGES = 200
 BITMAP_MODES = ["dirty-log", "clear-log", "clear-log-unset"]
 RING_MODES = ["dirty-ring", "dirty-ring-plain"]
-NeedsLogMode = Callable[[str], None]
 Taken = tuple[list[int], list[int]]
 
 
@@ -89,37 +87,30 @@ def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
 
 
 @pytest.mark.parametrize("fault", [drop_the_last, drop_bits_all_the_time], ids=lambda fault: fault.__name__)
-@pytest.mark.parametrize("mode", BITMAP_MODES)
+@pytest.mark.log_modes("bitmap")
 def test_a_bitmap_that_lacks_pages(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str,
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Collectors, bytearray], None],
 ) -> None:  # fmt: skip
-    needs_log_mode(mode)
-    check_fails(kvm, mode, lambda of: falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(of, bitmap)), "LOST")
+    check_fails(kvm, log_mode, lambda of: falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(of, bitmap)), "LOST")
 
 
-@pytest.mark.parametrize("mode", BITMAP_MODES)
-def test_a_bitmap_with_a_page_too_many(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("bitmap")
+def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The last page of the second slot, which nobody writes."""
-    needs_log_mode(mode)
 
     def add_its_last_page(slot: int, bitmap: bytearray) -> None:
         if slot == 2:
             bitmap[69 // 8] |= 1 << 69 % 8
 
-    check_fails(kvm, mode, lambda _of: falsify_bitmaps(monkeypatch, add_its_last_page), "SPURIOUS")
+    check_fails(kvm, log_mode, lambda _of: falsify_bitmaps(monkeypatch, add_its_last_page), "SPURIOUS")
 
 
-@pytest.mark.parametrize("mode", ["clear-log", "clear-log-unset"])
-def test_a_clear_of_more_than_was_asked(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("clear-log", "clear-log-unset")
+def test_a_clear_of_more_than_was_asked(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Pages written between GET and CLEAR lose their bits, and no GET has told of them."""
-    needs_log_mode(mode)
     honest = Vm.clear_dirty_log
-    with WritersVm(kvm, mode, SHAPES, streams()) as vm:
+    with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
         of = Collectors(vm)
         vm.start()
         for area in vm.areas:
@@ -145,28 +136,24 @@ RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
 
 
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
-@pytest.mark.parametrize("mode", RING_MODES)
+@pytest.mark.log_modes("ring")
 def test_a_falsified_ring(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str,
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: tuple[Callable[[Taken], Taken], str],
 ) -> None:  # fmt: skip
-    needs_log_mode(mode)
     falsified, match = fault
     honest = DirtyRing.harvest
     check_fails(
         kvm,
-        mode,
+        log_mode,
         lambda _of: monkeypatch.setattr(DirtyRing, "harvest", lambda ring, most=None: falsified(honest(ring, most))),
         match,
     )
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
-def test_entries_in_another_vcpus_ring(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("ring")
+def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Nothing is lost, but the first vCPU's ring has what the second one wrote, and the other way round."""
-    needs_log_mode(mode)
     honest = reset_ledger.ResetLedger.harvest
 
     def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
@@ -181,16 +168,13 @@ def test_entries_in_another_vcpus_ring(
         monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified)
         monkeypatch.setattr(reset_ledger.ResetLedger, "reset_up_to", positions)
 
-    check_fails(kvm, mode, falsify, "SPURIOUS")
+    check_fails(kvm, log_mode, falsify, "SPURIOUS")
 
 
 @pytest.mark.parametrize("answer", ["nothing", "all"])
-@pytest.mark.parametrize("mode", RING_MODES)
-def test_a_reset_that_is_not_made(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str, answer: str
-) -> None:
+@pytest.mark.log_modes("ring")
+def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, answer: str) -> None:
     """Whether KVM says that it took nothing, or all."""
-    needs_log_mode(mode)
 
     def falsify(of: Collectors) -> None:
         ledger = of.ledger
@@ -199,14 +183,12 @@ def test_a_reset_that_is_not_made(
             Vm, "reset_dirty_rings", lambda _vm: ledger.harvested - ledger.taken if answer == "all" else 0
         )
 
-    check_fails(kvm, mode, falsify, "leaves harvested entries")
+    check_fails(kvm, log_mode, falsify, "leaves harvested entries")
 
 
 @pytest.mark.parametrize("wrong_by", [-1, 1])
-def test_a_wrong_reset_count(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, wrong_by: int
-) -> None:
-    needs_log_mode("dirty-ring")
+@pytest.mark.log_modes("dirty-ring")
+def test_a_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by: int) -> None:
     honest = Vm.reset_dirty_rings
     check_fails(
         kvm, "dirty-ring", lambda _of: monkeypatch.setattr(Vm, "reset_dirty_rings", lambda vm: honest(vm) + wrong_by),
@@ -214,11 +196,7 @@ def test_a_wrong_reset_count(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_tracking_that_is_not_switched_on(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    needs_log_mode(mode)
+def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def falsify(of: Collectors) -> None:
         for area in of.vm.areas:
@@ -227,21 +205,17 @@ def test_tracking_that_is_not_switched_on(
         for area in of.vm.areas:
             of.switch(area, on=True, stopped=True)
 
-    check_fails(kvm, mode, falsify, "LOST" if mode in RING_MODES else "ENOENT while tracking was on")
+    check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while tracking was on")
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_tracking_that_is_not_switched_off(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    needs_log_mode(mode)
+def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def falsify(of: Collectors) -> None:
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
 
-    check_fails(kvm, mode, falsify, "SPURIOUS" if mode in RING_MODES else "a bitmap while tracking was off")
+    check_fails(kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while tracking was off")
 
 
 def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,11 +243,9 @@ def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
     assert any("'to hang'" in note and "did not end within 0.2 s" in note for note in caught.value.__notes__)
 
 
-def test_a_harvest_marks_nothing_before_all_is_read(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.log_modes("dirty-ring")
+def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was marked could be taken back by another thread's reset, and come again in the same harvest."""
-    needs_log_mode("dirty-ring")
     monkeypatch.setattr(dirty_ring, "_CHUNK", 16)
     read_chunk = DirtyRing._read_chunk
     marked: list[int] = []
@@ -425,19 +397,18 @@ def test_what_a_collection_takes_back_is_no_reason_for_its_own_entries() -> None
         log.check([(0, 64)])
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
-def test_a_ring_that_repeats_its_entries(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("ring")
+def test_a_ring_that_repeats_its_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Of real KVM, all that vCPU 0's ring has, twice; the count of what is reset is kept right."""
-    needs_log_mode(mode)
     honest = reset_ledger.ResetLedger.harvest
 
     def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
         entries, position = honest(ledger, vcpu, most)
         return entries * 2 if vcpu == 0 else entries, position
 
-    check_fails(kvm, mode, lambda _of: monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified), "DUPLICATE")
+    check_fails(
+        kvm, log_mode, lambda _of: monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified), "DUPLICATE"
+    )
 
 
 # --- migrations ---------------------------------------------------------------------------------------------------------
@@ -474,19 +445,14 @@ def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
         migration.compare()
 
 
-@pytest.mark.parametrize("mode", list(LOG_MODES))
-def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, needs_log_mode: NeedsLogMode, mode: str) -> None:
-    needs_log_mode(mode)
-    migrate(kvm, mode)
+def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> None:
+    migrate(kvm, log_mode)
     with pytest.raises(ContractViolation, match="the copy differs from the source in slot"):
-        migrate(kvm, mode, CopiesTooEarly)
+        migrate(kvm, log_mode, CopiesTooEarly)
 
 
-@pytest.mark.parametrize("mode", BITMAP_MODES)
-def test_a_migration_whose_bitmaps_lack_a_page(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    needs_log_mode(mode)
+@pytest.mark.log_modes("bitmap")
+def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def empty_the_first_ones(slot: int, bitmap: bytearray) -> None:
         if slot == 1:
@@ -494,16 +460,13 @@ def test_a_migration_whose_bitmaps_lack_a_page(
 
     falsify_bitmaps(monkeypatch, empty_the_first_ones)
     with pytest.raises(ContractViolation, match="the copy differs from the source in slot 1"):
-        migrate(kvm, mode)
+        migrate(kvm, log_mode)
 
 
-@pytest.mark.parametrize("mode", RING_MODES)
-def test_a_migration_whose_ring_lacks_entries(
-    kvm: Kvm, needs_log_mode: NeedsLogMode, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+@pytest.mark.log_modes("ring")
+def test_a_migration_whose_ring_lacks_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The count of what was reset tells."""
-    needs_log_mode(mode)
     honest = DirtyRing.harvest
     monkeypatch.setattr(DirtyRing, "harvest", lambda ring, most=None: tuple(part[1:] for part in honest(ring, most)))
     with pytest.raises(ContractViolation, match=r"harvested \d+, reset \d+"):
-        migrate(kvm, mode)
+        migrate(kvm, log_mode)

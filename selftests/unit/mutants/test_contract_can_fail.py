@@ -50,41 +50,31 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("fault", BITMAP_FAULTS.values(), ids=list(BITMAP_FAULTS))
-@pytest.mark.parametrize("mode", BITMAP_MODES)
-def test_a_falsified_bitmap(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, fault: Any
-) -> None:
-    needs_log_mode(mode)
+@pytest.mark.log_modes("bitmap")
+def test_a_falsified_bitmap(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, fault: Any) -> None:
 
     def of_one_slot(slot: int, bitmap: bytearray) -> None:
         if slot == SLOT:
             fault(bitmap)
 
-    check_fails(kvm, mode, lambda: falsify_bitmaps(monkeypatch, of_one_slot))
+    check_fails(kvm, log_mode, lambda: falsify_bitmaps(monkeypatch, of_one_slot))
 
 
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
-@pytest.mark.parametrize("mode", RING_MODES)
-def test_a_falsified_ring(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, mode: str, fault: Any
-) -> None:
-    needs_log_mode(mode)
+@pytest.mark.log_modes("ring")
+def test_a_falsified_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, fault: Any) -> None:
     honest = DirtyRing.harvest
-    check_fails(kvm, mode, lambda: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(honest(ring))))
+    check_fails(kvm, log_mode, lambda: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(honest(ring))))
 
 
-def test_a_reset_that_takes_too_little(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_log_mode("dirty-ring")
+@pytest.mark.log_modes("dirty-ring")
+def test_a_reset_that_takes_too_little(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     check_fails(kvm, "dirty-ring", lambda: monkeypatch.setattr(Vm, "reset_dirty_rings", lambda _vm: 0))
 
 
-def test_tracking_that_is_not_armed_again(
-    kvm: Kvm, needs_log_mode: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.log_modes("clear-log-unset")
+def test_tracking_that_is_not_armed_again(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """CLEAR is not passed on: what it should have cleared is reported again, although nothing wrote it."""
-    needs_log_mode("clear-log-unset")
     with TrackedVm(kvm, "clear-log-unset") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, *WRITTEN)

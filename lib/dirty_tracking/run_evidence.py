@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a run of the matrix adds to the report of a violation: its figures, the histories of wrong pages, a map of the slot."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dirty_tracking.violations import Kind, Violation
+from kvm_util.wording import counted, wrapped
+
+_FIRST_PAGES = 8
+_MAP_COLUMNS = 64
+_MAP_ROWS = 8
+
+# How the map marks a part of the slot; the first that applies wins.
+_MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.SPURIOUS, "S"), (Kind.DUPLICATE, "D"))
+
+
+@dataclass
+class Figures:
+    """What a run counted; it grows while the run lasts, so that a failed run has its figures too.
+
+    :ivar dirty: pages reported, summed over the iterations
+    :ivar clean: pages not reported, summed over the iterations
+    """
+
+    iterations: int = 0
+    writes: int = 0
+    dirty: int = 0
+    clean: int = 0
+    reaps: int = 0
+    ring_full_exits: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunEvidence:
+    """The evidence of a run.
+
+    :ivar npages: the size of the slot
+    :ivar history: the line about a page of the slot: what wrote and what reported it
+    """
+
+    violations: Sequence[Violation]
+    figures: Figures
+    npages: int
+    history: Callable[[int], str]
+
+    def lines(self) -> list[str]:
+        figures = self.figures
+        done = [
+            counted(figures.writes, "write"),
+            f"{counted(figures.reaps, 'collection')} of dirty pages",
+            counted(figures.ring_full_exits, "ring-full exit"),
+        ]
+        lines = [f"figures  {', '.join(done)}"]
+        if pages := self._first_pages():
+            lines += ["", "first pages concerned:"]
+            lines += [line for page in pages for line in wrapped(self.history(page), first="  ", later="    ")]
+            lines += ["", *self.slot_map()]
+        return lines
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "figures": asdict(self.figures),
+            "history": [self.history(page) for page in self._first_pages()],
+            "map": self.slot_map(),
+        }
+
+    def slot_map(self) -> list[str]:
+        """The slot as a few lines of text, each character a run of pages: what is wrong there, or ``.`` for nothing."""
+        per_mark = -(-self.npages // (_MAP_COLUMNS * _MAP_ROWS))
+        marks = ["."] * -(-self.npages // per_mark)
+        for kind, mark in reversed(_MARKS):
+            for page in self._pages_of(kind):
+                if page < self.npages:
+                    marks[page // per_mark] = mark
+        rows = ["".join(marks[start : start + _MAP_COLUMNS]) for start in range(0, len(marks), _MAP_COLUMNS)]
+        legend = ", ".join(f"{mark} {kind.value}" for kind, mark in _MARKS)
+        title = f"slot map, {counted(per_mark, 'page')} a character: {legend}"
+        return [*wrapped(title), *(f"  {row}" for row in rows)]
+
+    def _pages_of(self, kind: Kind) -> Iterable[int]:
+        return (page for violation in self.violations if violation.kind is kind for page in violation.pages)
+
+    def _first_pages(self) -> list[int]:
+        """A few of the wrong pages, with some of each violation."""
+        pages: dict[int, None] = {}
+        for violation in self.violations:
+            pages.update(dict.fromkeys([page for page in violation.pages if page < self.npages][:_FIRST_PAGES]))
+        return list(pages)[: 2 * _FIRST_PAGES]

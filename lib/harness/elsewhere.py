@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tests that run in another kernel: finding it, and the session that boots it.
+
+What only this needs is imported where it is used: in the other kernel, where this file is loaded too, it would cost a second
+or two of emulated time.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.command_line import SETTING_PARSERS, soak_of
+from harness.early_collection import any_test_matches, no_test_matches
+from harness.failure_report import column, suite_line, this_pytest
+from harness.kernel_options import AUTO, LONGEST, kernel_options, machine_numbers, options_in_kernel, split_tests
+from harness.planned_tests import PlannedTests
+from harness.run_report import Facts, RunReport
+from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, REMOTE_TESTS, SETTINGS, TARGET
+from harness.selection import DIMENSIONS
+from kvm_util.host_limits import HostLimit
+from kvm_util.ioctl import KvmError
+from kvm_util.kvm import DEFAULT_DEVICE, Kvm, KvmUnavailable
+from kvm_util.memory import size_text
+from runner.errors import CANNOT_TEST, CannotTest
+from runner.store import say
+
+if TYPE_CHECKING:
+    from runner.target import Target
+
+
+def needs_kernel(option: Any) -> bool:
+    """Whether the tests on KVM run in another kernel: one that is named, or one at hand as this host has no usable KVM."""
+    if option.kernel is None:
+        return False
+    if option.kernel != AUTO:
+        return True
+    why = _why_not_here(option)
+    if why is not None:
+        say(f"KVM cannot be used on this host ({why}): the tests that need it run in a kernel of their own, in QEMU")
+    return why is not None
+
+
+def choose_kernel(config: pytest.Config) -> int | None:
+    """Find the kernel, and take the tests that run there out of this session's arguments.
+
+    :returns: the exit status of a run that cannot be; None to go on
+    """
+    option = config.option
+    tests, here = split_tests(config)
+    try:
+        if tests and not any_test_matches(option, [*DIMENSIONS, "vcpus"], tests):
+            if not here:
+                raise pytest.UsageError(no_test_matches(option, tests))
+            tests = []
+        if not tests:
+            config.args = here
+            return None
+        target = _find_target(option)
+    except (CannotTest, HostLimit, OSError, RuntimeError) as error:
+        if option.kernel == AUTO:
+            config.stash[NO_LOCAL_KERNEL] = f"to run under emulation instead: {error}"
+            return None
+        print(f"cannot be tested: {error}", file=sys.stderr)
+        return CANNOT_TEST
+    config.args = here
+    if not here:
+        # One process in the kernel: emulated, two only get in each other's way.
+        if getattr(option, "numprocesses", None) and option.kernel != AUTO:
+            say("-n is not used: one process runs the tests in the kernel")
+        option.numprocesses, option.dist, option.tx = 0, "no", []
+    config.stash[TARGET] = target
+    config.stash[REMOTE_TESTS] = tests
+    return None
+
+
+def _find_target(option: Any) -> "Target":
+    """Find the kernel and the machine to run in, and take the sizes of emulation where none are given.
+
+    :raises CannotTest: something is missing or does not fit
+    """
+    from runner.qemu import Machine
+    from runner.target import EMULATION_SIZES, find_target
+
+    numbers = machine_numbers(option)
+    machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], option.append or "")
+    limit = min(numbers["time_limit"] + (soak_of(option) or 0), LONGEST)
+    parameters = option.kvm_params or ""
+    kernel = None if option.kernel == AUTO else option.kernel
+    target = find_target(kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
+    if target.qemu.emulated:
+        for name, size in EMULATION_SIZES.items():
+            if getattr(option, name) is None:
+                setattr(option, name, size)
+    return target
+
+
+def _why_not_here(option: Any) -> str | None:
+    """Why this host's own KVM cannot be used."""
+    try:
+        with Kvm(option.kvm_device or DEFAULT_DEVICE) as kvm:
+            kvm.create_vm().close()
+    except (KvmUnavailable, KvmError) as error:
+        return str(error)
+    return None
+
+
+def prepare_remote(config: pytest.Config) -> None:
+    """Have the tests run by a session in the kernel that was found."""
+    from harness.remote import RemoteSession
+
+    target = config.stash[TARGET]
+    option = config.option
+    results = Path(option.results)
+    # What is known of it before it was booted; the session in there sends the rest.
+    host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
+    facts = Facts(host, asdict(config.stash[SETTINGS]), [], str(target.qemu), machine=target.data)
+    report = RunReport(results, facts)
+    # With auto the tests of this host may be all that was asked for.
+    report.must_test, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
+    options = options_in_kernel(
+        option, [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
+    )
+    reproduce_command = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
+    tests = config.stash[REMOTE_TESTS]
+    config.pluginmanager.register(report, "run-report")
+    planned = PlannedTests({}, config.stash[INTERRUPTION])
+    config.pluginmanager.register(planned, "planned-tests")
+    session = RemoteSession(target, options, reproduce_command, tests, bool(config.args), results, report, planned)
+    config.pluginmanager.register(session, "remote-session")
+
+
+def header(config: pytest.Config) -> list[str]:
+    """The lines about the kernel, the machine and the tests."""
+    target, settings = config.stash[TARGET], config.stash[SETTINGS]
+    memory = (
+        f"{size_text(settings.test_mem)} of test memory (--test-mem), {settings.iterations} iterations (--iterations)"
+    )
+    chosen = f"sizes    {memory}, rings of {settings.ring_count} entries (--ring-count)"
+    remote_tests = config.stash[REMOTE_TESTS]
+    tests = f"tests    {' '.join(remote_tests)}"
+    here = [f"         and on this host {' '.join(config.args)}"] if config.args else []
+    lines = (suite_line(), *target.lines, chosen, tests, *here, f"seed     {config.option.seed}")
+    return [part for line in lines for part in column(line)]

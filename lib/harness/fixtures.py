@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Plugin: the fixtures that all tests share."""
+
+import fcntl
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import pytest
+
+from dirty_tracking.cell import Cell, Settings
+from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.platform import ring_order_is_write_order
+from harness.collection import log_modes_of
+from harness.command_line import soak_of
+from harness.run_state import SETTINGS
+from harness.selection import PlannedCell
+from kvm_util.host import (
+    EMULATING_BACKENDS,
+    Host,
+    keep_memory_in_place,
+    let_signals_in,
+    missing_facts,
+    this_host,
+)
+from kvm_util.kvm import Kvm, KvmUnavailable
+from kvm_util.memory import BACKINGS
+from runner.guest_session import guest_session
+
+
+@pytest.fixture(scope="session")
+def settings(pytestconfig: pytest.Config) -> Settings:
+    """The run's settings, from the command line."""
+    return pytestconfig.stash[SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The facts of this host."""
+    return this_host()
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether tests that have a long form take it."""
+    return bool(pytestconfig.option.thorough)
+
+
+@pytest.fixture(scope="session")
+def soak(pytestconfig: pytest.Config) -> int | None:
+    """For how many seconds a test that makes up what it does goes on; None for its usual number of rounds."""
+    return soak_of(pytestconfig.option)
+
+
+@pytest.fixture(scope="session")
+def emulated_cpu(pytestconfig: pytest.Config) -> bool:
+    """Whether QEMU's TCG emulates the CPU of this kernel, and everything takes long."""
+    session = guest_session(pytestconfig)
+    return session is not None and session.emulated
+
+
+@pytest.fixture(scope="session")
+def emulates(host: Host) -> bool:
+    """Whether this backend emulates each of a guest's instructions."""
+    return host.backend in EMULATING_BACKENDS
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
+    """Random numbers that the run's seed and the test's name decide."""
+    return random.Random(f"{settings.seed}/{request.node.name}")
+
+
+@pytest.fixture(scope="session")
+def kvm(settings: Settings, host: Host) -> Iterator[Kvm]:
+    """The open KVM device; a test that uses it counts as one that ran on KVM."""
+    try:
+        device = Kvm(settings.kvm_device)
+    except KvmUnavailable as error:
+        pytest.skip(str(error))
+    let_signals_in()
+    with device:
+        if reason := missing_facts(host) or keep_memory_in_place():
+            pytest.skip(reason)
+        yield device
+
+
+@pytest.fixture
+def log_mode(request: pytest.FixtureRequest, kvm: Kvm) -> str:
+    """Each log mode that the test is for, by name: those of its marker ``log_modes``, else all; skips where KVM lacks it."""
+    name = getattr(request, "param", None) or log_modes_of(request.node)[0]
+    if reason := LOG_MODES[name].supported(kvm):
+        pytest.skip(reason)
+    return name
+
+
+@pytest.fixture
+def entries_in_order(host: Host) -> None:
+    """For tests that require a ring's entries in the order of the writes."""
+    if not ring_order_is_write_order(host):
+        pytest.skip("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
+
+
+@pytest.fixture
+def cell(kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
+    """The cell to test; skips when the host lacks something for it."""
+    if planned_cell.missing:
+        pytest.skip(planned_cell.missing)
+    backing = BACKINGS[planned_cell.cell.backing]
+    with _huge_page_pool() if backing.hugetlb else nullcontext():
+        yield planned_cell.cell
+
+
+@pytest.fixture(scope="session")
+def huge_page_pool() -> Callable[[], AbstractContextManager[None]]:
+    """Call it for a context in which no other test takes pages from the pools of huge pages."""
+    return _huge_page_pool
+
+
+@contextmanager
+def _huge_page_pool() -> Iterator[None]:
+    """One test at a time: the pool holds enough for one, and xdist's workers share it."""
+    lock = os.open("/sys/kernel/mm/hugepages", os.O_RDONLY)
+    try:
+        # Without a deadline: whoever holds it ends, for each of its waits has one, and a dead process holds nothing. To try
+        # again and again instead would be unfair to those who wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

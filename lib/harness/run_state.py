@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the plugins know of a run; each value is kept in the stash of pytest's config."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dirty_tracking.cell import Settings
+from harness.interruption import Interruption
+from harness.selection import PlannedCell
+
+if TYPE_CHECKING:
+    from runner.target import Target
+
+# The cells of the matrix; empty where the tests run in another kernel
+PLAN = pytest.StashKey[list[PlannedCell]]()
+SETTINGS = pytest.StashKey[Settings]()
+INTERRUPTION = pytest.StashKey[Interruption]()
+# The other kernel and its machine, and the tests to run there; absent where all tests run on this host
+TARGET: "pytest.StashKey[Target]" = pytest.StashKey()
+REMOTE_TESTS = pytest.StashKey[list[str]]()
+# Why --kernel auto found no other kernel; absent where none was needed
+NO_LOCAL_KERNEL = pytest.StashKey[str]()
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is a worker of xdist."""
+    return hasattr(config, "workerinput")

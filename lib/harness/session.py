@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Plugin: what a session needs before it collects: settings, the plan of the matrix, and the plugins that follow a run."""
+
+import os
+import random
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dirty_tracking.cell import Cell
+from harness import known_bugs
+from harness.command_line import dimensions_of, settings_of, vcpus_of
+from harness.elsewhere import prepare_remote
+from harness.kernel_log_watch import RunWatch, TestWatch
+from harness.limited_errors import explain_error
+from harness.output_paths import OutputError
+from harness.planned_tests import PlannedTests
+from harness.progress import Progress, WorkerProgress
+from harness.report_stream import ReportStream
+from harness.run_report import Facts, RunReport
+from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, PLAN, SETTINGS, TARGET, is_worker
+from harness.selection import PlannedCell, SelectionError, check_settings, check_with_kvm, plan, workers_here
+from harness.startup import make_results
+from harness.static_keys import StaticKeys
+from harness.worker_crashes import WorkerCrashes
+from kvm_util import guest_program
+from kvm_util.host import this_host
+from kvm_util.host_limits import FILES, HostLimit, file_limits, tightest
+from kvm_util.kvm import Kvm, KvmUnavailable
+from runner.guest_session import guest_session
+from runner.kernel_log import KernelLog, Splat
+
+_MAX_WORKERS = 8
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        _prepare(config)
+    except (SelectionError, OutputError, guest_program.GuestProgramError) as error:
+        raise pytest.UsageError(str(error)) from None
+    except Exception as error:
+        if limit := explain_error(error):
+            raise pytest.UsageError(f"nothing can run here: {limit}") from None
+        raise
+
+
+def _prepare(config: pytest.Config) -> None:
+    option = config.option
+    if limit := tightest(file_limits(), FILES):
+        raise HostLimit(f"a test opens up to {FILES} files, but {limit}")
+    if is_worker(config):
+        _prepare_worker(config)
+        return
+    if not option.collectonly and guest_session(config) is None:
+        config.pluginmanager.register(Progress(config), "progress")
+    if option.seed is None:
+        option.seed = str(random.SystemRandom().randrange(1 << 32))
+    config.stash[SETTINGS] = settings_of(option)
+    guest_program.assemble_all()
+    if TARGET in config.stash:
+        config.stash[PLAN] = []
+        prepare_remote(config)
+    else:
+        _prepare_here(config)
+
+
+def _prepare_worker(config: pytest.Config) -> None:
+    """A worker runs the controller's plan: what is free on the host may have changed since, and all must agree."""
+    option, controller = config.option, config.workerinput  # type: ignore[attr-defined]
+    option.seed, option.results = controller["seed"], controller["results"]
+    config.stash[SETTINGS] = settings_of(option)
+    config.stash[PLAN] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
+    _watch_kernel_log(config, None)
+    with suppress(KeyError, OSError):  # a controller that is elsewhere does without
+        config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
+
+
+def _prepare_here(config: pytest.Config) -> None:
+    option, settings = config.option, config.stash[SETTINGS]
+    dimensions = dimensions_of(option)
+    guest = guest_session(config)
+    make_results(config, os.uname().release)
+    if guest is not None and guest.emulated:
+        keys = StaticKeys(settings.kvm_device)
+        keys.hold()
+        config.pluginmanager.register(keys, "static-keys")
+    check_settings(settings, dimensions["vcpus"][-1], config.getoption("numprocesses", None) or 1)
+    try:
+        with Kvm(settings.kvm_device) as kvm:
+            check_with_kvm(kvm, settings, dimensions)
+            planned = plan(kvm, settings, dimensions, option.full)
+    except KvmUnavailable:
+        planned = plan(None, settings, dimensions, option.full)  # the kvm fixture will say why, test by test
+    config.stash[PLAN] = planned
+    facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
+    report = RunReport(Path(option.results), facts)
+    if NO_LOCAL_KERNEL in config.stash:
+        report.remarks.append(config.stash[NO_LOCAL_KERNEL])
+    facts.kernel_log = _watch_kernel_log(config, report)
+    config.pluginmanager.register(report, "run-report")
+    by_id = {str(one.cell): asdict(one.cell) for one in planned}
+    planned_tests = PlannedTests(by_id, config.stash[INTERRUPTION])
+    config.pluginmanager.register(planned_tests, "planned-tests")
+    config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
+    if guest is not None:
+        config.pluginmanager.register(ReportStream(config, guest.report_path, report), "report-stream")
+
+
+def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
+    """Watch the kernel's log: in each process for its tests, and in the first for the whole run.
+
+    :returns: why it cannot be watched; None when it is
+    """
+    bugs = [] if config.option.no_known_bugs else known_bugs.on_host(this_host())
+
+    def explain(splat: Splat) -> str | None:
+        return next((bug.id for bug in bugs if bug.explains_log(splat.titles)), None)
+
+    try:
+        if report is not None:
+            config.pluginmanager.register(RunWatch(KernelLog(), explain, report), "run-watch")
+        if is_worker(config) or not config.getoption("numprocesses", None):
+            config.pluginmanager.register(TestWatch(KernelLog(), explain), "test-watch")
+    except OSError as error:
+        return f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a new xdist worker what the controller decided."""
+    config = node.config
+    plan_data = [(asdict(planned.cell), planned.missing) for planned in config.stash[PLAN]]
+    node.workerinput |= {"seed": config.option.seed, "results": config.option.results, "plan": plan_data}
+    node.workerinput["args"] = config.args  # without the tests that run in another kernel
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """``-n auto``: a worker per CPU, but no more than there are memory and threads for; 0 is none but this process."""
+    try:
+        most = workers_here(settings_of(config.option), max(vcpus_of(config.option)))
+        return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, most)
+    except (SelectionError, HostLimit, OSError):
+        return 0  # pytest_configure will say what is wrong

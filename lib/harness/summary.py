@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Plugin: what a run shows at its beginning and at its end."""
+
+from collections.abc import Generator
+
+import pytest
+
+from harness import elsewhere
+from harness.early_collection import no_test_matches
+from harness.failure_report import environment_lines
+from harness.kernel_options import for_another_kernel
+from harness.run_report import RunReport
+from harness.run_state import TARGET
+from kvm_util.host import this_host
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if TARGET in config.stash:
+        return elsewhere.header(config)
+    report = _run_report(config)
+    unwatched = report.facts.kernel_log if report is not None else None
+    unused = for_another_kernel(config.option)
+    return [
+        *environment_lines(this_host()),
+        f"seed     {config.option.seed}",
+        *([f"kernel log {unwatched}"] if unwatched else []),
+        *([f"not used {', '.join(unused)}: the tests run on this host"] if unused else []),
+    ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    report = _run_report(session.config)
+    if report is not None and getattr(session.config.option, "xmlpath", None):
+        from harness.junit_file import keep_errors_out  # in a booted kernel it is not needed, and its import takes long
+
+        keep_errors_out(session.config, report)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A selection that selects nothing is a mistake in it, and no verdict."""
+    report = _run_report(session.config)
+    here = TARGET not in session.config.stash
+    if report is not None and here and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        report.remarks.append(no_test_matches(session.config.option, session.config.args))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> Generator[None, None, None]:
+    """After all that there is to say comes the verdict on the kernel."""
+    yield
+    report = _run_report(config)
+    if report is not None and not config.option.collectonly:
+        report.show_verdict(terminalreporter, exitstatus)
+
+
+def _run_report(config: pytest.Config) -> RunReport | None:
+    """What follows the run; a worker of xdist has none."""
+    report: RunReport | None = config.pluginmanager.get_plugin("run-report")
+    return report

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""How a test on KVM ends (lib/harness/verdicts.py): known bugs, reports of violations, and skips that are failures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# The bugs that a run knows, on any host
+BUGS = """
+from harness import known_bugs
+from harness.known_bugs import KnownBug
+from dirty_tracking.violations import Kind
+
+def bug(id, kinds, always, *tests):
+    return KnownBug(id, "", "", (), frozenset(kinds), always, tests=tests)
+
+BUGS = (
+    bug("first-bug", {Kind.SPURIOUS}, False, "test_lost", "test_lost_in_setup"),
+    bug("second-bug", {Kind.LOST}, True, "test_lost", "test_lost_and_more", "test_always"),
+    bug("third-bug", {Kind.LOST}, False, "test_lost_in_setup", "test_sometimes"),
+)
+KnownBug.on = lambda self, host: True
+known_bugs.load = lambda: BUGS
+"""
+
+TESTS = """
+import pytest
+from dirty_tracking.run_evidence import Figures
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+
+class Evidence:
+    def lines(self):
+        return ["seen by a witness"]
+    def data(self):
+        return {"witness": 1}
+
+class OldKvm:
+    def check_extension(self, cap):
+        return 0
+
+@pytest.fixture
+def kvm():
+    return OldKvm()
+
+@pytest.fixture
+def failing(kvm):
+    raise violated(Kind.LOST, "in a fixture")
+
+def test_lost(kvm, record_figures):
+    record_figures(Figures(writes=77))
+    raise ContractViolation([Violation(Kind.LOST, "page 3", 1, (3,))], "a write", Evidence())
+
+def test_lost_in_setup(failing):
+    pass
+
+def test_lost_and_more(kvm):
+    raise ContractViolation([Violation(kind, "page 4") for kind in (Kind.LOST, Kind.SPURIOUS)])
+
+def test_always(kvm):
+    pass
+
+def test_sometimes(kvm):
+    pass
+
+def test_no_bug(kvm):
+    pass
+
+def test_lacks_something(kvm):
+    pytest.skip("no such capability")
+
+def test_skip_off_kvm():
+    pytest.skip("not about KVM")
+
+@pytest.mark.disposable_kernel
+def test_that_may_harm(kvm):
+    pass
+
+@pytest.mark.log_modes("ring", "dirty-log")
+def test_some_modes(kvm, log_mode):
+    pass
+
+@pytest.mark.log_modes("clear-log")
+def test_one_mode(kvm):
+    pass
+"""
+
+
+class Run:
+    """A run of TESTS with the bugs of BUGS."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        (folder / "bugs.py").write_text(BUGS)
+        (folder / "test_it.py").write_text(TESTS)
+        self.results = folder / "results"
+        command = [sys.executable, "-m", "pytest", str(folder / "test_it.py"), "-p", "bugs", "-p", "conftest"]
+        command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", f"--results={self.results}"]
+        environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "NO_COLOR": "1"}
+        self.output = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        ).stdout
+        file = self.results / "results.json"
+        self._tests = json.loads(file.read_text())["tests"] if file.exists() else []
+
+    def results_of(self, *names: str) -> list[tuple[str, str]]:
+        """The verdict and the reason that the results have of each test."""
+        results = {one["test"].partition("::")[2]: (one["verdict"], one["reason"]) for one in self._tests}
+        return [results[name] for name in names]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Run]:
+    return lambda *arguments: Run(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["alone", "xdist"])
+def test_known_bugs_of_any_test(run: Callable[..., Run], workers: list[str]) -> None:
+    """Each bug that names the test counts, and has to explain all kinds; one that always shows has to show."""
+    done = run(*workers)
+    assert done.results_of("test_lost", "test_lost_in_setup", "test_lost_and_more") == [
+        ("known bug", "second-bug"), ("known bug", "third-bug"), ("FAIL", ""),
+    ]  # fmt: skip
+    assert done.results_of("test_always", "test_sometimes", "test_no_bug") == [
+        ("FAIL", ""), ("known bug, not seen", ""), ("pass", ""),
+    ]  # fmt: skip
+    assert "known bug second-bug did not show: is it fixed? Then its entry in known_bugs.toml has to go" in done.output
+
+
+def test_no_known_bugs(run: Callable[..., Run]) -> None:
+    """Under --no-known-bugs each violation is a failure, and whatever passes has passed."""
+    done = run("--no-known-bugs")
+    assert done.results_of("test_lost", "test_lost_in_setup", "test_always", "test_sometimes") == [
+        ("FAIL", ""), ("FAIL", ""), ("pass", ""), ("pass", ""),
+    ]  # fmt: skip
+
+
+def test_the_report_of_a_violation(run: Callable[..., Run]) -> None:
+    """What was wrong, the test's evidence, where it ran, and the command; the same in a file, for known bugs too."""
+    done = run("--no-known-bugs", "--seed=7", "-k", "test_lost and not setup and not more")
+    report = done.output.partition("= FAILURES =")[2]
+    assert re.search(r"^a write: slot 1: LOST \(written but not reported\): page 3$", report, re.MULTILINE)
+    assert re.search(rf"^kernel   {re.escape(os.uname().release)}$", report, re.MULTILINE)
+    assert re.search(r"^reproduce .* --no-known-bugs \S*::test_lost --seed=7$", report, re.MULTILINE)
+    assert "\nseen by a witness\n" in report
+    run("-k", "test_lost and not setup and not more")
+    data = json.loads((done.results / "test_lost.json").read_text())
+    assert data["findings"][0] == {
+        "kind": "LOST", "detail": "page 3", "slot": 1, "pages": [3], "vcpu": None, "iteration": 0, "collection": 0,
+    }  # fmt: skip
+    assert data["witness"] == 1
+    assert {"host", "settings", "reproduce", "test"} <= set(data)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_skips_of_tests_on_kvm(run: Callable[..., Run], required: bool) -> None:
+    """They are failures under --require-kvm, known bugs and other tests' skips are not."""
+    done = run(*["--require-kvm"] * required)
+    names = ("test_lacks_something", "test_that_may_harm", "test_one_mode", "test_some_modes[dirty-ring]")
+    assert {verdict for verdict, _ in done.results_of(*names)} == {"FAIL" if required else "skipped"}, done.output
+    assert ("required by --require-kvm: no such capability" in done.output) == required
+    assert "1 skipped" in done.output or not required
+    assert done.results_of("test_lost", "test_some_modes[dirty-log]") == [("known bug", "second-bug"), ("pass", "")]
+
+
+def test_cases_of_log_modes(run: Callable[..., Run]) -> None:
+    """A test has a case for each mode that its marker names; where that is one, the id does not have it."""
+    done = run("--collect-only", "-q", "-m", "log_modes and kvm")
+    cases = re.findall(r"^\S*::(\S+)$", done.output, re.MULTILINE)
+    assert cases == [
+        *(f"test_some_modes[{name}]" for name in ("dirty-ring", "dirty-ring-plain", "dirty-log")),
+        "test_one_mode",
+    ]
