@@ -59,7 +59,7 @@ class History:
         return script(self.mode, self.steps)
 
     def lines(self) -> list[str]:
-        what = "the shortest history that fails, as a script (python - < FILE, in the suite's folder):"
+        what = "the shortest history that fails, as a script (PYTHONPATH=lib python - < FILE, in the suite's folder):"
         return [what, "", *self.script.splitlines()]
 
     def data(self) -> dict[str, Any]:
