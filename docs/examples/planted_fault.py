@@ -4,7 +4,7 @@
 import pytest
 
 from dirty_tracking.ring import DirtyRing
-from kvm_util.vm import Vm
+from kvm_util import Vm
 
 get_dirty_log, harvest = Vm.get_dirty_log, DirtyRing.harvest
 

@@ -2,7 +2,7 @@
 """Stores that straddle two pages."""
 
 from dirty_tracking.tracked_vm import FIRST_GPA, Operation, TrackedVm
-from kvm_util.kvm import Kvm
+from kvm_util import Kvm
 
 
 def test_store_across_page_boundary(kvm: Kvm, log_mode: str) -> None:

@@ -424,7 +424,16 @@ def test_a_missing_assembler_is_told(suite: Suite, tmp_path: Path) -> None:
     """No ``as`` on the PATH, and guest code that has to be assembled: one line, with the package to install."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("conftest.py", "pytest.ini", "known_bugs.toml", "lib", "runner", "guest_code", "selftests"):
+    for name in (
+        "conftest.py",
+        "pytest.ini",
+        "pyproject.toml",
+        "known_bugs.toml",
+        "lib",
+        "runner",
+        "guest_code",
+        "selftests",
+    ):
         (copy / name).symlink_to(ROOT / name)
     (copy / "lib").unlink()
     subprocess.run(["cp", "-r", ROOT / "lib", copy / "lib"], check=True)

@@ -78,7 +78,7 @@ def test_library_example() -> None:
 )
 def test_template_of_a_test(tmp_path: Path, plugins: list[str], status: int, absent: str) -> None:
     """The test of docs/extending.md passes on KVM, and fails in each log mode under the planted fault shown there."""
-    done = python("-m", "pytest", "-p", "selftests.conftest", *plugins, TEMPLATE, f"--results={tmp_path}")
+    done = python("-m", "pytest", *plugins, TEMPLATE, f"--results={tmp_path}")
     assert done.returncode == status, done.stdout + done.stderr
     assert absent not in done.stdout.splitlines()[-1]
 

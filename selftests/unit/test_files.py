@@ -128,9 +128,10 @@ def copy(tmp_path: Path) -> Path:
     """A checkout whose files can be spoilt."""
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("conftest.py", "pytest.ini", "runner", "guest_code", "selftests", "build"):
+    for name in ("conftest.py", "pytest.ini", "pyproject.toml", "guest_code", "selftests", "build"):
         (folder / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "lib", folder / "lib")  # a module looks for the checkout around its own file
+    for name in ("lib", "runner"):
+        shutil.copytree(ROOT / name, folder / name)  # a module looks for the checkout around its own file
     return folder
 
 

@@ -102,7 +102,16 @@ def test_a_path_with_spaces_and_other_letters(tmp_path: Path) -> None:
     """The suite runs there, unless Python was made to believe that there are no such letters: that is one line."""
     folder = tmp_path / "mit Leerzeichen, \u00fcberall"
     folder.mkdir()
-    for name in ("conftest.py", "pytest.ini", "known_bugs.toml", "lib", "runner", "guest_code", "selftests"):
+    for name in (
+        "conftest.py",
+        "pytest.ini",
+        "pyproject.toml",
+        "known_bugs.toml",
+        "lib",
+        "runner",
+        "guest_code",
+        "selftests",
+    ):
         (folder / name).symlink_to(ROOT / name)
     done = run_pytest(folder, "-n1")
     assert done.returncode == 0, done.stdout + done.stderr
