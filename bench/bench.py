@@ -20,9 +20,10 @@ from pathlib import Path
 
 from dirty_tracking.cell import PAGE, Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
+from dirty_tracking.judge import Judge
+from dirty_tracking.ledger import Collection, Ledger, SlotPages, Toggle
+from dirty_tracking.memory_check import WORDS_PER_PAGE, MemoryCheck
 from dirty_tracking.modes import enable_dirty_logging
-from dirty_tracking.oracle import WORDS_PER_PAGE, Oracle, Reap
-from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.write_stream import WriteStream
 from kvm_util import guest_program, uapi
 from kvm_util.arch import current as arch
@@ -103,7 +104,10 @@ def bench_verify(loops: ctypes.CDLL, rounds: int) -> None:
     npages = GIB // PAGE
     draw = random.Random(1)
     pages = array("I", [draw.randrange(npages) for _ in range(DIRTY_PAGES * (rounds + 1))])
-    oracle = Oracle(npages, [WriteStream(pages, 0)], per_vcpu=False, initially_set=False, slot=1)
+    streams = [WriteStream(pages, 0)]
+    ledger = Ledger(streams, [SlotPages(1, 0, npages)], per_vcpu=False, initially_set=False)
+    ledger.record(Toggle(0, 1, [0], [0], [True], slot=1, on=True))
+    judge, check = Judge(ledger), MemoryCheck(npages, streams, memory.words)
     expected = array("Q", bytes(8 * npages))
     dirty = ctypes.c_size_t()
     suite, c = [], []
@@ -114,12 +118,12 @@ def bench_verify(loops: ctypes.CDLL, rounds: int) -> None:
         for value, page in enumerate(written, done - DIRTY_PAGES + 1):
             memory.words[page * WORDS_PER_PAGE] = expected[page] = value
             bitmap[page // 64] |= 1 << page % 64
-        dirty_pages = sorted(set(written))
-        report = DirtyReport([Source([1] * len(dirty_pages), dirty_pages)])
-        reap = Reap(number, [done], [done], [True], report)
+        reported = [sorted(set(written))]
+        one = Collection(2 * number + 2, 2 * number + 3, [done], [done], [True], last=npages, reported=reported)
 
-        def in_python(reap: Reap = reap, number: int = number, done: int = done) -> None:
-            if oracle.check_reap(reap) or oracle.check_memory(number, [done], memory.words):
+        def in_python(one: Collection = one, number: int = number, done: int = done) -> None:
+            ledger.record(one)
+            if judge.verify() or check.check(number, [done]):
                 raise AssertionError
 
         def in_c(bitmap: "array[int]" = bitmap) -> None:

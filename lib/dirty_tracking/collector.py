@@ -5,14 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from dirty_tracking.oracle import Reap
+from dirty_tracking.ledger import Collection
 from dirty_tracking.vcpu_thread import State, VcpuThread
 
 
 class Collector(threading.Thread):
     """Reaps for the vCPUs of *threads*, whose condition variable it shares.
 
-    :param collect: makes a reap of the given iteration, with the vCPUs stopped or not
+    :param collect: makes a collection of the given iteration, with the vCPUs stopped or not
     :ivar stuck: vCPUs whose ring was full twice in a row with nothing to harvest in between
     :ivar failure: what ended the thread, if anything did
     """
@@ -21,7 +21,7 @@ class Collector(threading.Thread):
         self,
         threads: Sequence[VcpuThread],
         cond: threading.Condition,
-        collect: Callable[[int, bool], Reap],
+        collect: Callable[[int, bool], Collection],
     ) -> None:
         super().__init__(name="collector", daemon=True)
         self.stuck: list[int] = []
@@ -33,7 +33,7 @@ class Collector(threading.Thread):
         self._reap_at: float | None = None
         self._final_requested = False
         self._quit = False
-        self._reaps: list[Reap] = []
+        self._reaps: list[Collection] = []
         self._complete = False
         self._harvested = [0 for _ in threads]
 
@@ -53,7 +53,7 @@ class Collector(threading.Thread):
             self._final_requested = True
             self._cond.notify_all()
 
-    def finished(self) -> list[Reap] | None:
+    def finished(self) -> list[Collection] | None:
         """The iteration's reaps, once the last one was made; None until then."""
         with self._cond:
             return self._reaps if self._complete else None
@@ -98,9 +98,11 @@ class Collector(threading.Thread):
         with self._cond:
             self._reaps.append(reap)
             self._complete = final
-            for source in reap.report.sources:
-                if source.vcpu is not None:
-                    self._harvested[source.vcpu] += len(source.offsets)
+            if len(reap.reported) == len(self._harvested):
+                for vcpu, pages in enumerate(reap.reported):
+                    self._harvested[vcpu] += len(pages)
+                for vcpu, _, _ in reap.strays:
+                    self._harvested[vcpu] += 1
             for thread in full:
                 # A ring that was full had entries. When none came since the vCPU was last let go, KVM will say "full"
                 # for ever: what it counts as used cannot be harvested.

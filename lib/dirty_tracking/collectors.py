@@ -8,15 +8,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
-from dirty_tracking.collection_log import Collection, CollectionLog, Drop, Toggle
-from dirty_tracking.modes import disable_dirty_logging, enable_dirty_logging
-from dirty_tracking.platform import uses_pml
-from dirty_tracking.reset_ledger import ResetLedger
+from dirty_tracking.ledger import Reset, SlotPages, ZapAll
+from dirty_tracking.recorder import Recorder
+from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.vcpu_thread import KICK_SIGNAL, State
-from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from dirty_tracking.violations import ContractViolation
 from dirty_tracking.writers import POLL
 from dirty_tracking.writers_vm import Area, WritersVm
-from kvm_util.host import this_host
 from kvm_util.ioctl import KvmError
 
 # How many times a thread that was not seen to make progress may take the time for one that hangs
@@ -28,122 +26,101 @@ Operation = Callable[[], object]
 
 
 class Collectors:
-    """What may be done with the dirty pages of *vm*, by any thread, and a log of what came."""
+    """Dirty-log operations on *vm*, which any thread may call; each is recorded in the ledger.
+
+    :ivar rings: the dirty rings; None where the mode has a bitmap
+    """
 
     def __init__(self, vm: WritersVm) -> None:
         self.vm = vm
-        pml = uses_pml(this_host())
-        self.log = CollectionLog(vm.writers.streams, vm.mode.uses_ring, vm.mode.initially_set, may_log_twice=pml)
-        self.ledger = ResetLedger(vm.vm, vm.mode.rings(vm.vm)) if vm.mode.uses_ring else None
+        slots = [SlotPages(area.slot, area.first, area.end) for area in vm.areas]
+        self._recorder = Recorder(vm.writers, vm.mode, slots)
+        self.ledger = self._recorder.ledger
+        self.judge = self._recorder.judge
+        self.rings = SharedRings(vm.vm, vm.mode.rings(vm.vm)) if vm.mode.uses_ring else None
 
     def switch(self, area: Area, on: bool, stopped: bool = False) -> None:
-        """Switch the tracking of a slot on or off."""
-        toggle = Toggle(self.log.now(), self._writes(), stopped, on=on, first=area.first)
-        (enable_dirty_logging if on else disable_dirty_logging)(self.vm.vm, area.slot)
-        toggle.after, toggle.end = self._writes(), self.log.now()
-        self.log.add(toggle)
+        """Enable or disable dirty logging of a slot."""
+        self._recorder.set_logging(self.vm.vm, area.slot, on, stopped)
 
     def drop_page_tables(self, change: Operation) -> None:
         """Move or delete a slot that no vCPU writes: *change* does it."""
-        drop = Drop(self.log.now(), self._writes(), exact=False)
-        change()
-        drop.after, drop.end = self._writes(), self.log.now()
-        self.log.add(drop)
+        with self._recorder.recording(ZapAll(), exact=False):
+            change()
 
     def collect(self, area: Area, stopped: bool = False) -> None:
         """GET all of a slot's bitmap, and clear what was reported."""
-        event = self._begin(area.first, area.end, stopped)
 
         def get() -> list[int]:
             kick = None if stopped else self.vm.writers.kick_running
             return self.vm.mode.collect(self.vm.vm, kick, slots=[area.slot]).entries(area.slot)
 
-        self._take_bitmap(event, get)
+        self._take_bitmap(area, area.first, area.end, stopped, get)
 
     def collect_range(self, area: Area, first_page: int, num_pages: int) -> None:
         """GET all of a slot's bitmap, and CLEAR what it has of *num_pages* pages from *first_page* on; manual modes."""
-        event = self._begin(area.first + first_page, area.first + first_page + num_pages, stopped=False)
 
         def get() -> list[int]:
-            self.vm.mode.flush_cpu_logs(self.vm.writers.kick_running)
+            self._recorder.kick()
             bitmap = new_bitmap(area.memslot.npages)
             self.vm.vm.get_dirty_log(area.slot, bitmap)
             part = bitmap[first_page // 8 : (first_page + -(-num_pages // BITS_PER_WORD) * BITS_PER_WORD) // 8]
             self.vm.vm.clear_dirty_log(area.slot, part, first_page, num_pages)
             return [first_page + page for page in set_pages(part)]
 
-        self._take_bitmap(event, get)
+        first = area.first + first_page
+        self._take_bitmap(area, first, first + num_pages, False, get)
 
     def harvest(self, most: int | None = None, stopped: bool = False) -> None:
-        """Harvest all rings, or *most* entries of each at most, and have KVM take that back."""
-        assert self.ledger is not None
-        event = self._begin(0, self.vm.areas[-1].end, stopped)
-        event.complete = most is None
-        if not stopped:
-            self.vm.mode.flush_cpu_logs(self.vm.writers.kick_running)
-        harvests = [self.ledger.harvest(vcpu, most) for vcpu in range(len(self.vm.vm.vcpus))]
-        self.ledger.reset_up_to([position for _, position in harvests])
-        event.reported = [self._numbers(vcpu, entries) for vcpu, (entries, _) in enumerate(harvests)]
-        self._end(event)
+        """Harvest all rings, or *most* entries of each at most, and reset what was harvested."""
+        assert self.rings is not None
+        with self._recorder.collecting(0, self.vm.areas[-1].end, stopped) as event:
+            event.complete = most is None
+            if not stopped:
+                self._recorder.kick()
+            positions = []
+            for vcpu in range(len(self.vm.vm.vcpus)):
+                slots, offsets, position = self.rings.harvest(vcpu, most)
+                event.add(*self.ledger.entry_numbers(slots, offsets))
+                positions.append(position)
+            event.reset = self.rings.reset_up_to(positions)
         self.vm.writers.rings_were_reset()
 
     def reset(self) -> None:
         """KVM_RESET_DIRTY_RINGS, with nothing harvested by this thread."""
-        assert self.ledger is not None
-        self.ledger.reset()
+        assert self.rings is not None
+        reset = Reset(self.ledger.now())
+        reset.count = self.rings.reset()
+        reset.end = self.ledger.now()
+        self.ledger.record(reset)
 
     def collect_all(self, stopped: bool) -> None:
         """Collect from all slots that are tracked."""
-        if self.ledger is not None:
+        if self.rings is not None:
             self.harvest(stopped=stopped)
             return
         for area in self.vm.areas:
             self.collect(area, stopped)
 
     def check(self) -> None:
-        """Collect what is left, with all vCPUs stopped, and hold all since the last check to what was written.
+        """Collect what is left, with all vCPUs stopped, and verify what was recorded since the last check.
 
-        :raises ContractViolation: KVM's answers cannot be right
+        :raises ContractViolation: KVM's reports broke a rule
         """
         self.collect_all(stopped=True)
-        if self.ledger is not None:
-            self.ledger.settle()
-        self.log.check([(area.first, area.end) for area in self.vm.areas])
+        if violations := self.judge.verify():
+            raise ContractViolation(violations)
 
-    def _begin(self, first: int, last: int, stopped: bool) -> Collection:
-        return Collection(self.log.now(), self._writes(), stopped, first=first, last=last)
-
-    def _take_bitmap(self, event: Collection, get: Callable[[], list[int]]) -> None:
-        area = next(area for area in self.vm.areas if event.first < area.end)
-        try:
-            pages = get()
-        except KvmError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            event.refused = True
-            pages = []
-        if beyond := [page for page in pages if area.first + page >= area.end]:
-            raise ContractViolation([Violation(Kind.BAD_OFFSET, f"{beyond[:8]}", area.slot, tuple(beyond))])
-        event.reported = [[area.first + page for page in pages]]
-        self._end(event)
-
-    def _end(self, event: Collection) -> None:
-        event.after, event.end = self._writes(), self.log.now()
-        self.log.add(event)
-
-    def _numbers(self, vcpu: int, entries: Sequence[tuple[int, int]]) -> list[int]:
-        numbers = []
-        for slot, offset in entries:
-            number = self.vm.number(slot, offset)
-            if number is None:
-                raise violated(
-                    Kind.WRONG_SLOT, f"the ring of vCPU {vcpu} has an entry of slot {slot:#x}, offset {offset:#x}"
-                )
-            numbers.append(number)
-        return numbers
-
-    def _writes(self) -> list[int]:
-        return self.vm.writers.published()
+    def _take_bitmap(self, area: Area, first: int, last: int, stopped: bool, get: Callable[[], list[int]]) -> None:
+        with self._recorder.collecting(first, last, stopped) as event:
+            pages: list[int] = []
+            try:
+                pages = get()
+            except KvmError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                event.refused = True
+            event.add(*self.ledger.page_numbers(area.slot, pages))
 
 
 class Worker(threading.Thread):

@@ -7,10 +7,11 @@ from types import TracebackType
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, guest_data_size, place_test_memory
 from dirty_tracking.collector import Collector
-from dirty_tracking.modes import LOG_MODES, enable_dirty_logging
-from dirty_tracking.oracle import Oracle, Reap
-from dirty_tracking.platform import uses_pml
+from dirty_tracking.ledger import Collection, SlotPages
+from dirty_tracking.memory_check import MemoryCheck
+from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.progress import Meter
+from dirty_tracking.recorder import Recorder
 from dirty_tracking.run_evidence import Figures, RunEvidence
 from dirty_tracking.vcpu_thread import State
 from dirty_tracking.violations import ContractViolation, Kind, Violation
@@ -19,7 +20,6 @@ from dirty_tracking.writers import DENSE, SPARSE, Writers
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestVm
 from kvm_util.guest_program import GuestProgram
-from kvm_util.host import this_host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB
 from kvm_util.wording import counted
@@ -55,7 +55,6 @@ class DirtyLogRun:
             # Logging is off at first: the guest touches all pages, so that they are mapped (huge, where they can be) and
             # writable when it is switched on, as they are in a VM whose migration begins.
             self.memslot = vm.add_memory(TEST_SLOT, self.gpa, size, cell.backing, populate=True)
-            self._words = self.memslot.memory.words
             npages = self.memslot.npages
             mode = self.guest.guest_mode
             gva = (_TEST_GVA_5_LEVEL if mode.levels == 5 else _TEST_GVA) + self.gpa % mode.page_size
@@ -71,14 +70,8 @@ class DirtyLogRun:
         except BaseException:
             self.guest.close()
             raise
-        self.oracle = Oracle(
-            npages,
-            self.streams,
-            self.mode.uses_ring,
-            self.mode.initially_set,
-            TEST_SLOT,
-            may_log_twice=uses_pml(this_host()),
-        )
+        self.recorder = Recorder(self.writers, self.mode, [SlotPages(TEST_SLOT, 0, npages)])
+        self.memory_check = MemoryCheck(npages, self.streams, self.memslot.memory.words)
         self._meter = Meter(settings.iterations, settings.interval / 1000)
         self._draw = random.Random(f"{settings.seed}/reap")
         self._collector = Collector(self.writers.threads, self.writers.cond, self._collect)
@@ -95,7 +88,7 @@ class DirtyLogRun:
         try:
             self.writers.start()
             self._touch_all_pages()
-            enable_dirty_logging(self.guest.vm, TEST_SLOT)
+            self.recorder.set_logging(self.guest.vm, TEST_SLOT, on=True, stopped=True)
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 self._iterate(iteration)
@@ -113,14 +106,20 @@ class DirtyLogRun:
         """How many writes each vCPU is known to have done; see :meth:`Writers.published`."""
         return self.writers.published()
 
-    def _collect(self, iteration: int, stopped: bool) -> Reap:
-        """Make one reap; on the collector's thread."""
+    def history(self, page: int) -> str:
+        """When *page* was last written and last reported, as far as the checks got."""
+        return f"page {page}: {self.memory_check.last_writes(page)}; {self.recorder.ledger.last_report(page)}"
+
+    def _collect(self, iteration: int, stopped: bool) -> Collection:
+        """Make one collection; on the collector's thread."""
         exact = [stopped or thread.state is State.RING_FULL for thread in self.writers.threads]
-        self.writers.settle(exact, lambda vcpu, count: self.oracle.done(vcpu, count, self._words))
-        before = self.published()
-        kick = None if stopped else self.writers.kick_running
-        report = self.mode.collect(self.guest.vm, kick, always_kick=True)
-        return Reap(iteration, before, self.published(), exact, report)
+        self.writers.settle(exact, self.memory_check.done)
+        # Each vCPU is kicked, or out of its guest.
+        event = Collection(last=self.memslot.npages, kicked=True, iteration=iteration)
+        with self.recorder.recording(event, exact) as one:
+            kick = None if stopped else self.writers.kick_running
+            self.recorder.add(one, self.mode.collect(self.guest.vm, kick, always_kick=True))
+        return one
 
     def all_stopped(self) -> bool:
         """Whether no vCPU is in its guest, or about to enter it."""
@@ -170,26 +169,25 @@ class DirtyLogRun:
     def _not_stopped(self, vcpu: int) -> bool:
         return self.writers.threads[vcpu].state is not State.STOPPED
 
-    def _verify(self, iteration: int, reaps: list[Reap]) -> None:
-        """Hold the iteration's reaps and the memory after it to what was written."""
-        findings: list[Violation] = []
-        for reap in reaps:
-            findings += self.oracle.check_reap(reap)
+    def _verify(self, iteration: int, collections: list[Collection]) -> None:
+        """Verify the iteration's collections, and the memory after it."""
+        findings = self.recorder.judge.verify()
+        number = self.figures.reaps + len(collections)
         for vcpu in self._collector.stuck:
             exits = self.writers.threads[vcpu].ring_full_exits
             detail = f"after {counted(exits, 'such exit')} of this vCPU in all"
-            findings.append(Violation(Kind.STUCK, detail, None, (), vcpu, iteration, self.figures.reaps + len(reaps)))
-        done = reaps[-1].before
-        findings += self.oracle.check_memory(iteration, done, self._words)
-        dirty = len(set().union(*(reap.report.dirty(TEST_SLOT) for reap in reaps)))
+            findings.append(Violation(Kind.STUCK, detail, None, (), vcpu, iteration, number, "R10"))
+        done = collections[-1].before
+        findings += self.memory_check.check(iteration, done)
+        dirty = len(set().union(*(one.pages for one in collections)))
         self.figures.iterations = iteration
         self.figures.writes = sum(done)
         self.figures.dirty += dirty
         self.figures.clean += self.memslot.npages - dirty
-        self.figures.reaps += len(reaps)
+        self.figures.reaps += len(collections)
         self.figures.ring_full_exits = sum(thread.ring_full_exits for thread in self.writers.threads)
         if findings:
-            evidence = RunEvidence(findings, self.figures, self.memslot.npages, self.oracle.history)
+            evidence = RunEvidence(findings, self.figures, self.memslot.npages, self.history)
             raise ContractViolation(findings, evidence=evidence)
 
     def __enter__(self) -> "DirtyLogRun":

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Pre-copy live migration as a VMM does it: all memory, again and again what KVM reports, and the rest when all is stopped.
 
-What is reported is tracked anew (CLEAR, reset, or GET itself) **before** the pages are read while the vCPUs run: a write in
-between then is reported again (api.rst 8.29; the same holds for a bitmap).
+What is reported is write-protected again (CLEAR, reset, or GET itself) **before** the pages are read while the vCPUs run: a
+write in between then is reported again (api.rst 8.29; the same holds for a bitmap).
 """
 
 import mmap
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dirty_tracking.cell import PAGE
-from dirty_tracking.modes import enable_dirty_logging
-from dirty_tracking.violations import Kind, violated
+from dirty_tracking.ledger import Collection, SlotPages
+from dirty_tracking.recorder import Recorder
+from dirty_tracking.violations import ContractViolation, Kind, Violation
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.wording import counted
 
@@ -58,11 +60,18 @@ class Migration:
         self._most_rounds = most_rounds
         self._slots = dict(vm.vm.memslots)
         self.copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
+        known = [SlotPages(area.slot, area.first, area.end) for area in vm.areas]
+        first = known[-1].end
+        for slot in self._slots.keys() - {its.slot for its in known}:
+            # That of the guest's program: its writes are in no stream.
+            known.append(SlotPages(slot, first, first + self._slots[slot].npages, known=False))
+            first = known[-1].end
+        self.recorder = Recorder(vm.writers, vm.mode, known)
 
     def run(self) -> list[Round]:
         """Migrate; the vCPUs have to be running, and are stopped afterwards."""
         for slot in self._slots:
-            enable_dirty_logging(self.vm.vm, slot)
+            self.recorder.set_logging(self.vm.vm, slot, on=True)
         self._round(0, {slot: set(range(memslot.npages)) for slot, memslot in self._slots.items()})
         while len(self.rounds) <= self._most_rounds:
             self._round(len(self.rounds), None)
@@ -72,12 +81,16 @@ class Migration:
         self._round(len(self.rounds), None, stopped=True)
         return self.rounds
 
-    def compare(self) -> None:
-        """Hold the copy to the source.
+    def verify(self) -> None:
+        """Compare the copy with the source (R12), and verify what was reported.
 
-        :raises ContractViolation: a page is different
+        :raises ContractViolation: a page is different, or a report broke a rule
         """
-        wrong = []
+        violations = [*self._differences(), *self.recorder.judge.verify()]
+        if violations:
+            raise ContractViolation(violations, f"{self.vm.mode.name}, after {counted(len(self.rounds), 'round')}")
+
+    def _differences(self) -> Iterator[Violation]:
         for slot, memslot in self._slots.items():
             source = memslot.memory.view
             with memoryview(self.copies[slot]) as copy, copy.cast("Q") as words:
@@ -86,25 +99,35 @@ class Migration:
                 where = [slice(page * PAGE, (page + 1) * PAGE) for page in range(memslot.npages)]
                 pages = [page for page, its in enumerate(where) if source[its] != copy[its]]
             some = ", ".join(map(str, pages[:_SHOWN]))
-            wrong.append(f"slot {slot}: {len(pages)} of {counted(memslot.npages, 'page')}: {some}")
-        if wrong:
-            after = f"{self.vm.mode.name}: after {counted(len(self.rounds), 'round')}"
-            raise violated(Kind.LOST, f"{after} the copy differs from the source in {'; '.join(wrong)}")
+            detail = f"the copy differs from the source in {len(pages)} of {counted(memslot.npages, 'page')}: {some}"
+            yield Violation(Kind.LOST, detail, slot, tuple(pages), rule="R12")
 
     def figures(self) -> list[dict[str, Any]]:
         """The rounds as plain data."""
         return [asdict(one) for one in self.rounds]
 
     def collect(self, stopped: bool) -> tuple[int, Pages]:
-        """Collect the dirty pages, which KVM write-protects again; returns how much KVM reported, and the pages.
+        """Take what KVM reports, and have it write-protect these pages again; returns how much it was, and the pages.
 
-        :raises ContractViolation: an entry is of no page of the VM's, or KVM reset another number of ring entries
+        What names no page of the VM is in the ledger only.
         """
-        kick = None if stopped else self.vm.writers.kick_running
-        report = self.vm.mode.collect(self.vm.vm, kick)
-        report.check({slot: memslot.npages for slot, memslot in self._slots.items()})
-        self.vm.writers.rings_were_reset()
-        return report.count, {slot: report.dirty(slot) for slot in self._slots}
+        slots = self.recorder.ledger.slots
+        if self.vm.mode.uses_ring:
+            collections = [self._collect(slots, stopped)]
+            self.vm.writers.rings_were_reset()
+        else:
+            collections = [self._collect([its], stopped) for its in slots]
+        numbers = set().union(*(one.pages for one in collections))
+        pages = {its.slot: {number - its.first for number in numbers if number in its.range} for its in slots}
+        return sum(one.harvested for one in collections), pages
+
+    def _collect(self, slots: Sequence[SlotPages], stopped: bool) -> Collection:
+        """Collect the pages of *slots*: of one where the mode has bitmaps."""
+        recorder = self.recorder
+        with recorder.collecting(slots[0].first, slots[-1].end, stopped) as one:
+            kick = None if stopped else self.vm.writers.kick_running
+            recorder.add(one, self.vm.mode.collect(self.vm.vm, kick, slots=[its.slot for its in slots]))
+        return one
 
     def copy(self, pages: Pages) -> None:
         """Copy pages from the source."""

@@ -34,6 +34,7 @@ class Violation:
     :ivar vcpu: the vCPU whose writes (LOST, VALUE) or whose ring it is about; None for a bitmap
     :ivar iteration: the iteration of the run, counted from 1; 0 where a test has none
     :ivar collection: the collection of the run, counted from 1; 0 where it is about memory, or the test has no count
+    :ivar rule: the rule of docs/contract.md that it breaks; empty where a test states its own
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Violation:
     vcpu: int | None = None
     iteration: int = 0
     collection: int = 0
+    rule: str = ""
 
     def __str__(self) -> str:
         where = [
@@ -52,7 +54,8 @@ class Violation:
             f"vCPU {self.vcpu}" if self.vcpu is not None else "",
         ]
         place = ", ".join(part for part in where if part)
-        kind = self.kind.name if self.kind is Kind.OTHER else f"{self.kind.name} ({self.kind.value})"
+        rule = f" [{self.rule}]" if self.rule else ""
+        kind = self.kind.name + rule + ("" if self.kind is Kind.OTHER else f" ({self.kind.value})")
         return f"{place}{': ' if place else ''}{kind}: {self.detail}"
 
 

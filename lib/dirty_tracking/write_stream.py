@@ -7,6 +7,8 @@ names the page of any write by the write's index.
 
 import random
 from array import array
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 # Random writes before the stream repeats itself: as many as there are pages, but within these bounds. The C test makes
@@ -36,24 +38,35 @@ class WriteStream:
             index += len(part)
         return result
 
+    def written(self, first: int, end: int) -> "array[int]":
+        """The pages of writes *first* to *end* - 1, without those of the loop's earlier rounds: the last one has them all."""
+        pages = array("I")
+        for start, stop in self._without_rounds(first, end):
+            pages += self.between(start, stop)
+        return pages
+
     def last_writes(self, first: int, end: int) -> dict[int, int]:
         """The pages of writes *first* to *end* - 1, each with the index of the last of its writes."""
-        # Of the loop, the last time around has every page.
-        tail = max(first, end - (len(self.pages) - self.loop))
-        head_end = min(self.loop, tail)
         last: dict[int, int] = {}
-        if first < head_end:
-            last |= zip(self.between(first, head_end), range(first, head_end), strict=True)
-        if tail < end:
-            last |= zip(self.between(tail, end), range(tail, end), strict=True)
+        for start, stop in self._without_rounds(first, end):
+            last |= zip(self.between(start, stop), range(start, stop), strict=True)
         return last
 
-    def count(self, page: int, first: int, end: int) -> int:
-        """How many of the writes *first* to *end* - 1 go to *page*."""
-        head = self.between(first, min(self.loop, end)).count(page) if first < self.loop else 0
-        start, loop = max(first, self.loop), self.pages[self.loop :]
-        rounds, rest = divmod(max(0, end - start), len(loop))
-        return head + rounds * loop.count(page) + self.between(start, start + rest).count(page)
+    def counts(self, pages: Collection[int], first: int, end: int) -> Counter[int]:
+        """How many of the writes *first* to *end* - 1 go to each of *pages*."""
+        loop = len(self.pages) - self.loop
+        rounds = max(0, end - max(first, self.loop)) // loop
+        counts = Counter(filter(pages.__contains__, self.between(first, end - rounds * loop)))
+        if rounds:
+            for page, count in Counter(filter(pages.__contains__, self.pages[self.loop :])).items():
+                counts[page] += rounds * count
+        return counts
+
+    def _without_rounds(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The writes *first* to *end* - 1 as ranges, without the loop's rounds but the last one."""
+        tail = max(first, end - (len(self.pages) - self.loop))
+        ranges = [(first, min(self.loop, tail)), (tail, end)]
+        return [(start, stop) for start, stop in ranges if start < stop]
 
     def addresses(self, base: int, page_size: int) -> "array[int]":
         """The stream as the guest's table: the address of each write, page 0 being at *base*."""

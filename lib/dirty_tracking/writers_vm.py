@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from dirty_tracking.cell import PAGE
+from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.modes import LOG_MODES
-from dirty_tracking.oracle import WORDS_PER_PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSE, Writers
 from kvm_util.guest import PROGRAM_SLOT, GuestVm
@@ -78,13 +78,6 @@ class WritersVm:
         except BaseException:
             self.guest.close()
             raise
-
-    def number(self, slot: int, offset: int) -> int | None:
-        """The number of a page of a slot; None for one that no test slot has."""
-        for area in self.areas:
-            if area.slot == slot:
-                return area.first + offset if offset < area.end - area.first else None
-        return None
 
     def start(self) -> None:
         """Start the vCPUs' threads and have the guest touch all pages: all are mapped writable then."""

@@ -2,7 +2,7 @@
 """Several vCPUs write while several threads collect, clear, reset and switch tracking: no write is ever lost.
 
 After each round all vCPUs are stopped, what is left is collected, and everything that was collected is held to what each vCPU
-is known to have written, and when (lib/dirty_tracking/collection_log.py).
+is known to have written, and when (lib/dirty_tracking/judge.py).
 """
 
 import random
@@ -63,7 +63,7 @@ def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterato
     """What one collector does: collections of all kinds that the mode has."""
     for _ in range(count):
         area = draw.choice(of.vm.areas)
-        if of.ledger is not None:
+        if of.rings is not None:
             kinds: Sequence[Operation] = (
                 of.harvest,
                 of.harvest,
@@ -105,7 +105,7 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
 
     def look() -> None:
         """Nothing is reported of it; in a ring an entry would be one of a slot that is not known (collectors.py)."""
-        if vm.memslots[OTHER_SLOT].flags and of.ledger is None:
+        if vm.memslots[OTHER_SLOT].flags and of.rings is None:
             bitmap = new_bitmap(OTHER_PAGES)
             vm.get_dirty_log(OTHER_SLOT, bitmap)
             if set_pages(bitmap) != (list(range(OTHER_PAGES)) if of.vm.mode.initially_set else []):
@@ -152,7 +152,7 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
             if on:
                 switch_all(of, on=True)
             yield of
-            assert of.log.demanded
+            assert of.judge.pages_required
 
     return of_writers
 

@@ -64,4 +64,4 @@ def test_migration(
             migration.run()
             figures = [("migration", name), ("rounds", migration.figures())]
             request.node.user_properties[:] = [*own_properties, *figures]
-            migration.compare()
+            migration.verify()

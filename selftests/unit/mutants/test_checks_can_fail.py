@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Real runs on real KVM whose answers are falsified between the ioctl and the oracle: each fault is caught.
+"""Real runs on real KVM whose answers are falsified between the ioctl and the judge: each fault is caught.
 
 A fault is planted once the run is under way (:data:`ARMED`), and the iterations until it is caught are printed at the end
 of the test run.
@@ -18,7 +18,7 @@ import pytest
 from dirty_tracking.bitmap import set_pages
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
-from dirty_tracking.oracle import Oracle
+from dirty_tracking.memory_check import WORDS_PER_PAGE, MemoryCheck
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import ContractViolation, Kind
@@ -287,7 +287,7 @@ EXPECTED: dict[Callable[..., Any], Kind] = {
 
 @contextmanager
 def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpus: int = 1) -> Iterator[Planter]:
-    """Make a run of *mode*, let the body plant a fault, and expect the oracle to find it as *kind*."""
+    """Make a run of *mode*, let the body plant a fault, and expect the judge to find it as *kind*."""
     cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
     with DirtyLogRun(kvm, cell, SETTINGS) as run:
         planter = Planter(run)
@@ -407,16 +407,17 @@ def test_a_wrong_value_in_memory_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
     """One page goes back to an older value, as if a write had been lost with its report in place."""
-    check_memory = Oracle.check_memory
+    check = MemoryCheck.check
     with caught(kvm, request, log_mode, Kind.VALUE) as planter:
 
-        def falsified(oracle: Oracle, iteration: int, done: list[int], words: memoryview) -> object:
+        def falsified(its: MemoryCheck, iteration: int, done: list[int]) -> object:
             if planter.fresh:
                 planter.plant()
-                words[planter.run.streams[0].between(done[0] - 10, done[0] - 9)[0] * 512] -= 1
-            return check_memory(oracle, iteration, done, words)
+                page = planter.run.streams[0].between(done[0] - 10, done[0] - 9)[0]
+                planter.run.memslot.memory.words[page * WORDS_PER_PAGE] -= 1
+            return check(its, iteration, done)
 
-        monkeypatch.setattr(Oracle, "check_memory", falsified)
+        monkeypatch.setattr(MemoryCheck, "check", falsified)
 
 
 def test_a_page_lost_while_the_vcpu_runs_is_caught(
@@ -425,12 +426,13 @@ def test_a_page_lost_while_the_vcpu_runs_is_caught(
     """A running reap lacks a page whose write was done well before it began."""
     with caught(kvm, request, log_mode, Kind.LOST) as planter:
         collect = planter.run.mode.collect
+        seen = [0]  # writes that the collection before may have reported
 
         def falsified(vm: Vm, kick: Callable[[], None] | None, **options: Any) -> DirtyReport:
-            written = planter.run.published()[0] - 50  # the reap's own count was taken a moment ago
+            written = planter.run.published()[0] - 50  # the collection's own count was taken a moment ago
             report = collect(vm, kick, **options)
+            since, seen[0] = seen[0], planter.run.published()[0] + 1
             if planter.armed and planter.planted is None and kick is not None and not planter.run.all_stopped():
-                since = planter.run.oracle.writes_seen(0) + 1
                 long_done = set(planter.run.streams[0].between(since, max(since, written)))
                 (source,) = report.sources
                 page = next((page for page in source.offsets if page in long_done), None)

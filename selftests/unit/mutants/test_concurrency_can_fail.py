@@ -5,18 +5,18 @@ import random
 import threading
 from array import array
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import pytest
 
-from dirty_tracking import reset_ledger, writers
 from dirty_tracking import ring as dirty_ring
+from dirty_tracking import shared_rings, writers
 from dirty_tracking.cell import PAGE
-from dirty_tracking.collection_log import Collection, CollectionLog, Drop, Toggle
 from dirty_tracking.collectors import Collectors, Worker, work_together
 from dirty_tracking.migration import Migration, Pages
 from dirty_tracking.ring import DirtyRing
+from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
 from dirty_tracking.violations import ContractViolation, Kind, violated
 from dirty_tracking.write_stream import WriteStream
@@ -44,7 +44,7 @@ def one_round(of: Collectors) -> None:
     """Two collectors; then some writes more, so that there is something for the last collection."""
 
     def collect() -> None:
-        if of.ledger is not None:
+        if of.rings is not None:
             of.harvest()
         else:
             for area in of.vm.areas:
@@ -131,7 +131,7 @@ def test_a_clear_of_more_than_was_asked(kvm: Kvm, monkeypatch: pytest.MonkeyPatc
 RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
     "loses an entry": (lambda taken: (taken[0][1:], taken[1][1:]), "LOST|harvested "),
     "adds an entry": (lambda taken: ([*taken[0], 2], [*taken[1], 69]), "SPURIOUS|harvested "),
-    "names no slot": (lambda taken: ([77 for _ in taken[0]], taken[1]), "has an entry of slot 0x4d"),
+    "names no slot": (lambda taken: ([77 for _ in taken[0]], taken[1]), "slot 0x4d"),
 }
 
 
@@ -154,19 +154,11 @@ def test_a_falsified_ring(
 @pytest.mark.log_modes("ring")
 def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Nothing is lost, but the first vCPU's ring has what the second one wrote, and the other way round."""
-    honest = reset_ledger.ResetLedger.harvest
-
-    def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
-        return honest(ledger, 1 - vcpu, most)
-
-    def positions(ledger: reset_ledger.ResetLedger, asked: Any) -> None:
-        reset_up_to(ledger, asked[::-1])
-
-    reset_up_to = reset_ledger.ResetLedger.reset_up_to
+    harvest, reset_up_to = SharedRings.harvest, SharedRings.reset_up_to
 
     def falsify(_of: Collectors) -> None:
-        monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified)
-        monkeypatch.setattr(reset_ledger.ResetLedger, "reset_up_to", positions)
+        monkeypatch.setattr(SharedRings, "harvest", lambda rings, vcpu, most=None: harvest(rings, 1 - vcpu, most))
+        monkeypatch.setattr(SharedRings, "reset_up_to", lambda rings, positions: reset_up_to(rings, positions[::-1]))
 
     check_fails(kvm, log_mode, falsify, "SPURIOUS")
 
@@ -175,13 +167,16 @@ def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.log_modes("ring")
 def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, answer: str) -> None:
     """Whether KVM says that it took nothing, or all."""
+    monkeypatch.setattr(shared_rings, "HANG_TIMEOUT", 0.5)
 
     def falsify(of: Collectors) -> None:
-        ledger = of.ledger
-        assert ledger is not None
-        monkeypatch.setattr(
-            Vm, "reset_dirty_rings", lambda _vm: ledger.harvested - ledger.taken if answer == "all" else 0
-        )
+        rings = of.vm.mode.rings(of.vm.vm)
+
+        def harvested(_vm: Vm) -> int:
+            flags = (ring.entry(number).flags for ring in rings for number in range(ring.entries))
+            return sum(bool(its & uapi.KVM_DIRTY_GFN_F_RESET) for its in flags)
+
+        monkeypatch.setattr(Vm, "reset_dirty_rings", harvested if answer == "all" else lambda _vm: 0)
 
     check_fails(kvm, log_mode, falsify, "leaves harvested entries")
 
@@ -205,7 +200,7 @@ def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPa
         for area in of.vm.areas:
             of.switch(area, on=True, stopped=True)
 
-    check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while tracking was on")
+    check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was on")
 
 
 def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
@@ -215,7 +210,9 @@ def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyP
         for area in of.vm.areas:
             of.switch(area, on=False, stopped=True)
 
-    check_fails(kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while tracking was off")
+    check_fails(
+        kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was off"
+    )
 
 
 def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,152 +260,16 @@ def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytes
         assert vm.vm.reset_dirty_rings() == 50
 
 
-# --- the log, without KVM: what real timing shows now and then only ------------------------------------------------------
-
-LINE = WriteStream(array("I", range(64)), 0)
-
-
-def collection(
-    start: int, end: int, before: int, after: int, pages: list[int], exact: bool = False, complete: bool = True
-) -> Collection:
-    return Collection(start, [before], exact, end, [after], 0, 64, [pages], complete)
-
-
-def judged(*collections: Collection, streams: list[WriteStream] | None = None) -> None:
-    log = CollectionLog(streams or [LINE], per_vcpu=False, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    for one in collections:
-        log.add(one)
-    log.check([(0, 64)])
-
-
-def test_a_write_that_an_overlapping_collection_has_is_not_lost() -> None:
-    """Two collections at once: the second one lacks what the first one took, and that is right."""
-    judged(
-        collection(2, 5, 4, 8, [0, 1, 2, 3, 4]),
-        collection(3, 4, 5, 6, []),
-        collection(6, 7, 8, 8, [5, 6, 7], exact=True),
-    )
-
-
-def test_a_write_after_the_end_of_the_collection_that_has_its_page_is_lost() -> None:
-    """Page 0 is in the first, but was written again since (write 64), and is not in the last."""
-    with pytest.raises(ContractViolation, match="LOST"):
-        judged(collection(2, 3, 60, 60, [*range(60)]), collection(4, 5, 66, 66, [1, 60, 61, 62, 63], exact=True))
-
-
-def test_a_page_that_a_complete_collection_had_is_false_in_the_next() -> None:
-    with pytest.raises(ContractViolation, match="SPURIOUS"):
-        judged(collection(2, 3, 4, 4, [0, 1, 2, 3]), collection(4, 5, 5, 5, [3, 4], exact=True))
-
-
-def test_a_page_that_was_left_by_a_partial_collection_is_not_false() -> None:
-    judged(collection(2, 3, 4, 4, [0, 1], complete=False), collection(4, 5, 5, 5, [2, 3, 4], exact=True))
-
-
-@pytest.mark.parametrize(("taken_back", "right"), [(True, True), (False, False)])
-def test_a_write_under_way_has_two_entries_only_where_its_page_was_tracked_anew(taken_back: bool, right: bool) -> None:
-    """Here because another vCPU's entry of the page was taken back meanwhile."""
-    streams = [WriteStream(array("I", [3, 5, 1, 1]), 0), WriteStream(array("I", [5, 2, 2, 2]), 0)]
-    log = CollectionLog(streams, per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0, 0], True, 1, [0, 0], on=True, first=0))
-    first, second = ([[3], [5]], [[5, 5], []]) if taken_back else ([[3], []], [[5, 5], [5]])
-    done = 1 if taken_back else 0
-    log.add(Collection(2, [1, done], False, 3, [1, done], 0, 64, first))
-    log.add(Collection(4, [2, 1], True, 5, [2, 1], 0, 64, second))
-    with nullcontext() if right else pytest.raises(ContractViolation, match="DUPLICATE"):
-        log.check([(0, 64)])
-
-
-@pytest.mark.parametrize(("page", "dropped"), [(2, True), (2, False), (1, True)])
-def test_a_write_under_way_has_two_entries_only_where_page_tables_were_dropped(page: int, dropped: bool) -> None:
-    """Write 2, to page 2, was under way as a slot was deleted; that to page 1 was done."""
-    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    if dropped:
-        log.add(Drop(2, [2], False, 3, [2]))
-    log.add(Collection(4, [4], True, 5, [4], 0, 64, [sorted([0, 1, 2, 3, page])]))
-    with nullcontext() if (page, dropped) == (2, True) else pytest.raises(ContractViolation, match="DUPLICATE"):
-        log.check([(0, 64)])
-
-
-@pytest.mark.parametrize(
-    ("harvest", "last", "right"),
-    [
-        (None, ([3], [0, 1, 2, 2]), True),
-        (([2], [0, 1]), ([3], [2, 2]), True),
-        (([65], [*range(64), 0]), ([67], [1, 2, 2]), False),
-    ],
-    ids=["no-harvest", "under-way-in-the-harvest", "done-before-the-harvest"],
-)
-def test_what_tracked_pages_anew_before_the_last_harvest_is_no_reason(
-    harvest: tuple[list[int], list[int]] | None, last: tuple[list[int], list[int]], right: bool
-) -> None:
-    """Write 2, under way as a slot was deleted, may have two entries; write 66, to the same page, has one."""
-    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    log.add(Drop(2, [2], False, 3, [2]))
-    if harvest is not None:
-        log.add(Collection(4, harvest[0], False, 5, harvest[0], 0, 64, [harvest[1]]))
-    log.add(Collection(6, last[0], True, 7, last[0], 0, 64, [last[1]]))
-    with nullcontext() if right else pytest.raises(ContractViolation, match="DUPLICATE"):
-        log.check([(0, 64)])
-
-
-@pytest.mark.parametrize(("told", "right"), [(range(64, 128), True), (range(64, 127), False)])
-def test_all_pages_are_dirty_at_first_until_they_were_collected(told: range, right: bool) -> None:
-    """The first half was collected by itself; then all, of which the second half has to be there still."""
-    log = CollectionLog([LINE], per_vcpu=False, initially_set=True)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    log.add(Collection(2, [0], True, 3, [0], 0, 64, [[*range(64)]]))
-    log.add(Collection(4, [0], True, 5, [0], 0, 128, [[*told]]))
-    with nullcontext() if right else pytest.raises(ContractViolation, match="all pages are dirty at first"):
-        log.check([(0, 128)])
-
-
-def test_only_pages_of_the_collection_count_as_demanded() -> None:
-    log = CollectionLog([LINE], per_vcpu=False, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=32))
-    log.add(Collection(2, [8], True, 3, [8], 32, 64, [[]]))
-    log.check([(32, 64)])
-    assert log.demanded == 0
-
-
-@pytest.mark.parametrize(("entries", "right"), [(3, True), (4, False)])
-def test_a_write_under_way_has_an_entry_for_each_of_its_page_that_is_taken_back(entries: int, right: bool) -> None:
-    """The ring had page 1 twice, as one entry was left from before tracking was switched off and on; write 65 meets both."""
-    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    log.add(Toggle(2, [2], True, 3, [2], on=False, first=0))
-    log.add(Toggle(4, [64], True, 5, [64], on=True, first=0))
-    log.add(Collection(6, [65], False, 7, [65], 0, 64, [[0, 1, 0, 1]]))
-    log.add(Collection(8, [66], True, 9, [66], 0, 64, [[1] * entries]))
-    with nullcontext() if right else pytest.raises(ContractViolation, match="DUPLICATE"):
-        log.check([(0, 64)])
-
-
-def test_what_a_collection_takes_back_is_no_reason_for_its_own_entries() -> None:
-    """It is taken back afterwards: page 2 has one write, and three entries in the same collection."""
-    log = CollectionLog([LINE], per_vcpu=True, initially_set=False)
-    log.add(Toggle(0, [0], True, 1, [0], on=True, first=0))
-    log.add(Collection(2, [2], False, 3, [4], 0, 64, [[0, 1, 2, 2, 2]]))
-    log.add(Collection(4, [4], True, 5, [4], 0, 64, [[3]]))
-    with pytest.raises(ContractViolation, match="DUPLICATE"):
-        log.check([(0, 64)])
-
-
 @pytest.mark.log_modes("ring")
 def test_a_ring_that_repeats_its_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """Of real KVM, all that vCPU 0's ring has, twice; the count of what is reset is kept right."""
-    honest = reset_ledger.ResetLedger.harvest
+    """Of real KVM, all that vCPU 0's ring has, twice."""
+    honest = SharedRings.harvest
 
-    def falsified(ledger: reset_ledger.ResetLedger, vcpu: int, most: int | None = None) -> Any:
-        entries, position = honest(ledger, vcpu, most)
-        return entries * 2 if vcpu == 0 else entries, position
+    def falsified(rings: SharedRings, vcpu: int, most: int | None = None) -> Any:
+        slots, offsets, position = honest(rings, vcpu, most)
+        return (slots * 2, offsets * 2, position) if vcpu == 0 else (slots, offsets, position)
 
-    check_fails(
-        kvm, log_mode, lambda _of: monkeypatch.setattr(reset_ledger.ResetLedger, "harvest", falsified), "DUPLICATE"
-    )
+    check_fails(kvm, log_mode, lambda _of: monkeypatch.setattr(SharedRings, "harvest", falsified), "DUPLICATE")
 
 
 # --- migrations ---------------------------------------------------------------------------------------------------------
@@ -442,12 +303,12 @@ def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
         vm.start()
         vm.writers.let_go()
         migration.run()
-        migration.compare()
+        migration.verify()
 
 
 def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> None:
     migrate(kvm, log_mode)
-    with pytest.raises(ContractViolation, match="the copy differs from the source in slot"):
+    with pytest.raises(ContractViolation, match="the copy differs from the source"):
         migrate(kvm, log_mode, CopiesTooEarly)
 
 
@@ -459,7 +320,7 @@ def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.Mon
             bitmap[:] = bytes(len(bitmap))
 
     falsify_bitmaps(monkeypatch, empty_the_first_ones)
-    with pytest.raises(ContractViolation, match="the copy differs from the source in slot 1"):
+    with pytest.raises(ContractViolation, match=r"slot 1: LOST .* the copy differs from the source"):
         migrate(kvm, log_mode)
 
 

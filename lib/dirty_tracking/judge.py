@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The rules of dirty logging, applied to a ledger: what must be reported, what may be, and how often.
+
+The rules and the exemptions have their numbers from docs/contract.md, which gives each one's source in the kernel. They hold
+for memory that the host leaves where it is (``keep_memory_in_place()`` of lib/kvm_util/host.py).
+"""
+
+from collections import Counter
+from collections.abc import Collection as Pages
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dirty_tracking.ledger import Collection, Counted, Event, Ledger, Reset, SlotPages, Toggle, ZapAll
+from dirty_tracking.violations import Kind, Violation
+from kvm_util.wording import counted
+
+_SHOWN = 8
+_NEVER = 1 << 62
+
+# A vCPU's writes from an index on, up to another one
+Span = tuple[int, int]
+
+
+@dataclass
+class _SlotState:
+    """What is known of one memslot.
+
+    :ivar collections: all that the rules still need
+    :ivar judged: the complete ones of them that were judged
+    :ivar deferred: writes that a later collection still has to report (E2): the last one of each vCPU to a page
+    """
+
+    pages: SlotPages
+    toggles: list[Toggle] = field(default_factory=list)
+    collections: list[Collection] = field(default_factory=list)
+    judged: list[Collection] = field(default_factory=list)
+    deferred: dict[tuple[int, int], int] = field(default_factory=dict)
+    logged: list[list[Span]] = field(default_factory=list)
+    unlogged: list[list[Span]] = field(default_factory=list)
+
+    def concerns(self, one: Collection) -> bool:
+        """Whether *one* collected any page of the slot."""
+        return one.first < self.pages.end and self.pages.first < one.last
+
+    def last_enabled(self, one: Event) -> Toggle | None:
+        """The last time before *one* that dirty logging was enabled."""
+        return next((toggle for toggle in reversed(self.toggles) if toggle.on and toggle.end < one.start), None)
+
+    def toggled_during(self, one: Event) -> bool:
+        """Whether dirty logging was being enabled or disabled during *one*."""
+        return any(toggle.overlaps(one) for toggle in self.toggles)
+
+    def update_spans(self, vcpus: range) -> None:
+        """Find which writes were certainly made with dirty logging enabled, and which certainly without."""
+        self.logged = [list(self._spans(vcpu, on=True)) for vcpu in vcpus]
+        self.unlogged = [list(self._spans(vcpu, on=False)) for vcpu in vcpus]
+        if self.toggles and self.toggles[0].on:
+            for vcpu in vcpus:
+                self.unlogged[vcpu].insert(0, (0, self.toggles[0].before[vcpu]))
+
+    def _spans(self, vcpu: int, on: bool) -> Iterator[Span]:
+        for index, toggle in enumerate(self.toggles):
+            if toggle.on == on:
+                # Writes during the call may be logged or not (E7). The one in flight at its end may have been made meanwhile,
+                # or, where dirty logging is off then, have been logged before it is made (E1).
+                in_flight = not (on and toggle.exact[vcpu])
+                end = self.toggles[index + 1].before[vcpu] if index + 1 < len(self.toggles) else _NEVER
+                yield toggle.after[vcpu] + in_flight, end
+
+    def forget(self) -> Collection | None:
+        """Drop what no rule needs after a complete collection of all pages with all vCPUs out of KVM_RUN; returns that one."""
+        covering = [
+            one for one in self.judged
+            if all(one.exact) and one.first <= self.pages.first and self.pages.end <= one.last
+        ]  # fmt: skip
+        if not covering:
+            return None
+        last = max(covering, key=lambda one: one.start)
+        self.collections = [one for one in self.collections if one.end >= last.start]
+        self.judged = [one for one in self.judged if one.end >= last.start]
+        before = [toggle for toggle in self.toggles if toggle.end < last.start]
+        self.toggles = [*before[-1:], *(toggle for toggle in self.toggles if toggle.end >= last.start)]
+        return last
+
+
+class Judge:
+    """Verifies the events of *ledger* as they come.
+
+    :ivar pages_required: how many pages had to be reported, summed over collections and vCPUs
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.pages_required = 0
+        self._ledger = ledger
+        self._vcpus = range(len(ledger.streams))
+        self._slots = [_SlotState(one) for one in ledger.slots if one.known]
+        self._zaps: list[ZapAll] = []
+        self._resets: list[Reset] = []
+        self._found: list[Violation] = []
+
+    def verify(self) -> list[Violation]:
+        """Verify what was recorded since the last call; returns what was wrong, in the order of time.
+
+        No operation may be in progress. So that no write is missed, the last collections must be complete, with all vCPUs out
+        of KVM_RUN.
+        """
+        events = self._ledger.take()
+        collections = [event for event in events if isinstance(event, Collection)]
+        self._resets = [event for event in events if isinstance(event, Reset)]
+        self._zaps += [event for event in events if isinstance(event, ZapAll)]
+        toggles = [event for event in events if isinstance(event, Toggle)]
+        for state in self._slots:
+            state.toggles += [toggle for toggle in toggles if toggle.slot == state.pages.slot]
+            state.toggles.sort(key=lambda toggle: toggle.start)
+            state.update_spans(self._vcpus)
+            state.collections += filter(state.concerns, collections)
+        for one in collections:
+            self._check_strays(one)
+            for state in self._slots:
+                if state.concerns(one):
+                    self._check_collection(one, state)
+            self._check_gaps(one)
+        if self._ledger.per_vcpu:
+            self._check_reset_counts(sorted([*collections, *self._resets], key=lambda event: event.start))
+        self._forget()
+        found, self._found = self._found, []
+        return sorted(found, key=lambda violation: violation.collection)
+
+    def _forget(self) -> None:
+        last = [state.forget() for state in self._slots]
+        if all(last):
+            since = min(one.start for one in last if one is not None)
+            self._zaps = [zap for zap in self._zaps if zap.end >= since]
+
+    def _check_collection(self, one: Collection, state: _SlotState) -> None:
+        if not self._ledger.per_vcpu and not self._is_answered(one, state):
+            return
+        self._check_spurious(one, state)
+        if one.complete and (self._ledger.per_vcpu or not state.toggled_during(one)):
+            self._check_lost(one, state)
+            state.judged.append(one)
+
+    # --- R1, R2: what must be reported ------------------------------------------------------------------------------------
+
+    def _check_lost(self, one: Collection, state: _SlotState) -> None:
+        scope = range(max(one.first, state.pages.first), min(one.last, state.pages.end))
+        enabled = state.last_enabled(one)
+        absent = self._absent_at_first(one, state, enabled, scope)
+        if absent:
+            self._find("R2", Kind.LOST, one, state, None, absent, ": all pages are dirty at first")
+        # Of a bitmap, what was not collected before dirty logging was disabled is gone (E5).
+        bitmap_since = enabled if not self._ledger.per_vcpu else None
+        deferred = {key: write for key, write in state.deferred.items() if key[1] not in scope}
+        for vcpu in self._vcpus:
+            oldest = bitmap_since.after[vcpu] if bitmap_since is not None else 0
+            since = max((last.before[vcpu] for last in state.judged if last.covers(one)), default=0)
+            spans = [
+                (max(since, first), min(end, one.before[vcpu]))
+                for first, end in state.logged[vcpu]
+                if bitmap_since is None or end > oldest
+            ]
+            required = self._written(vcpu, spans, scope)
+            owed = {page: write for (its, page), write in state.deferred.items() if its == vcpu and page in scope}
+            required.update(page for page, write in owed.items() if write >= oldest)
+            self.pages_required += len(required)
+            missing = required - one.pages
+            if missing and (lost := self._lost(one, state, vcpu, missing, spans, owed, deferred) - absent):
+                begin = "the collection before" if state.judged else "dirty logging was enabled"
+                detail = f", of {len(required)} written since {begin}"
+                self._find("R1", Kind.LOST, one, state, vcpu, lost, detail)
+        state.deferred = deferred
+
+    def _lost(
+        self, one: Collection, state: _SlotState, vcpu: int, missing: set[int], spans: Sequence[Span],
+        owed: dict[int, int], deferred: dict[tuple[int, int], int],
+    ) -> set[int]:  # fmt: skip
+        """Those of the *missing* pages that are not elsewhere; *deferred* gets those that may still come."""
+        # Of each page the last write is enough: what reports that one reports those before.
+        writes = {page: write for page, write in owed.items() if page in missing}
+        for first, end in spans:
+            last_writes = self._ledger.streams[vcpu].last_writes(first, end)
+            writes |= {page: last_writes[page] for page in missing & last_writes.keys()}
+        oldest = min(writes.values())
+        others = [
+            other
+            for other in reversed(state.collections)
+            if other is not one and other.start < one.end and other.after[vcpu] >= oldest
+        ]
+        lost = set()
+        for page, write in writes.items():
+            if any(page in other.pages and self._may_have_made(vcpu, write, other, state) for other in others):
+                continue
+            if self._is_about_to_be_logged(vcpu, page, one):
+                deferred[vcpu, page] = write
+            else:
+                lost.add(page)
+        return lost
+
+    def _may_have_made(self, vcpu: int, write: int, other: Collection, state: _SlotState) -> bool:
+        """Whether the write may have been made by the end of *other*, so that *other*'s report may be its report."""
+        if write != other.after[vcpu]:
+            return write < other.after[vcpu]
+        if other.exact[vcpu]:
+            return False
+        # It was in flight. A vCPU that is out of KVM_RUN afterwards shows whether it was made.
+        later: Iterator[Counted] = (
+            event
+            for events in (state.collections, state.toggles)
+            for event in events
+            if event.start >= other.end and event.exact[vcpu]
+        )
+        return not any(event.before[vcpu] <= write for event in later)
+
+    def _is_about_to_be_logged(self, vcpu: int, page: int, one: Collection) -> bool:
+        """Whether another vCPU may have made the page writable without having logged it yet (E2)."""
+        return not one.kicked and any(
+            self._in_flight(other, page, one) for other in self._vcpus if other != vcpu and not one.exact[other]
+        )
+
+    def _absent_at_first(self, one: Collection, state: _SlotState, enabled: Toggle | None, scope: range) -> set[int]:
+        """The pages that no collection has reported since dirty logging was enabled, if *one* had to be the last to do so."""
+        if enabled is None or not self._ledger.initially_set:
+            return set()
+        if any(last.start > enabled.end and last.covers(one) for last in state.judged):
+            return set()
+        reported = (other.pages for other in state.collections if enabled.start < other.end and other.start < one.end)
+        return set(scope).difference(*reported)
+
+    # --- R3: what may be reported, and R5: how often -----------------------------------------------------------------------
+
+    def _check_spurious(self, one: Collection, state: _SlotState) -> None:
+        rings = self._ledger.per_vcpu
+        enabled = state.last_enabled(one)
+        free = self._pages_still_set(one, state)
+        for source, entries in enumerate(one.reported):
+            pages = self._of_slot(entries, state)
+            reported = set(pages)
+            spans: list[tuple[int, Span]] = []
+            for vcpu in (source,) if rings else self._vcpus:
+                since = max(
+                    (last.before[vcpu] for last in state.judged if last.end < one.start and last.covers(one)), default=0
+                )
+                if enabled is not None and not rings:
+                    since = max(since, enabled.before[vcpu])
+                # The write in flight may be reported before it is made (E1).
+                spans += ((vcpu, span) for span in _without(since, one.after[vcpu] + 1, state.unlogged[vcpu]))
+            spurious = reported - free
+            for vcpu, span in spans:
+                spurious.difference_update(self._ledger.streams[vcpu].written(*span))
+            if spurious:
+                detail = f", of {len(reported)} reported"
+                self._find("R3", Kind.SPURIOUS, one, state, source if rings else None, spurious, detail)
+            if rings and len(reported) < len(pages):
+                self._check_duplicates(one, state, source, pages, spurious, [span for _, span in spans])
+
+    def _check_duplicates(
+        self, one: Collection, state: _SlotState, vcpu: int, entries: Sequence[int], spurious: set[int],
+        spans: Sequence[Span],
+    ) -> None:  # fmt: skip
+        """KVM pushes an entry for a write, so a page cannot have more entries than the vCPU may have made writes."""
+        counts = {page: count for page, count in Counter(entries).items() if count > 1 and page not in spurious}
+        writes: Counter[int] = Counter()
+        for span in spans:
+            writes += self._ledger.streams[vcpu].counts(counts.keys(), *span)
+        each = self._ledger.entries_per_write  # E4
+        excess = set()
+        for page, count in counts.items():
+            more = count - writes[page] * each
+            # Seldom; to look for the reasons takes long.
+            if more > 0 and more > self._times_protected_in_flight(one, state, vcpu, page) * each:
+                excess.add(page)
+        if excess:
+            self._find("R5", Kind.DUPLICATE, one, state, vcpu, excess)
+
+    def _times_protected_in_flight(self, one: Collection, state: _SlotState, vcpu: int, page: int) -> int:
+        """How often the page may have been write-protected again while *vcpu*'s write to it was in flight (E3).
+
+        What was logged before the last complete collection is in that one: what happened before it is no reason for a second
+        entry after it. Unless the write was in flight all the time and its first entry still to be logged: where vCPUs are
+        not kicked no harvest waits for it (E2).
+        """
+        earlier = [last for last in state.judged if last.end < one.start]
+        since = 0
+        if earlier:
+            last = max(earlier, key=lambda last: last.start)
+            if last.exact[vcpu]:
+                since = last.end
+            elif last.kicked or not self._in_flight(vcpu, page, last):
+                since = last.start
+        times = 0
+        reasons: list[Counted] = [*state.collections, *(toggle for toggle in state.toggles if toggle.on), *self._zaps]
+        for event in reasons:
+            if not (since < event.end and event.start < one.end and self._in_flight(vcpu, page, event)):
+                continue
+            if not isinstance(event, Collection):
+                times += 1
+            elif event is not one:
+                times += sum(ring[page] for ring in event.rings)
+            elif self._is_overlapped(one, state):
+                # Another thread may reset the entries of the other rings before this ring is read.
+                times += sum(ring[page] for its, ring in enumerate(one.rings) if its != vcpu)
+        return times
+
+    def _is_overlapped(self, one: Collection, state: _SlotState) -> bool:
+        others: list[Event] = [*state.collections, *self._resets]
+        return any(other.overlaps(one) for other in others if other is not one)
+
+    def _pages_still_set(self, one: Collection, state: _SlotState) -> set[int]:
+        """The pages that may be dirty since dirty logging was enabled, and have not been cleared since (E6)."""
+        if not self._ledger.initially_set:
+            return set()
+        enabled = state.last_enabled(one)
+        if enabled is None or any(toggle.on and toggle.overlaps(one) for toggle in state.toggles):
+            return set(state.pages.range)
+        cleared = [last for last in state.judged if enabled.end < last.start and last.end < one.start]
+        if any(last.first <= state.pages.first and last.last >= state.pages.end for last in cleared):
+            return set()
+        return set(state.pages.range).difference(*(range(last.first, last.last) for last in cleared))
+
+    # --- R4, R6 to R9: answers, entries and counts -------------------------------------------------------------------------
+
+    def _is_answered(self, one: Collection, state: _SlotState) -> bool:
+        """Whether KVM gave a bitmap; a violation where that does not fit to dirty logging's being enabled or not (R4)."""
+        before = [toggle for toggle in state.toggles if toggle.end < one.start]
+        enabled = bool(before) and before[-1].on
+        if one.refused == enabled and not state.toggled_during(one):
+            answer, state_text = ("ENOENT", "on") if one.refused else ("a bitmap", "off")
+            detail = f"KVM answered with {answer} while dirty logging was {state_text}"
+            kind = Kind.LOST if one.refused else Kind.SPURIOUS
+            self._add("R4", kind, detail, one, state.pages.slot)
+        return not one.refused
+
+    def _check_strays(self, one: Collection) -> None:
+        npages = {one.slot: len(one.range) for one in self._ledger.slots}
+        for source in dict.fromkeys(source for source, _, _ in one.strays):
+            vcpu = source if self._ledger.per_vcpu else None
+            named: dict[int, list[int]] = {}
+            for its, slot, offset in one.strays:
+                if its == source:
+                    named.setdefault(slot, []).append(offset)
+            for slot, offsets in named.items():
+                some = ", ".join(map(str, sorted(offsets)[:_SHOWN]))
+                if slot in npages:
+                    detail = f"{counted(len(offsets), 'page')}, the slot has {npages[slot]}: {some}"
+                    self._add("R7", Kind.BAD_OFFSET, detail, one, slot, vcpu, offsets)
+                else:
+                    detail = f"{counted(len(offsets), 'entry says', 'entries say')} slot {slot:#x}, offset {some}"
+                    self._add("R6", Kind.WRONG_SLOT, detail, one, None, vcpu, offsets)
+
+    def _check_gaps(self, one: Collection) -> None:
+        for vcpu, behind in enumerate(one.behind_gap):
+            if behind:
+                detail = f"a harvest in order does not reach {counted(behind, 'entry', 'entries')}"
+                self._add("R9", Kind.GAP, detail, one, None, vcpu)
+
+    def _check_reset_counts(self, events: Sequence[Event]) -> None:
+        """Whenever no collection and no reset is in progress, as many entries were reset as were harvested (R8)."""
+        harvested = reset = end = 0
+        last: Collection | None = None
+
+        def settle() -> None:
+            if harvested != reset:
+                self._add("R8", Kind.RESET_COUNT, f"harvested {harvested}, reset {reset}", last)
+
+        for event in events:
+            if event.start > end:
+                settle()
+                harvested = reset = 0
+            end = max(end, event.end)
+            if isinstance(event, Collection):
+                last = event
+                harvested += event.harvested
+                reset += event.reset
+            elif isinstance(event, Reset):
+                reset += event.count
+        settle()
+
+    # --- what the rules have in common -------------------------------------------------------------------------------------
+
+    def _in_flight(self, vcpu: int, page: int, event: Counted) -> bool:
+        """Whether *vcpu*'s write to *page* may have been in flight during *event*."""
+        return page in self._ledger.streams[vcpu].written(event.before[vcpu], event.after[vcpu] + 1)
+
+    def _written(self, vcpu: int, spans: Sequence[Span], scope: range) -> set[int]:
+        """The pages of *scope* that *vcpu* wrote in *spans*."""
+        stream = self._ledger.streams[vcpu]
+        pages = set().union(*(stream.written(first, end) for first, end in spans if first < end))
+        return pages if self._is_all(scope) else {page for page in pages if page in scope}
+
+    def _of_slot(self, entries: list[int], state: _SlotState) -> list[int]:
+        pages = state.pages.range
+        return entries if self._is_all(pages) else [page for page in entries if page in pages]
+
+    def _is_all(self, scope: range) -> bool:
+        """Whether these are all pages that the vCPUs may write."""
+        slots = self._ledger.slots
+        return scope.start <= slots[0].first and scope.stop >= slots[-1].end
+
+    def _find(
+        self, rule: str, kind: Kind, one: Collection, state: _SlotState, vcpu: int | None, pages: Pages[int],
+        detail: str = "",
+    ) -> None:  # fmt: skip
+        """Add a violation about *pages*, which are numbers of the streams."""
+        offsets = sorted(page - state.pages.first for page in pages)
+        some = ", ".join(map(str, offsets[:_SHOWN]))
+        self._add(rule, kind, f"{counted(len(offsets), 'page')}{detail}: {some}", one, state.pages.slot, vcpu, offsets)
+
+    def _add(
+        self, rule: str, kind: Kind, detail: str, one: Collection | None, slot: int | None = None,
+        vcpu: int | None = None, offsets: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        iteration, number = (one.iteration, one.number) if one is not None else (0, 0)
+        pages = tuple(sorted(offsets))
+        self._found.append(Violation(kind, detail, slot, pages, vcpu, iteration, number, rule))
+
+
+def _without(start: int, end: int, holes: Sequence[Span]) -> list[Span]:
+    """What is left of the span *start* to *end* - 1 without *holes*, which are in order."""
+    left = []
+    for first, last in (*holes, (end, end)):
+        if start < min(first, end):
+            left.append((start, min(first, end)))
+        start = max(start, last)
+    return left

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Dirty rings that several threads harvest and reset at once."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from dirty_tracking.cell import HANG_TIMEOUT
+from dirty_tracking.ring import DirtyRing
+from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from kvm_util.vm import Vm
+from kvm_util.wording import counted
+
+
+class SharedRings:
+    """The *rings* of *vm*'s vCPUs; every method may be called by any thread."""
+
+    def __init__(self, vm: Vm, rings: Sequence[DirtyRing]) -> None:
+        self._vm = vm
+        self._rings = rings
+        self._harvesting = [threading.Lock() for _ in vm.vcpus]
+        self._cond = threading.Condition()
+        self._calls = 0
+        self._in_progress: set[int] = set()
+
+    def harvest(self, vcpu: int, most: int | None = None) -> tuple[list[int], list[int], int]:
+        """Harvest entries of a ring, in order: all, or *most* at most.
+
+        :returns: their slots and offsets, and the position in the ring up to which it is harvested now
+        """
+        ring = self._rings[vcpu]
+        with self._harvesting[vcpu]:
+            slots, offsets = ring.harvest(most)
+            return slots, offsets, ring.next
+
+    def reset(self) -> int:
+        """KVM_RESET_DIRTY_RINGS once; returns how many entries it reset."""
+        with self._cond:
+            self._calls += 1
+            number = self._calls
+            self._in_progress.add(number)
+        try:
+            return self._vm.reset_dirty_rings()
+        finally:
+            with self._cond:
+                self._in_progress.remove(number)
+                self._cond.notify_all()
+
+    def reset_up_to(self, positions: Sequence[int]) -> int:
+        """Have every ring's entries up to these positions reset, and let KVM finish that; returns how many this reset.
+
+        One call does, unless a signal ends it early: then it returns with what it had done until then (since Linux 6.17,
+        commit 49005a2a3d2a), and the rest is for the next. Entries may also be reset by another thread's call. That one
+        flushes the TLBs only after it let go of the lock that makes the calls wait for each other
+        (``kvm_vm_ioctl_reset_dirty_pages()``, virt/kvm/kvm_main.c), so it has to have returned too.
+
+        :raises ContractViolation: harvested entries are left, in spite of all calls (R8)
+        """
+        deadline = time.monotonic() + HANG_TIMEOUT
+        count = calls = 0
+        while True:
+            count += self.reset()
+            calls += 1
+            with self._cond:
+                left = [
+                    vcpu
+                    for vcpu, position in enumerate(positions)
+                    if position and self._rings[vcpu].is_harvested(position - 1)
+                ]
+                if not left:
+                    others = set(self._in_progress)
+                    if self._cond.wait_for(lambda others=others: not others & self._in_progress, HANG_TIMEOUT):  # type: ignore[misc]
+                        return count
+                    raise violated(Kind.OTHER, f"KVM_RESET_DIRTY_RINGS does not return within {HANG_TIMEOUT:g} s")
+            if time.monotonic() > deadline:
+                detail = (
+                    f"KVM_RESET_DIRTY_RINGS leaves harvested entries in the rings of vCPUs {left} for {HANG_TIMEOUT:g} s,"
+                    f" in {counted(calls, 'call')}"
+                )
+                raise ContractViolation([Violation(Kind.RESET_COUNT, detail, rule="R8")])

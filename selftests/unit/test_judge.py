@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The rules of docs/contract.md, one by one, on ledgers that are made up."""
+
+import random
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dirty_tracking.judge import Judge
+from dirty_tracking.ledger import Collection, Event, Ledger, Reset, SlotPages, Toggle, ZapAll
+from dirty_tracking.memory_check import WORDS_PER_PAGE, MemoryCheck
+from dirty_tracking.violations import Kind, Violation
+from dirty_tracking.write_stream import WriteStream
+from selftests.unit.toy_kvm import FAULTS, MODES, RING_FAULTS, Fault, ToyKvm, collectors, one_collector
+
+NPAGES = 16
+SLOT = 1
+
+
+class Run:
+    """A run whose collections come one after the other, with vCPUs that were kicked, as in the matrix."""
+
+    def __init__(self, *streams: Sequence[int], ring: bool = False, initially_set: bool = False) -> None:
+        loops = [WriteStream(array("I", pages), 0) for pages in streams]
+        self.ledger = Ledger(loops, [SlotPages(SLOT, 0, NPAGES)], ring, initially_set)
+        self.judge = Judge(self.ledger)
+        writes, exact = [0 for _ in streams], [True for _ in streams]
+        self.ledger.record(Toggle(self.ledger.now(), self.ledger.now(), writes, writes, exact, SLOT, on=True))
+
+    def collect(
+        self, reported: Sequence[Sequence[int]], before: list[int], after: list[int], exact: list[bool],
+        slots: Sequence[int] | None = None, reset: int | None = None, gap: int = 0, iteration: int = 1,
+    ) -> list[Violation]:  # fmt: skip
+        """What is wrong with one collection more; *slots* are those of the single ring's entries."""
+        one = Collection(self.ledger.now(), 0, before, after, exact, last=NPAGES, kicked=True, iteration=iteration)
+        for pages in reported:
+            if slots is not None:
+                one.add(*self.ledger.entry_numbers(slots, list(pages)))
+            else:
+                one.add(*self.ledger.page_numbers(SLOT, list(pages)))
+        one.reset = one.harvested if reset is None else reset
+        one.behind_gap = [gap for _ in reported]
+        one.end = self.ledger.now()
+        self.ledger.record(one)
+        return self.judge.verify()
+
+    def stopped(self, pages: Sequence[int], before: int, **named: Any) -> list[Violation]:
+        """Of a single vCPU that is out of its guest after so many writes."""
+        return self.collect([pages], [before], [before], [True], **named)
+
+    def running(self, pages: Sequence[int], before: int, after: int) -> list[Violation]:
+        """Of a single vCPU that runs."""
+        return self.collect([pages], [before], [after], [False])
+
+
+def kinds(found: Sequence[Violation]) -> list[Kind]:
+    return [violation.kind for violation in found]
+
+
+def test_rules_cited_and_rules_in_the_contract() -> None:
+    """Each number that lib/ cites is one of docs/contract.md, and each of these is cited."""
+    root = Path(__file__).resolve().parent.parent.parent
+    cited = {
+        number for path in (root / "lib").rglob("*.py") for number in re.findall(r"\b[RE]\d{1,2}\b", path.read_text())
+    }
+    rules = re.findall(r"^\| ([RE]\d+) \|", (root / "docs" / "contract.md").read_text(), re.MULTILINE)
+    assert len(rules) == len(set(rules))
+    assert cited == set(rules)
+
+
+# --- one collection after the other ---------------------------------------------------------------------------------------
+
+
+def test_exactly_what_was_written() -> None:
+    assert not Run([3, 1, 4, 1]).stopped([1, 3, 4], before=4)
+
+
+def test_a_missing_page_is_lost() -> None:
+    (found,) = Run([3, 1, 4]).stopped([1, 3], before=3)
+    assert (found.kind, found.pages, found.rule) == (Kind.LOST, (4,), "R1")
+
+
+def test_an_extra_page_is_spurious() -> None:
+    (found,) = Run([3, 1, 4, 5, 9]).stopped([1, 3, 4, 9], before=3)
+    assert (found.kind, found.pages, found.rule) == (Kind.SPURIOUS, (9,), "R3")
+
+
+def test_a_page_beyond_the_slot() -> None:
+    """A bit in the tail of the last word, or an offset that the slot does not have."""
+    (found,) = Run([3, 1]).stopped([3, NPAGES], before=1)
+    assert (found.kind, found.pages, found.rule) == (Kind.BAD_OFFSET, (NPAGES,), "R7")
+
+
+def test_a_write_in_flight_may_be_reported() -> None:
+    """And must be once it is done: the exemption covers the one write after the published ones, at that collection only."""
+    run = Run([3, 1, 4, 5])
+    assert not run.stopped([3, 1, 4], before=2)
+    assert kinds(run.stopped([5], before=4)) == [Kind.LOST]  # page 4: its write was not done before
+    assert kinds(Run([3, 1, 4, 5]).stopped([3, 1, 5], before=2)) == [Kind.SPURIOUS]
+
+
+def test_a_write_during_a_collection() -> None:
+    """Writes between the two counts of a running collection are in it or in the next, but not in neither."""
+    for first, second in (([3, 1], [4, 5]), ([3, 1, 4], [5]), ([3, 1, 4, 5], [4])):
+        run = Run([3, 1, 4, 5, 9])
+        assert not run.running(first, 2, 3)
+        assert not run.stopped(second, before=4)
+    run = Run([3, 1, 4, 5, 9])
+    assert not run.running([3, 1], 2, 3)
+    assert kinds(run.stopped([5], before=4)) == [Kind.LOST]
+
+
+def test_a_write_is_not_reported_twice() -> None:
+    """What was written before the last collection began may not come again."""
+    run = Run([3, 1, 4, 5, 9])
+    assert not run.running([3, 1], 2, 3)
+    assert kinds(run.stopped([3, 4, 5], before=4)) == [Kind.SPURIOUS]
+
+
+def test_a_running_collection_that_lacks_a_page() -> None:
+    """It may not miss what was written before it began."""
+    assert kinds(Run([3, 1, 4, 5]).running([3], 2, 3)) == [Kind.LOST]
+
+
+def test_initially_set_requires_each_page_once() -> None:
+    """The first collection reports all pages, the second only what was written."""
+    (found,) = Run([3, 1, 4, 9], initially_set=True).running(range(1, NPAGES), 1, 1)
+    assert (found.kind, found.pages, found.rule) == (Kind.LOST, (0,), "R2")
+    run = Run([3, 1, 4, 9], initially_set=True)
+    assert not run.running(range(NPAGES), 1, 1)
+    assert not run.stopped([1], before=2)
+    assert kinds(run.stopped([4, 3], before=3)) == [Kind.SPURIOUS]
+
+
+def test_a_page_absent_at_first_is_reported_once() -> None:
+    """Also where it was written too."""
+    (found,) = Run([0, 1, 4, 9], initially_set=True).stopped(range(1, NPAGES), before=1)
+    assert (found.kind, found.pages, found.rule) == (Kind.LOST, (0,), "R2")
+
+
+def test_one_bitmap_reports_for_all_vcpus() -> None:
+    run = Run([3, 1], [4, 5])
+    assert not run.collect([[3, 4]], [1, 1], [1, 1], [True, True])
+    (found,) = run.collect([[1]], [2, 2], [2, 2], [True, True])
+    assert (found.kind, found.vcpu, found.pages) == (Kind.LOST, 1, (5,))
+
+
+def test_a_ring_reports_for_its_own_vcpu_only() -> None:
+    found = Run([3, 1], [4, 5], ring=True).collect([[4], [3]], [1, 1], [1, 1], [True, True])
+    assert [(one.kind, one.vcpu) for one in found] == [(Kind.SPURIOUS, 0), (Kind.SPURIOUS, 1)]
+
+
+def test_a_page_of_two_vcpus_is_in_one_ring() -> None:
+    """Either ring will do: the second store to a page that is writable already makes no entry."""
+    for first, second in (([3, 1], []), ([1], [3])):
+        assert not Run([3, 1], [3], ring=True).collect([first, second], [2, 1], [2, 1], [True, True])
+    found = Run([3, 1, 9], [3, 8], ring=True).collect([[1, 9], []], [2, 1], [2, 1], [True, True])
+    assert [(one.kind, one.vcpu, one.pages) for one in found] == [(Kind.LOST, 0, (3,)), (Kind.LOST, 1, (3,))]
+
+
+@pytest.mark.parametrize(
+    ("pages", "before", "named", "expected"),
+    [
+        ([3, 1, 3], 3, {}, []),
+        ([3, 1, 1, 3], 3, {}, ["R5"]),
+        ([3, 1, 3], 3, {"slots": [SLOT, SLOT, 2]}, ["R6"]),
+        ([3, 1], 2, {"slots": [SLOT, 1 << 16 | SLOT]}, ["R6", "R1"]),
+        ([3, 1], 2, {"reset": 1}, ["R8"]),
+        ([3, 1], 2, {"reset": 3}, ["R8"]),
+        ([3, 1], 2, {"gap": 7}, ["R9"]),
+    ],
+)
+def test_ring_entries(pages: list[int], before: int, named: dict[str, Any], expected: list[str]) -> None:
+    """Slot, number and order of entries, and the number that KVM reset."""
+    found = Run([3, 1, 3, 9], ring=True).stopped(pages, before, **named)
+    assert [violation.rule for violation in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("others", "exact", "expected"),
+    [([5], False, []), ([], False, [Kind.DUPLICATE]), ([5], True, [Kind.DUPLICATE])],
+    ids=["reset", "not-in-the-other-ring", "not-in-flight"],
+)
+def test_two_entries_where_another_vcpus_is_reset(others: list[int], exact: bool, expected: list[Kind]) -> None:
+    """A write in flight may be logged again when another entry of its page is reset."""
+    run = Run([3, 5, 1, 1], [5, 2, 2, 2], ring=True)
+    before = [1, len(others)]
+    assert not run.collect([[3], others], before, before, [exact, exact])
+    found = run.collect([[5, 5], [] if others else [5]], [2, 1], [2, 1], [True, True])
+    assert kinds(found) == expected
+
+
+@pytest.mark.parametrize(("reset", "right"), [([5, 1], True), ([1, 2], False)])
+def test_two_entries_where_its_own_is_reset(reset: list[int], right: bool) -> None:
+    """The page was in the ring that was reset while its next write was in flight: that may have two entries."""
+    run = Run([*reset, 5, 2], ring=True)
+    assert not run.collect([reset], [2], [2], [False])
+    assert kinds(run.collect([[5, 5]], [3], [3], [True])) == ([] if right else [Kind.DUPLICATE])
+
+
+def test_a_write_not_published_for_several_collections() -> None:
+    """The vCPU stays between store and publication for several collections: a report in any will do, but one must be."""
+    for reports in ([[3, 1, 4], [], [], [5]], [[3, 1], [4], [], [5]], [[3, 1], [], [4], [5]], [[3, 1], [], [], [4, 5]]):
+        run = Run([3, 1, 4, 5, 9])
+        counts = [(2, 2), (2, 2), (2, 2), (4, 4)]
+        assert not [run.running(pages, *count) for pages, count in zip(reports, counts, strict=True)][-1]
+    run = Run([3, 1, 4, 5, 9])  # published during a collection, after it was reported in the one before
+    for pages, before, after in (([3, 1, 4], 2, 2), ([], 2, 3), ([5], 4, 4)):
+        assert not run.running(pages, before, after)
+    run = Run([3, 1, 4, 5, 9])
+    for pages in ([3, 1], [], []):
+        assert not run.running(pages, 2, 2)
+    (found,) = run.running([5], 4, 4)
+    assert (found.kind, found.pages) == (Kind.LOST, (4,))
+
+
+def test_a_page_that_a_kicked_vcpu_is_about_to_write() -> None:
+    """VCPU 0 has written page 5, which is not reported, while vCPU 1 was about to write it: what that has to log is logged."""
+    (found,) = Run([5, 1, 1], [5, 3, 1]).collect([[]], [1, 0], [1, 0], [True, False])
+    assert (found.kind, found.vcpu, found.pages) == (Kind.LOST, 0, (5,))
+
+
+def test_an_early_report_of_a_stopped_vcpu_does_not_count() -> None:
+    """What was in flight and reported while it waited with a full ring must be reported again when it is done later."""
+    run = Run([3, 1, 4, 5, 9])
+    assert not run.stopped([3, 1, 4], before=2)  # exact: write 2 was reported but not done
+    assert not run.running([], 2, 2)
+    assert kinds(run.running([5], 4, 4)) == [Kind.LOST]
+
+
+def test_an_early_report_of_a_vcpu_that_stops_later_does_not_count() -> None:
+    """Write 2 was in flight and reported; the next collection shows that it was not made, so its page must come again."""
+    run = Run([3, 1, 4, 5, 9])
+    assert not run.running([3, 1, 4], 2, 2)
+    assert not run.stopped([], before=2)
+    assert kinds(run.running([5], 4, 4)) == [Kind.LOST]
+
+
+def test_violations_in_words_of_the_field() -> None:
+    """Singular and plural, and which writes a collection was to report."""
+    run = Run([3, 1, 4])
+    (first,) = run.stopped([], before=1)
+    (second,) = run.stopped([], before=3)
+    lost = "slot 1, vCPU 0: LOST [R1] (written but not reported)"
+    assert str(first) == f"iteration 1, collection 1, {lost}: 1 page, of 1 written since dirty logging was enabled: 3"
+    assert str(second) == f"iteration 1, collection 2, {lost}: 2 pages, of 2 written since the collection before: 1, 4"
+
+
+# --- collections that overlap, toggles, and what threads do at once -------------------------------------------------------
+
+LINE = WriteStream(array("I", range(64)), 0)
+LINE_SLOT = SlotPages(SLOT, 0, 64)
+# Two vCPUs that both write page 5, the second one first
+TWO = [WriteStream(array("I", [3, 5, 1, 1]), 0), WriteStream(array("I", [5, 2, 2, 2]), 0)]
+
+
+def line(ring: bool = False, initially_set: bool = False) -> Ledger:
+    """The ledger of a vCPU that writes 64 pages in a row, with dirty logging enabled from its first write on."""
+    ledger = Ledger([LINE], [LINE_SLOT], ring, initially_set)
+    ledger.record(Toggle(0, 1, [0], [0], [True], SLOT, on=True))
+    return ledger
+
+
+def two(ring: bool) -> Ledger:
+    ledger = Ledger(TWO, [LINE_SLOT], ring, initially_set=False)
+    ledger.record(Toggle(0, 1, [0, 0], [0, 0], [True, True], SLOT, on=True))
+    return ledger
+
+
+def collection(
+    start: int, end: int, before: int, after: int, pages: list[int], exact: bool = False, complete: bool = True
+) -> Collection:
+    one = Collection(start, end, [before], [after], [exact], 0, 64, [pages], complete=complete)
+    one.reset = one.harvested
+    return one
+
+
+def of_both(start: int, counts: list[int], reported: list[list[int]], exact: bool, kicked: bool = False) -> Collection:
+    """A collection of two vCPUs, neither of which writes meanwhile."""
+    one = Collection(start, start + 1, counts, counts, [exact, exact], 0, 64, reported, kicked=kicked)
+    one.reset = one.harvested
+    return one
+
+
+def judged(ledger: Ledger, *events: Event) -> list[Kind]:
+    """The kinds of the violations, all judged at the end."""
+    for event in events:
+        ledger.record(event)
+    return kinds(Judge(ledger).verify())
+
+
+def test_a_write_that_an_overlapping_collection_has() -> None:
+    """Two collections at once: the second one lacks what the first one took, and that is right."""
+    assert not judged(
+        line(),
+        collection(2, 5, 4, 8, [0, 1, 2, 3, 4]),
+        collection(3, 4, 5, 6, []),
+        collection(6, 7, 8, 8, [5, 6, 7], exact=True),
+    )
+
+
+def test_a_write_after_the_collection_that_has_its_page() -> None:
+    """Page 0 is in the first, but was written again since (write 64), and is not in the last."""
+    first = collection(2, 3, 60, 60, [*range(60)])
+    assert judged(line(), first, collection(4, 5, 66, 66, [1, 60, 61, 62, 63], exact=True)) == [Kind.LOST]
+
+
+def test_a_page_of_a_complete_collection_comes_again() -> None:
+    first = collection(2, 3, 4, 4, [0, 1, 2, 3])
+    assert judged(line(), first, collection(4, 5, 5, 5, [3, 4], exact=True)) == [Kind.SPURIOUS]
+
+
+def test_a_page_that_a_partial_collection_left() -> None:
+    first = collection(2, 3, 4, 4, [0, 1], complete=False)
+    assert not judged(line(), first, collection(4, 5, 5, 5, [2, 3, 4], exact=True))
+
+
+@pytest.mark.parametrize(
+    ("kicked", "last", "expected"),
+    [(False, [3, 5], []), (True, [3, 5], [Kind.LOST]), (False, [3], [Kind.LOST, Kind.LOST])],
+    ids=["later", "kicked", "never"],
+)
+def test_a_page_that_another_vcpu_is_about_to_log(kicked: bool, last: list[int], expected: list[Kind]) -> None:
+    """It may be in the next collection instead, unless the vCPUs were kicked out of their guests before the first."""
+    first = of_both(2, [2, 0], [[3]], exact=False, kicked=kicked)
+    last = [page for page in last if page != 3]
+    assert judged(two(ring=False), first, of_both(4, [2, 1], [last], exact=True)) == expected
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_two_entries_where_a_page_is_protected_again(reset: bool) -> None:
+    """Here because another vCPU's entry of the page was reset meanwhile."""
+    first, second = ([[3], [5]], [[5, 5], []]) if reset else ([[3], []], [[5, 5], [5]])
+    harvests = of_both(2, [1, int(reset)], first, exact=False), of_both(4, [2, 1], second, exact=True)
+    assert judged(two(ring=True), *harvests) == ([] if reset else [Kind.DUPLICATE])
+
+
+@pytest.mark.parametrize(("page", "zapped"), [(2, True), (2, False), (1, True)])
+def test_two_entries_where_page_tables_are_zapped(page: int, zapped: bool) -> None:
+    """Write 2, to page 2, was in flight as a slot was deleted; that to page 1 was done."""
+    zaps = [ZapAll(2, 3, [2], [2], [False])] if zapped else []
+    found = judged(line(ring=True), *zaps, collection(4, 5, 4, 4, sorted([0, 1, 2, 3, page]), exact=True))
+    assert found == ([] if (page, zapped) == (2, True) else [Kind.DUPLICATE])
+
+
+@pytest.mark.parametrize(
+    ("harvest", "last", "right"),
+    [
+        (None, (3, [0, 1, 2, 2]), True),
+        ((2, [0, 1]), (3, [2, 2]), True),
+        ((65, [*range(64), 0]), (67, [1, 2, 2]), False),
+    ],
+    ids=["no-harvest", "in-flight-in-the-harvest", "done-before-the-harvest"],
+)
+def test_a_harvest_ends_the_reasons_before_it(
+    harvest: tuple[int, list[int]] | None, last: tuple[int, list[int]], right: bool
+) -> None:
+    """Write 2, in flight as a slot was deleted, may have two entries; write 66, to the same page, has one."""
+    harvests = [collection(4, 5, harvest[0], harvest[0], harvest[1])] if harvest is not None else []
+    zap = ZapAll(2, 3, [2], [2], [False])
+    found = judged(line(ring=True), zap, *harvests, collection(6, 7, last[0], last[0], last[1], exact=True))
+    assert found == ([] if right else [Kind.DUPLICATE])
+
+
+@pytest.mark.parametrize("how", ["exact", "kicked"])
+def test_a_harvest_that_waited_ends_all_reasons(how: str) -> None:
+    """What the vCPU had to log was in the harvest: it was out of its guest, or was kicked out of it."""
+    harvest = collection(4, 5, 2, 2, [0, 1], exact=how == "exact")
+    harvest.kicked = how == "kicked"
+    last = collection(6, 7, 3, 3, [2, 2], exact=True)
+    assert judged(line(ring=True), ZapAll(2, 3, [2], [2], [False]), harvest, last) == [Kind.DUPLICATE]
+
+
+@pytest.mark.parametrize(("reported", "right"), [(range(32, 64), True), (range(32, 63), False)])
+def test_all_pages_are_dirty_until_collected(reported: range, right: bool) -> None:
+    """The first half was collected by itself; then all, of which the second half has to be there still."""
+    half = Collection(2, 3, [0], [0], [True], 0, 32, [[*range(32)]])
+    found = judged(line(initially_set=True), half, collection(4, 5, 0, 0, [*reported], exact=True))
+    assert found == ([] if right else [Kind.LOST])
+
+
+def test_required_pages_are_the_collections_own() -> None:
+    """Pages of another slot do not count."""
+    ledger = Ledger([LINE], [SlotPages(1, 0, 32), SlotPages(2, 32, 64)], per_vcpu=False, initially_set=False)
+    ledger.record(Toggle(0, 1, [0], [0], [True], 2, on=True))
+    ledger.record(Collection(2, 3, [8], [8], [True], 32, 64, [[]]))
+    judge = Judge(ledger)
+    assert not judge.verify()
+    assert judge.pages_required == 0
+
+
+@pytest.mark.parametrize(("entries", "right"), [(3, True), (4, False)])
+def test_an_entry_for_each_that_is_reset(entries: int, right: bool) -> None:
+    """The ring had page 1 twice, as one entry was left from before logging was disabled and enabled; write 65 meets both."""
+    found = judged(
+        line(ring=True),
+        Toggle(2, 3, [2], [2], [True], SLOT, on=False),
+        Toggle(4, 5, [64], [64], [True], SLOT, on=True),
+        collection(6, 7, 65, 65, [0, 1, 0, 1]),
+        collection(8, 9, 66, 66, [1] * entries, exact=True),
+    )
+    assert found == ([] if right else [Kind.DUPLICATE])
+
+
+def test_a_collection_is_no_reason_for_its_own_entries() -> None:
+    """They are reset afterwards: page 2 has one write, and three entries in the same collection."""
+    harvests = collection(2, 3, 2, 4, [0, 1, 2, 2, 2]), collection(4, 5, 4, 4, [3], exact=True)
+    assert judged(line(ring=True), *harvests) == [Kind.DUPLICATE]
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_a_reset_beside_a_harvest_is_a_reason(overlapped: bool) -> None:
+    """Ring 1's entry of page 5 is reset by another thread before ring 0 is read: vCPU 0 logs its write in flight again."""
+    resets = [Reset(3, 4, 0)] if overlapped else []
+    harvest = Collection(2, 5, [1, 1], [2, 1], [False, False], 0, 64, [[3, 5, 5], [5]], reset=4)
+    found = judged(two(ring=True), *resets, harvest, of_both(6, [2, 1], [[], []], exact=True))
+    assert found == ([] if overlapped else [Kind.DUPLICATE])
+
+
+@pytest.mark.parametrize(("on", "refused", "kind"), [(True, True, Kind.LOST), (False, False, Kind.SPURIOUS)])
+def test_a_bitmap_while_logging_is_enabled_only(on: bool, refused: bool, kind: Kind) -> None:
+    ledger = Ledger([LINE], [LINE_SLOT], per_vcpu=False, initially_set=False)
+    ledger.record(Toggle(0, 1, [0], [0], [True], SLOT, on=on))
+    ledger.record(Collection(2, 3, [0], [0], [True], 0, 64, [[]], refused=refused))
+    (found,) = Judge(ledger).verify()
+    assert (found.kind, found.rule) == (kind, "R4")
+
+
+@pytest.mark.parametrize(("counts", "right"), [((3, 1), True), ((2, 1), False), ((3, 2), False)])
+def test_reset_together_what_was_harvested_together(counts: tuple[int, int], right: bool) -> None:
+    """The counts are compared where no operation is in progress: of two that overlap, and of the third by itself."""
+    first, second = collection(2, 4, 2, 2, [0, 1]), collection(3, 6, 2, 3, [2])
+    third = collection(9, 10, 4, 4, [3], exact=True)
+    first.reset, second.reset, third.reset = counts[0], 0, counts[1]
+    found = judged(line(ring=True), first, second, third)
+    assert found == ([] if right else [Kind.RESET_COUNT])
+
+
+@pytest.mark.parametrize(("start", "expected"), [(3, []), (6, [Kind.RESET_COUNT, Kind.RESET_COUNT])])
+def test_the_count_of_a_reset_beside_a_harvest(start: int, expected: list[Kind]) -> None:
+    """It counts where it overlaps the harvest, and not afterwards: then there was nothing left to reset."""
+    harvest = collection(2, 5, 2, 2, [0, 1], exact=True)
+    harvest.reset = 0
+    assert judged(line(ring=True), harvest, Reset(start, start + 1, 2)) == expected
+
+
+def test_wrong_counts_do_not_make_up_for_each_other() -> None:
+    first, second = collection(2, 3, 2, 2, [0, 1]), collection(4, 5, 4, 4, [2, 3], exact=True)
+    first.reset, second.reset = 1, 3
+    assert judged(line(ring=True), first, second) == [Kind.RESET_COUNT, Kind.RESET_COUNT]
+
+
+def test_each_verification_judges_what_is_new() -> None:
+    """Whether all is verified after each collection or at the end, the same is found."""
+    events = [
+        collection(2, 3, 4, 4, [0, 1, 2, 3], exact=True),
+        collection(4, 5, 6, 7, [4, 5, 6]),
+        collection(6, 7, 8, 8, [7], exact=True),
+        collection(8, 9, 10, 10, [8], exact=True),
+        collection(10, 11, 11, 11, [0, 10], exact=True),
+    ]
+    ledger = line()
+    judge = Judge(ledger)
+    found = []
+    for event in events:
+        ledger.record(event)
+        found += judge.verify()
+    assert kinds(found) == [Kind.LOST, Kind.SPURIOUS]
+    assert [violation.collection for violation in found] == [4, 5]
+    assert judged(line(), *events) == [Kind.LOST, Kind.SPURIOUS]
+
+
+# --- memory, and what reports say of a page -------------------------------------------------------------------------------
+
+
+def memory_check(*streams: Sequence[int]) -> tuple[MemoryCheck, memoryview]:
+    words = memoryview(array("Q", bytes(8 * NPAGES * WORDS_PER_PAGE)))
+    return MemoryCheck(NPAGES, [WriteStream(array("I", pages), 0) for pages in streams], words), words
+
+
+def test_memory_holds_the_last_write_of_each_vcpu() -> None:
+    """Every page of every vCPU's column is compared, written or not."""
+    check, words = memory_check([3, 1, 3], [3, 1])
+    words[3 * WORDS_PER_PAGE], words[1 * WORDS_PER_PAGE], words[3 * WORDS_PER_PAGE + 1] = 3, 2, 1
+    assert not check.check(1, [3, 1])
+    words[9 * WORDS_PER_PAGE] = 1
+    (found,) = check.check(2, [3, 1])
+    assert (found.kind, found.vcpu, found.pages, found.rule) == (Kind.VALUE, 0, (9,), "R11")
+    assert "page 9 expected 0x0 found 1 (iteration 1)" in found.detail
+
+
+def test_a_write_in_memory_that_is_not_published() -> None:
+    """A vCPU stopped between its store and the publication has done one write more than it says."""
+    check, words = memory_check([3, 1, 4])
+    assert check.done(0, 1) == 1
+    words[1 * WORDS_PER_PAGE] = 2
+    assert check.done(0, 1) == 2
+
+
+def test_the_last_write_and_the_last_report_of_a_page() -> None:
+    check, words = memory_check([3, 1])
+    words[3 * WORDS_PER_PAGE] = 1
+    check.check(1, [1])
+    run = Run([3, 1])
+    run.stopped([3], before=1)
+    assert check.last_writes(3) == "last written by write 1 of vCPU 0 (iteration 1)"
+    assert run.ledger.last_report(3) == "last reported in collection 1 (iteration 1)"
+    assert check.last_writes(5) == "last written by nobody"
+    assert run.ledger.last_report(5) == "not reported in the last 1 collection"
+
+
+# --- ledgers of a toy KVM, sound and broken -------------------------------------------------------------------------------
+
+WORK = {
+    "one-collector": one_collector,
+    "collectors": collectors(3),
+    "collectors-and-toggles": collectors(2, toggles=True),
+}
+
+
+def toy_run(mode: str, work: str, seed: int, fault: Fault | None = None) -> list[Violation]:
+    """What the judge finds in a run of a toy KVM, with *fault* in its last collection."""
+    draw = random.Random(f"{seed}/{mode}/{work}/{fault}")
+    kvm = ToyKvm(draw, mode, draw.randint(1, 3), kicks=work == "one-collector" or seed % 3 == 0, fault=fault)
+    kvm.run(draw.randint(1, 3), WORK[work])
+    judge = Judge(kvm.ledger)
+    found = []
+    for event in kvm.events:
+        if event is not None:
+            kvm.ledger.record(event)
+        else:
+            found += judge.verify()
+    return found
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sound_toy_kvm(mode: str, work: str) -> None:
+    """Its steps are as small as the kernel's, so that writes are in flight, and nothing is found all the same."""
+    for seed in range(80):
+        assert not toy_run(mode, work, seed), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault"),
+    [(mode, fault) for mode in MODES for fault in (*FAULTS, *(RING_FAULTS if mode == "dirty-ring" else ()))],
+)
+def test_a_broken_toy_kvm(mode: str, fault: str) -> None:
+    """Each fault in the last collection is found, whatever came before it."""
+    planted = 0
+    for seed in range(8):
+        for work in WORK:
+            broken = Fault(fault)
+            found = toy_run(mode, work, seed, broken)
+            planted += broken.planted
+            assert found or not broken.planted, f"seed {seed}, {work}"
+    assert planted
