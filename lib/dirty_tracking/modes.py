@@ -115,11 +115,12 @@ class LogMode(ABC):
         at once, and run while the pages are collected. Without PML the vCPUs stay in their guests, with the translations
         that they have.
         """
-        if self._has_cpu_logs:
+        if self.has_cpu_logs:
             kick()
 
     @cached_property
-    def _has_cpu_logs(self) -> bool:
+    def has_cpu_logs(self) -> bool:
+        """Whether the CPUs log dirty pages into buffers of their own (PML)."""
         return uses_pml(this_host())
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:

@@ -8,10 +8,8 @@ from typing import TypeVar
 from dirty_tracking.judge import Judge
 from dirty_tracking.ledger import Collection, Counted, Ledger, SlotPages, Toggle
 from dirty_tracking.modes import LogMode, disable_dirty_logging, enable_dirty_logging
-from dirty_tracking.platform import uses_pml
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.writers import Writers
-from kvm_util.host import this_host
 from kvm_util.vm import Vm
 
 CountedEvent = TypeVar("CountedEvent", bound=Counted)
@@ -21,8 +19,7 @@ class Recorder:
     """The ledger of *slots*, which *writers* write and whose dirty pages are logged in *mode*, and its judge."""
 
     def __init__(self, writers: Writers, mode: LogMode, slots: Sequence[SlotPages]) -> None:
-        self._pml = uses_pml(this_host())
-        self.ledger = Ledger(writers.streams, slots, mode.uses_ring, mode.initially_set, 2 if self._pml else 1)
+        self.ledger = Ledger(writers.streams, slots, mode.uses_ring, mode.initially_set, 2 if mode.has_cpu_logs else 1)
         self.judge = Judge(self.ledger)
         self._writers = writers
         self._mode = mode
@@ -45,7 +42,7 @@ class Recorder:
 
     def collecting(self, first: int, last: int, stopped: bool) -> AbstractContextManager[Collection]:
         """Record a collection of the pages *first* to *last* - 1."""
-        return self.recording(Collection(first=first, last=last, kicked=self._pml), stopped)
+        return self.recording(Collection(first=first, last=last, kicked=self._mode.has_cpu_logs), stopped)
 
     def set_logging(self, vm: Vm, slot: int, on: bool, stopped: bool = False) -> None:
         """Enable or disable dirty logging of a slot."""

@@ -39,7 +39,7 @@ def judged(ledger: Ledger) -> Found:
     for violation in Judge(ledger).verify():
         own = violation.slot if violation.rule not in ("R6", "R7") else None
         base = 0 if own is None else first[own]
-        pages = [base + page for page in violation.pages]
+        pages: list[int | None] = [base + page for page in violation.pages]
         found.update((violation.kind.name, violation.vcpu, page) for page in pages or [None])
     return found
 
