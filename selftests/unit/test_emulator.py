@@ -48,6 +48,7 @@ def known(qemu: Emulator) -> set[str]:
     return {check for fault in faults_of(qemu.version) for check in fault.checks}
 
 
+@pytest.mark.boots
 def test_probe_finds_known_faults(qemu: Emulator, known: set[str]) -> None:
     """In this host's QEMU the checks of its version's known faults fail and no other, and none once they are withheld."""
     failed = probe(qemu.command, "max", ACCEL)
@@ -56,6 +57,7 @@ def test_probe_finds_known_faults(qemu: Emulator, known: set[str]) -> None:
 
 
 @pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.boots
 def test_probe_finds_planted_faults(
     qemu: Emulator, known: set[str], planted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -73,6 +75,7 @@ def test_probe_finds_planted_faults(
 @pytest.mark.parametrize(
     ("cpu_model", "said"), [("max,-svm", "no SVM"), ("nonsense", "nonsense")], ids=["without-svm", "unknown"]
 )
+@pytest.mark.boots
 def test_cpu_that_cannot_be_probed(qemu: Emulator, cpu_model: str, said: str) -> None:
     """A CPU model without SVM, and one that QEMU does not have, are one line each."""
     with pytest.raises(CannotTest, match=said):

@@ -106,6 +106,7 @@ def kernel() -> Kernel:
     return fit[0]
 
 
+@pytest.mark.boots
 def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that passes is good with status 0; the table says where it ran, the files have the parameters and figures."""
     done = check_kernel(
@@ -142,6 +143,7 @@ def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) ->
     "here", [[], ["selftests/unit/test_uapi.py", "-n2"]], ids=["alone", "beside-tests-of-the-host"]
 )
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.boots
 def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
     """With --kernel auto and no usable KVM, the KVM tests run in a booted kernel, the suite's own tests on the host."""
     tests = ["selftests/matrix/test_dirty_log.py", *ONE_CELL, "--vcpus=1"]
@@ -166,6 +168,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
+@pytest.mark.boots
 def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
     """A panic, an oops, a hang and a killed suite each have a name, fail the running test, and keep the results before it."""
     done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
@@ -185,6 +188,7 @@ def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str,
     assert (done.results / "kernel.log").stat().st_size > 1000
 
 
+@pytest.mark.boots
 def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A WARN() of the kernel fails the test during which it came, and no other, and the kernel is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
@@ -197,6 +201,7 @@ def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) 
     assert "svm_init" in report["title"]
 
 
+@pytest.mark.boots
 def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """Tests that only such a kernel can run fail under a planted fault: SMM, huge pages, nested guests, KVM's emulator, AVX.
 
@@ -221,6 +226,7 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
     assert not verdicts["error"]
 
 
+@pytest.mark.boots
 def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A KVM that flushes no remote TLBs fails test_stale_translations in each log mode, with small pages and huge ones."""
     done = check_kernel(
@@ -242,6 +248,7 @@ def verdicts_of(done: Checked) -> dict[str, list[str]]:
     return verdicts
 
 
+@pytest.mark.boots
 def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A failing test in the kernel makes it bad; its report, its file and the command to reproduce it are there."""
     done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
@@ -255,6 +262,7 @@ def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert done.data["end"]["ending"] == "FINISHED"
 
 
+@pytest.mark.boots
 def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A session that exits with status 0 before its last test is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
@@ -263,6 +271,7 @@ def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None
 
 
 @pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
+@pytest.mark.boots
 def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
     """After a fault of the emulator the tests that are left run again; after the third the kernel cannot be tested."""
     done = check_kernel(
@@ -279,6 +288,7 @@ def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, fai
     ("number", "text"),
     [(signal.SIGKILL, "signal SIGKILL"), (signal.SIGTERM, "status 0: qemu-system-x86_64: terminating on signal 15")],
 )
+@pytest.mark.boots
 def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
     """A QEMU that the host kills says nothing about the kernel, which cannot be tested."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -291,6 +301,7 @@ def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.boots
 def test_interrupted_run_cleans_up(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
     """An interrupted run leaves no QEMU and no initramfs, and writes its logs and which tests did not run."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -319,6 +330,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.boots
 def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel in which no test on KVM ran cannot be tested; a results file that cannot be written does not change that."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
@@ -329,6 +341,7 @@ def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) ->
     assert "Traceback" not in done.output
 
 
+@pytest.mark.boots
 def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that panics before init starts cannot be tested."""
     done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
@@ -340,6 +353,7 @@ def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert done.data["end"]["ending"] == "NO_BOOT"
 
 
+@pytest.mark.boots
 def test_hang_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that sends no message within the time limit cannot be tested."""
     done = check_kernel(kernel.image, "--time-limit=1")
@@ -348,12 +362,14 @@ def test_hang_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert "no test ran on KVM" not in done.output
 
 
+@pytest.mark.boots
 def test_cpu_without_svm(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A CPU model that cannot run guests is reported before the kernel is booted."""
     line = one_line(check_kernel(kernel.image, "--cpu-model=max,-svm"))
     assert line.startswith("this CPU model cannot run guests: it has no SVM")
 
 
+@pytest.mark.boots
 def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that refuses KVM's module cannot be tested."""
     done = check_kernel(kernel.image, "--append=module_blacklist=kvm_amd")
@@ -364,6 +380,7 @@ def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     )
 
 
+@pytest.mark.boots
 def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A parameter that the kernel accepts and ignores, as the TDP MMU without nested paging, means "cannot be tested"."""
     done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
@@ -427,6 +444,7 @@ def unpacked(kernel: Kernel, root: Path) -> Path:
     return root
 
 
+@pytest.mark.boots
 def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
     """A kernel without KVM's module, or without any modules, is one line."""
     root = unpacked(kernel, tmp_path / "root")
@@ -436,6 +454,7 @@ def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, t
     assert "no modules for" in one_line(check_kernel(root / "boot" / f"vmlinuz-{kernel.release}"))
 
 
+@pytest.mark.boots
 def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A misspelt parameter or module is one line, with the name that was probably meant."""
     line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
@@ -443,12 +462,14 @@ def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert "no such module is loaded" in one_line(check_kernel(kernel.image, "--kvm-params=kvm_amdd.npt=0"))
 
 
+@pytest.mark.boots
 def test_too_much_guest_memory(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A machine with more memory than the host has free is one line."""
     line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
     assert line.startswith("--vm-memory: 9000000 MiB are not there, the host or its control group has ")
 
 
+@pytest.mark.boots
 def test_no_space_for_the_initramfs(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """An initramfs that cannot be written, as on a full disk, means "cannot be tested"."""
     done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
@@ -457,6 +478,7 @@ def test_no_space_for_the_initramfs(check_kernel: CheckKernel, kernel: Kernel) -
     assert "Traceback" not in done.output
 
 
+@pytest.mark.boots
 def test_qemu_launch_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """QEMU's own error is in the line, whether it fails at the probe or at the boot."""
     line = one_line(check_kernel(kernel.image, "--cpu-model=z80"))
@@ -480,6 +502,7 @@ def test_qemu_launch_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     ids=["text", "arm64", "riscv", "vmlinux", "i386", "empty"],
 )
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.boots
 def test_images_of_other_machines(check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str) -> None:
     """A file that is no kernel, or another architecture's, is one line that says what it is."""
     path = tmp_path / "image"
@@ -497,6 +520,7 @@ def test_images_of_other_machines(check_kernel: CheckKernel, tmp_path: Path, con
     ],
 )
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.boots
 def test_unknown_kernel_names(check_kernel: CheckKernel, name: str, message: str) -> None:
     """A name that fits no kernel is one line."""
     assert message in one_line(check_kernel(name))

@@ -65,6 +65,7 @@ def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | Non
 
 
 @pytest.mark.parametrize("page", [EDGE - 1, EDGE, EDGE + 511, EDGE + 512, LAYOUT.npages - 1])
+@pytest.mark.mutants
 def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, page: int
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
 @pytest.mark.parametrize("first", [2, 9])
 @pytest.mark.log_modes("bitmap")
+@pytest.mark.mutants
 def test_a_page_that_is_not_armed(
     kvm: Kvm,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,6 +96,7 @@ def test_a_page_that_is_not_armed(
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_an_entry_of_a_neighbour(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, chance: random.Random, log_mode: str
 ) -> None:
@@ -103,6 +106,7 @@ def test_an_entry_of_a_neighbour(
             test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
+@pytest.mark.mutants
 def test_a_vcpu_whose_writes_are_not_seen(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The second one does not write, as if its translation had stayed writable."""
     honest = TrackedVm.write
@@ -154,6 +158,7 @@ def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unarmed_clear", r"LOST .*: pages? \d")]
 )
 @pytest.mark.log_modes("clear-log-unset")
+@pytest.mark.mutants
 def test_a_clear_that_leaves_out_a_page(
     kvm: Kvm,
     request: pytest.FixtureRequest,
@@ -194,6 +199,7 @@ def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
 
 @pytest.mark.parametrize("call", range(1, 5))
 @pytest.mark.log_modes("dirty-log", "clear-log")
+@pytest.mark.mutants
 def test_falsified_statistics(
     make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, log_mode: str, call: int
 ) -> None:

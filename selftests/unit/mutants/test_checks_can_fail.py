@@ -305,6 +305,7 @@ def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpu
 
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.parametrize("fault", BITMAP_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.mutants
 def test_a_false_bitmap_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
@@ -316,6 +317,7 @@ def test_a_false_bitmap_is_caught(
 
 @pytest.mark.log_modes("clear")
 @pytest.mark.parametrize("fault", CLEAR_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.mutants
 def test_a_wrong_clear_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
@@ -334,6 +336,7 @@ def test_a_wrong_clear_is_caught(
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("fault", RING_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.mutants
 def test_false_ring_entries_are_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, list[int], list[int]], Entries],
@@ -345,6 +348,7 @@ def test_false_ring_entries_are_caught(
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_rings_of_two_vcpus_mixed_up_are_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
@@ -369,6 +373,7 @@ def test_rings_of_two_vcpus_mixed_up_are_caught(
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("wrong_by", [-1, 1])
+@pytest.mark.mutants
 def test_a_wrong_reset_count_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str, wrong_by: int
 ) -> None:
@@ -387,6 +392,7 @@ def test_a_wrong_reset_count_is_caught(
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_reset_that_does_nothing_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
@@ -403,6 +409,7 @@ def test_a_reset_that_does_nothing_is_caught(
         monkeypatch.setattr(Vm, "reset_dirty_rings", falsified)
 
 
+@pytest.mark.mutants
 def test_a_wrong_value_in_memory_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
@@ -420,6 +427,7 @@ def test_a_wrong_value_in_memory_is_caught(
         monkeypatch.setattr(MemoryCheck, "check", falsified)
 
 
+@pytest.mark.mutants
 def test_a_page_lost_while_the_vcpu_runs_is_caught(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:

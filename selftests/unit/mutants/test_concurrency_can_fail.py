@@ -88,6 +88,7 @@ def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
 
 @pytest.mark.parametrize("fault", [drop_the_last, drop_bits_all_the_time], ids=lambda fault: fault.__name__)
 @pytest.mark.log_modes("bitmap")
+@pytest.mark.mutants
 def test_a_bitmap_that_lacks_pages(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Collectors, bytearray], None],
@@ -96,6 +97,7 @@ def test_a_bitmap_that_lacks_pages(
 
 
 @pytest.mark.log_modes("bitmap")
+@pytest.mark.mutants
 def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The last page of the second slot, which nobody writes."""
 
@@ -107,6 +109,7 @@ def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.log_modes("clear-log", "clear-log-unset")
+@pytest.mark.mutants
 def test_a_clear_of_more_than_was_asked(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Pages written between GET and CLEAR lose their bits, and no GET has told of them."""
     honest = Vm.clear_dirty_log
@@ -137,6 +140,7 @@ RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
 
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_falsified_ring(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: tuple[Callable[[Taken], Taken], str],
@@ -152,6 +156,7 @@ def test_a_falsified_ring(
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Nothing is lost, but the first vCPU's ring has what the second one wrote, and the other way round."""
     harvest, reset_up_to = SharedRings.harvest, SharedRings.reset_up_to
@@ -165,6 +170,7 @@ def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("answer", ["nothing", "all"])
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, answer: str) -> None:
     """Whether KVM says that it took nothing, or all."""
     monkeypatch.setattr(shared_rings, "HANG_TIMEOUT", 0.5)
@@ -183,6 +189,7 @@ def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log
 
 @pytest.mark.parametrize("wrong_by", [-1, 1])
 @pytest.mark.log_modes("dirty-ring")
+@pytest.mark.mutants
 def test_a_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by: int) -> None:
     honest = Vm.reset_dirty_rings
     check_fails(
@@ -191,6 +198,7 @@ def test_a_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by
     )  # fmt: skip
 
 
+@pytest.mark.mutants
 def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def falsify(of: Collectors) -> None:
@@ -203,6 +211,7 @@ def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPa
     check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was on")
 
 
+@pytest.mark.mutants
 def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def falsify(of: Collectors) -> None:
@@ -215,6 +224,7 @@ def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyP
     )
 
 
+@pytest.mark.mutants
 def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although another worker does not end in time then."""
     monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
@@ -241,6 +251,7 @@ def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.log_modes("dirty-ring")
+@pytest.mark.mutants
 def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was marked could be taken back by another thread's reset, and come again in the same harvest."""
     monkeypatch.setattr(dirty_ring, "_CHUNK", 16)
@@ -261,6 +272,7 @@ def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytes
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_ring_that_repeats_its_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Of real KVM, all that vCPU 0's ring has, twice."""
     honest = SharedRings.harvest
@@ -306,6 +318,7 @@ def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
         migration.verify()
 
 
+@pytest.mark.mutants
 def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> None:
     migrate(kvm, log_mode)
     with pytest.raises(ContractViolation, match="the copy differs from the source"):
@@ -313,6 +326,7 @@ def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> No
 
 
 @pytest.mark.log_modes("bitmap")
+@pytest.mark.mutants
 def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
     def empty_the_first_ones(slot: int, bitmap: bytearray) -> None:
@@ -325,6 +339,7 @@ def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.Mon
 
 
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_migration_whose_ring_lacks_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The count of what was reset tells."""
     honest = DirtyRing.harvest

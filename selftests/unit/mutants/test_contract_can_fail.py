@@ -51,6 +51,7 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("fault", BITMAP_FAULTS.values(), ids=list(BITMAP_FAULTS))
 @pytest.mark.log_modes("bitmap")
+@pytest.mark.mutants
 def test_a_falsified_bitmap(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, fault: Any) -> None:
 
     def of_one_slot(slot: int, bitmap: bytearray) -> None:
@@ -62,17 +63,20 @@ def test_a_falsified_bitmap(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode:
 
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
 @pytest.mark.log_modes("ring")
+@pytest.mark.mutants
 def test_a_falsified_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, fault: Any) -> None:
     honest = DirtyRing.harvest
     check_fails(kvm, log_mode, lambda: monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(honest(ring))))
 
 
 @pytest.mark.log_modes("dirty-ring")
+@pytest.mark.mutants
 def test_a_reset_that_takes_too_little(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     check_fails(kvm, "dirty-ring", lambda: monkeypatch.setattr(Vm, "reset_dirty_rings", lambda _vm: 0))
 
 
 @pytest.mark.log_modes("clear-log-unset")
+@pytest.mark.mutants
 def test_tracking_that_is_not_armed_again(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """CLEAR is not passed on: what it should have cleared is reported again, although nothing wrote it."""
     with TrackedVm(kvm, "clear-log-unset") as vm:
@@ -84,6 +88,7 @@ def test_tracking_that_is_not_armed_again(kvm: Kvm, monkeypatch: pytest.MonkeyPa
             vm.assert_dirty("nothing", {})
 
 
+@pytest.mark.mutants
 def test_tracking_that_stays_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot's flags are not passed on: its writes are lost."""
     honest = Vm.set_user_memory_region

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvm_util.kvm import Kvm
 from runner import ROOT
 from selftests.unit.mutants.planted_faults import FAULTS
@@ -45,6 +47,7 @@ def outcomes(fault: str, folder: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.mutants
 def test_each_test_fails_under_a_planted_fault(kvm: Kvm, tmp_path: Path) -> None:
     verdicts: dict[str, set[str]] = {}
     for fault in FAULTS:

@@ -188,6 +188,7 @@ FAULTS = [
     [pytest.param(fault, mode, id=f"{mode}-{fault.name}") for fault in FAULTS for mode in fault.modes],
     indirect=["log_mode"],
 )
+@pytest.mark.mutants
 def test_a_fault_is_found_and_shrunk_to_a_script(
     kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], fault: Fault, log_mode: str,
@@ -228,6 +229,7 @@ def test_the_known_bug_that_is_kept_off_is_on_the_list() -> None:
 
 @pytest.mark.parametrize("exit_reason", [uapi.KVM_EXIT_DIRTY_RING_FULL, uapi.KVM_EXIT_HLT], ids=["too-early", "never"])
 @pytest.mark.log_modes("dirty-ring")
+@pytest.mark.mutants
 def test_a_full_ring_that_is_told_wrongly(
     kvm: Kvm, host: Host,
     monkeypatch: pytest.MonkeyPatch, exit_reason: int,
@@ -250,6 +252,7 @@ def test_a_full_ring_that_is_told_wrongly(
         run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
 
 
+@pytest.mark.mutants
 def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
     with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: LOST \(.*\): page 9$"):
@@ -276,6 +279,7 @@ def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+@pytest.mark.mutants
 def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path: Path) -> None:
     """The same history comes of the seed that is told, also where it was a later round of a soak run that failed."""
     python = shlex.quote(sys.executable)
