@@ -30,7 +30,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix test fetch lint guest_code bench clean
+.PHONY: help run check-kernel matrix test kill-matrix fetch lint guest_code bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,9 @@ matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matr
 test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
 	@$(FETCH) || echo "the tests that boot a kernel will not run"
 	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) $(ARGS)
+
+kill-matrix: $(VENV)/run ## which test fails under which planted fault, held to what is recorded, which grows
+	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, to be there, or be copied, where no network is
 	@$(FETCH)
@@ -87,6 +90,7 @@ TAKES_run := ARGS WORKERS
 TAKES_check-kernel := KERNEL KVM_PARAMS ARGS
 TAKES_matrix := MATRIX ARGS
 TAKES_test := ARGS WORKERS
+TAKES_kill-matrix := ARGS
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST PYTHON
@@ -100,7 +104,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run test,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix test fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel matrix test kill-matrix fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))

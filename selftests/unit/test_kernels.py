@@ -346,12 +346,7 @@ def test_splats_that_no_test_saw(tmp_path: Path) -> None:
             [],
         ),
         ("debian:6.12", None, ["selftests", "--ignore=selftests/unit/"], []),
-        (
-            "debian:6.12",
-            ["selftests/unit/mutants/falsified_kernel.py"],
-            ["selftests/unit/mutants/falsified_kernel.py"],
-            [],
-        ),
+        ("debian:6.12", ["selftests/unit/boot/broken_kernel.py"], ["selftests/unit/boot/broken_kernel.py"], []),
     ],
 )
 def test_tests_in_kernel_and_on_host(

@@ -43,7 +43,7 @@ def clone(tmp_path: Path) -> Path:
         (["run", "VENV=/usr"], "no such variable: VENV (there are ARGS WORKERS"),
         (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run test"),
         (["matrix", "WORKERS=2"], "'WORKERS=2' means nothing to 'make matrix': WORKERS is for run test"),
-        (["lint", "ARGS=-v"], "'ARGS=-v' means nothing to 'make lint': ARGS is for run check-kernel matrix test bench"),
+        (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel matrix test kill-matrix bench"),
         (["KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make help'"),
         (["run", "WORKERS=abc"], "WORKERS: 'abc' is neither a number nor auto"),
         (["run", "WORKERS=-1"], "WORKERS: '-1' is neither a number nor auto"),

@@ -138,7 +138,7 @@ def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.Mon
 def test_findings_are_told_although_a_thread_does_not_end(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed first is what is to be told, and the hang with it."""
     monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
-    falsify_bitmaps(monkeypatch, lambda _slot, bitmap: bitmap.__setitem__(slice(None), bytes(len(bitmap))))
+    falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: bitmap.__setitem__(slice(None), bytes(len(bitmap))))
     over = threading.Event()
     run = DirtyLogRun(kvm, cell(), SETTINGS)
     helper = HangingHelper(target=over.wait, name="to hang")

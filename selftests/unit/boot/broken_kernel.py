@@ -19,6 +19,7 @@ from elftools.elf.sections import SymbolTableSection
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
 from kvm_util.kvm import Kvm
+from kvm_util.vm import Vm
 from runner.guest_init import JOB
 from selftests.unit.boot.kernel_code import RELA_SIZE, RETURN_0, load_module, replace_function
 from selftests.unit.mutants.faults import falsify_bitmaps
@@ -63,7 +64,7 @@ def test_killed() -> None:
 def test_lost(kvm: Kvm, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """KVM's bitmap is falsified: the first page that was written is not reported."""
 
-    def lose_the_first(_slot: int, bitmap: bytearray) -> None:
+    def lose_the_first(_vm: Vm, _slot: int, bitmap: bytearray) -> None:
         first = next((index for index, byte in enumerate(bitmap) if byte), None)
         if first is not None:
             bitmap[first] &= bitmap[first] - 1

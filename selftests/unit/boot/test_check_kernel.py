@@ -28,7 +28,7 @@ from runner.qemu import find_qemu
 GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
 BREAKING = "selftests/unit/boot/broken_kernel.py"
 UNFLUSHED = "selftests/unit/boot/unflushed_kernel.py"
-FALSIFIED = "selftests/unit/mutants/falsified_kernel.py"
+PLANTED = "selftests/unit/mutants/planted.py::test_planted[page-added]"
 ONE_CELL = [
     "--log-mode=dirty-ring",
     "--guest-mode=48bit-4k",
@@ -205,11 +205,11 @@ def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) 
 def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """Tests that only such a kernel can run fail under a planted fault: SMM, huge pages, nested guests, KVM's emulator, AVX.
 
-    test_every_test_can_fail.py has the tests that this host's KVM can run.
+    test_kill_matrix.py has the tests that this host's KVM can run.
     """
     statistics = "selftests/unit/mutants/test_arming_can_fail.py::test_falsified_statistics"
     done = check_kernel(
-        kernel.image, statistics, FALSIFIED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
+        kernel.image, statistics, PLANTED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
         "selftests/memory/test_arming.py::test_pages_that_were_mapped_in_advance_are_tracked",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
@@ -220,7 +220,7 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
     verdicts = verdicts_of(done)
     assert {name.partition("[")[0] for name in verdicts["passed"]} == {
         "test_falsified_statistics",
-        "test_all_that_follow_are_lied_to",
+        "test_planted",
     }
     assert len(verdicts["failure"]) > 200
     assert not verdicts["error"]

@@ -8,13 +8,13 @@ import pytest
 from kvm_util.vm import Vm
 
 
-def falsify_bitmaps(patch: pytest.MonkeyPatch, fault: Callable[[int, bytearray], None]) -> None:
-    """Have *fault*, which gets the slot, change each bitmap that KVM_GET_DIRTY_LOG filled, until *patch* is undone."""
+def falsify_bitmaps(patch: pytest.MonkeyPatch, fault: Callable[[Vm, int, bytearray], None]) -> None:
+    """Have *fault*, which gets VM and slot, change each bitmap that KVM_GET_DIRTY_LOG filled, until *patch* is undone."""
     honest = Vm.get_dirty_log
 
     def falsified(vm: Vm, slot: int, bitmap: bytearray) -> None:
         honest(vm, slot, bitmap)
-        fault(slot, bitmap)
+        fault(vm, slot, bitmap)
 
     patch.setattr(Vm, "get_dirty_log", falsified)
 

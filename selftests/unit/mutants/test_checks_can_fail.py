@@ -312,7 +312,7 @@ def test_a_false_bitmap_is_caught(
 ) -> None:  # fmt: skip
     """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
     with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
-        falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(planter, bitmap))
+        falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(planter, bitmap))
 
 
 @pytest.mark.log_modes("clear")

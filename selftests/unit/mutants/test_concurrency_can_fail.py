@@ -93,7 +93,9 @@ def test_a_bitmap_that_lacks_pages(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Collectors, bytearray], None],
 ) -> None:  # fmt: skip
-    check_fails(kvm, log_mode, lambda of: falsify_bitmaps(monkeypatch, lambda _slot, bitmap: fault(of, bitmap)), "LOST")
+    check_fails(
+        kvm, log_mode, lambda of: falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(of, bitmap)), "LOST"
+    )
 
 
 @pytest.mark.log_modes("bitmap")
@@ -101,7 +103,7 @@ def test_a_bitmap_that_lacks_pages(
 def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """The last page of the second slot, which nobody writes."""
 
-    def add_its_last_page(slot: int, bitmap: bytearray) -> None:
+    def add_its_last_page(_vm: Vm, slot: int, bitmap: bytearray) -> None:
         if slot == 2:
             bitmap[69 // 8] |= 1 << 69 % 8
 
@@ -329,7 +331,7 @@ def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> No
 @pytest.mark.mutants
 def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
 
-    def empty_the_first_ones(slot: int, bitmap: bytearray) -> None:
+    def empty_the_first_ones(_vm: Vm, slot: int, bitmap: bytearray) -> None:
         if slot == 1:
             bitmap[:] = bytes(len(bitmap))
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Run the contract tests against mutants, and hold what they kill to the kill matrix, which may only grow.
+
+A kill is new when two runs with different seeds made it, and lost when two did not: what depends on how threads interleave
+is not recorded.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from json import loads
+from pathlib import Path
+from xml.etree import ElementTree
+
+from dirty_tracking.modes import LOG_MODES
+from runner import ROOT
+from selftests.unit.mutants.catalogue import MUTANTS
+from selftests.unit.mutants.kill_matrix import (
+    FILE,
+    Case,
+    KillMatrix,
+    Kills,
+    Verdicts,
+    case_of,
+    compare,
+    contract_files,
+)
+
+PLANTED = "selftests/unit/mutants/planted.py::test_planted"
+# The others differ from these only in how they are enabled.
+MODES = ("dirty-log", "clear-log", "dirty-ring")
+# Runs of minutes under some mutants; test_checks_can_fail.py plants more faults in the same run.
+ELSEWHERE = ("test_dirty_log.py", "test_known_bugs.py")
+# Tests with writer threads, which would wait a minute each for what some mutants never do
+WRITERS = ("test_concurrency.py", "test_interrupted_reset.py", "test_migration.py", "test_ring_concurrency.py")
+SIZES = ("--test-mem=64M", "--iterations=8", "--ring-count=4096")
+_TIMEOUT = 3600
+
+
+class Runner:
+    """Runs the contract tests in :data:`MODES`, with pytest's *options*.
+
+    :ivar backend: KVM's vendor module, and with *release* the kernel: where the last run was
+    """
+
+    def __init__(self, options: Sequence[str] = (), workers: int = 1) -> None:
+        self.backend = self.release = ""
+        self._options = options
+        self._workers = workers
+
+    def run(self, mutant: str | None, seed: int) -> Verdicts:
+        """The verdict on each case under *mutant*, or on the KVM that is there.
+
+        :raises RuntimeError: the run did not come to its end
+        """
+        concerned = [mode for mode in MODES if not mutant or mode in MUTANTS[mutant].modes]
+        left_out = [mode for mode in LOG_MODES if mode not in concerned]
+        hang = WRITERS if mutant and MUTANTS[mutant].hangs_writers else ()
+        files = [path for path in contract_files() if path.name not in (*ELSEWHERE, *hang)]
+        with tempfile.TemporaryDirectory() as folder:
+            junit = Path(folder) / "junit.xml"
+            command = [sys.executable, "-m", "pytest", *([f"{PLANTED}[{mutant}]"] if mutant else [])]
+            command += [str(path.relative_to(ROOT)) for path in files]
+            command += ["-q", "--tb=no", "-p", "no:cacheprovider", *SIZES, f"--seed={seed}", *self._options]
+            command += [f"--results={folder}", f"--junitxml={junit}"]
+            command += ["-k", " and ".join(f"not {mode}" for mode in left_out)] if left_out else []
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
+            if done.returncode not in (0, 1) or not junit.exists():
+                raise RuntimeError(f"{mutant or 'no mutant'}: status {done.returncode}\n{done.stdout}{done.stderr}")
+            verdicts = _verdicts(junit)
+            host = loads((Path(folder) / "results.json").read_text())["host"]
+            self.backend, self.release = host["backend"], host["kernel"]
+        if mutant and verdicts.pop(case_of(f"test_planted[{mutant}]"), "") != "passed":
+            raise RuntimeError(f"{mutant} was not planted\n{done.stdout}{done.stderr}")
+        return verdicts
+
+    def kills(self, mutants: Sequence[str], recorded: Kills, twice_if_new: bool) -> tuple[Kills, Kills, set[Case]]:
+        """Run *mutants*, and those twice of which a kill is lost.
+
+        :param twice_if_new: also those of which a kill is new
+        :returns: the kills lost and made, as by :func:`compare`, and the cases that ran under any of the mutants
+        """
+        runs = {mutant: [verdicts] for mutant, verdicts in zip(mutants, self._run_all(mutants, 1), strict=True)}
+        doubtful = []
+        for mutant in mutants:
+            lost, made = compare(recorded, {mutant: runs[mutant]})
+            new = any(names - recorded.get(case, set()) for case, names in made.items())
+            if lost or (twice_if_new and new):
+                doubtful.append(mutant)
+        for mutant, verdicts in zip(doubtful, self._run_all(doubtful, 2), strict=True):
+            runs[mutant].append(verdicts)
+        ran = {case for mutant in mutants for case, verdict in runs[mutant][0].items() if verdict != "skipped"}
+        return *compare(recorded, runs), ran
+
+    def _run_all(self, mutants: Sequence[str], seed: int) -> list[Verdicts]:
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(lambda mutant: self.run(mutant, seed), mutants))
+
+
+def _verdicts(junit: Path) -> dict[Case, str]:
+    """Each case's verdict; one that did not come to its own body was skipped."""
+    words = {"failure": "failed", "error": "skipped", "skipped": "skipped"}
+    verdicts: dict[Case, str] = {}
+    for test in ElementTree.parse(junit).getroot().iter("testcase"):
+        case = case_of(test.attrib["name"])
+        verdict = next((words[child.tag] for child in test if child.tag in words), "passed")
+        # A test that has an error at its teardown has a second entry.
+        verdicts[case] = "failed" if "failed" in (verdict, verdicts.get(case)) else verdict
+    return verdicts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--mutants", default=",".join(MUTANTS), help="some of the catalogue's, with commas between them"
+    )
+    arguments, options = parser.parse_known_args()
+    mutants = arguments.mutants.split(",")
+    matrix = KillMatrix.load(FILE.read_text() if FILE.exists() else "")
+    runner = Runner(options, os.cpu_count() or 1)
+    sound = runner.run(None, 1)
+    lost, made, _ = runner.kills(mutants, matrix.kills, twice_if_new=True)
+    losses = [f"no such test: {case}" for case in matrix.gone(runner.backend, sound)]
+    losses += [f"survives {case}: {mutant}" for case, names in sorted(lost.items()) for mutant in sorted(names)]
+    if losses:
+        print(*losses, sep="\n")
+        print(
+            f"{len(losses)} kills are lost, and {FILE.relative_to(ROOT)} stays as it is."
+            " If a test or a parameter was renamed, rename it there as well."
+        )
+        return 1
+    passed = {case: made.get(case, set()) for case, verdict in sound.items() if verdict == "passed"}
+    added = matrix.add(runner.backend, runner.release, passed)
+    if added:
+        FILE.write_text(matrix.text())
+    print(f"{len(mutants)} mutants, {len(passed)} tests that ran: nothing is lost, {len(added)} kills are new")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Each contract test can fail: it kills a mutant (mutants/catalogue.py), as the kill matrix has it."""
+
+import pytest
+
+from kvm_util.kvm import Kvm
+from selftests.unit.mutants.catalogue import MUTANTS
+from selftests.unit.mutants.kill_matrix import (
+    FILE,
+    Case,
+    KillMatrix,
+    case_of,
+    compare,
+    contract_files,
+    contract_functions,
+)
+from selftests.unit.mutants.record import ELSEWHERE, MODES, WRITERS, Runner
+
+# What no answer of GET, CLEAR, RESET or an error can make fail, and what does
+OTHERWISE = {
+    "test_the_ring_lies_beyond_the_vcpus_own_mapping": "compares two numbers",
+    "test_the_smallest_ring_holds_what_is_reserved": "KVM_ENABLE_CAP answers",
+    "test_the_ring_can_be_mapped_shared_only_and_not_for_execution": "mmap answers",
+    "test_the_rules_hold_for_a_mapping_of_which_the_ring_is_a_part": "mmap answers",
+    "test_a_mapping_that_is_longer_than_the_ring_ends_with_it": "memory answers",
+    "test_without_a_ring_there_is_none_to_read": "memory answers",
+    "test_a_large_slot_takes_no_bitmap_in_ring_mode": "compares with the modes that take one",
+}
+A = Case("test_a[x]", "dirty-log")
+B = Case("test_b", "")
+TEXT = """\
+== recorded on kvm_one, Linux 6.1
+test_a[x] @ dirty-log, dirty-ring: page-lost page-added
+test_b: -
+
+== recorded on kvm_two, Linux 6.2
+test_b: wrong-errno
+"""
+
+
+@pytest.fixture(scope="module")
+def matrix() -> KillMatrix:
+    return KillMatrix.load(FILE.read_text())
+
+
+def test_each_test_kills_a_mutant(kvm: Kvm, matrix: KillMatrix) -> None:
+    """A few mutants do that each test kills one of, as recorded; `make kill-matrix` runs all of them."""
+    runner = Runner()
+    lost, made, ran = runner.kills(matrix.cover(MODES), matrix.kills, twice_if_new=False)
+    assert not lost, "kills that are recorded, and lost"
+    survivors = [case for case in ran if case not in made and case.function not in OTHERWISE]
+    assert not survivors, f"{len(survivors)} tests kill no mutant that is tried here: does one in `make kill-matrix`?"
+    assert len(made) > 200
+
+
+def test_each_recorded_test_exists(matrix: KillMatrix) -> None:
+    """A renamed test is to be renamed in kill_matrix.txt; with a test that is taken out goes its line."""
+    assert matrix.gone("", ()) == []
+
+
+def test_only_exempt_tests_kill_nothing(matrix: KillMatrix) -> None:
+    assert {case.function for case, mutants in matrix.kills.items() if not mutants} <= OTHERWISE.keys()
+
+
+def test_each_name_of_a_contract_test_is_one_functions() -> None:
+    """The matrix knows tests by their names alone, so that they can be moved."""
+    functions = contract_functions()
+    assert [name for name in set(functions) if functions.count(name) > 1] == []
+
+
+def test_no_exemption_is_stale() -> None:
+    assert OTHERWISE.keys() <= set(contract_functions())
+    assert {*ELSEWHERE, *WRITERS} <= {path.name for path in contract_files()}
+
+
+def test_each_mutant_is_killed(matrix: KillMatrix) -> None:
+    """One that survives all tests is a bug that the suite does not find, or none."""
+    assert set().union(*matrix.kills.values()) == MUTANTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("test_x", Case("test_x", "")),
+        ("test_x[a-b]", Case("test_x[a-b]", "")),
+        ("test_x[dirty-ring]", Case("test_x", "dirty-ring")),
+        ("test_x[a-dirty-ring-plain]", Case("test_x[a]", "dirty-ring-plain")),
+        ("test_x[clear-log-unset-a-1]", Case("test_x[a-1]", "clear-log-unset")),
+        ("test_x[a-clear-log-b]", Case("test_x[a-b]", "clear-log")),
+    ],
+)
+def test_the_mode_among_the_parameters(name: str, case: Case) -> None:
+    assert case_of(name) == case
+
+
+def test_the_file_is_read_as_it_is_written() -> None:
+    matrix = KillMatrix.load(TEXT)
+    assert matrix.kills[A] == {"page-lost", "page-added"}
+    assert matrix.kills[B] == {"wrong-errno"}
+    assert matrix.text().endswith(f"\n\n{TEXT}")
+
+
+@pytest.mark.parametrize("line", ["test_c: no-such-mutant", "test_c", "== recorded on kvm_one"])
+def test_what_is_no_kill_matrix(line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        KillMatrix.load(f"{TEXT}{line}\n")
+
+
+def test_a_kill_is_added_once() -> None:
+    """What another backend has recorded is not recorded again."""
+    matrix = KillMatrix.load(TEXT)
+    assert matrix.add("kvm_two", "6.3", {A: {"page-lost"}, B: set()}) == []
+    assert matrix.releases["kvm_two"] == "6.2"
+    found = {A: {"page-lost", "page-moved"}, Case("test_c", ""): set[str]()}
+    assert matrix.add("kvm_two", "6.3", found) == [f"{A}: page-moved", "test_c: -"]
+    assert matrix.sections["kvm_two"][A] == {"page-moved"}
+    assert matrix.releases["kvm_two"] == "6.3"
+
+
+def test_what_is_lost_and_what_is_made() -> None:
+    """Lost is what no run made, made is what all did, and a test that did not run says nothing."""
+    recorded = {A: {"page-lost"}, B: {"page-lost"}}
+    assert compare(recorded, {"page-lost": [{A: "passed", B: "skipped"}]}) == ({A: {"page-lost"}}, {})
+    assert compare(recorded, {"page-lost": [{A: "passed", B: "failed"}, {A: "failed", B: "failed"}]}) == (
+        {},
+        {B: {"page-lost"}},
+    )
+    assert compare({}, {"page-lost": [{A: "passed"}]}) == ({}, {})
+
+
+def test_the_cover_is_small() -> None:
+    """Each case kills one of the mutants chosen, if it kills any that is recorded."""
+    matrix = KillMatrix.load(TEXT)
+    assert len(matrix.cover(MODES)) == 2
+    matrix.sections["kvm_one"][B] = {"page-lost", "page-moved"}
+    assert matrix.cover(MODES) == ["page-lost"]
