@@ -115,7 +115,7 @@ _ARCHITECTURES = {
         # A CPU runs into the breakpoint that another one puts where it switches a static key, and the kernel no longer
         # recognises it as its own: with multi-threaded TCG, never on hardware (emulator_faults.py has the causes).
         emulator_oops=re.compile(r"Oops: int3\b|int3: 0000 \[#"),
-        # Lets a guest have KVM emulate an instruction of its choice: 120 tests in test_writes.py need it.
+        # Lets a guest have KVM emulate an instruction of its choice: 120 tests in selftests/x86_64/ need it.
         added_parameters={"kvm.force_emulation_prefix": "1"},
     ),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Tracking is armed at the right moments: when it begins, and anew by each collection, for each page of any slot."""
+"""Every gfn is write-protected when dirty logging is enabled, and again by GET, CLEAR and RESET, in memslots of any shape."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from dirty_tracking.bitmap import bitmap_of
-from dirty_tracking.cell import Settings
 from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
 from kvm_util import uapi
 from kvm_util.arch import current as arch
@@ -15,30 +14,25 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB, align_up
 
 SLOT = 1
-# Of a slot, in pages: around one and two words of the bitmap; in the long form around the 512 pages of a page table too
+# Sizes of a memslot in pages: around one and two words of the bitmap; thorough: around the 512 pages of a page table too
 SIZES = (1, 63, 64, 65, 127, 128, 129)
 MORE_SIZES = (2, 191, 192, 193, 511, 512, 513, 1025)
-# Of a slot's base gfn from a 2 MiB boundary, in pages
+# Distances of a memslot's base gfn from a 2 MiB boundary, in pages
 SHIFTS = (0, 1, 63, 511)
 MORE_SHIFTS = (2, 31, 32, 33, 62, 64, 65, 127, 448, 449, 510)
-# Between two pages, around a word of the bitmap: KVM joins the entries of a ring that are less than 64 pages apart
+# Distances of two pages, around a word of the bitmap: a reset joins ring entries that are less than 64 pages apart
 DISTANCES = (1, 2, 32, 62, 63, 64, 65, 66, 127, 128, 129)
 
 
 @pytest.fixture
-def empty(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
-    """Two vCPUs, and no slot yet."""
+def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    """A VM with two vCPUs and no test memslot yet."""
     with TrackedVm(kvm, log_mode, vcpus=2) as vm:
         yield vm
 
 
-@pytest.fixture
-def chance(settings: Settings) -> random.Random:
-    return random.Random(settings.seed)
-
-
-def patterns(npages: int, chance: random.Random) -> dict[str, list[int]]:
-    """Which pages of a slot to write, by name; those that are the same in a small slot come once."""
+def patterns(npages: int, rng: random.Random) -> dict[str, list[int]]:
+    """Sets of pages of a memslot, by name; in a small memslot some are the same."""
     edges = {page for word in range(0, npages + 64, 64) for page in (word - 1, word)}
     named = {
         "all pages": list(range(npages)),
@@ -48,20 +42,20 @@ def patterns(npages: int, chance: random.Random) -> dict[str, list[int]]:
         "every second page": list(range(0, npages, 2)),
         "the other pages": list(range(1, npages, 2)),
         "the last word": list(range((npages - 1) // 64 * 64, npages)),
-        "some pages": sorted(chance.sample(range(npages), max(1, npages // 10))),
-        "most pages": sorted(chance.sample(range(npages), max(1, npages * 9 // 10))),
+        "some pages": sorted(rng.sample(range(npages), max(1, npages // 10))),
+        "most pages": sorted(rng.sample(range(npages), max(1, npages * 9 // 10))),
     }
     return {name: pages for name, pages in named.items() if pages}
 
 
-def check_slot(vm: TrackedVm, gpa: int, npages: int, chance: random.Random, rounds: int = 2) -> None:
-    """A slot of *npages* pages at *gpa*, all mapped writable before it is tracked: each pattern, again and again."""
-    where = f"slot of {npages} pages at gfn {gpa // PAGE:#x}"
+def check_slot(vm: TrackedVm, gpa: int, npages: int, rng: random.Random, rounds: int = 2) -> None:
+    """Check each pattern of writes in a memslot whose pages are all mapped writable when dirty logging is enabled."""
+    where = f"memslot of {npages} pages at gfn {gpa // PAGE:#x}"
     vm.add_slot(SLOT, gpa, npages, tracked=False)
     vm.write(SLOT, *range(npages))
     vm.enable_dirty_logging(SLOT)
-    vm.assert_dirty(f"{where}, nothing since tracking began", {})
-    for name, pages in patterns(npages, chance).items():
+    vm.assert_dirty(f"{where}, nothing since dirty logging was enabled", {})
+    for name, pages in patterns(npages, rng).items():
         for _ in range(rounds):
             vm.write(SLOT, *pages)
             vm.assert_dirty(f"{where}, {name} written", {SLOT: pages})
@@ -69,143 +63,140 @@ def check_slot(vm: TrackedVm, gpa: int, npages: int, chance: random.Random, roun
     vm.remove_slot(SLOT)
 
 
-def test_pages_that_were_mapped_before_are_tracked(empty: TrackedVm) -> None:
-    """All of them writable when tracking begins: the first write of each is seen, and not what was before."""
+def test_pages_mapped_before_logging(vm: TrackedVm) -> None:
+    """Pages that are mapped writable when dirty logging is enabled: the next write to each is logged, earlier ones are not."""
     npages = 64 + 9
-    empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
-    empty.write(SLOT, *range(npages))
-    empty.enable_dirty_logging(SLOT)
-    empty.assert_dirty("nothing since tracking began", {})
-    empty.write(SLOT, *range(0, npages, 2))
-    empty.assert_dirty("writes to every second page", {SLOT: range(0, npages, 2)})
-    empty.write(SLOT, *range(1, npages, 2))
-    empty.assert_dirty("writes to the others", {SLOT: range(1, npages, 2)})
+    vm.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
+    vm.write(SLOT, *range(npages))
+    vm.enable_dirty_logging(SLOT)
+    vm.assert_dirty("nothing since dirty logging was enabled", {})
+    vm.write(SLOT, *range(0, npages, 2))
+    vm.assert_dirty("writes to every second page", {SLOT: range(0, npages, 2)})
+    vm.write(SLOT, *range(1, npages, 2))
+    vm.assert_dirty("writes to the others", {SLOT: range(1, npages, 2)})
 
 
-def test_pages_that_were_mapped_in_advance_are_tracked(
-    kvm: Kvm,
-    empty: TrackedVm,
-) -> None:
-    """By KVM_PRE_FAULT_MEMORY, before tracking begins, and while it is on."""
+def test_prefaulted_pages_are_logged(kvm: Kvm, vm: TrackedVm) -> None:
+    """Writes to pages that KVM_PRE_FAULT_MEMORY mapped are logged, be it before or after dirty logging was enabled."""
     if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
         pytest.skip(
             "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
         )
     npages = 64 + 9
-    empty.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
-    empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
-    empty.enable_dirty_logging(SLOT)
-    empty.assert_dirty("nothing since tracking began", {})
-    empty.write(SLOT, *range(0, npages, 3))
-    empty.assert_dirty("writes to pages that were mapped before tracking began", {SLOT: range(0, npages, 3)})
-    empty.remove_slot(SLOT)
-    empty.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
-    # So that the vCPU lets go of the page tables of before: with those the ioctl never ends, until "KVM: x86/mmu: Check and
-    # free obsolete roots in kvm_mmu_reload()", which 6.12 does not have.
-    empty.run()
-    empty.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
-    # What can be mapped writable is, and is reported then, though nothing has written it (make_spte(), mmu/spte.c).
-    empty.collect()
-    empty.write(SLOT, *range(0, npages, 3))
-    empty.assert_dirty("writes to pages that were mapped since", {SLOT: range(0, npages, 3)})
+    vm.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
+    vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
+    vm.enable_dirty_logging(SLOT)
+    vm.assert_dirty("nothing since dirty logging was enabled", {})
+    vm.write(SLOT, *range(0, npages, 3))
+    vm.assert_dirty("writes to pages that were mapped before dirty logging was enabled", {SLOT: range(0, npages, 3)})
+    vm.remove_slot(SLOT)
+    vm.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
+    # Makes the vCPU drop its obsolete root: with that the ioctl never ends before "KVM: x86/mmu: Check and free obsolete
+    # roots in kvm_mmu_reload()", which 6.12 does not have.
+    vm.run()
+    vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
+    # KVM maps these pages writable, and logs them at once, though nothing has written them (make_spte(), mmu/spte.c).
+    vm.collect()
+    vm.write(SLOT, *range(0, npages, 3))
+    vm.assert_dirty("writes to pages that were mapped after that", {SLOT: range(0, npages, 3)})
 
 
-def test_slots_of_any_size_at_any_gfn(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
-    """Sizes that are no multiple of 64 pages, base gfns that are no multiple of 64 or 512: armed page by page."""
+def test_unaligned_slot_sizes_and_gfns(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+    """Memslots whose size is no multiple of 64 pages, and whose base gfn is none of 64 or 512, are logged page by page."""
     sizes, shifts = (SIZES + MORE_SIZES, SHIFTS + MORE_SHIFTS) if thorough else (SIZES, SHIFTS)
     for index, npages in enumerate(sizes):
         for shift in shifts if thorough else (shifts[index % len(shifts)], shifts[(index + 1) % len(shifts)]):
-            check_slot(empty, FIRST_GPA + shift * PAGE, npages, chance)
+            check_slot(vm, FIRST_GPA + shift * PAGE, npages, draw)
 
 
 @pytest.mark.parametrize("boundary", [2 * MIB, GIB, 512 * GIB], ids=["2MiB", "1GiB", "512GiB"])
-def test_slots_across_a_boundary_of_the_page_tables(
-    kvm: Kvm, empty: TrackedVm, chance: random.Random, boundary: int, thorough: bool
+def test_slot_across_page_table_boundary(
+    kvm: Kvm, vm: TrackedVm, draw: random.Random, boundary: int, thorough: bool
 ) -> None:
-    """A word of the bitmap whose pages are mapped by two page tables, and a word that ends where the first one does."""
+    """Pages on both sides of a page table's boundary are logged, within a word of the bitmap and at its end."""
     middle = align_up(FIRST_GPA + MIB, boundary)
     if middle + MIB > arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)):
         pytest.skip(f"a guest's physical addresses end below {middle + MIB:#x} here (CPUID MAXPHYADDR)")
     for below in (1, 2, 31, 32, 33, 63, 64, 65, 100) if thorough else (1, 33, 64):
-        check_slot(empty, middle - below * PAGE, 130, chance)
+        check_slot(vm, middle - below * PAGE, 130, draw)
 
 
 @pytest.mark.parametrize("npages", [(1 << 16) + 65, (1 << 20) + 3], ids=["2^16", "2^20"])
-def test_slots_with_many_pages(empty: TrackedVm, chance: random.Random, npages: int) -> None:
-    """Beyond what 16 and 20 bits can count; the memory is sparse, and so are the writes."""
-    empty.add_slot(SLOT, 2 * GIB + 3 * PAGE, npages, tracked=False)
+def test_slot_with_many_pages(vm: TrackedVm, draw: random.Random, npages: int) -> None:
+    """Sparse writes to a memslot of more than 2^16 or 2^20 pages are logged at the right offsets."""
+    vm.add_slot(SLOT, 2 * GIB + 3 * PAGE, npages, tracked=False)
     fixed = {0, 63, 64, 65535, 65536, 65537, npages // 2, npages - 65, npages - 1}
-    pages = sorted({*fixed, *chance.sample(range(npages), 10)})
-    empty.write(SLOT, *pages)
-    empty.enable_dirty_logging(SLOT)
+    pages = sorted({*fixed, *draw.sample(range(npages), 10)})
+    vm.write(SLOT, *pages)
+    vm.enable_dirty_logging(SLOT)
     for _ in range(2):
-        empty.write(SLOT, *pages)
-        empty.assert_dirty("sparse writes", {SLOT: pages})
+        vm.write(SLOT, *pages)
+        vm.assert_dirty("sparse writes", {SLOT: pages})
 
 
-def test_pages_at_any_distance(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
-    """Two pages, written upward and downward, and a handful in any order: collected together, each is armed anew."""
+def test_rearm_of_pages_at_any_distance(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+    """Pages that are reported together, at any distance and in any order, are all write-protected again."""
     npages = 300
-    empty.add_slot(SLOT, FIRST_GPA + 5 * PAGE, npages)
+    vm.add_slot(SLOT, FIRST_GPA + 5 * PAGE, npages)
     distances = range(1, 131) if thorough else DISTANCES
     orders = [[first, first + step] for step in distances for first in (0, 60, npages - 1 - step)]
     orders += [list(reversed(order)) for order in orders]
     for _ in range(500 if thorough else 25):
-        start = chance.randrange(npages - 140)
-        orders.append(chance.sample(range(start, start + 140), chance.randint(3, 8)))
+        start = draw.randrange(npages - 140)
+        orders.append(draw.sample(range(start, start + 140), draw.randint(3, 8)))
     for order in orders:
         for _ in range(2):
-            empty.write(SLOT, *order)
-            empty.assert_dirty(f"pages {order} written", {SLOT: order})
+            vm.write(SLOT, *order)
+            vm.assert_dirty(f"pages {order} written", {SLOT: order})
 
 
-def test_a_write_right_after_each_collection_is_seen(empty: TrackedVm, thorough: bool) -> None:
-    """Page by page, by a vCPU that kept its translation: one that stays writable for a moment loses a write."""
+def test_rewrite_after_each_collection(vm: TrackedVm, thorough: bool) -> None:
+    """A vCPU's next write to each page is logged when all its earlier writes were collected one by one."""
     npages = 64 + 3
-    empty.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages)
+    vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages)
     for _ in range(20 if thorough else 2):
         for page in range(npages):
-            empty.write(SLOT, page)
-            empty.assert_dirty(f"page {page} written", {SLOT: [page]})
+            vm.write(SLOT, page)
+            vm.assert_dirty(f"page {page} written", {SLOT: [page]})
 
 
-def test_every_vcpu_loses_its_translation(empty: TrackedVm, thorough: bool) -> None:
-    """Both could write all pages; tracking begins, or one's writes are collected: then the other's next ones are seen."""
+def test_tlb_flush_reaches_every_vcpu(vm: TrackedVm, thorough: bool) -> None:
+    """No vCPU keeps a writable translation when logging is enabled, or when writes of another vCPU are collected."""
     npages = 64 + 3
     everything = range(npages)
-    empty.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages, tracked=False)
-    for turn in range(10 if thorough else 2):
+    vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages, tracked=False)
+    for round_number in range(10 if thorough else 2):
         for vcpu in (0, 1):
-            empty.write(SLOT, *everything, vcpu=vcpu)
-        empty.enable_dirty_logging(SLOT)
+            vm.write(SLOT, *everything, vcpu=vcpu)
+        vm.enable_dirty_logging(SLOT)
         for writer in (0, 1, 1, 0, 1, 0):
-            empty.write(SLOT, *everything, vcpu=writer)
-            empty.assert_dirty(f"turn {turn}: vCPU {writer} wrote after the other", {SLOT: everything})
+            vm.write(SLOT, *everything, vcpu=writer)
+            vm.assert_dirty(f"round {round_number}: vCPU {writer} wrote after the other", {SLOT: everything})
         for page in everything:
-            empty.write(SLOT, page, vcpu=page % 2)
-            empty.assert_dirty(f"turn {turn}: vCPU {page % 2} wrote page {page}", {SLOT: [page]})
-        empty.disable_dirty_logging(SLOT)
+            vm.write(SLOT, page, vcpu=page % 2)
+            vm.assert_dirty(f"round {round_number}: vCPU {page % 2} wrote page {page}", {SLOT: [page]})
+        vm.disable_dirty_logging(SLOT)
 
 
 @pytest.mark.log_modes("clear")
-def test_each_clear_arms_its_pages(empty: TrackedVm, chance: random.Random, thorough: bool) -> None:
-    """Ranges and masks of any shape: their pages are clean and tracked anew, all others stay as they are."""
+def test_clear_rearms_exactly_its_mask(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+    """CLEAR cleans and write-protects the pages of its mask, of any shape and in any range, and leaves all others dirty."""
     for shift in SHIFTS + MORE_SHIFTS if thorough else SHIFTS:
         for npages in (1, 64, 200):
-            empty.add_slot(SLOT, FIRST_GPA + shift * PAGE, npages)
+            vm.add_slot(SLOT, FIRST_GPA + shift * PAGE, npages)
             for _ in range(50 if thorough else 6):
-                check_clear(empty, chance, f"slot of {npages} pages, {shift} behind a boundary")
-            empty.collect()
-            empty.remove_slot(SLOT)
+                check_clear(vm, draw, f"memslot of {npages} pages, {shift} behind a 2 MiB boundary")
+            vm.collect()
+            vm.remove_slot(SLOT)
 
 
-def check_clear(vm: TrackedVm, chance: random.Random, where: str) -> None:
-    """Make all pages dirty, clear some that chance chooses, and write them again one word at a time."""
+def check_clear(vm: TrackedVm, rng: random.Random, where: str) -> None:
+    """Dirty all pages, clear random ones, and write these again, one word of the bitmap at a time."""
     npages = vm.vm.memslots[SLOT].npages
     vm.write(SLOT, *range(npages))
-    first = chance.randrange(0, npages, 64)
-    count = min(chance.randrange(64, npages + 64, 64), npages - first)
-    mask = sorted(chance.sample(range(first, first + count), chance.choice((1, -(-count // 2), count))))
+    first = rng.randrange(0, npages, 64)
+    count = min(rng.randrange(64, npages + 64, 64), npages - first)
+    mask = sorted(rng.sample(range(first, first + count), rng.choice((1, -(-count // 2), count))))
     vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, count, first), first, count)
     dirty = set(range(npages)) - set(mask)
     vm.assert_bitmap(f"{where}: CLEAR of {count} pages from {first}, mask {mask}", SLOT, dirty)

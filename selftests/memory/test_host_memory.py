@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The host takes a slot's memory away and gives it back: KVM drops its mappings (MMU notifiers), and forgets no write.
-
-What the guest wrote before is reported, and what it writes afterwards is tracked; the rest is not reported.
-"""
+"""The host changes its mapping of a memslot: KVM's MMU notifier zaps its SPTEs, and the dirty log loses no write."""
 
 import ctypes
 import mmap
@@ -18,13 +15,13 @@ from kvm_util.memory import GuestMemory
 
 SLOT = 1
 NPAGES = 64 + 9
-# What the host takes away
+# The pages whose mapping the host changes
 FIRST, END = 8, 66
 INSIDE, OUTSIDE = [8, 9, 30, 65], [3, 66, 72]
 MADV_REMOVE = 9  # mmap has no name for it
 PROT_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
 
-Taking = Callable[[GuestMemory], AbstractContextManager[None]]
+Invalidation = Callable[[GuestMemory], AbstractContextManager[None]]
 
 
 def call(name: str, memory: GuestMemory, argument: int) -> None:
@@ -36,37 +33,37 @@ def call(name: str, memory: GuestMemory, argument: int) -> None:
 
 @contextmanager
 def discarded(memory: GuestMemory) -> Iterator[None]:
-    """The pages are gone, with what was in them."""
+    """Discard the pages and their contents."""
     call("madvise", memory, MADV_REMOVE if memory.backing.shared else mmap.MADV_DONTNEED)
     yield
 
 
 @contextmanager
 def protected(memory: GuestMemory) -> Iterator[None]:
-    """They were not writable for a moment."""
+    """Make the pages read-only for a moment."""
     call("mprotect", memory, mmap.PROT_READ)
     call("mprotect", memory, PROT_WRITABLE)
     yield
 
 
 @contextmanager
-def shared_with_a_child(memory: GuestMemory) -> Iterator[None]:
-    """Another process has them too: who writes one first, gets a copy. The child does nothing, and ends with the context."""
-    ours, its = os.pipe()
+def shared_with_a_child(_memory: GuestMemory) -> Iterator[None]:
+    """Share the pages with a child process until the context ends: the next write to each copies it."""
+    read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
-        os.close(its)
-        os.read(ours, 1)
+        os.close(write_end)
+        os.read(read_end, 1)
         os._exit(0)
-    os.close(ours)
+    os.close(read_end)
     try:
         yield
     finally:
-        os.close(its)
+        os.close(write_end)
         os.waitpid(child, 0)
 
 
-WAYS = [
+INVALIDATIONS = [
     ("anonymous", discarded),
     ("anonymous", protected),
     ("anonymous", shared_with_a_child),
@@ -75,23 +72,26 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("backing", "taken"), WAYS, ids=[f"{backing}-{way.__name__}" for backing, way in WAYS])
-def test_writes_around_it_are_reported(kvm: Kvm, log_mode: str, backing: str, taken: Taking) -> None:
+@pytest.mark.parametrize(
+    ("backing", "invalidation"), INVALIDATIONS, ids=[f"{backing}-{way.__name__}" for backing, way in INVALIDATIONS]
+)
+def test_dirty_log_survives_mmu_notifier(kvm: Kvm, log_mode: str, backing: str, invalidation: Invalidation) -> None:
+    """Writes before and after an MMU notifier invalidation are reported, and the invalidation itself dirties no page."""
     with TrackedVm(kvm, log_mode) as vm:
         memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES, backing).memory
         vm.write(SLOT, *range(NPAGES))
         vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
-        with taken(memory):
-            vm.assert_dirty("nothing but that the host took pages away", {})
+        with invalidation(memory):
+            vm.assert_dirty("an invalidation without writes", {})
             vm.write(SLOT, *INSIDE, *OUTSIDE)
-            vm.assert_dirty("writes after the host took pages away", {SLOT: INSIDE + OUTSIDE})
+            vm.assert_dirty("writes after an invalidation", {SLOT: INSIDE + OUTSIDE})
         vm.write(SLOT, *INSIDE, *OUTSIDE)
-        with taken(memory):
-            vm.assert_dirty("writes before the host took pages away", {SLOT: INSIDE + OUTSIDE})
+        with invalidation(memory):
+            vm.assert_dirty("writes before an invalidation", {SLOT: INSIDE + OUTSIDE})
         vm.write(SLOT, *INSIDE)
-        with taken(memory):
+        with invalidation(memory):
             vm.write(SLOT, *INSIDE, *OUTSIDE)
-            # What KVM maps anew for a store is in a ring once more.
-            vm.assert_dirty("writes before and after", {SLOT: INSIDE + OUTSIDE}, writes_per_page=2)
+            # A store to a page that was zapped faults, and KVM pushes the page again.
+            vm.assert_dirty("writes before and after an invalidation", {SLOT: INSIDE + OUTSIDE}, writes_per_page=2)
         vm.write(SLOT, *INSIDE)
-        vm.assert_dirty("writes after all that", {SLOT: INSIDE})
+        vm.assert_dirty("writes when all invalidations are over", {SLOT: INSIDE})

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A vCPU that stays in its guest loses its translations: its very next store after an ioctl returned is tracked.
+"""TLBs are flushed before an ioctl returns: the next store of a vCPU that stays in its guest is logged.
 
-The other tests of arming let a vCPU go only after the ioctl, and entering a guest may drop translations by itself; of
-collectors beside running vCPUs (test_concurrency.py) nobody knows when a translation was used last. Here the vCPU stores to
-pages, tells so through memory, waits for the host without leaving its guest, and stores again. What KVM forgets to flush
-lets that store pass.
+The other tests of write protection enter the guest again after the ioctl, which may flush its TLB anyway; and where vCPUs
+run beside a collector (test_concurrency.py), nobody knows when a translation was used last. Here the vCPU stores to a page,
+announces that in memory, waits for the host without leaving its guest, and stores again. A stale translation lets that store
+pass unlogged.
 """
 
 import time
@@ -19,15 +19,15 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
 SLOT = 1
-# On both sides of the edge of a huge page, and of a word of the bitmap
+# On both sides of the boundary of a huge page, and of a word of the bitmap
 PAGES = [0, 1, 63, 64, 511, 512, 513, 575]
 NPAGES = 2 * 512 + 9
-_PATIENCE = 30.0
-_NO_MORE = 1 << 62
+_TIMEOUT = 30.0
+_NO_MORE_STEPS = 1 << 62
 
 
-class Meetings:
-    """Where the vCPU and the host wait for each other: two words of slot 0, the one's number and the other's."""
+class Rendezvous:
+    """Points where the vCPU and the host wait for each other, by two words of slot 0: how many each of them has reached."""
 
     def __init__(self, vm: TrackedVm) -> None:
         self._address = vm.guest.allocate(PAGE)
@@ -35,42 +35,36 @@ class Meetings:
         self._last = 0
 
     def store(self, address: int) -> Operation:
-        """What the vCPU does at the next meeting: it stores to *address* as soon as the host has done its part."""
+        """An operation for the vCPU: wait for the host's next step, and store to *address* as soon as it is done."""
         self._last += 1
         return Operation("meet_and_store", address, self._last, self._address)
 
-    def hold(self, doings: Iterator[None]) -> None:
-        """On a thread of the host's: do the next of *doings* at each meeting."""
+    def serve(self, steps: Iterator[None]) -> None:
+        """Do the next of *steps* whenever the vCPU waits for it; for another thread than the vCPU's."""
         try:
             for number, _ in enumerate(self._each(), 1):
-                next(doings)
+                next(steps)
                 self._words[1] = number
-            assert next(doings, "the end") == "the end"
+            assert next(steps, "the end") == "the end", "there are more steps than stores"
         finally:
-            self._words[1] = _NO_MORE  # a vCPU that waits for what does not come any more would hang
+            self._words[1] = _NO_MORE_STEPS  # a vCPU that waits for a step that does not come would hang
             self._words.release()
 
     def _each(self) -> Iterator[None]:
         for number in range(1, self._last + 1):
-            until = time.monotonic() + _PATIENCE
+            until = time.monotonic() + _TIMEOUT
             while self._words[0] < number:
-                assert time.monotonic() < until, f"the vCPU did not come to meeting {number}"
+                assert time.monotonic() < until, f"the vCPU did not come to its store {number}"
             yield
 
 
 @pytest.fixture(params=["anonymous", "anonymous_thp"])
-def slot(
-    request: pytest.FixtureRequest,
-    kvm: Kvm,
-    host: Host,
-    emulates: bool,
-    log_mode: str,
-) -> Iterator[TrackedVm]:
-    """A VM with an untracked slot, in small pages or in huge ones."""
+def vm(request: pytest.FixtureRequest, kvm: Kvm, host: Host, emulates: bool, log_mode: str) -> Iterator[TrackedVm]:
+    """A VM with a memslot without dirty logging, mapped by small pages or by huge ones."""
     if emulates:
         pytest.skip(f"{host.backend} emulates each instruction of this guest, and keeps no translation")
     if uses_pml(host):
-        pytest.skip("with PML a store reaches KVM when the vCPU leaves its guest (kvm_intel.pml=0 has none)")
+        pytest.skip("with PML KVM logs a store only when the vCPU leaves its guest (kvm_intel.pml=0 switches PML off)")
     huge = request.param == "anonymous_thp"
     with TrackedVm(kvm, log_mode, guest_mode="48bit-2m" if huge and not uses_tdp(host) else "48bit-4k") as vm:
         memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES, request.param, tracked=False)
@@ -79,56 +73,57 @@ def slot(
 
 
 @pytest.fixture
-def turns(thorough: bool) -> int:
+def rounds(thorough: bool) -> int:
+    """How often to store to all of PAGES."""
     return 100 if thorough else 5
 
 
-def store_beside(vm: TrackedVm, meetings: int, doings: Iterator[None]) -> None:
-    """Have the vCPU store to each of PAGES, and again right after each of so many *meetings* with the host's *doings*."""
-    meet = Meetings(vm)
+def store_between(vm: TrackedVm, steps_per_page: int, steps: Iterator[None]) -> None:
+    """Have the vCPU store to each of PAGES, and again right after each of *steps_per_page* of the host's *steps*."""
+    rendezvous = Rendezvous(vm)
     operations = []
     for page in PAGES:
         address = vm.address(SLOT, page)
-        operations += [Operation("store_8", address), *(meet.store(address) for _ in range(meetings))]
+        operations += [Operation("store_8", address), *(rendezvous.store(address) for _ in range(steps_per_page))]
     with ThreadPoolExecutor(1) as pool:
-        host = pool.submit(meet.hold, doings)
+        host = pool.submit(rendezvous.serve, steps)
         vm.run(*operations)
         host.result()
 
 
-def test_a_store_right_after_tracking_was_switched_on(slot: TrackedVm, turns: int) -> None:
-    """To a page that was writable until then; where all pages are dirty at first, until these were cleared."""
+def test_store_right_after_enabling_logging(vm: TrackedVm, rounds: int) -> None:
+    """The first store to a writable page is logged after dirty logging was enabled (INITIALLY_SET: after the first CLEAR)."""
 
-    def doings() -> Iterator[None]:
+    def steps() -> Iterator[None]:
         for page in PAGES:
-            slot.enable_dirty_logging(SLOT, assert_initial=False)
-            first = slot.collect() if slot.mode.initially_set else None
-            yield  # before all that takes time: the vCPU shall not wait for more than the ioctl
+            vm.enable_dirty_logging(SLOT, assert_initial=False)
+            first = vm.collect() if vm.mode.initially_set else None
+            yield  # before the slow assertion: the vCPU must wait for nothing but the ioctl
             if first is not None:
-                slot.assert_report("tracking was switched on", {SLOT: range(NPAGES)}, first)
-            report = slot.collect()
-            slot.disable_dirty_logging(SLOT)
+                vm.assert_report("dirty logging was enabled", {SLOT: range(NPAGES)}, first)
+            report = vm.collect()
+            vm.disable_dirty_logging(SLOT)
             yield
-            slot.assert_report("a store right after tracking was switched on", {SLOT: [page]}, report)
+            vm.assert_report("a store right after dirty logging was enabled", {SLOT: [page]}, report)
 
-    for _ in range(turns):
-        store_beside(slot, 2, doings())
+    for _ in range(rounds):
+        store_between(vm, 2, steps())
 
 
-def test_a_store_right_after_a_collection(slot: TrackedVm, turns: int) -> None:
-    """GET, GET and CLEAR, or a harvest and its reset, of a page that was stored to just before."""
-    slot.enable_dirty_logging(SLOT)
+def test_store_right_after_collection(vm: TrackedVm, rounds: int) -> None:
+    """The first store to a dirty page after GET, CLEAR or RESET is logged again."""
+    vm.enable_dirty_logging(SLOT)
 
-    def doings() -> Iterator[None]:
+    def steps() -> Iterator[None]:
         before: list[int] = []
         for page in PAGES:
-            report = slot.collect()
+            report = vm.collect()
             yield
-            slot.assert_report(
+            vm.assert_report(
                 "a store right after a collection, and one to another page", {SLOT: [*before, page]}, report
             )
             before = [page]
 
-    for _ in range(turns):
-        store_beside(slot, 1, doings())
-        slot.assert_dirty("a store right after a collection", {SLOT: PAGES[-1:]})
+    for _ in range(rounds):
+        store_between(vm, 1, steps())
+        vm.assert_dirty("a store right after a collection", {SLOT: PAGES[-1:]})

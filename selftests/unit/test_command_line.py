@@ -344,7 +344,7 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
 def test_what_repeats_a_test_that_is_no_cell(tmp_path: Path) -> None:
     """Its command has every option that the run had."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    test = "selftests/memory/test_arming.py::test_pages_that_were_mapped_before_are_tracked[dirty-log]"
+    test = "selftests/memory/test_arming.py::test_pages_mapped_before_logging[dirty-log]"
     options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
     command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}

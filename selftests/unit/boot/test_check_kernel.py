@@ -211,7 +211,7 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
     done = check_kernel(
         kernel.image, statistics, PLANTED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
-        "selftests/memory/test_arming.py::test_pages_that_were_mapped_in_advance_are_tracked",
+        "selftests/memory/test_arming.py::test_prefaulted_pages_are_logged",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
         "--kvm-params=kvm_amd.npt=1",
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING

@@ -117,7 +117,7 @@ def test_a_vcpu_whose_writes_are_not_seen(kvm: Kvm, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(TrackedVm, "write", write)
     with vm_for(kvm, log_mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
-        test_arming.test_every_vcpu_loses_its_translation(vm, thorough=False)
+        test_arming.test_tlb_flush_reaches_every_vcpu(vm, thorough=False)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_masks_around_an_edge_are_of_both_kinds() -> None:
 @pytest.mark.parametrize("found", [MappingSizes(600, 1, 0), MappingSizes(600, 3, 0), MappingSizes(2, 0, 2)], ids=str)
 def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
     test_huge_pages.check_huge(MappingSizes(600, 2, 0), 2 * MIB, 2, "sound")
-    with pytest.raises(ContractViolation, match="2 pages of 2 MiB were to be mapped, but it is"):
+    with pytest.raises(ContractViolation, match="2 mappings of 2 MiB expected, found"):
         test_huge_pages.check_huge(found, 2 * MIB, 2, "falsified")
 
 
@@ -201,7 +201,7 @@ def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
 @pytest.mark.log_modes("dirty-log", "clear-log")
 @pytest.mark.mutants
 def test_falsified_statistics(
-    make: Any, stats_of: Any, host: Host, monkeypatch: pytest.MonkeyPatch, log_mode: str, call: int
+    make_huge_vm: Any, open_stats: Any, host: Host, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """One huge page more than there is, each time that the statistics are looked at."""
     honest, calls = MappingSizes.read, [0]
@@ -213,11 +213,11 @@ def test_falsified_statistics(
 
     monkeypatch.setattr(MappingSizes, "read", falsified)
     layout = test_huge_pages.two_mib("anonymous_thp", 3)
-    with make(log_mode, layout) as vm, stats_of(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
+    with make_huge_vm(layout) as vm, open_stats(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
         test_huge_pages.check_sizes(vm, stats, host, layout)
 
 
-make, stats_of = test_huge_pages.make, test_huge_pages.stats_of
+make_huge_vm, open_stats = test_huge_pages.make_huge_vm, test_huge_pages.open_stats
 
 
 @pytest.mark.parametrize(("shift", "size", "expected"), [(0, 2 * MIB, 3), (1, 2 * MIB, 2), (0, GIB, 0)])
