@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What KVM itself writes into a guest's memory, for the guest's sake or for user space's, is reported like a store."""
+"""What KVM itself writes to guest memory, on behalf of the guest or of user space, is logged like a store of the guest."""
 
 import ctypes
 import errno
@@ -21,51 +21,37 @@ from kvm_util.kvm import Kvm
 from kvm_util.userfault import MissingPages
 from kvm_util.vcpu import Vcpu
 from kvm_util.vm import Vm
+from selftests.stores import NPAGES, SLOT, add_loaded_slots
 
-SLOT, NEIGHBOUR, LATE = 1, 2, 3
-NPAGES = 24
+LATE = 3
 AREA, DATA = 5, 9
 AREA_GPA = FIRST_GPA + AREA * PAGE
 # KVM pushes each of its own writes to a ring, so one event may have several entries (mark_page_dirty_in_slot())
 MANY = 1000
 # <asm/kvm_para.h>, <linux/kvm_para.h>
 KVM_HC_CLOCK_PAIRING, KVM_CLOCK_PAIRING_WALLCLOCK, KVM_EOPNOTSUPP = 9, 0, 95
-XEN_REGISTER = 0x40000200  # any that nothing else has
+XEN_MSR = 0x40000200  # a number that no other MSR has
 DEADLINE = 10.0  # seconds
 
 
-def filled(vm: TrackedVm) -> TrackedVm:
-    """Two tracked slots side by side, all of whose pages the guest has read."""
-    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
-    vm.run(*(Operation("load", vm.address(slot, page)) for slot in (SLOT, NEIGHBOUR) for page in range(NPAGES)))
-    vm.assert_dirty("loads of all pages", {})
-    return vm
-
-
 @pytest.fixture
-def tracked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
-    with TrackedVm(kvm, log_mode) as vm:
-        yield filled(vm)
-
-
-@pytest.fixture
-def with_irqchip(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
-    """The same, with the interrupt controllers in the kernel."""
+def irqchip_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    """As logged_vm, with the interrupt controllers in the kernel."""
     if not kvm.check_extension(uapi.KVM_CAP_IRQCHIP):
         pytest.skip("no KVM_CAP_IRQCHIP")
     with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
-        yield filled(vm)
+        add_loaded_slots(vm)
+        yield vm
 
 
 def area(vm: TrackedVm) -> bytes:
-    """What the area's page holds."""
+    """The contents of the page at AREA."""
     return bytes(vm.vm.memslots[SLOT].memory.view[AREA * PAGE : (AREA + 1) * PAGE])
 
 
 @dataclass(frozen=True)
-class Area:
-    """A register that has KVM write to the page at AREA: when it is set, or when the vCPU runs next."""
+class MsrArea:
+    """An MSR that makes KVM write to the page at AREA: when it is set, or when the vCPU runs next."""
 
     name: str
     register: int
@@ -73,24 +59,24 @@ class Area:
     by_guest: bool = True
 
 
-AREAS = [
-    Area("kvmclock", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED),
-    Area("wall-clock", msr.MSR_KVM_WALL_CLOCK_NEW, AREA_GPA),
-    Area("steal-time", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED),
-    Area("kvmclock", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED, by_guest=False),
-    Area("wall-clock", msr.MSR_KVM_WALL_CLOCK_NEW, AREA_GPA, by_guest=False),
-    Area("steal-time", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED, by_guest=False),
-    # Guests may set Hyper-V's registers only where CPUID says Hyper-V; user space may always.
-    Area("hyperv-hypercall-page", msr.HV_X64_MSR_HYPERCALL, AREA_GPA | 1, by_guest=False),
-    Area("hyperv-vp-assist-page", msr.HV_X64_MSR_VP_ASSIST_PAGE, AREA_GPA | 1, by_guest=False),
-    Area("hyperv-reference-tsc", msr.HV_X64_MSR_REFERENCE_TSC, AREA_GPA | 1, by_guest=False),
+MSR_AREAS = [
+    MsrArea("kvmclock", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED),
+    MsrArea("wall-clock", msr.MSR_KVM_WALL_CLOCK_NEW, AREA_GPA),
+    MsrArea("steal-time", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED),
+    MsrArea("kvmclock", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED, by_guest=False),
+    MsrArea("wall-clock", msr.MSR_KVM_WALL_CLOCK_NEW, AREA_GPA, by_guest=False),
+    MsrArea("steal-time", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED, by_guest=False),
+    # A guest may set Hyper-V's MSRs only where its CPUID has Hyper-V; user space may always.
+    MsrArea("hyperv-hypercall-page", msr.HV_X64_MSR_HYPERCALL, AREA_GPA | 1, by_guest=False),
+    MsrArea("hyperv-vp-assist-page", msr.HV_X64_MSR_VP_ASSIST_PAGE, AREA_GPA | 1, by_guest=False),
+    MsrArea("hyperv-reference-tsc", msr.HV_X64_MSR_REFERENCE_TSC, AREA_GPA | 1, by_guest=False),
 ]
 
 
-@pytest.mark.parametrize("what", AREAS, ids=lambda a: f"{a.name}-by-{'guest' if a.by_guest else 'user-space'}")
-def test_an_area_that_a_register_names_is_reported(with_irqchip: TrackedVm, what: Area) -> None:
-    """The page, and no other; it holds what KVM wrote."""
-    vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
+@pytest.mark.parametrize("what", MSR_AREAS, ids=lambda a: f"{a.name}-by-{'guest' if a.by_guest else 'user-space'}")
+def test_msr_named_area_is_logged(irqchip_vm: TrackedVm, what: MsrArea) -> None:
+    """KVM's write to the area that an MSR names dirties the gfn of that area, and no other."""
+    vm, (vcpu,) = irqchip_vm, irqchip_vm.vm.vcpus
     vm.write(SLOT, *range(NPAGES), value=(1 << 64) - 1)
     vm.assert_dirty("stores to all pages", {SLOT: range(NPAGES)})
     before = area(vm)
@@ -104,105 +90,98 @@ def test_an_area_that_a_register_names_is_reported(with_irqchip: TrackedVm, what
     except (GuestError, ValueError) as error:
         if isinstance(error, GuestError) and "#GP" not in str(error):
             raise
-        pytest.skip(f"{what.name}: KVM does not have the register: {str(error).splitlines()[0]}")
+        pytest.skip(f"{what.name}: KVM does not have the MSR: {str(error).splitlines()[0]}")
     vm.run()
     assert area(vm) != before
     vm.assert_dirty(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
 
 
-def test_the_clock_is_reported_whenever_it_is_written(
-    kvm: Kvm,
-    tracked: TrackedVm,
-) -> None:
-    """Again and again, here as user space tells the guest that it was stopped."""
+def test_kvmclock_updates_are_logged(kvm: Kvm, logged_vm: TrackedVm) -> None:
+    """Each update of kvmclock dirties its gfn, here after KVM_KVMCLOCK_CTRL."""
     if not kvm.check_extension(uapi.KVM_CAP_KVMCLOCK_CTRL):
         pytest.skip("no KVM_CAP_KVMCLOCK_CTRL")
-    (vcpu,) = tracked.vm.vcpus
-    tracked.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
-    tracked.run()
-    tracked.assert_dirty("kvmclock", {SLOT: [AREA]}, MANY)
+    (vcpu,) = logged_vm.vm.vcpus
+    logged_vm.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
+    logged_vm.run()
+    logged_vm.assert_dirty("kvmclock", {SLOT: [AREA]}, MANY)
     for _ in range(3):
-        before = area(tracked)
+        before = area(logged_vm)
         ioctl(vcpu.fd, uapi.KVM_KVMCLOCK_CTRL, "KVM_KVMCLOCK_CTRL")
-        tracked.run()
-        assert area(tracked) != before
-        tracked.assert_dirty("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
+        logged_vm.run()
+        assert area(logged_vm) != before
+        logged_vm.assert_dirty("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
 
 
-def test_steal_time_is_reported_at_each_run(tracked: TrackedVm) -> None:
-    """KVM writes it as the vCPU begins to run, and where it stops."""
-    tracked.run(Operation("wrmsr", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED))
+def test_steal_time_logged_at_each_run(logged_vm: TrackedVm) -> None:
+    """The gfn of the steal time is dirty after each KVM_RUN: KVM writes it as the vCPU starts and as it stops."""
+    logged_vm.run(Operation("wrmsr", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED))
     for _ in range(3):
-        tracked.collect()
-        tracked.run()
-        tracked.assert_dirty("steal time", {SLOT: [AREA]}, MANY)
+        logged_vm.collect()
+        logged_vm.run()
+        logged_vm.assert_dirty("steal time", {SLOT: [AREA]}, MANY)
 
 
 @pytest.fixture
-def with_apic(with_irqchip: TrackedVm) -> TrackedVm:
-    """The same, with the vCPU's local APIC switched on; and the area's page is full of ones."""
-    with_irqchip.run(
+def apic_vm(irqchip_vm: TrackedVm) -> TrackedVm:
+    """As irqchip_vm, with the vCPU's local APIC enabled, and with all bits set at the beginning of the page at AREA."""
+    irqchip_vm.run(
         Operation("wrmsr", msr.MSR_IA32_APICBASE, 0xFEE00000 | 1 << 8 | msr.X2APIC_ENABLE),
         Operation("wrmsr", msr.X2APIC_SPIV, msr.APIC_SPIV_APIC_ENABLED | 0xFF),
     )
-    with_irqchip.write(SLOT, AREA, value=(1 << 64) - 1)
-    with_irqchip.assert_dirty("a store", {SLOT: [AREA]})
-    return with_irqchip
+    irqchip_vm.write(SLOT, AREA, value=(1 << 64) - 1)
+    irqchip_vm.assert_dirty("a store", {SLOT: [AREA]})
+    return irqchip_vm
 
 
 @pytest.fixture
-def software_apic(with_apic: TrackedVm, host: Host) -> TrackedVm:
-    """The same where KVM itself delivers the interrupts: hardware that does leaves it no occasion to write these areas."""
+def software_apic_vm(apic_vm: TrackedVm, host: Host) -> TrackedVm:
+    """As apic_vm; skips where the CPU delivers interrupts itself, for then KVM does not write the areas of the APIC."""
     for name in ("kvm_intel.enable_apicv", "kvm_amd.avic"):
         if host.parameters.get(name) in ("Y", "1"):
-            pytest.skip(f"the CPU delivers interrupts by itself ({name}=Y)")
-    return with_apic
+            pytest.skip(f"the CPU delivers interrupts itself ({name}=Y)")
+    return apic_vm
 
 
-def was_written(vm: TrackedVm, what: str, emulates: bool) -> None:
-    """KVM has written the area; a backend of its own may do without."""
+def assert_area_written(vm: TrackedVm, what: str, emulates: bool) -> None:
+    """Check that KVM has written the area; skips on a backend that emulates all instructions and does not write it."""
     if emulates and area(vm)[:8] == b"\xff" * 8:
         pytest.skip(f"{what}: this backend emulates every instruction, and does not write the area")
     assert area(vm)[:8] != b"\xff" * 8, f"{what}: KVM did not write the area"
 
 
-def test_the_pv_eoi_area_is_reported(software_apic: TrackedVm, emulates: bool) -> None:
-    """KVM writes it as it injects an interrupt, and takes that back at the next exit."""
-    software_apic.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
-    software_apic.assert_dirty("switching PV EOI on", {})
-    vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
-    software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
-    was_written(software_apic, "PV EOI", emulates)
-    software_apic.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
+def test_pv_eoi_area_is_logged(software_apic_vm: TrackedVm, emulates: bool) -> None:
+    """KVM's writes to the PV EOI area, as it injects an interrupt and at the next exit, dirty its gfn."""
+    software_apic_vm.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
+    software_apic_vm.assert_dirty("enabling PV EOI", {})
+    vector = software_apic_vm.guest.program.symbols["INTERRUPT_VECTOR"]
+    software_apic_vm.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
+    assert_area_written(software_apic_vm, "PV EOI", emulates)
+    software_apic_vm.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
-def test_the_apic_page_that_user_space_names_is_reported(
-    kvm: Kvm,
-    software_apic: TrackedVm,
-    emulates: bool,
-) -> None:
-    """KVM_SET_VAPIC_ADDR: KVM writes there what the APIC has pending, when it looks at that before an entry."""
+def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: TrackedVm, emulates: bool) -> None:
+    """KVM's write of the APIC's pending interrupts, before an entry, dirties the page that KVM_SET_VAPIC_ADDR named."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
         pytest.skip("no KVM_CAP_VAPIC")
-    (vcpu,) = software_apic.vm.vcpus
+    (vcpu,) = software_apic_vm.vm.vcpus
     request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
     ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
-    vector = software_apic.guest.program.symbols["INTERRUPT_VECTOR"]
+    vector = software_apic_vm.guest.program.symbols["INTERRUPT_VECTOR"]
     for _ in range(2):
-        software_apic.write(SLOT, AREA, value=(1 << 64) - 1)
-        software_apic.collect()
-        software_apic.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
-        was_written(software_apic, "KVM_SET_VAPIC_ADDR", emulates)
-        software_apic.assert_dirty("an interrupt that is pending, with a virtual APIC page", {SLOT: [AREA]}, MANY)
+        software_apic_vm.write(SLOT, AREA, value=(1 << 64) - 1)
+        software_apic_vm.collect()
+        software_apic_vm.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
+        assert_area_written(software_apic_vm, "KVM_SET_VAPIC_ADDR", emulates)
+        software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
-def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool) -> None:
-    """KVM writes the area when a page is missing on the host, and again when it is there."""
+def test_async_page_fault_area_is_logged(apic_vm: TrackedVm, emulates: bool) -> None:
+    """KVM's writes to the area of asynchronous page faults, when a page is missing and when it is present, dirty its gfn."""
     if emulates:
         pytest.skip(
-            "asynchronous page faults: this backend emulates every instruction, and waits for the page as it does"
+            "asynchronous page faults: this backend emulates every instruction, and waits for the page meanwhile"
         )
-    vm, (vcpu,) = with_apic, with_apic.vm.vcpus
+    vm, (vcpu,) = apic_vm, apic_vm.vm.vcpus
     late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, tracked=False)
     vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
     flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
@@ -213,66 +192,66 @@ def test_async_page_faults_are_reported(with_apic: TrackedVm, emulates: bool) ->
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_EN, AREA_GPA | flags),
     )
     vm.run()
-    vm.assert_dirty("switching asynchronous page faults on, which has KVM wake all", {SLOT: [AREA]}, MANY)
+    vm.assert_dirty("enabling asynchronous page faults, at which KVM sends a wakeup for all", {SLOT: [AREA]}, MANY)
     vm.run(Operation("store_8", vm.address(SLOT, AREA)), Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_ACK, 1))
-    vm.assert_dirty("the guest's answer to that", {SLOT: [AREA]})
+    vm.assert_dirty("the guest's acknowledgement", {SLOT: [AREA]})
     with MissingPages(late.memory.hva, PAGE) as missing:
-        # A KVM that waits for the page, instead of telling the guest, is let go, for the check below to fail.
+        # If KVM waits for the page instead of notifying the guest, it gets the page here, and the check below fails.
         rescue = threading.Timer(DEADLINE, missing.give, [late.memory.hva])
         rescue.start()
         with pytest.raises(GuestError, match="#PF"):
             vm.run(Operation("interruptible_load", vm.address(LATE, 0)))
         rescue.cancel()
         assert area(vm)[:4] != bytes(4)
-        vm.assert_dirty("a page that is not there", {SLOT: [AREA]}, MANY)
+        vm.assert_dirty("a page that is missing on the host", {SLOT: [AREA]}, MANY)
         missing.give(missing.wait(DEADLINE))
         until = time.monotonic() + DEADLINE
         while area(vm)[4:8] == bytes(4) and time.monotonic() < until:
             vcpu.kvm_run()
-    assert area(vm)[4:8] != bytes(4), f"KVM did not say within {DEADLINE} s that the page is there"
-    vm.assert_dirty("a page that is there now", {SLOT: [AREA]}, MANY)
+    assert area(vm)[4:8] != bytes(4), f"KVM did not report the page as present within {DEADLINE} s"
+    vm.assert_dirty("a page that is present again", {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
-def test_clock_pairing_is_reported(tracked: TrackedVm, emulates: bool, offset: int) -> None:
-    """KVM_HC_CLOCK_PAIRING: KVM writes the host's time, with the guest's TSC at it, where the guest asks for it."""
+def test_clock_pairing_is_logged(logged_vm: TrackedVm, emulates: bool, offset: int) -> None:
+    """KVM's answer to KVM_HC_CLOCK_PAIRING dirties the gfns that the guest named, in one page or in two."""
     if emulates:
-        # em_hypercall(), arch/x86/kvm/emulate.c, again and again: there is no end to it.
+        # em_hypercall(), arch/x86/kvm/emulate.c, would run again and again without end.
         pytest.skip("hypercalls: this backend emulates every instruction, and KVM's emulator leaves these to the CPU")
-    (vcpu,) = tracked.vm.vcpus
+    (vcpu,) = logged_vm.vm.vcpus
     pages = [AREA] if offset == 16 else [AREA, AREA + 1]
     for _ in range(2):
-        tracked.write(SLOT, *pages, value=(1 << 64) - 1)
-        tracked.assert_dirty("stores", {SLOT: pages})
-        before = bytes(tracked.vm.memslots[SLOT].memory.view)
-        tracked.run(Operation("hypercall", KVM_HC_CLOCK_PAIRING, AREA_GPA + offset, KVM_CLOCK_PAIRING_WALLCLOCK))
+        logged_vm.write(SLOT, *pages, value=(1 << 64) - 1)
+        logged_vm.assert_dirty("stores", {SLOT: pages})
+        before = bytes(logged_vm.vm.memslots[SLOT].memory.view)
+        logged_vm.run(Operation("hypercall", KVM_HC_CLOCK_PAIRING, AREA_GPA + offset, KVM_CLOCK_PAIRING_WALLCLOCK))
         answer = ctypes.c_int64(arch.get_regs(vcpu.fd).r12).value
         if answer == -KVM_EOPNOTSUPP:
             pytest.skip("KVM_HC_CLOCK_PAIRING: the host's clock is not the TSC (KVM_EOPNOTSUPP)")
         assert answer == 0
-        assert tracked.changed_pages(SLOT, before) == pages
-        tracked.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
+        assert logged_vm.changed_pages(SLOT, before) == pages
+        logged_vm.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
-def have_xen(kvm: Kvm, vm: TrackedVm, flag: str) -> None:
-    """Have KVM behave like Xen to the guest; skips where it does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
+def enable_xen(kvm: Kvm, vm: TrackedVm, flag: str) -> None:
+    """Enable KVM's Xen interface for the guest; skips where KVM does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
     if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & getattr(uapi, flag):
         pytest.skip(f"KVM_CAP_XEN_HVM does not offer {flag}")
-    config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_REGISTER)
+    config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_MSR)
     ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
 
 
-def test_the_xen_hypercall_page_is_reported(kvm: Kvm, tracked: TrackedVm) -> None:
-    """KVM fills the page that the guest names in the register that user space chose."""
-    have_xen(kvm, tracked, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
-    tracked.run(Operation("wrmsr", XEN_REGISTER, AREA_GPA))
-    assert area(tracked) != bytes(PAGE)
-    tracked.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
+def test_xen_hypercall_page_is_logged(kvm: Kvm, logged_vm: TrackedVm) -> None:
+    """KVM dirties the gfn of the Xen hypercall page as it fills that page."""
+    enable_xen(kvm, logged_vm, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
+    logged_vm.run(Operation("wrmsr", XEN_MSR, AREA_GPA))
+    assert area(logged_vm) != bytes(PAGE)
+    logged_vm.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
 
 
 @dataclass(frozen=True)
 class XenArea:
-    """What KVM keeps up to date for a vCPU at an address that user space names (api.rst, KVM_XEN_VCPU_SET_ATTR).
+    """An area that KVM keeps up to date for a vCPU, at an address that user space names (api.rst, KVM_XEN_VCPU_SET_ATTR).
 
     :ivar at_each_run: whether KVM writes it at each run, and not only when the clock is updated
     """
@@ -297,11 +276,14 @@ XEN_AREAS = [
 
 
 @pytest.mark.parametrize("what", XEN_AREAS, ids=lambda what: what.name)
-def test_a_xen_area_is_reported(kvm: Kvm, host: Host, tracked: TrackedVm, what: XenArea) -> None:
-    """Event channels' bits alone are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); none is delivered here."""
-    have_xen(kvm, tracked, what.needs)
-    (vcpu,) = tracked.vm.vcpus
-    before = area(tracked)
+def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: TrackedVm, what: XenArea) -> None:
+    """Each update of a Xen area of a vCPU dirties its gfns.
+
+    Only the bits of event channels are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); no event is delivered here.
+    """
+    enable_xen(kvm, logged_vm, what.needs)
+    (vcpu,) = logged_vm.vm.vcpus
+    before = area(logged_vm)
     attribute = uapi.kvm_xen_vcpu_attr(type=what.kind)
     attribute.u[0] = AREA_GPA + what.offset
     try:
@@ -311,25 +293,22 @@ def test_a_xen_area_is_reported(kvm: Kvm, host: Host, tracked: TrackedVm, what: 
         if error.errno != errno.EINVAL or len(what.pages) == 1 or host.kernel_version >= (6, 2):
             raise
         pytest.skip(f"Xen's {what.name}: an area in two pages is refused before Linux 6.2")
-    tracked.run()
-    assert area(tracked) != before
-    tracked.assert_dirty(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
+    logged_vm.run()
+    assert area(logged_vm) != before
+    logged_vm.assert_dirty(f"Xen's {what.name}", {SLOT: what.pages}, MANY)
     for _ in range(2):
-        before = area(tracked)
-        tracked.run()
+        before = area(logged_vm)
+        logged_vm.run()
         # KVM may have the clock updated some time after it began, or at each run (kvm_gen_kvmclock_update(), x86.c).
-        written = what.at_each_run or area(tracked) != before
-        tracked.assert_dirty(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
+        written = what.at_each_run or area(logged_vm) != before
+        logged_vm.assert_dirty(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
 
 
-def test_a_message_of_a_hyperv_timer_is_reported(
-    kvm: Kvm,
-    with_irqchip: TrackedVm,
-) -> None:
-    """KVM puts it into the message page when the timer expires; a second one has to wait, and a flag says so."""
+def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: TrackedVm) -> None:
+    """KVM dirties the gfn of the message page as it posts a Hyper-V timer's message, or the flag that one is pending."""
     if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC2):
         pytest.skip("no KVM_CAP_HYPERV_SYNIC2")
-    vm, (vcpu,) = with_irqchip, with_irqchip.vm.vcpus
+    vm, (vcpu,) = irqchip_vm, irqchip_vm.vm.vcpus
     source = 2
     vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC2)
     for register, value in (
@@ -342,7 +321,7 @@ def test_a_message_of_a_hyperv_timer_is_reported(
         arch.set_msr(vcpu.fd, register, value)
     vm.run()
     vm.assert_dirty("a message page without a message", {})
-    for what in ("a message", "the flag that another one waits"):
+    for what in ("a message", "the flag that another message is pending"):
         before = area(vm)
         arch.set_msr(vcpu.fd, msr.HV_X64_MSR_STIMER0_CONFIG, source << msr.HV_STIMER_SINT_SHIFT | msr.HV_STIMER_ENABLE)
         vm.run()
@@ -351,10 +330,10 @@ def test_a_message_of_a_hyperv_timer_is_reported(
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
-def test_a_copy_from_a_device_is_reported(tracked: TrackedVm, offset: int) -> None:
-    """A string move out of an address without memory: user space gives the data, and KVM's emulator stores them."""
+def test_string_move_from_mmio_is_logged(logged_vm: TrackedVm, offset: int) -> None:
+    """A string move from an MMIO address, which KVM emulates with data of user space, dirties the gfns of its target."""
     device = FIRST_GPA + 64 * NPAGES * PAGE
-    tracked.map(device, 1)
+    logged_vm.map(device, 1)
     words = 4
 
     def answer(vcpu: Vcpu) -> bool:
@@ -364,17 +343,18 @@ def test_a_copy_from_a_device_is_reported(tracked: TrackedVm, offset: int) -> No
         ctypes.memset(ctypes.addressof(run.mmio.data), 0x5A, run.mmio.len)
         return True
 
-    move = Operation("rep_movsq", tracked.address(SLOT, DATA, offset), device + GVA_OFFSET, words)
-    tracked.run(move, on_exit=answer)
+    move = Operation("rep_movsq", logged_vm.address(SLOT, DATA, offset), device + GVA_OFFSET, words)
+    logged_vm.run(move, on_exit=answer)
     first = DATA * PAGE + offset
-    assert bytes(tracked.vm.memslots[SLOT].memory.view[first : first + 8 * words]) == b"\x5a" * 8 * words
-    tracked.assert_dirty("rep movsq from a device", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
+    assert bytes(logged_vm.vm.memslots[SLOT].memory.view[first : first + 8 * words]) == b"\x5a" * 8 * words
+    logged_vm.assert_dirty("rep movsq from an MMIO address", {SLOT: [DATA] if offset == 16 else [DATA, DATA + 1]}, MANY)
 
 
-def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str) -> None:
-    """The TSS and the identity map for real mode lie in slots that are KVM's own, and no vCPU runs when they are made.
+def test_tss_and_identity_map_not_logged(kvm: Kvm, log_mode: str) -> None:
+    """KVM's set-up of the TSS and of the identity map for real mode, in memslots of its own, dirties no gfn.
 
-    That must not end in a ring, or in a WARN: "KVM: X86: Don't track dirty for KVM_SET_[TSS_ADDR|IDENTITY_MAP_ADDR]".
+    No vCPU runs then, so a push to a ring would end in a WARN: "KVM: X86: Don't track dirty for
+    KVM_SET_[TSS_ADDR|IDENTITY_MAP_ADDR]".
     """
     tss = 0xFEFFD000
 
@@ -384,14 +364,14 @@ def test_the_set_up_of_kvms_own_pages_is_not_reported(kvm: Kvm, log_mode: str) -
         ioctl(vm.fd, uapi.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", tss)
 
     with TrackedVm(kvm, log_mode, prepare=set_addresses) as vm:
-        # The calls do nothing on backends that need no such pages; and where KVM has a slot, user space can have none.
+        # The ioctls do nothing on backends that need no such pages. Where KVM has its memslot, user space can add none.
         try:
             vm.add_slot(LATE, tss, 1, tracked=False)
         except KvmError as error:
             if error.errno != errno.EEXIST:
                 raise
         else:
-            pytest.skip("KVM makes no slot for the TSS here; kvm_intel does, loaded with unrestricted_guest=0")
+            pytest.skip("KVM adds no memslot for the TSS here; kvm_intel does, loaded with unrestricted_guest=0")
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.assert_dirty("KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR", {})
         vm.write(SLOT, DATA)

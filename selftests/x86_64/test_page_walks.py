@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Accessed and dirty bits that the page walker sets are writes to the guest's page tables, and are reported as such."""
+"""Accessed and dirty bits that the CPU's page walker sets in the guest's page tables dirty the gfns of these tables."""
 
 from collections.abc import Iterator
 
@@ -19,8 +19,11 @@ WINDOW = 1 << 42
 
 
 @pytest.fixture
-def walked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
-    """Pages 0 to 2 of a tracked slot are page tables that map the other slot at WINDOW, with no bit set yet."""
+def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    """A VM with two logged memslots: the first has page tables in its pages 0 to 2, which map the second at WINDOW.
+
+    No accessed or dirty bit is set in them.
+    """
     with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(TABLES, FIRST_GPA, NPAGES)
         vm.add_slot(DATA, FIRST_GPA + NPAGES * PAGE, NPAGES)
@@ -41,17 +44,22 @@ def walked(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
 
 
 def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> list[int]:
-    """Have the guest access DATA's *page* through the tables, and hold KVM to what it changed in them and to *data*."""
+    """Have the guest access a page of DATA through the tables, and check the reports of both memslots.
+
+    :param data: the pages of DATA that must be dirty
+    :returns: the tables that the access changed
+    :raises ContractViolation: KVM reported other pages
+    """
     before = bytes(vm.vm.memslots[TABLES].memory.view)
     vm.run(Operation(name, WINDOW + page * PAGE))
     tables = vm.changed_pages(TABLES, before)
     report = vm.collect()
     reported = {slot: report.dirty(slot) for slot in (TABLES, DATA)}
     lost = set(tables) - reported[TABLES]
-    # A page walk needs its tables writable under nested paging, whether there is a bit to set or not (AMD APM volume 2,
-    # "Nested versus Guest Page Faults": a walk's accesses count as writes). So tables that were only read may be there.
-    false = reported[TABLES] - ({0, 1, 2} if uses_tdp(host) else set(tables))
-    if lost or false or reported[DATA] != set(data):
+    # With TDP, a page walk counts as a write to the guest's tables, whether it sets a bit or not (AMD APM volume 2, "Nested
+    # versus Guest Page Faults"). So tables that the walk only read may be reported.
+    spurious = reported[TABLES] - ({0, 1, 2} if uses_tdp(host) else set(tables))
+    if lost or spurious or reported[DATA] != set(data):
         raise violated(
             Kind.LOST if lost else Kind.SPURIOUS,
             f"{name} of page {page}: tables {tables} changed, and KVM reports {reported}",
@@ -59,15 +67,16 @@ def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> 
     return tables
 
 
-def test_accessed_and_dirty_bits_are_reported(walked: TrackedVm, host: Host) -> None:
-    """The first access sets a bit in each table, the next ones in the last only, and the first store the dirty bit."""
-    assert access(walked, host, "load", 3, []) == [0, 1, 2]
-    assert access(walked, host, "load", 4, []) == [2]
-    assert access(walked, host, "store_8", 3, [3]) == [2]
-    assert access(walked, host, "store_8", 5, [5]) == [2]
+def test_accessed_and_dirty_bits_are_logged(vm: TrackedVm, host: Host) -> None:
+    """The gfn of a guest page table is dirty after an access that set an accessed bit or the dirty bit in it."""
+    assert access(vm, host, "load", 3, []) == [0, 1, 2]
+    assert access(vm, host, "load", 4, []) == [2]
+    assert access(vm, host, "store_8", 3, [3]) == [2]
+    assert access(vm, host, "store_8", 5, [5]) == [2]
 
 
-def test_what_sets_no_bit_changes_no_table(walked: TrackedVm, host: Host) -> None:
-    access(walked, host, "store_8", 3, [3])
-    assert access(walked, host, "load", 3, []) == []
-    assert access(walked, host, "store_8", 3, [3]) == []
+def test_page_walk_without_bit_changes(vm: TrackedVm, host: Host) -> None:
+    """A page walk that finds all accessed and dirty bits set leaves the guest's page tables as they are."""
+    access(vm, host, "store_8", 3, [3])
+    assert access(vm, host, "load", 3, []) == []
+    assert access(vm, host, "store_8", 3, [3]) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""System management mode has an address space of its own: its slots, bits and ring entries are never taken for others."""
+"""The address space of system management mode has a dirty log of its own, which never mixes with the other one's."""
 
 from collections.abc import Iterator
 
@@ -14,11 +14,11 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
 
 SLOT = 1
-SMM = 1 << 16  # the address space's number, in the upper half of a slot's
+SMM = 1 << 16  # the address space's number, in bits 16 to 31 of a slot number
 SMRAM_SLOT, SMM_SLOT = SMM | 2, SMM | SLOT
 NPAGES = 16
-# Where a processor that was not told otherwise keeps its state (Intel SDM volume 3, "SMRAM"): the handler begins at
-# SMBASE + 0x8000, and the state is saved at the end of the 64 KiB
+# Where a CPU has its SMRAM by default (Intel SDM volume 3, "SMRAM"): the handler begins at SMBASE + 0x8000, and the state is
+# saved at the end of the 64 KiB
 SMBASE, SMRAM_SIZE = 0x30000, 0x10000
 HANDLER = SMBASE + 0x8000
 HANDLER_PAGE, STATE_PAGE = (HANDLER - SMBASE) // PAGE, SMRAM_SIZE // PAGE - 1
@@ -27,7 +27,7 @@ FIRST, SECOND = 3, 7
 
 
 def handler() -> bytes:
-    """Real-mode code: a byte into pages FIRST and SECOND of the slot at FIRST_GPA, a call to the host, and the way back."""
+    """Real-mode code that stores a byte to pages FIRST and SECOND of the memslot at FIRST_GPA, calls the host, and returns."""
     code = b""
     for page in (FIRST, SECOND):
         address = FIRST_GPA + page * PAGE
@@ -37,8 +37,8 @@ def handler() -> bytes:
 
 
 @pytest.fixture
-def with_smm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
-    """A tracked slot in each address space, at the same addresses and with the same id, and SMRAM."""
+def smm_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+    """A VM with a logged memslot in each address space, at the same gpa and with the same id, and SMRAM."""
     if not kvm.check_extension(uapi.KVM_CAP_X86_SMM):
         pytest.skip("no KVM_CAP_X86_SMM: this backend or kernel has no system management mode")
     assert kvm.check_extension(kvm_uapi.KVM_CAP_MULTI_ADDRESS_SPACE) == 2
@@ -54,7 +54,7 @@ def with_smm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
 
 
 def smi(vm: TrackedVm) -> None:
-    """Have the vCPU take a system management interrupt, and come back from it."""
+    """Have the vCPU take a system management interrupt, and return from it."""
     (vcpu,) = vm.vm.vcpus
     ioctl(vcpu.fd, uapi.KVM_SMI, "KVM_SMI")
     calls = []
@@ -70,47 +70,48 @@ def smi(vm: TrackedVm) -> None:
     assert len(calls) == 1, "the handler did not run"
 
 
-@pytest.mark.parametrize("tracked", [SLOT, SMM_SLOT], ids=["outside", "smm"])
-def test_one_address_space_is_tracked(with_smm: TrackedVm, tracked: int) -> None:
-    """Of writes to the same page in both, those in the other one are not told: not its slot's, and not as this one's."""
-    vm, other = with_smm, SLOT + SMM_SLOT - tracked
+@pytest.mark.parametrize("logged", [SLOT, SMM_SLOT], ids=["outside", "smm"])
+def test_logging_in_one_address_space(smm_vm: TrackedVm, logged: int) -> None:
+    """With dirty logging in one address space only, writes to the same gfns in the other one are not reported."""
+    vm, other = smm_vm, SLOT + SMM_SLOT - logged
     vm.disable_dirty_logging(SMRAM_SLOT)
     vm.disable_dirty_logging(other)
     written = {SLOT: [FIRST, 9], SMM_SLOT: [FIRST, SECOND]}
     for _ in range(2):
         smi(vm)
         vm.write(SLOT, FIRST, 9)
-        vm.assert_dirty("writes in both address spaces", {tracked: written[tracked]})
-    vm.disable_dirty_logging(tracked)
+        vm.assert_dirty("writes in both address spaces", {logged: written[logged]})
+    vm.disable_dirty_logging(logged)
     vm.enable_dirty_logging(other)
     smi(vm)
     vm.write(SLOT, FIRST, 9)
-    vm.assert_dirty("the same with the other one tracked", {other: written[other]})
+    vm.assert_dirty("writes in both address spaces, with dirty logging in the other one", {other: written[other]})
 
 
-def test_writes_in_smm_are_reported_in_its_address_space(with_smm: TrackedVm) -> None:
-    """The handler's, the state that KVM saves, and nothing else; in the other address space nothing was written."""
-    vm = with_smm
-    for turn in range(3):
+def test_smm_writes_in_smm_address_space(smm_vm: TrackedVm) -> None:
+    """Stores of the SMM handler, and the state that KVM saves for it, are logged in the address space of SMM only."""
+    vm = smm_vm
+    for round_number in range(3):
         smi(vm)
         report = vm.collect()
         reported = {slot: report.dirty(slot) for slot in {SLOT, SMM_SLOT, SMRAM_SLOT} | report.slots}
-        if turn == 0:
-            # Fetching the handler maps it, writable, and what is mapped so counts as dirty (make_spte()).
+        if round_number == 0:
+            # The fetch of the handler maps its page writable, and KVM logs that (make_spte()).
             reported[SMRAM_SLOT].discard(HANDLER_PAGE)
         assert reported == {SLOT: set(), SMM_SLOT: {FIRST, SECOND}, SMRAM_SLOT: {STATE_PAGE}}
     assert vm.vm.memslots[SMM_SLOT].memory.view[FIRST * PAGE] == 0x5A
     assert vm.vm.memslots[SLOT].memory.view[FIRST * PAGE] == 0
 
 
-def test_writes_outside_are_reported_outside(with_smm: TrackedVm) -> None:
-    with_smm.write(SLOT, 1, FIRST)
-    with_smm.assert_dirty("stores outside of SMM", {SLOT: [1, FIRST]})
+def test_writes_outside_smm_stay_outside(smm_vm: TrackedVm) -> None:
+    """Stores outside of SMM are logged in the normal address space only."""
+    smm_vm.write(SLOT, 1, FIRST)
+    smm_vm.assert_dirty("stores outside of SMM", {SLOT: [1, FIRST]})
 
 
-def test_what_is_reported_for_one_stays_for_the_other(with_smm: TrackedVm) -> None:
-    """Both write the same page number of the same slot id; each is told of its own, whichever is asked first."""
-    vm = with_smm
+def test_address_spaces_have_separate_logs(smm_vm: TrackedVm) -> None:
+    """Writes to the same offset of the same slot id in both address spaces are reported once for each of them."""
+    vm = smm_vm
     vm.write(SLOT, FIRST, 9)
     smi(vm)
     report = vm.collect()
