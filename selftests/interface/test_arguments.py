@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What KVM answers to arguments that it does not take: every documented error of every call, by name."""
+"""Argument checks of the ioctls for dirty logging: each documented error, by the name of its errno."""
 
 import ctypes
 import os
@@ -19,31 +19,32 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
 from kvm_util.vm import Vm
 
-SLOT, UNTRACKED, ABSENT = 1, 2, 3
+SLOT, UNLOGGED, ABSENT = 1, 2, 3
 NPAGES = 3 * 64 + 5
 TOO_HIGH = 0xFFFF
 NO_ADDRESS_SPACE = 9 << 16
 MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
-RINGS = {"ring": uapi.KVM_CAP_DIRTY_LOG_RING, "acq_rel": uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL}
-MOST = 65536 * ENTRY_SIZE
+RING_CAPS = {"ring": uapi.KVM_CAP_DIRTY_LOG_RING, "acq_rel": uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL}
+MAX_SIZE = 65536 * ENTRY_SIZE
 
 
-def answer(fd: int, request: int, argument: Any = None) -> str:
-    """What an ioctl answers: the name of an errno, or ``0``."""
+def ioctl_result(fd: int, request: int, argument: Any = None) -> str:
+    """Call an ioctl; returns the name of its errno, or ``0`` for success."""
     result, code = raw_ioctl(
         fd, request, ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
     )
     return errno_name(code) if result < 0 else "0"
 
 
-def enable(vm: Vm, cap: int, *arguments: int, flags: int = 0) -> str:
+def enable_cap(vm: Vm, cap: int, *arguments: int, flags: int = 0) -> str:
+    """Call KVM_ENABLE_CAP; returns the name of its errno, or ``0`` for success."""
     request = uapi.kvm_enable_cap(cap=cap, flags=flags, args=(ctypes.c_uint64 * 4)(*arguments))
-    return answer(vm.fd, uapi.KVM_ENABLE_CAP, request)
+    return ioctl_result(vm.fd, uapi.KVM_ENABLE_CAP, request)
 
 
 @pytest.fixture
-def plain(kvm: Kvm) -> Iterator[Vm]:
-    """A VM with nothing in it."""
+def bare_vm(kvm: Kvm) -> Iterator[Vm]:
+    """A VM without vCPUs and memslots."""
     with kvm.create_vm() as vm:
         yield vm
 
@@ -51,12 +52,13 @@ def plain(kvm: Kvm) -> Iterator[Vm]:
 def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
     vm = TrackedVm(kvm, mode)
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(UNTRACKED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
+    vm.add_slot(UNLOGGED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
     return vm
 
 
 @pytest.fixture
-def manual(kvm: Kvm) -> Iterator[TrackedVm]:
+def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+    """A VM with manual protection, and a slot with and one without dirty logging."""
     if reason := LOG_MODES["clear-log-unset"].supported(kvm):
         pytest.skip(reason)
     with make_vm(kvm, "clear-log-unset") as vm:
@@ -64,7 +66,8 @@ def manual(kvm: Kvm) -> Iterator[TrackedVm]:
 
 
 @pytest.fixture
-def ringed(kvm: Kvm) -> Iterator[TrackedVm]:
+def ring_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+    """A VM with a vCPU, its dirty ring, and a slot with dirty logging."""
     if reason := LOG_MODES["dirty-ring"].supported(kvm):
         pytest.skip(reason)
     with TrackedVm(kvm, "dirty-ring") as vm:
@@ -74,9 +77,9 @@ def ringed(kvm: Kvm) -> Iterator[TrackedVm]:
 
 @dataclass(frozen=True)
 class Clear:
-    """A KVM_CLEAR_DIRTY_LOG and its answer."""
+    """A call of KVM_CLEAR_DIRTY_LOG and its expected result."""
 
-    why: str
+    name: str
     expected: str
     slot: int = SLOT
     first: int = 0
@@ -99,17 +102,17 @@ CLEARS = [
     Clear("a start beyond the end", "EINVAL", first=256, count=0),
     Clear("a start that wraps around", "EINVAL", first=(1 << 64) - 64, count=64),
     Clear("no such slot", "ENOENT", slot=ABSENT, count=64),
-    Clear("a slot that is not tracked", "ENOENT", slot=UNTRACKED, count=64),
+    Clear("a slot without dirty logging", "ENOENT", slot=UNLOGGED, count=64),
     Clear("a slot number too high", "EINVAL", slot=TOO_HIGH, count=64),
     Clear("no such address space", "EINVAL", slot=NO_ADDRESS_SPACE | SLOT, count=64),
     Clear("no bitmap", "EFAULT", bitmap=False),
 ]
 
 
-@pytest.mark.parametrize("clear", CLEARS, ids=lambda clear: clear.why.replace(" ", "-"))
-def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
-    """The answer, and a call that fails clears nothing."""
-    manual.write(SLOT, *range(NPAGES))
+@pytest.mark.parametrize("clear", CLEARS, ids=lambda clear: clear.name.replace(" ", "-"))
+def test_clear_dirty_log_argument_checks(manual_vm: TrackedVm, clear: Clear) -> None:
+    """KVM_CLEAR_DIRTY_LOG checks its slot, range and bitmap, and a call that fails clears no bit."""
+    manual_vm.write(SLOT, *range(NPAGES))
     mask = (ctypes.c_char * 64).from_buffer(bytearray(b"\xff" * 64))
     request = uapi.kvm_clear_dirty_log(
         slot=clear.slot,
@@ -117,9 +120,9 @@ def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
         first_page=clear.first,
         dirty_bitmap=ctypes.addressof(mask) if clear.bitmap else 0,
     )
-    assert answer(manual.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, request) == clear.expected
+    assert ioctl_result(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, request) == clear.expected
     cleared = range(clear.first, clear.first + clear.count) if clear.expected == "0" else ()
-    assert manual.read_bitmap(SLOT) == [page for page in range(NPAGES) if page not in cleared]
+    assert manual_vm.read_bitmap(SLOT) == [page for page in range(NPAGES) if page not in cleared]
 
 
 @pytest.mark.parametrize(
@@ -127,55 +130,58 @@ def test_clear_dirty_log(manual: TrackedVm, clear: Clear) -> None:
     [
         (SLOT, "0"),
         (ABSENT, "ENOENT"),
-        (UNTRACKED, "ENOENT"),
+        (UNLOGGED, "ENOENT"),
         (TOO_HIGH, "EINVAL"),
         (NO_ADDRESS_SPACE | SLOT, "EINVAL"),
     ],
 )
 @pytest.mark.log_modes("dirty-log", "clear-log-unset")
-def test_get_dirty_log(kvm: Kvm, log_mode: str, slot: int, expected: str) -> None:
-    """The answer; and a call that fails clears no slot's bits, and leaves the buffer alone."""
+def test_get_dirty_log_argument_checks(kvm: Kvm, log_mode: str, slot: int, expected: str) -> None:
+    """KVM_GET_DIRTY_LOG checks its slot, and a call that fails neither clears bits nor writes to the buffer."""
     with make_vm(kvm, log_mode) as vm:
         vm.write(SLOT, 7)
         before = b"\xc3" * 64
         bitmap = (ctypes.c_char * 64).from_buffer_copy(before)
         request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
-        assert answer(vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
+        assert ioctl_result(vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, request) == expected
         assert (bitmap.raw == before) == (expected != "0")
         assert vm.read_bitmap(SLOT) == ([] if expected == "0" and log_mode == "dirty-log" else [7])
 
 
 @pytest.mark.parametrize("request_name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"])
-def test_bitmaps_are_not_there_in_ring_mode(ringed: TrackedVm, request_name: str) -> None:
-    """ENXIO, before anything else is looked at: for slots that exist, for such that do not, and without a buffer."""
+def test_get_and_clear_fail_in_ring_mode(ring_vm: TrackedVm, request_name: str) -> None:
+    """With dirty rings, GET and CLEAR fail with ENXIO before any other check, and the rings keep their entries."""
     structs = {"KVM_GET_DIRTY_LOG": uapi.kvm_dirty_log, "KVM_CLEAR_DIRTY_LOG": uapi.kvm_clear_dirty_log}
-    ringed.write(SLOT, 7)
+    ring_vm.write(SLOT, 7)
     for slot in (SLOT, ABSENT, TOO_HIGH):
         argument = structs[request_name](slot=slot)
-        assert answer(ringed.vm.fd, getattr(uapi, request_name), argument) == "ENXIO"
-    ringed.assert_dirty("a write before it", {SLOT: [7]})
+        assert ioctl_result(ring_vm.vm.fd, getattr(uapi, request_name), argument) == "ENXIO"
+    ring_vm.assert_dirty("a write before the failed calls", {SLOT: [7]})
 
 
 @pytest.mark.parametrize(
     "name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG", "KVM_ENABLE_CAP", "KVM_SET_USER_MEMORY_REGION"]
 )
-def test_no_struct(plain: Vm, name: str) -> None:
-    assert answer(plain.fd, getattr(uapi, name)) == "EFAULT"
+def test_null_argument_is_efault(bare_vm: Vm, name: str) -> None:
+    """An ioctl that reads a struct fails with EFAULT when its argument is NULL."""
+    assert ioctl_result(bare_vm.fd, getattr(uapi, name)) == "EFAULT"
 
 
-def test_reset_without_rings(plain: Vm) -> None:
-    assert answer(plain.fd, uapi.KVM_RESET_DIRTY_RINGS) == "EINVAL"
+def test_reset_without_rings_is_einval(bare_vm: Vm) -> None:
+    """KVM_RESET_DIRTY_RINGS fails with EINVAL on a VM without dirty rings."""
+    assert ioctl_result(bare_vm.fd, uapi.KVM_RESET_DIRTY_RINGS) == "EINVAL"
 
 
-def test_reset_with_nothing_to_take(ringed: TrackedVm) -> None:
-    assert ringed.vm.reset_dirty_rings() == 0
+def test_reset_of_empty_rings_returns_0(ring_vm: TrackedVm) -> None:
+    """KVM_RESET_DIRTY_RINGS returns 0 when the rings are empty."""
+    assert ring_vm.vm.reset_dirty_rings() == 0
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_reset_without_vcpus(plain: Vm) -> None:
-    """There are rings as soon as they are enabled, none so far."""
-    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
-    assert plain.reset_dirty_rings() == 0
+def test_reset_without_vcpus_returns_0(bare_vm: Vm) -> None:
+    """KVM_RESET_DIRTY_RINGS returns 0 on a VM that has dirty rings enabled and no vCPU yet."""
+    assert enable_cap(bare_vm, RING_CAPS["acq_rel"], MAX_SIZE) == "0"
+    assert bare_vm.reset_dirty_rings() == 0
 
 
 @pytest.mark.parametrize(
@@ -191,106 +197,120 @@ def test_reset_without_vcpus(plain: Vm) -> None:
     ],
 )
 @pytest.mark.log_modes("clear-log")
-def test_enable_manual_protect(plain: Vm, flags: int, value: int, expected: str) -> None:
-    assert enable(plain, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value, flags=flags) == expected
+def test_manual_protect_argument_checks(bare_vm: Vm, flags: int, value: int, expected: str) -> None:
+    """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 takes its two documented bits, INITIALLY_SET only with the other, and no flags."""
+    assert enable_cap(bare_vm, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, value, flags=flags) == expected
 
 
-@pytest.mark.parametrize("cap", RINGS.values(), ids=list(RINGS))
+@pytest.mark.parametrize("cap", RING_CAPS.values(), ids=list(RING_CAPS))
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (MOST, "0"),
+        (MAX_SIZE, "0"),
         (0, "EINVAL"),
-        (MOST - 1, "EINVAL"),
+        (MAX_SIZE - 1, "EINVAL"),
         (3 << 16, "EINVAL"),
         (16, "EINVAL"),
         (2048, "EINVAL"),
-        (MOST * 2, "E2BIG"),
+        (MAX_SIZE * 2, "E2BIG"),
         (1 << 31, "E2BIG"),
-        (MOST * 3, "EINVAL"),
-        # KVM takes the size as 32 bits, and does not look at the others (kvm_vm_ioctl_enable_dirty_log_ring()).
+        (MAX_SIZE * 3, "EINVAL"),
+        # KVM truncates the size to 32 bits (kvm_vm_ioctl_enable_dirty_log_ring()).
         (1 << 32, "EINVAL"),
-        (1 << 32 | MOST, "0"),
+        (1 << 32 | MAX_SIZE, "0"),
     ],
 )
-def test_enable_a_ring(kvm: Kvm, plain: Vm, cap: int, size: int, expected: str) -> None:
-    """Its size in bytes: a power of two, no smaller than a page and the reserved entries, and no larger than the most."""
+def test_ring_size_checks(kvm: Kvm, bare_vm: Vm, cap: int, size: int, expected: str) -> None:
+    """A ring's size in bytes is a power of two, at least a page and the reserved entries, at most what KVM offers."""
     if not kvm.check_extension(cap):
         pytest.skip(f"no capability {cap}")
-    assert kvm.check_extension(cap) == MOST
-    assert enable(plain, cap, size) == expected
+    assert kvm.check_extension(cap) == MAX_SIZE
+    assert enable_cap(bare_vm, cap, size) == expected
 
 
-def test_what_is_refused_changes_nothing(kvm: Kvm, log_mode: str) -> None:
-    """A VM goes on in its mode: with its ring or bitmaps, the meaning of GET, and what is set at first."""
+def test_failed_enable_cap_has_no_effect(kvm: Kvm, log_mode: str) -> None:
+    """A KVM_ENABLE_CAP that fails keeps the VM's rings or bitmaps, its manual protection and what is initially set."""
     with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, 3)
         cap = uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
-        refused = [enable(vm.vm, cap, value, flags=1) for value in (0, MANUAL, MANUAL | INITIALLY_SET)]
-        refused += [enable(vm.vm, cap, value) for value in (INITIALLY_SET, 4, MANUAL | 4)]
-        # There is a vCPU, so that no size is right.
-        refused += [enable(vm.vm, cap, size) for cap in RINGS.values() for size in (0, MOST // 2, MOST, MOST * 2)]
+        refused = [enable_cap(vm.vm, cap, value, flags=1) for value in (0, MANUAL, MANUAL | INITIALLY_SET)]
+        refused += [enable_cap(vm.vm, cap, value) for value in (INITIALLY_SET, 4, MANUAL | 4)]
+        # The VM has a vCPU, so each size is refused.
+        refused += [
+            enable_cap(vm.vm, cap, size)
+            for cap in RING_CAPS.values()
+            for size in (0, MAX_SIZE // 2, MAX_SIZE, MAX_SIZE * 2)
+        ]
         assert "0" not in refused
         if not vm.mode.uses_ring:
             read = [vm.read_bitmap(SLOT) for _ in range(2)]
             assert read == [[3], [3] if vm.mode.manual else []]
             vm.collect()
         else:
-            vm.assert_dirty("a write before it", {SLOT: [3]})
+            vm.assert_dirty("a write before the refused capabilities", {SLOT: [3]})
         vm.write(SLOT, 4)
-        vm.assert_dirty("a write after it", {SLOT: [4]})
+        vm.assert_dirty("a write after the refused capabilities", {SLOT: [4]})
         vm.disable_dirty_logging(SLOT)
         vm.enable_dirty_logging(SLOT)
-        vm.assert_dirty("nothing since tracking began again", {})
+        vm.assert_dirty("no write since logging was enabled again", {})
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_a_ring_is_enabled_once_and_before_any_vcpu(plain: Vm, kvm: Kvm) -> None:
-    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
-    assert [enable(plain, cap, MOST) for cap in RINGS.values()] == ["EINVAL"] * 2
+def test_rings_enabled_once_and_before_vcpus(bare_vm: Vm, kvm: Kvm) -> None:
+    """Dirty rings can be enabled once per VM, and only before its first vCPU is created."""
+    assert enable_cap(bare_vm, RING_CAPS["acq_rel"], MAX_SIZE) == "0"
+    assert [enable_cap(bare_vm, cap, MAX_SIZE) for cap in RING_CAPS.values()] == ["EINVAL"] * 2
     with kvm.create_vm() as other:
         other.create_vcpu(0)
-        assert enable(other, RINGS["acq_rel"], MOST) == "EINVAL"
+        assert enable_cap(other, RING_CAPS["acq_rel"], MAX_SIZE) == "EINVAL"
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_a_ring_can_be_enabled_when_slots_exist(plain: Vm) -> None:
+def test_rings_enabled_with_existing_slots(bare_vm: Vm) -> None:
+    """Dirty rings can be enabled on a VM that already has a memslot with dirty logging."""
     memory = GuestMemory(BACKINGS["anonymous"], PAGE, FIRST_GPA)
-    plain.set_user_memory_region(SLOT, FIRST_GPA, memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
-    assert enable(plain, RINGS["acq_rel"], MOST) == "0"
+    bare_vm.set_user_memory_region(SLOT, FIRST_GPA, memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert enable_cap(bare_vm, RING_CAPS["acq_rel"], MAX_SIZE) == "0"
 
 
-@pytest.mark.parametrize("cap", RINGS.values(), ids=list(RINGS))
-def test_the_flags_of_a_ring_are_not_looked_at(plain: Vm, kvm: Kvm, cap: int) -> None:
-    """Unlike those of the other capabilities."""
+@pytest.mark.parametrize("cap", RING_CAPS.values(), ids=list(RING_CAPS))
+def test_ring_capability_ignores_flags(bare_vm: Vm, kvm: Kvm, cap: int) -> None:
+    """KVM_ENABLE_CAP ignores the flags for the dirty ring capabilities, unlike for manual protection."""
     if not kvm.check_extension(cap):
         pytest.skip(f"no capability {cap}")
-    assert enable(plain, cap, MOST, flags=1) == "0"
+    assert enable_cap(bare_vm, cap, MAX_SIZE, flags=1) == "0"
 
 
-def test_a_ring_with_a_bitmap_is_not_offered(plain: Vm, kvm: Kvm) -> None:
-    """Where no device of KVM's writes without a vCPU (CONFIG_NEED_KVM_DIRTY_RING_WITH_BITMAP)."""
+def test_ring_with_bitmap_availability(bare_vm: Vm, kvm: Kvm) -> None:
+    """KVM offers a bitmap beside the rings exactly where its devices write without a vCPU.
+
+    The kernel's symbol for that is CONFIG_NEED_KVM_DIRTY_RING_WITH_BITMAP.
+    """
     assert kvm.check_extension(uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == int(arch.RING_WITH_BITMAP)
-    assert enable(plain, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == "EINVAL"
-    if kvm.check_extension(RINGS["acq_rel"]):
-        assert enable(plain, RINGS["acq_rel"], MOST) == "0"
-        assert enable(plain, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == ("0" if arch.RING_WITH_BITMAP else "EINVAL")
+    assert enable_cap(bare_vm, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == "EINVAL"
+    if kvm.check_extension(RING_CAPS["acq_rel"]):
+        assert enable_cap(bare_vm, RING_CAPS["acq_rel"], MAX_SIZE) == "0"
+        assert enable_cap(bare_vm, uapi.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) == (
+            "0" if arch.RING_WITH_BITMAP else "EINVAL"
+        )
 
 
-def test_a_slot_of_a_ring_mode_vm_is_tracked_or_not_as_its_flags_say(ringed: TrackedVm) -> None:
-    """Switching it on again with the same flags, and off, is no error, and takes effect."""
+def test_logging_toggles_in_ring_mode(ring_vm: TrackedVm) -> None:
+    """With dirty rings, a memslot logs as its latest flags say, also when these are the flags that it already had."""
     for page, on in enumerate((True, False, False, True)):
-        (enable_dirty_logging if on else disable_dirty_logging)(ringed.vm, SLOT)
-        ringed.write(SLOT, page)
-        ringed.assert_dirty(f"a write with tracking {'on' if on else 'off'}", {SLOT: [page] if on else []})
+        (enable_dirty_logging if on else disable_dirty_logging)(ring_vm.vm, SLOT)
+        ring_vm.write(SLOT, page)
+        ring_vm.assert_dirty(
+            f"a write with dirty logging {'enabled' if on else 'disabled'}", {SLOT: [page] if on else []}
+        )
 
 
 @dataclass(frozen=True)
 class Region:
-    """A KVM_SET_USER_MEMORY_REGION and its answer, beside the tracked slot of NPAGES pages at FIRST_GPA."""
+    """A call of KVM_SET_USER_MEMORY_REGION and its expected result, beside the logged slot of NPAGES pages at FIRST_GPA."""
 
-    why: str
+    name: str
     expected: str
     slot: int = ABSENT
     gpa: int = FIRST_GPA + (64 << 20)
@@ -308,34 +328,34 @@ REGIONS = [
     Region("a host address inside a page", "EINVAL", hva_offset=1),
     Region("a slot number too high", "EINVAL", slot=TOO_HIGH),
     Region("no such address space", "EINVAL", slot=NO_ADDRESS_SPACE),
-    Region("an end beyond all addresses", "EINVAL", gpa=(1 << 64) - PAGE, size=2 * PAGE),
-    Region("deleting what is not there", "EINVAL", size=0),
+    Region("an end that wraps around", "EINVAL", gpa=(1 << 64) - PAGE, size=2 * PAGE),
+    Region("deleting an absent slot", "EINVAL", size=0),
     Region("the first page of another slot", "EEXIST", gpa=FIRST_GPA),
     Region("the last page of another slot", "EEXIST", gpa=FIRST_GPA + (NPAGES - 1) * PAGE),
     Region("all of another slot and more", "EEXIST", gpa=FIRST_GPA - PAGE, size=(NPAGES + 2) * PAGE),
     Region("right before another slot", "0", gpa=FIRST_GPA - PAGE),
-    Region("another size of a slot that is there", "EINVAL", slot=SLOT, gpa=FIRST_GPA),
-    Region("another host address of a slot that is there", "EINVAL", slot=SLOT, gpa=FIRST_GPA, size=NPAGES * PAGE),
+    Region("another size of an existing slot", "EINVAL", slot=SLOT, gpa=FIRST_GPA),
+    Region("another host address of an existing slot", "EINVAL", slot=SLOT, gpa=FIRST_GPA, size=NPAGES * PAGE),
     Region(
-        "another READONLY of a slot that is there",
+        "another READONLY of an existing slot",
         "EINVAL",
-        slot=UNTRACKED,
+        slot=UNLOGGED,
         gpa=FIRST_GPA + NPAGES * PAGE,
         size=64 * PAGE,
         flags=uapi.KVM_MEM_READONLY,
         own_memory=True,
     ),
-    Region("a move onto another slot", "EEXIST", slot=UNTRACKED, gpa=FIRST_GPA, size=64 * PAGE, own_memory=True),
-    Region("a host address that no process can have", "EINVAL", hva_offset=1 << 63),
+    Region("a move onto another slot", "EEXIST", slot=UNLOGGED, gpa=FIRST_GPA, size=64 * PAGE, own_memory=True),
+    Region("a host address outside of user space", "EINVAL", hva_offset=1 << 63),
 ]
 
 
-@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.why.replace(" ", "-"))
-def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
-    """The answer; and the dirty pages of the slot that is there stay."""
-    own = manual.vm.memslots[UNTRACKED].memory
-    manual.vm.set_user_memory_region(UNTRACKED, FIRST_GPA + NPAGES * PAGE, own)
-    manual.write(SLOT, 7)
+@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.name.replace(" ", "-"))
+def test_memory_region_argument_checks(manual_vm: TrackedVm, region: Region) -> None:
+    """KVM_SET_USER_MEMORY_REGION checks its arguments, and neither success nor failure changes an existing slot's bitmap."""
+    own = manual_vm.vm.memslots[UNLOGGED].memory
+    manual_vm.vm.set_user_memory_region(UNLOGGED, FIRST_GPA + NPAGES * PAGE, own)
+    manual_vm.write(SLOT, 7)
     memory = GuestMemory(BACKINGS["anonymous"], (NPAGES + 2) * PAGE, 0)
     argument = uapi.kvm_userspace_memory_region(
         slot=region.slot,
@@ -345,45 +365,45 @@ def test_set_user_memory_region(manual: TrackedVm, region: Region) -> None:
         userspace_addr=(own.hva if region.own_memory else memory.hva) + region.hva_offset,
     )
     try:
-        assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == region.expected
-        assert manual.read_bitmap(SLOT) == [7]
+        assert ioctl_result(manual_vm.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == region.expected
+        assert manual_vm.read_bitmap(SLOT) == [7]
     finally:
         argument.memory_size = 0
         if region.expected == "0":
-            assert answer(manual.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == "0"
+            assert ioctl_result(manual_vm.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION, argument) == "0"
         memory.close()
 
 
-def test_a_vcpu_that_cannot_be(ringed: TrackedVm, kvm: Kvm) -> None:
-    """Its ring changes nothing about which ids KVM takes."""
-    assert answer(ringed.vm.fd, uapi.KVM_CREATE_VCPU, 0) == "EEXIST"
-    assert answer(ringed.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
+def test_create_vcpu_rejects_bad_ids_in_ring_mode(ring_vm: TrackedVm, kvm: Kvm) -> None:
+    """With dirty rings, KVM_CREATE_VCPU fails with EEXIST for an id in use and with EINVAL for one that is too high."""
+    assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, 0) == "EEXIST"
+    assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
 
 
-def test_private_memory_cannot_be_tracked(plain: Vm, kvm: Kvm) -> None:
-    """A slot with a guest_memfd may not have KVM_MEM_LOG_DIRTY_PAGES, at first or later (api.rst 4.140)."""
-    if not ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
+def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm, kvm: Kvm) -> None:
+    """A memslot with a guest_memfd cannot have KVM_MEM_LOG_DIRTY_PAGES, neither when created nor later (api.rst 4.140)."""
+    if not ioctl(bare_vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
         pytest.skip("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
     size = 4 * PAGE
-    # All flags that there are: one of them has ordinary VMs map the file, which others may not have as memory.
-    flags = ioctl(plain.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
+    # All supported flags: an ordinary VM can use only a file that user space can map, which one of them asks for.
+    flags = ioctl(bare_vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
     create = uapi._kvm_create_guest_memfd(size=size, flags=flags)
     request = uapi.KVM_CREATE_GUEST_MEMFD
-    file = ioctl(plain.fd, request, "KVM_CREATE_GUEST_MEMFD", ctypes.byref(create), f"size={size:#x}")
+    file = ioctl(bare_vm.fd, request, "KVM_CREATE_GUEST_MEMFD", ctypes.byref(create), f"size={size:#x}")
     memory = GuestMemory(BACKINGS["anonymous"], size, FIRST_GPA)
     try:
         region = uapi._kvm_userspace_memory_region2(
             slot=SLOT, guest_phys_addr=FIRST_GPA, memory_size=size, userspace_addr=memory.hva, guest_memfd=file
         )
         region.flags = uapi.KVM_MEM_GUEST_MEMFD
-        # The capability is there for the VM's type, so a slot with it must be possible.
-        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
+        # KVM offers the capability for this type of VM, so it must accept such a slot.
+        assert ioctl_result(bare_vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
         region.flags |= uapi.KVM_MEM_LOG_DIRTY_PAGES
-        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
+        assert ioctl_result(bare_vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
         region.memory_size, region.flags = 0, 0
-        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
+        assert ioctl_result(bare_vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "0"
         region.memory_size, region.flags = size, uapi.KVM_MEM_GUEST_MEMFD | uapi.KVM_MEM_LOG_DIRTY_PAGES
-        assert answer(plain.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
+        assert ioctl_result(bare_vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
     finally:
         os.close(file)
         memory.close()

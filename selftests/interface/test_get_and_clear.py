@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG: which bits they give, which they take, and what they leave alone."""
+"""KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG: which bits they report, which they clear, and which they leave set."""
 
 import ctypes
 import errno
@@ -34,8 +34,8 @@ def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
 
 
 @pytest.fixture
-def manual(kvm: Kvm) -> Iterator[TrackedVm]:
-    """A VM in which GET only reads, and CLEAR clears."""
+def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+    """A VM with manual protection: GET only reports, CLEAR clears and write-protects."""
     if reason := LOG_MODES["clear-log-unset"].supported(kvm):
         pytest.skip(reason)
     with make_vm(kvm, "clear-log-unset") as vm:
@@ -43,30 +43,32 @@ def manual(kvm: Kvm) -> Iterator[TrackedVm]:
 
 
 @pytest.fixture
-def automatic(kvm: Kvm) -> Iterator[TrackedVm]:
-    """A VM in which GET reads and clears."""
+def dirty_log_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+    """A VM without manual protection: GET reports, clears and write-protects."""
     with make_vm(kvm, "dirty-log") as vm:
         yield vm
 
 
-def test_get_clears_by_itself(automatic: TrackedVm) -> None:
-    automatic.write(SLOT, 3, 70)
-    assert automatic.read_bitmap(SLOT) == [3, 70]
-    assert automatic.read_bitmap(SLOT) == []
+def test_get_clears_reported_bits(dirty_log_vm: TrackedVm) -> None:
+    """Without manual protection, GET clears the bits that it reports."""
+    dirty_log_vm.write(SLOT, 3, 70)
+    assert dirty_log_vm.read_bitmap(SLOT) == [3, 70]
+    assert dirty_log_vm.read_bitmap(SLOT) == []
 
 
-def test_manual_mode_keeps_bits_until_they_are_cleared(manual: TrackedVm) -> None:
-    manual.write(SLOT, 3, 70)
-    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3, 70]] * 2
-    manual.write(SLOT, 4)
-    assert manual.read_bitmap(SLOT) == [3, 4, 70]
-    manual.vm.clear_dirty_log(SLOT, bitmap_of([3, 70], NPAGES), 0, NPAGES)
-    assert manual.read_bitmap(SLOT) == [4]
+def test_manual_protect_keeps_bits_until_clear(manual_vm: TrackedVm) -> None:
+    """With manual protection, bits stay set over any number of GETs until CLEAR clears them."""
+    manual_vm.write(SLOT, 3, 70)
+    assert [manual_vm.read_bitmap(SLOT) for _ in range(2)] == [[3, 70]] * 2
+    manual_vm.write(SLOT, 4)
+    assert manual_vm.read_bitmap(SLOT) == [3, 4, 70]
+    manual_vm.vm.clear_dirty_log(SLOT, bitmap_of([3, 70], NPAGES), 0, NPAGES)
+    assert manual_vm.read_bitmap(SLOT) == [4]
 
 
 @pytest.mark.log_modes("clear-log")
-def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm) -> None:
-    """KVM_DIRTY_LOG_INITIALLY_SET sets the bits of the slot's pages, and none beyond the last."""
+def test_initially_set_sets_each_page(kvm: Kvm) -> None:
+    """With KVM_DIRTY_LOG_INITIALLY_SET, enabling dirty logging sets the bit of each page of the slot, and none beyond."""
     with TrackedVm(kvm, "clear-log") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
         vm.enable_dirty_logging(SLOT, assert_initial=False)
@@ -77,7 +79,7 @@ def test_all_pages_are_set_at_first_where_that_is_asked_for(kvm: Kvm) -> None:
         assert vm.read_bitmap(SLOT) == ALL[1:]
 
 
-# first_page and num_pages: aligned starts, and lengths that are whole words or reach the slot's end
+# first_page and num_pages: aligned starts, and lengths that are whole words or end with the slot
 RANGES = [
     (first, count)
     for first in range(0, NPAGES, 64)
@@ -87,14 +89,14 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("first", "count"), RANGES)
-def test_a_range_is_cleared_and_nothing_else(manual: TrackedVm, first: int, count: int) -> None:
-    """Each legal range, all bits of the mask set: its pages are clean and tracked anew, the others stay dirty."""
-    manual.write(SLOT, *ALL)
+def test_clear_affects_only_its_range(manual_vm: TrackedVm, first: int, count: int) -> None:
+    """For each valid range, CLEAR clears and write-protects the pages in it, and the bits of the others stay set."""
+    manual_vm.write(SLOT, *ALL)
     inside = list(range(first, first + count))
-    manual.vm.clear_dirty_log(SLOT, bitmap_of(inside, count, first), first, count)
-    assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in inside]
-    manual.write(SLOT, *inside)
-    assert manual.read_bitmap(SLOT) == ALL
+    manual_vm.vm.clear_dirty_log(SLOT, bitmap_of(inside, count, first), first, count)
+    assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in inside]
+    manual_vm.write(SLOT, *inside)
+    assert manual_vm.read_bitmap(SLOT) == ALL
 
 
 MASKS = {
@@ -109,50 +111,51 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
-def test_only_the_pages_of_the_mask_are_cleared(manual: TrackedVm, mask: list[int]) -> None:
-    """And only they are tracked anew: at once, from a vCPU that kept its translations."""
-    manual.write(SLOT, *ALL)
-    manual.vm.clear_dirty_log(SLOT, bitmap_of(mask, NPAGES), 0, NPAGES)
-    assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in mask]
-    manual.write(SLOT, *mask)
-    assert manual.read_bitmap(SLOT) == ALL
+def test_clear_affects_only_its_mask(manual_vm: TrackedVm, mask: list[int]) -> None:
+    """CLEAR clears and write-protects the pages in its mask, also for a vCPU that has cached their translations."""
+    manual_vm.write(SLOT, *ALL)
+    manual_vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, NPAGES), 0, NPAGES)
+    assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in mask]
+    manual_vm.write(SLOT, *mask)
+    assert manual_vm.read_bitmap(SLOT) == ALL
 
 
-def test_clean_pages_and_bits_beyond_the_slot_are_no_error(manual: TrackedVm) -> None:
-    """Bits of pages that are clean, or that do not exist, change nothing."""
-    manual.write(SLOT, 5, NPAGES - 1)
+def test_clear_ignores_clean_and_absent_pages(manual_vm: TrackedVm) -> None:
+    """CLEAR ignores bits of its mask whose pages are clean or lie beyond the slot."""
+    manual_vm.write(SLOT, 5, NPAGES - 1)
     mask = bitmap_of([6, 7], NPAGES)
     mask[-1] = 0xFF
-    manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
-    assert manual.read_bitmap(SLOT) == [5, NPAGES - 1]
+    manual_vm.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
+    assert manual_vm.read_bitmap(SLOT) == [5, NPAGES - 1]
 
 
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
-def test_a_write_right_after_the_clear_is_seen(manual: TrackedVm, page: int) -> None:
-    """Again and again: a translation that stays writable for a moment loses a write."""
-    for _ in range(20):
-        manual.write(SLOT, page)
-        assert manual.read_bitmap(SLOT) == [page]
-        manual.vm.clear_dirty_log(SLOT, bitmap_of([page], NPAGES), 0, NPAGES)
+def test_write_right_after_clear(manual_vm: TrackedVm, page: int) -> None:
+    """A write right after a CLEAR of its page is reported."""
+    for _ in range(20):  # a translation that stays writable for a moment loses a write only now and then
+        manual_vm.write(SLOT, page)
+        assert manual_vm.read_bitmap(SLOT) == [page]
+        manual_vm.vm.clear_dirty_log(SLOT, bitmap_of([page], NPAGES), 0, NPAGES)
 
 
-def test_slots_are_not_mixed_up(manual: TrackedVm) -> None:
-    manual.write(SLOT, 1, NPAGES - 1)
-    manual.write(OTHER, 0, 2)
-    manual.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
-    assert manual.read_bitmap(SLOT) == [1, NPAGES - 1]
-    assert manual.read_bitmap(OTHER) == []
-    manual.write(OTHER, 3)
-    assert manual.read_bitmap(SLOT) == [1, NPAGES - 1]
-    assert manual.read_bitmap(OTHER) == [3]
+def test_slots_have_separate_bitmaps(manual_vm: TrackedVm) -> None:
+    """Writes to one slot, and a CLEAR of it, do not change the bitmap of another."""
+    manual_vm.write(SLOT, 1, NPAGES - 1)
+    manual_vm.write(OTHER, 0, 2)
+    manual_vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
+    assert manual_vm.read_bitmap(SLOT) == [1, NPAGES - 1]
+    assert manual_vm.read_bitmap(OTHER) == []
+    manual_vm.write(OTHER, 3)
+    assert manual_vm.read_bitmap(SLOT) == [1, NPAGES - 1]
+    assert manual_vm.read_bitmap(OTHER) == [3]
 
 
 @pytest.mark.parametrize("npages", [1, 64, 65, NPAGES])
 @pytest.mark.log_modes("dirty-log", "clear-log")
-def test_get_writes_whole_words_and_nothing_around_them(kvm: Kvm, log_mode: str, npages: int) -> None:
-    """What the buffer held before is overwritten, guard bytes before and behind it stay.
+def test_get_writes_whole_words_only(kvm: Kvm, log_mode: str, npages: int) -> None:
+    """GET overwrites each word of the slot's bitmap in the buffer, and no byte before or after them.
 
-    In manual log_mode it is another bitmap of the kernel's that is copied (kvm_get_dirty_log_protect()).
+    With manual protection the kernel copies another bitmap than without (kvm_get_dirty_log_protect()).
     """
     with TrackedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, npages)
@@ -166,11 +169,12 @@ def test_get_writes_whole_words_and_nothing_around_them(kvm: Kvm, log_mode: str,
         assert set(buffer[:GUARD_SIZE] + buffer[GUARD_SIZE + size :]) == {GUARD}
 
 
-def test_clear_leaves_its_mask_alone(manual: TrackedVm) -> None:
-    manual.write(SLOT, *ALL)
+def test_clear_does_not_change_its_mask(manual_vm: TrackedVm) -> None:
+    """CLEAR only reads the mask that user space passes."""
+    manual_vm.write(SLOT, *ALL)
     mask = bitmap_of(ALL[::3], NPAGES)
     before = bytes(mask)
-    manual.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
+    manual_vm.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
     assert bytes(mask) == before
 
 
@@ -181,8 +185,8 @@ def unmapped_address() -> int:
 
 
 @contextmanager
-def ones_before_nothing() -> Iterator[int]:
-    """The end of a page in which all bits are set; what is behind it cannot be read."""
+def ones_before_unreadable_page() -> Iterator[int]:
+    """The end address of a page in which all bits are set; the page after it cannot be read."""
     with mmap.mmap(-1, 2 * PAGE) as mapped:
         mapped[:] = b"\xff" * len(mapped)
         end = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + PAGE
@@ -190,78 +194,79 @@ def ones_before_nothing() -> Iterator[int]:
         yield end
 
 
-def test_a_get_that_cannot_write_loses_nothing_in_manual_mode(manual: TrackedVm) -> None:
-    """EFAULT for a buffer that is not there; the bits are there for the next."""
-    manual.write(SLOT, 9)
+def test_failed_get_keeps_bits_if_manual(manual_vm: TrackedVm) -> None:
+    """With manual protection, a GET that fails with EFAULT loses no bit: the next GET reports them all."""
+    manual_vm.write(SLOT, 9)
     request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
-    assert raw_ioctl(manual.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
-    assert manual.read_bitmap(SLOT) == [9]
+    assert raw_ioctl(manual_vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
+    assert manual_vm.read_bitmap(SLOT) == [9]
 
 
-def test_a_get_that_cannot_write_loses_its_bits_in_automatic_mode(automatic: TrackedVm) -> None:
-    """It has cleared them by the time it finds out (kvm_get_dirty_log_protect()); but the pages are tracked anew."""
-    automatic.write(SLOT, 9)
+def test_failed_get_still_write_protects(dirty_log_vm: TrackedVm) -> None:
+    """Without manual protection, a GET that fails with EFAULT loses its bits, but write-protects their pages again.
+
+    It clears the bits before it copies them to user space (kvm_get_dirty_log_protect()).
+    """
+    dirty_log_vm.write(SLOT, 9)
     request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
-    assert raw_ioctl(automatic.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
-    assert automatic.read_bitmap(SLOT) == []
-    automatic.write(SLOT, 9, 10)
-    assert automatic.read_bitmap(SLOT) == [9, 10]
+    assert raw_ioctl(dirty_log_vm.vm.fd, uapi.KVM_GET_DIRTY_LOG, ctypes.byref(request)) == (-1, errno.EFAULT)
+    assert dirty_log_vm.read_bitmap(SLOT) == []
+    dirty_log_vm.write(SLOT, 9, 10)
+    assert dirty_log_vm.read_bitmap(SLOT) == [9, 10]
 
 
-def test_a_clear_that_cannot_read_its_mask_clears_nothing(manual: TrackedVm) -> None:
-    """Also where only the mask's second half is not there."""
-    manual.write(SLOT, *ALL)
-    # The kernel reads the mask as a whole before it clears the first bit.
-    with ones_before_nothing() as end:
+def test_clear_with_unreadable_mask(manual_vm: TrackedVm) -> None:
+    """A CLEAR that cannot read all of its mask fails with EFAULT and clears no bit."""
+    manual_vm.write(SLOT, *ALL)
+    # The kernel copies the whole mask before it clears the first bit.
+    with ones_before_unreadable_page() as end:
         for start in (end - 8, end):
             request = uapi.kvm_clear_dirty_log(slot=SLOT, first_page=0, num_pages=NPAGES, dirty_bitmap=start)
-            answer = raw_ioctl(manual.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request))
+            answer = raw_ioctl(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request))
             assert answer == (-1, errno.EFAULT)
-    assert manual.read_bitmap(SLOT) == ALL
+    assert manual_vm.read_bitmap(SLOT) == ALL
 
 
 @pytest.mark.parametrize(("first", "count"), RANGES)
-def test_a_clear_reads_no_more_than_its_mask(manual: TrackedVm, first: int, count: int) -> None:
-    """A bit per page of the range, in whole words: nothing has to be behind them.
+def test_clear_dirty_log_copies_only_the_mask(manual_vm: TrackedVm, first: int, count: int) -> None:
+    """CLEAR reads one bit for each page of its range, in whole words, and no memory behind them.
 
-    Before Linux 5.2 it was a bit per page of the slot ("KVM: Fix the bitmap range to copy during clear dirty").
+    Before Linux 5.2 it read a bit for each page of the slot ("KVM: Fix the bitmap range to copy during clear dirty").
     """
-    manual.write(SLOT, *ALL)
-    with ones_before_nothing() as end:
+    manual_vm.write(SLOT, *ALL)
+    with ones_before_unreadable_page() as end:
         start = end - len(new_bitmap(count))
         request = uapi.kvm_clear_dirty_log(slot=SLOT, first_page=first, num_pages=count, dirty_bitmap=start)
-        assert raw_ioctl(manual.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request)) == (0, 0)
-    assert manual.read_bitmap(SLOT) == [page for page in ALL if page not in range(first, first + count)]
+        assert raw_ioctl(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request)) == (0, 0)
+    assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in range(first, first + count)]
 
 
-def test_manual_mode_can_be_switched_off_again(manual: TrackedVm) -> None:
-    """KVM_ENABLE_CAP with no flags: GET clears by itself from then on (api.rst, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)."""
-    manual.write(SLOT, 3)
-    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
-    manual.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0)
-    assert [manual.read_bitmap(SLOT) for _ in range(2)] == [[3], []]
-    manual.write(SLOT, 3)
-    assert manual.read_bitmap(SLOT) == [3]
+def test_manual_protect_can_be_disabled(manual_vm: TrackedVm) -> None:
+    """After KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled with no bits set, GET clears what it reports (api.rst 7.18)."""
+    manual_vm.write(SLOT, 3)
+    assert [manual_vm.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
+    manual_vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0)
+    assert [manual_vm.read_bitmap(SLOT) for _ in range(2)] == [[3], []]
+    manual_vm.write(SLOT, 3)
+    assert manual_vm.read_bitmap(SLOT) == [3]
 
 
 @pytest.mark.log_modes("clear-log-unset")
-def test_manual_mode_can_be_switched_on_late(automatic: TrackedVm) -> None:
-    """With slots, vCPUs and dirty pages there: GET only reads from then on, and forgets nothing of before."""
-    automatic.write(SLOT, 3)
-    automatic.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
-    assert [automatic.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
-    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
-    assert automatic.read_bitmap(SLOT) == []
-    automatic.write(SLOT, 3, 4)
-    assert automatic.read_bitmap(SLOT) == [3, 4]
+def test_manual_protect_can_be_enabled_late(dirty_log_vm: TrackedVm) -> None:
+    """Manual protection that is enabled on a VM with slots, vCPUs and dirty pages loses no dirty page."""
+    dirty_log_vm.write(SLOT, 3)
+    dirty_log_vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
+    assert [dirty_log_vm.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
+    dirty_log_vm.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
+    assert dirty_log_vm.read_bitmap(SLOT) == []
+    dirty_log_vm.write(SLOT, 3, 4)
+    assert dirty_log_vm.read_bitmap(SLOT) == [3, 4]
 
 
 @pytest.mark.log_modes("clear-log")
-def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
-    automatic: TrackedVm,
-) -> None:
-    """Those that are there stay what they are when it is switched on, and off; a slot's is made when its tracking begins."""
-    vm, cap = automatic, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+def test_initially_set_affects_only_new_bitmaps(dirty_log_vm: TrackedVm) -> None:
+    """Switching KVM_DIRTY_LOG_INITIALLY_SET on or off changes no bitmap of a slot whose dirty logging is enabled."""
+    vm, cap = dirty_log_vm, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     vm.write(OTHER, *ALL)
     vm.disable_dirty_logging(OTHER)
     vm.write(SLOT, 3)
@@ -271,7 +276,7 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     assert vm.read_bitmap(OTHER) == ALL
     vm.vm.enable_cap(cap, MANUAL)
     assert [vm.read_bitmap(slot) for slot in (SLOT, OTHER)] == [[3], ALL]
-    # Where all bits were set no page was tracked when that began; each is by the CLEAR of its bit, whatever came between.
+    # With all bits initially set, enabling logging write-protects no page; the CLEAR of its bit must, whatever came between.
     vm.vm.clear_dirty_log(OTHER, bitmap_of(ALL, NPAGES), 0, NPAGES)
     vm.write(OTHER, 7)
     assert vm.read_bitmap(OTHER) == [7]
@@ -280,11 +285,11 @@ def test_initially_set_is_for_bitmaps_that_are_made_afterwards(
     assert vm.read_bitmap(OTHER) == []
 
 
-def test_clear_works_without_manual_mode(automatic: TrackedVm, kvm: Kvm) -> None:
-    """KVM has CLEAR wherever it has the capability, enabled or not (api.rst 4.117)."""
+def test_clear_without_manual_protect(dirty_log_vm: TrackedVm, kvm: Kvm) -> None:
+    """CLEAR works wherever KVM has the capability for it, also when a VM has not enabled it (api.rst 4.117)."""
     if not kvm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
         pytest.skip("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
-    automatic.write(SLOT, 3, 70)
-    automatic.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
-    automatic.write(SLOT, 5)
-    assert automatic.read_bitmap(SLOT) == [5, 70]
+    dirty_log_vm.write(SLOT, 3, 70)
+    dirty_log_vm.vm.clear_dirty_log(SLOT, bitmap_of([3], NPAGES), 0, NPAGES)
+    dirty_log_vm.write(SLOT, 5)
+    assert dirty_log_vm.read_bitmap(SLOT) == [5, 70]

@@ -316,7 +316,7 @@ def test_the_end_of_a_run(
 @pytest.mark.usefixtures("kvm")
 def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
     """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
-    test = "selftests/interface/test_slots.py::test_off_and_on_again[dirty-log]"
+    test = "selftests/interface/test_slots.py::test_logging_disabled_and_enabled[dirty-log]"
     output = run(test, terminal=False)
     report = output.partition("= FAILURES =")[2].splitlines()
     assert re.match(r"dirty-log: .*LOST", report[2]), output
