@@ -10,7 +10,7 @@ from kvm_util.kvm import Kvm
 
 
 def test_dirty_log(kvm: Kvm, cell: Cell, settings: Settings, record_figures: Callable[[Figures], None]) -> None:
-    """Each page that the guest writes is reported, and no other, and the memory holds what was written."""
+    """Every page that the guest writes is reported, no other page is, and the memory holds the values written."""
     with DirtyLogRun(kvm, cell, settings) as run:
         record_figures(run.figures)
         run.run()
