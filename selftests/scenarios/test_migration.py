@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Live migration end to end: after a pre-copy like a VMM's, source and copy are byte-identical (migration.py)."""
+"""Live migration by pre-copy: after the last round, source and copy of guest memory are byte-identical (migration.py)."""
 
 import random
 from array import array
@@ -18,7 +18,7 @@ from kvm_util.wording import counted
 
 WRITES = 4096
 HOT = 16
-# Pages of a round after which the vCPUs are stopped: the hot ones, and a few of the guest's own
+# The vCPUs are stopped when a round has at most so many pages: the hot ones, and a few of the guest program's
 ENOUGH = HOT + 8
 RING = 1024
 SMALL = [(700, "shmem"), (300, "anonymous")]
@@ -26,7 +26,7 @@ LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
 
 
 def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
-    """A few hot pages, the same for all vCPUs, and now and then a cold one, in order or not."""
+    """Writes of each vCPU: 9 in 10 to a few hot pages that all vCPUs share, the others to cold pages in *pattern* order."""
     hot = draw.sample(range(npages), HOT)
     result = []
     for vcpu in range(vcpus):
@@ -43,11 +43,11 @@ def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[
 
 
 @pytest.mark.parametrize(("vcpus", "pattern"), [(1, "sequential"), (2, "random")])
-def test_migration(
+def test_precopy_migration(
     kvm: Kvm, request: pytest.FixtureRequest, settings: Settings,
     thorough: bool, log_mode: str, vcpus: int, pattern: str,
 ) -> None:  # fmt: skip
-    """All slots, that of the guest's program too; the guest writes until it is stopped for the last round."""
+    """Pre-copy of all memslots, while the guest writes until the last round, ends with an identical copy of its memory."""
     own_properties = list(request.node.user_properties)
     name = f"{log_mode}, {counted(vcpus, 'vCPU')}, {pattern}"
     draw = random.Random(f"{settings.seed}/{name}")
