@@ -380,7 +380,7 @@ def test_create_vcpu_rejects_bad_ids_in_ring_mode(ring_vm: TrackedVm, kvm: Kvm) 
     assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
 
 
-def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm, kvm: Kvm) -> None:
+def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm) -> None:
     """A memslot with a guest_memfd cannot have KVM_MEM_LOG_DIRTY_PAGES, neither when created nor later (api.rst 4.140)."""
     if not ioctl(bare_vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
         pytest.skip("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
