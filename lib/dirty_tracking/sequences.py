@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Histories: steps of a guest and its VMM, made on a real VM and on the model of the contract (model.py) alike.
+"""Operation sequences: steps of a guest and its VMM, executed on a real VM and on the model of the contract (model.py).
 
-A history is a list of steps, and prints as a script that makes it again. A step that cannot be made where it stands, such as a
-write to a slot that is not there, is left out; so every list of steps is a history, and so is every part of it.
+A sequence is a list of steps, and prints as a script that repeats it. A step that is impossible at its place, such as a
+write to an absent slot, is skipped. So every list of steps is a valid sequence, and so is every part of one.
 """
 
 import sys
@@ -29,12 +29,12 @@ from kvm_util.vcpu import Vcpu
 from kvm_util.wording import counted
 
 VCPUS = 2
-# Where a slot can be: places side by side, in none of which it begins or ends on a 64-page boundary of guest memory
+# Adjacent places for slots; in none does a slot begin or end on a 64-page boundary of guest memory
 PLACES = 4
 MOST_PAGES = 130
 SIZES = (70, 64, MOST_PAGES)
-# A write takes a backend that emulates batches of guest instructions fewer than it takes to overrun the reserved entries
-# of a ring in one batch (known_bugs.toml, pvm-ring-overflow), if there are no more writes than this between two exits.
+# Writes between two exits. kvm_pvm emulates a batch of instructions before it checks for a full ring; with more writes, one
+# batch could overrun the ring's reserved entries (known_bugs.toml, pvm-ring-overflow).
 MOST_WRITES = 40
 
 _WORDS_OF_PAGE = PAGE // 8
@@ -44,10 +44,10 @@ Pages = tuple[int, ...] | range
 
 
 @dataclass(frozen=True)
-class History:
-    """The evidence of a history that failed.
+class FailedSequence:
+    """The evidence of a sequence that failed.
 
-    :ivar steps: what was done, the last step being the one that failed
+    :ivar steps: the executed steps, of which the last one failed
     """
 
     mode: str
@@ -55,94 +55,94 @@ class History:
 
     @property
     def script(self) -> str:
-        """A script that makes the history again."""
+        """A script that repeats the sequence."""
         return script(self.mode, self.steps)
 
     def lines(self) -> list[str]:
-        what = "the shortest history that fails, as a script (PYTHONPATH=lib python - < FILE, in the suite's folder):"
+        what = "the shortest failing sequence, as a script (PYTHONPATH=lib python - < FILE, in the suite's folder):"
         return [what, "", *self.script.splitlines()]
 
     def data(self) -> dict[str, Any]:
         return {"script": self.script}
 
 
-class HistoryFailed(ContractViolation):
-    """KVM and the model differ, or KVM or the guest failed in a step.
+class SequenceFailed(ContractViolation):
+    """KVM and the model differ, or a step failed in KVM or in the guest.
 
-    :ivar history: what was done until then
+    :ivar sequence: the executed steps
     """
 
-    def __init__(self, history: History, error: ContractViolation | KvmError | GuestError) -> None:
+    def __init__(self, sequence: FailedSequence, error: ContractViolation | KvmError | GuestError) -> None:
         found = error.violations if isinstance(error, ContractViolation) else [Violation(Kind.OTHER, str(error))]
-        self.history = history
-        super().__init__(found, f"{history.mode}: step {len(history.steps)}, {history.steps[-1]}", history)
+        self.sequence = sequence
+        super().__init__(found, f"{sequence.mode}: step {len(sequence.steps)}, {sequence.steps[-1]}", sequence)
 
 
 def script(mode: str, steps: Sequence["Step"]) -> str:
-    """A Python script that makes *steps* in log mode *mode*, for a run in the suite's folder."""
+    """A Python script that executes *steps* in log mode *mode*, to be run in the suite's folder."""
     names = ", ".join(sorted({type(step).__name__ for step in steps})) + ", replay"
     lines = "".join(f"    {step},\n" for step in steps)
     return f'from dirty_tracking.sequences import {names}\n\nreplay("{mode}", [\n{lines}])\n'
 
 
 def replay(mode: str, steps: Sequence["Step"], device: str = DEFAULT_DEVICE) -> None:
-    """Make a history on this host's KVM, and say what came of it: what its script calls.
+    """Execute a sequence on this host's KVM, and print the result; the scripts call it.
 
-    :raises SystemExit: KVM and the model differ; the text says in what
+    :raises SystemExit: KVM and the model differ; the text says how
     """
     assemble_all()
     with Kvm(device) as kvm:
         try:
-            run_history(kvm, this_host(), mode, steps)
-        except HistoryFailed as failure:
+            run_sequence(kvm, this_host(), mode, steps)
+        except SequenceFailed as failure:
             sys.exit(str(failure))
     print(f"{mode}: KVM and the model agree in all of {counted(len(steps), 'step')}")
 
 
-def run_history(
+def run_sequence(
     kvm: Kvm,
     host: Host,
     mode: str,
     steps: Sequence["Step"],
-    leave_out: Callable[["Pair", "Step"], bool] | None = None,
+    exclude: Callable[["ModelCheckedVm", "Step"], bool] | None = None,
 ) -> int:
-    """Make a history in a VM of its own; returns how many of its steps could be made.
+    """Execute a sequence in a new VM; returns how many of its steps were possible.
 
-    :param leave_out: steps that are not to be made, although they could
-    :raises HistoryFailed: KVM and the model differ
+    :param exclude: says of a possible step whether to skip it
+    :raises SequenceFailed: KVM and the model differ
     """
     done: list[Step] = []
-    with Pair(kvm, host, mode) as pair:
+    with ModelCheckedVm(kvm, host, mode) as vm:
         for step in steps:
-            fitted = step.fitted(pair)
-            if fitted is None or (leave_out is not None and leave_out(pair, fitted)):
+            clamped = step.clamped(vm)
+            if clamped is None or (exclude is not None and exclude(vm, clamped)):
                 continue
-            done.append(fitted)
+            done.append(clamped)
             try:
-                fitted.make(pair)
-                pair.check_quiet()
+                clamped.execute(vm)
+                vm.check_no_new_entries()
             except (ContractViolation, KvmError, GuestError) as error:
-                raise HistoryFailed(History(mode, tuple(done)), error) from error
+                raise SequenceFailed(FailedSequence(mode, tuple(done)), error) from error
     return len(done)
 
 
-def shrinks_slot_in_rings(pair: "Pair", step: "Step") -> bool:
-    """Whether a step makes a slot again that is smaller than it was when it got entries that a ring still has.
+def recreates_smaller_slot_with_pending_entries(vm: "ModelCheckedVm", step: "Step") -> bool:
+    """Whether the step recreates a memslot smaller, so that an entry that is still in a ring lies beyond its end.
 
-    Such an entry makes a reset lose others: KVM joins neighbouring entries of a slot to one mask, and drops the whole mask
-    when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and 7.2).
-    It takes an entry at most 63 pages before that one, right beside it in the ring; what is left out is more, to keep the rule
-    simple. test_ring_protocol.py has the shortest history, known_bugs.toml the entry. Where every store is emulated,
-    nothing needs arming.
+    With such an entry a reset loses others: KVM coalesces neighbouring entries of a slot into one mask, and drops the whole
+    mask when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and
+    7.2). That takes an adjacent entry of a page at most 63 pages before; this rule is simpler and excludes more.
+    test_ring_protocol.py has the reproducer, known_bugs.toml the entry (ring-reset-drops-mask). A backend that emulates every
+    store needs no write protection, and so loses nothing.
     """
-    if pair.emulates or not pair.has_rings or not isinstance(step, Create):
+    if vm.emulates or not vm.has_rings or not isinstance(step, Create):
         return False
-    entries = [entry for ring in pair.rings.rings for entry in (*ring.waiting, *ring.taken)]
+    entries = [entry for ring in vm.rings.rings for entry in (*ring.waiting, *ring.harvested)]
     return any(slot == step.slot and page >= step.npages for slot, page in entries)
 
 
-class Pair:
-    """A VM with two vCPUs and no slots, and the model that goes with it."""
+class ModelCheckedVm:
+    """A VM with two vCPUs and no slots at first, each operation of which is checked against the model."""
 
     def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
         log_mode = LOG_MODES[mode]
@@ -153,17 +153,17 @@ class Pair:
             self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)
         else:
             self.model = BitmapModel(log_mode.manual, log_mode.initially_set, self.emulates)
-        self.tracked = TrackedVm(kvm, mode, VCPUS, entries)
-        self.vm = self.tracked.vm
-        self.tracked.map(FIRST_GPA, PLACES * MOST_PAGES)
-        for ring in self.tracked.rings:
-            # The other way to mark an entry as harvested (api.rst 8.29): its DIRTY flag stays.
+        self.test_vm = TrackedVm(kvm, mode, VCPUS, entries)
+        self.vm = self.test_vm.vm
+        self.test_vm.map(FIRST_GPA, PLACES * MOST_PAGES)
+        for ring in self.test_vm.rings:
+            # The other valid way to mark an entry as harvested (api.rst 8.29): its DIRTY flag stays set.
             ring.mark = _DIRTY_AND_RESET
         self._writes = 0
 
     @property
     def has_rings(self) -> bool:
-        """Whether this VM reports through rings."""
+        """Whether the VM has dirty rings."""
         return isinstance(self.model, RingModel)
 
     @property
@@ -178,24 +178,24 @@ class Pair:
         assert isinstance(self.model, BitmapModel)
         return self.model
 
-    def set_slot(self, slot: int, place: int, memory: GuestMemory, tracked: bool) -> None:
+    def set_slot(self, slot: int, place: int, memory: GuestMemory, logged: bool) -> None:
         """KVM_SET_USER_MEMORY_REGION."""
-        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0
+        flags = uapi.KVM_MEM_LOG_DIRTY_PAGES if logged else 0
         self.vm.set_user_memory_region(slot, gpa_of(place), memory, flags)
 
-    def taken(self, place: int) -> bool:
-        """Whether a slot is at a place."""
+    def is_occupied(self, place: int) -> bool:
+        """Whether a slot is at *place*."""
         return gpa_of(place) in [memslot.gpa for memslot in self.vm.memslots.values()]
 
-    def inside(self, slot: int, pages: Pages) -> Pages:
-        """Those of *pages* that the slot has; none when it is not there."""
+    def clamp_pages(self, slot: int, pages: Pages) -> Pages:
+        """Those of *pages* that the slot has; none for an absent slot."""
         npages = self.model.slots[slot].npages if slot in self.model.slots else 0
         if isinstance(pages, range):
             return range(min(pages.start, npages), min(pages.stop, npages))
         return tuple(page for page in pages if page < npages)
 
     def run(self, vcpu: int, slot: int, access: Access, pages: Pages) -> None:
-        """Have a vCPU load or store a word of each page, and compare what its ring got."""
+        """Have a vCPU load or store a word of each page, and check the entries that KVM pushed to its ring."""
         self._writes += 1
         left = [(access, page) for page in pages]
         full_at_first = self._is_full(vcpu)
@@ -204,18 +204,16 @@ class Pair:
             nonlocal left, full_at_first
             full: bool = handle.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
             if full_at_first and not full:
-                raise violated(
-                    Kind.OTHER, f"vCPU {vcpu}: its ring is full, and KVM_RUN went on ({handle.exit_reason()})"
-                )
+                raise violated(Kind.OTHER, f"vCPU {vcpu}: its ring is full, and the guest ran ({handle.exit_reason()})")
             if full:
                 left = self._ring_was_full(vcpu, slot, left)
             full_at_first = False
             return full
 
         name = "store_8" if access is Access.STORE else "load"
-        operations = [Operation(name, self.tracked.address(slot, page), self._writes) for page in pages]
-        self.tracked.run(*operations, vcpu=vcpu, on_exit=on_exit)
-        self.model.ran(vcpu, slot, left, self.pushed(vcpu))
+        operations = [Operation(name, self.test_vm.address(slot, page), self._writes) for page in pages]
+        self.test_vm.run(*operations, vcpu=vcpu, on_exit=on_exit)
+        self.model.ran(vcpu, slot, left, self.new_entries(vcpu))
         if access is Access.STORE:
             words = self.vm.memslots[slot].memory.words
             if wrong := [page for page in pages if words[page * _WORDS_OF_PAGE] != self._writes]:
@@ -223,19 +221,20 @@ class Pair:
                 raise ContractViolation([Violation(Kind.VALUE, detail, slot, tuple(wrong), vcpu)])
 
     def _ring_was_full(self, vcpu: int, slot: int, left: list[tuple[Access, int]]) -> list[tuple[Access, int]]:
-        """Note what was done when the ring got full, empty all rings, and return what is left to be done.
+        """Check the accesses up to the full ring, harvest and reset all rings, and return the accesses that are left.
 
-        The access that filled the ring was pushed as its page was made writable: a CPU makes it after that, and so after
-        the reset, which has it pushed a second time (vcpu_enter_guest(), arch/x86/kvm/x86.c).
+        The access that filled the ring is in flight: KVM pushed its entry when it made the page writable, and the vCPU exits
+        before the store retires. After the reset the store faults again and may be pushed again (vcpu_enter_guest(),
+        arch/x86/kvm/x86.c).
         """
-        pushed = self.pushed(vcpu)
+        pushed = self.new_entries(vcpu)
         done = 1 + next((index for index, (_, page) in enumerate(left) if pushed and (slot, page) == pushed[-1]), -1)
         self.model.ran(vcpu, slot, left[:done], pushed)
         if not self._is_full(vcpu):
             used = counted(self._used(vcpu), "entry", "entries")
             raise violated(Kind.OTHER, f"vCPU {vcpu}: KVM_EXIT_DIRTY_RING_FULL, with {used} used")
         self.empty_rings()
-        again = [(Access.REDONE, left[done - 1][1])] if done and not self.emulates else []
+        again = [(Access.RETRIED, left[done - 1][1])] if done and not self.emulates else []
         return again + left[done:]
 
     def _used(self, vcpu: int) -> int:
@@ -244,81 +243,81 @@ class Pair:
     def _is_full(self, vcpu: int) -> bool:
         return self.has_rings and self._used(vcpu) >= self.rings.soft_limit
 
-    def pushed(self, vcpu: int) -> list[Entry]:
-        """What KVM put into a vCPU's ring since this was last asked.
+    def new_entries(self, vcpu: int) -> list[Entry]:
+        """The entries that KVM pushed to the ring of *vcpu* since the last call; they stay in the ring.
 
-        :raises ContractViolation: another ring got something
+        :raises ContractViolation: KVM pushed entries to another vCPU's ring
         """
-        new = self._new_entries()
+        new = self._peek_rings()
         for other, entries in new.items():
             if other != vcpu and entries:
-                raise violated(Kind.SPURIOUS, f"vCPU {vcpu} ran, and the ring of vCPU {other} got {entries}")
+                raise violated(Kind.SPURIOUS, f"vCPU {vcpu} ran, and KVM pushed {entries} to the ring of vCPU {other}")
         return new.get(vcpu, [])
 
-    def check_quiet(self) -> None:
-        """Hold KVM to it that no ring got anything since :meth:`pushed` was asked.
+    def check_no_new_entries(self) -> None:
+        """Check that KVM pushed no entry since the last call of :meth:`new_entries`.
 
-        :raises ContractViolation: one did
+        :raises ContractViolation: it did
         """
-        if new := {vcpu: entries for vcpu, entries in self._new_entries().items() if entries}:
-            raise violated(Kind.SPURIOUS, f"no vCPU ran, and rings got {new}")
+        if new := {vcpu: entries for vcpu, entries in self._peek_rings().items() if entries}:
+            raise violated(Kind.SPURIOUS, f"no vCPU ran, and KVM pushed {new}, by vCPU")
 
-    def _new_entries(self) -> dict[int, list[Entry]]:
-        """The entries that each ring got since the last call, by vCPU; they stay in the rings."""
-        return {vcpu: list(zip(*ring.peek(), strict=True)) for vcpu, ring in enumerate(self.tracked.rings)}
+    def _peek_rings(self) -> dict[int, list[Entry]]:
+        """The entries that KVM pushed since the last call, by vCPU; they stay in the rings."""
+        return {vcpu: list(zip(*ring.peek(), strict=True)) for vcpu, ring in enumerate(self.test_vm.rings)}
 
     def get(self, slot: int) -> list[int]:
-        """KVM_GET_DIRTY_LOG, held to the model; returns the pages."""
-        pages = self.tracked.read_bitmap(slot)
+        """KVM_GET_DIRTY_LOG, checked against the model; returns the pages."""
+        pages = self.test_vm.read_bitmap(slot)
         self.bitmaps.reported(slot, pages)
         return pages
 
     def clear(self, slot: int, first_page: int, num_pages: int, pages: Sequence[int]) -> None:
-        """KVM_CLEAR_DIRTY_LOG of *pages*, which are in the range."""
+        """KVM_CLEAR_DIRTY_LOG with *pages*, which are in the range, in its mask."""
         self.vm.clear_dirty_log(slot, bitmap_of(pages, num_pages, first_page), first_page, num_pages)
         self.bitmaps.cleared(slot, pages)
 
     def harvest(self, vcpu: int, most: int) -> None:
-        """Take entries from a vCPU's ring."""
-        self.rings.harvested(vcpu, most, list(zip(*self.tracked.rings[vcpu].harvest(most), strict=True)))
+        """Harvest at most *most* entries of a vCPU's ring, and check them against the model."""
+        self.rings.harvested(vcpu, most, list(zip(*self.test_vm.rings[vcpu].harvest(most), strict=True)))
 
     def reset(self) -> None:
-        """KVM_RESET_DIRTY_RINGS."""
-        harvested = sum(len(ring.taken) for ring in self.rings.rings)
+        """KVM_RESET_DIRTY_RINGS, checked against the model."""
+        harvested = sum(len(ring.harvested) for ring in self.rings.rings)
         self.rings.reset(reset_until(self.vm.reset_dirty_rings, lambda reset: reset >= harvested))
-        for vcpu, ring in enumerate(self.tracked.rings):
+        for vcpu, ring in enumerate(self.test_vm.rings):
             if left := ring.not_reset():
-                raise violated(Kind.OTHER, f"vCPU {vcpu}: after the reset {left} of its entries are not KVM's again")
+                raise violated(Kind.OTHER, f"vCPU {vcpu}: the reset left the flags of {left} harvested entries set")
 
     def empty_rings(self) -> None:
-        """Take all entries of all rings, and reset."""
+        """Harvest all entries of all rings, and reset them."""
         for vcpu in range(VCPUS):
             self.harvest(vcpu, self._used(vcpu))
         self.reset()
 
-    def __enter__(self) -> "Pair":
+    def __enter__(self) -> "ModelCheckedVm":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.tracked.close()
+        self.test_vm.close()
 
 
 def gpa_of(place: int) -> int:
-    """The guest-physical address of a place."""
+    """The guest-physical address of *place*."""
     return FIRST_GPA + place * MOST_PAGES * PAGE
 
 
 class Step:
-    """A step of a history."""
+    """A step of a sequence."""
 
-    def fitted(self, pair: Pair) -> "Step | None":
-        """As much of the step as can be made now; None when nothing of it can."""
+    def clamped(self, vm: ModelCheckedVm) -> "Step | None":
+        """The possible part of the step in the present state of *vm*; None when there is none."""
         raise NotImplementedError
 
-    def make(self, pair: Pair) -> None:
-        """Make the step.
+    def execute(self, vm: ModelCheckedVm) -> None:
+        """Execute the step, and check KVM's result against the model.
 
         :raises ContractViolation: KVM and the model differ
         """
@@ -327,25 +326,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Create(Step):
-    """Make a slot of *npages* pages, of memory that is present."""
+    """Create a slot of *npages* pages, whose memory is populated."""
 
     slot: int
     place: int
     npages: int
-    tracked: bool = True
+    logged: bool = True
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return None if self.slot in pair.vm.memslots or pair.taken(self.place) else self
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return None if self.slot in vm.vm.memslots or vm.is_occupied(self.place) else self
 
-    def make(self, pair: Pair) -> None:
+    def execute(self, vm: ModelCheckedVm) -> None:
         memory = GuestMemory(BACKINGS["anonymous"], self.npages * PAGE, gpa_of(self.place))
         try:
-            memory.view[::PAGE] = bytes(self.npages)  # so that the host has each page, writable, from now on
-            pair.set_slot(self.slot, self.place, memory, self.tracked)
+            memory.view[::PAGE] = bytes(self.npages)  # the host maps each page writable from now on
+            vm.set_slot(self.slot, self.place, memory, self.logged)
         except BaseException:
             memory.close()
             raise
-        pair.model.create(self.slot, self.npages, self.tracked)
+        vm.model.create(self.slot, self.npages, self.logged)
 
 
 @dataclass(frozen=True)
@@ -354,14 +353,14 @@ class Delete(Step):
 
     slot: int
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return self if self.slot in pair.vm.memslots else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return self if self.slot in vm.vm.memslots else None
 
-    def make(self, pair: Pair) -> None:
-        memory = pair.vm.memslots[self.slot].memory
-        pair.vm.delete_memory_region(self.slot)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        memory = vm.vm.memslots[self.slot].memory
+        vm.vm.delete_memory_region(self.slot)
         memory.close()
-        pair.model.delete(self.slot)
+        vm.model.delete(self.slot)
 
 
 @dataclass(frozen=True)
@@ -371,39 +370,39 @@ class Move(Step):
     slot: int
     place: int
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return self if self.slot in pair.vm.memslots and not pair.taken(self.place) else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return self if self.slot in vm.vm.memslots and not vm.is_occupied(self.place) else None
 
-    def make(self, pair: Pair) -> None:
-        memslot = pair.vm.memslots[self.slot]
-        pair.set_slot(self.slot, self.place, memslot.memory, pair.model.slots[self.slot].tracked)
-        pair.model.move(self.slot)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        memslot = vm.vm.memslots[self.slot]
+        vm.set_slot(self.slot, self.place, memslot.memory, vm.model.slots[self.slot].logged)
+        vm.model.move(self.slot)
 
 
 @dataclass(frozen=True)
-class SetTracking(Step):
-    """Switch a slot's tracking on or off; also to what it is already."""
+class SetDirtyLogging(Step):
+    """Enable or disable a slot's dirty logging, also when that is its state already."""
 
     slot: int
-    on: bool
+    enable: bool
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return self if self.slot in pair.vm.memslots else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return self if self.slot in vm.vm.memslots else None
 
-    def make(self, pair: Pair) -> None:
-        (enable_dirty_logging if self.on else disable_dirty_logging)(pair.vm, self.slot)
-        pair.model.set_tracking(self.slot, self.on)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        (enable_dirty_logging if self.enable else disable_dirty_logging)(vm.vm, self.slot)
+        vm.model.set_dirty_logging(self.slot, self.enable)
 
 
 @dataclass(frozen=True)
 class _Pages(Step):
-    """A step that concerns pages of a slot."""
+    """A step on pages of a slot."""
 
     slot: int
     pages: Pages
 
-    def fitted(self, pair: Pair) -> Step | None:
-        pages = pair.inside(self.slot, self.pages)
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        pages = vm.clamp_pages(self.slot, self.pages)
         return replace(self, pages=pages) if pages else None
 
 
@@ -413,8 +412,8 @@ class Write(_Pages):
 
     vcpu: int = 0
 
-    def make(self, pair: Pair) -> None:
-        pair.run(self.vcpu, self.slot, Access.STORE, self.pages)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.run(self.vcpu, self.slot, Access.STORE, self.pages)
 
 
 @dataclass(frozen=True)
@@ -423,58 +422,59 @@ class Load(_Pages):
 
     vcpu: int = 0
 
-    def make(self, pair: Pair) -> None:
-        pair.run(self.vcpu, self.slot, Access.LOAD, self.pages)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.run(self.vcpu, self.slot, Access.LOAD, self.pages)
 
 
 @dataclass(frozen=True)
 class HostWrite(_Pages):
-    """User space writes a word in each page through its own mapping, which KVM does not report."""
+    """User space writes a word in each page through its own mapping, which KVM does not log."""
 
-    def make(self, pair: Pair) -> None:
-        words = pair.vm.memslots[self.slot].memory.words
+    def execute(self, vm: ModelCheckedVm) -> None:
+        words = vm.vm.memslots[self.slot].memory.words
         for page in self.pages:
             words[page * _WORDS_OF_PAGE + 1] += 1
 
 
 @dataclass(frozen=True)
 class Collect(Step):
-    """Take all that KVM reports, and have it track that anew, as a VMM's round of migration does."""
+    """Collect all dirty pages and have KVM write-protect them again, like a round of live migration."""
 
-    def fitted(self, pair: Pair) -> Step | None:
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
         return self
 
-    def make(self, pair: Pair) -> None:
-        if pair.has_rings:
-            pair.empty_rings()
+    def execute(self, vm: ModelCheckedVm) -> None:
+        if vm.has_rings:
+            vm.empty_rings()
             return
-        for slot, state in pair.model.slots.items():
-            if state.tracked:
-                pages = pair.get(slot)
-                if pair.bitmaps.manual:
-                    pair.clear(slot, 0, state.npages, pages)
+        for slot, state in vm.model.slots.items():
+            if state.logged:
+                pages = vm.get(slot)
+                if vm.bitmaps.manual:
+                    vm.clear(slot, 0, state.npages, pages)
 
 
 @dataclass(frozen=True)
 class Get(Step):
-    """KVM_GET_DIRTY_LOG of a slot, alone."""
+    """KVM_GET_DIRTY_LOG of a slot, without a CLEAR."""
 
     slot: int
 
-    def fitted(self, pair: Pair) -> Step | None:
-        tracked = self.slot in pair.model.slots and pair.model.slots[self.slot].tracked
-        return self if tracked and not pair.has_rings else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        logged = self.slot in vm.model.slots and vm.model.slots[self.slot].logged
+        return self if logged and not vm.has_rings else None
 
-    def make(self, pair: Pair) -> None:
-        pair.get(self.slot)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.get(self.slot)
 
 
 @dataclass(frozen=True)
 class Clear(Step):
-    """KVM_CLEAR_DIRTY_LOG of a range of a slot, with these pages in its mask; also without manual protection.
+    """KVM_CLEAR_DIRTY_LOG of a range of a slot, with or without manual protection.
 
     :ivar first_page: a multiple of 64
-    :ivar num_pages: likewise, or as far as the slot goes
+    :ivar num_pages: a multiple of 64, or up to the slot's end
+    :ivar pages: the pages in the mask
     """
 
     slot: int
@@ -482,38 +482,38 @@ class Clear(Step):
     num_pages: int
     pages: Pages
 
-    def fitted(self, pair: Pair) -> Step | None:
-        state = pair.model.slots.get(self.slot)
-        if pair.has_rings or state is None or not state.tracked or self.first_page >= state.npages:
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        state = vm.model.slots.get(self.slot)
+        if vm.has_rings or state is None or not state.logged or self.first_page >= state.npages:
             return None
         num_pages = min(self.num_pages, state.npages - self.first_page)
         pages = tuple(page for page in self.pages if self.first_page <= page < self.first_page + num_pages)
         return replace(self, num_pages=num_pages, pages=pages)
 
-    def make(self, pair: Pair) -> None:
-        pair.clear(self.slot, self.first_page, self.num_pages, self.pages)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.clear(self.slot, self.first_page, self.num_pages, self.pages)
 
 
 @dataclass(frozen=True)
 class Harvest(Step):
-    """Take at most so many entries from a vCPU's ring."""
+    """Harvest at most *most* entries of a vCPU's ring."""
 
     vcpu: int
     most: int
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return self if pair.has_rings else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return self if vm.has_rings else None
 
-    def make(self, pair: Pair) -> None:
-        pair.harvest(self.vcpu, self.most)
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.harvest(self.vcpu, self.most)
 
 
 @dataclass(frozen=True)
 class Reset(Step):
     """KVM_RESET_DIRTY_RINGS."""
 
-    def fitted(self, pair: Pair) -> Step | None:
-        return self if pair.has_rings else None
+    def clamped(self, vm: ModelCheckedVm) -> Step | None:
+        return self if vm.has_rings else None
 
-    def make(self, pair: Pair) -> None:
-        pair.reset()
+    def execute(self, vm: ModelCheckedVm) -> None:
+        vm.reset()

@@ -103,7 +103,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     group.addoption(
         "--soak",
         metavar="S",
-        help="make up random histories for so many seconds in each log mode, up to a week (test_histories.py)",
+        help="run random operation sequences for so many seconds in each log mode, up to a week (test_sequences.py)",
     )
     group.addoption("--kvm-device", metavar="PATH", help=f"this host's KVM; default {DEFAULT_DEVICE}")
     group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
@@ -216,7 +216,7 @@ def vcpus_of(option: Any) -> tuple[int, ...]:
 
 
 def soak_of(option: Any) -> int | None:
-    """For how many seconds histories are made up in each log mode; None for their usual number."""
+    """For how many seconds to run random operation sequences in each log mode; None for their usual number."""
     return None if option.soak is None else parse_number("--soak", option.soak, 1, LONGEST)
 
 

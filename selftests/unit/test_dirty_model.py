@@ -8,18 +8,18 @@ import pytest
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.violations import ContractViolation
 
-STORE, LOAD, REDONE = Access.STORE, Access.LOAD, Access.REDONE
+STORE, LOAD, RETRIED = Access.STORE, Access.LOAD, Access.RETRIED
 
 
 def bitmaps(manual: bool = False, initially_set: bool = False, emulates: bool = False) -> BitmapModel:
     model = BitmapModel(manual, initially_set, emulates)
-    model.create(1, 70, tracked=True)
+    model.create(1, 70, logged=True)
     return model
 
 
 def rings(emulates: bool = False) -> RingModel:
     model = RingModel(2, 192, emulates)
-    model.create(1, 70, tracked=True)
+    model.create(1, 70, logged=True)
     return model
 
 
@@ -29,7 +29,7 @@ def store(model: RingModel, page: int, pushed: Sequence[Entry], vcpu: int = 0) -
 
 def take(model: RingModel, entries: Sequence[Entry], vcpu: int = 0) -> None:
     model.harvested(vcpu, len(entries), entries)
-    model.reset(sum(len(ring.taken) for ring in model.rings))
+    model.reset(sum(len(ring.harvested) for ring in model.rings))
 
 
 def test_a_bitmap_has_what_was_stored_until_it_is_read() -> None:
@@ -58,8 +58,8 @@ def test_all_is_dirty_at_first_where_that_is_so() -> None:
     model = bitmaps(manual=True, initially_set=True)
     model.reported(1, range(70))
     model.cleared(1, range(70))
-    model.set_tracking(1, on=False)
-    model.set_tracking(1, on=True)
+    model.set_dirty_logging(1, enable=False)
+    model.set_dirty_logging(1, enable=True)
     with pytest.raises(ContractViolation, match=r"LOST .*: pages 0, 1, 2, 3, 4, 5, 6, 7 and 62 more"):
         model.reported(1, [])
 
@@ -72,7 +72,7 @@ def test_a_load_may_be_reported_once_where_its_page_is_not_mapped() -> None:
         model.ran(0, 1, [(LOAD, 3)], [])
         with pytest.raises(ContractViolation, match=r"SPURIOUS .*: page 3"):
             model.reported(1, [3])
-    model.create(2, 64, tracked=False)
+    model.create(2, 64, logged=False)
     model.delete(2)
     model.ran(0, 1, [(LOAD, 3)], [])
     model.reported(1, [3])
@@ -89,17 +89,17 @@ def test_what_becomes_of_bits_in_the_life_of_a_slot() -> None:
     """The same flags and a move keep them; off and on again, and deletion, lose them."""
     model = bitmaps()
     model.ran(0, 1, [(STORE, 3)], [])
-    model.set_tracking(1, on=True)
+    model.set_dirty_logging(1, enable=True)
     model.move(1)
     model.reported(1, [3])
     model.ran(0, 1, [(STORE, 3)], [])
-    model.set_tracking(1, on=False)
+    model.set_dirty_logging(1, enable=False)
     model.ran(0, 1, [(STORE, 4)], [])
-    model.set_tracking(1, on=True)
+    model.set_dirty_logging(1, enable=True)
     model.reported(1, [])
     model.ran(0, 1, [(STORE, 3)], [])
     model.delete(1)
-    model.create(1, 70, tracked=True)
+    model.create(1, 70, logged=True)
     model.reported(1, [])
 
 
@@ -109,7 +109,7 @@ def test_a_ring_gets_a_page_once_until_it_is_reset() -> None:
         store(model, 3, [])
     store(model, 3, [(1, 3)])
     for vcpu in (0, 1):
-        with pytest.raises(ContractViolation, match="nothing it did"):
+        with pytest.raises(ContractViolation, match="none of its accesses"):
             store(model, 3, [(1, 3)], vcpu)
         store(model, 3, [], vcpu)
     model.harvested(0, 10, [(1, 3)])
@@ -124,7 +124,7 @@ def test_a_backend_that_emulates_pushes_each_store() -> None:
     store(model, 3, [(1, 3)])
     with pytest.raises(ContractViolation, match="lacks"):
         store(model, 3, [])
-    with pytest.raises(ContractViolation, match="nothing it did"):
+    with pytest.raises(ContractViolation, match="none of its accesses"):
         model.ran(0, 1, [(LOAD, 4)], [(1, 4)])
 
 
@@ -134,9 +134,9 @@ def test_entries_come_in_order_and_in_the_ring_of_their_vcpu() -> None:
         model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 4), (1, 3)])
     model = rings()
     model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 3), (1, 4)])
-    with pytest.raises(ContractViolation, match="its ring gave"):
+    with pytest.raises(ContractViolation, match="the harvest returned"):
         model.harvested(1, 10, [(1, 3)])
-    with pytest.raises(ContractViolation, match="its ring gave"):
+    with pytest.raises(ContractViolation, match="the harvest returned"):
         model.harvested(0, 1, [(1, 4)])
 
 
@@ -156,11 +156,11 @@ def test_a_deleted_slot_may_take_the_mappings_of_others_along() -> None:
     """A page that was writable may then be pushed once more, and not twice."""
     for pushed in ([], [(1, 3)]):
         model = rings()
-        model.create(2, 64, tracked=False)
+        model.create(2, 64, logged=False)
         store(model, 3, [(1, 3)])
         model.delete(2)
         store(model, 3, pushed)
-        with pytest.raises(ContractViolation, match="nothing it did"):
+        with pytest.raises(ContractViolation, match="none of its accesses"):
             store(model, 3, [(1, 3)])
 
 
@@ -177,7 +177,7 @@ def test_what_filled_the_ring_may_be_pushed_again() -> None:
         model = rings()
         store(model, 3, [(1, 3)])
         take(model, [(1, 3)])
-        model.ran(0, 1, [(REDONE, 3), (STORE, 4)], [*pushed, (1, 4)])
+        model.ran(0, 1, [(RETRIED, 3), (STORE, 4)], [*pushed, (1, 4)])
 
 
 def test_entries_outlive_their_slot() -> None:

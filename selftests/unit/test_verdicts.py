@@ -152,7 +152,7 @@ def test_the_report_of_a_violation(run: Callable[..., Run]) -> None:
     run("-k", "test_lost and not setup and not more")
     data = json.loads((done.results / "test_lost.json").read_text())
     assert data["findings"][0] == {
-        "kind": "LOST", "detail": "page 3", "slot": 1, "pages": [3], "vcpu": None, "iteration": 0, "collection": 0,
+        "kind": "LOST", "detail": "page 3", "slot": 1, "pages": [3], "vcpu": None, "iteration": 0, "collection": 0, "rule": "",
     }  # fmt: skip
     assert data["witness"] == 1
     assert {"host", "settings", "reproduce", "test"} <= set(data)

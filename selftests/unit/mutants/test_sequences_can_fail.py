@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Random histories can fail: what real KVM answered is falsified, and a short history must be found that shows it."""
+"""Random operation sequences can fail: with KVM's results falsified, the search must find a short failing sequence."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.ring import DirtyRing, Entries
 from dirty_tracking.sequence_search import search
-from dirty_tracking.sequences import Collect, Create, HistoryFailed, Step, Write, run_history, script
+from dirty_tracking.sequences import Collect, Create, SequenceFailed, Step, Write, run_sequence, script
 from harness import known_bugs
 from kvm_util import uapi
 from kvm_util.host import Host
@@ -28,14 +28,14 @@ from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
 from kvm_util.vm import Vm
 from runner import ROOT
-from selftests.scenarios.test_histories import RING_RESET_BUG
+from selftests.scenarios.test_sequences import RING_RESET_BUG
 
-SEEDS = range(6)  # as many as in the quick form of test_histories.py
+SEEDS = range(6)  # as many as in test_sequences.py without --thorough
 MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
 
 
-# On 190 entries come ten more, to a ring that takes 192 before it stops its vCPU (1024 and 448 with PML).
+# 190 entries, then ten more, in a ring with a soft limit of 192 (448 of 1024 entries with PML).
 FULL = [
     Create(1, 0, 70), Create(2, 1, 130), *(Write(1, range(first, first + 35)) for first in (0, 35)),
     *(Write(2, range(first, first + 30)) for first in (0, 30, 60, 90)), Write(2, range(120, 130)),
@@ -44,9 +44,9 @@ FULL = [
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that KVM could get wrong.
+    """A way in which KVM could fail.
 
-    :ivar most: how many steps the shortest history may have
+    :ivar most: how many steps the shortest failing sequence may have
     """
 
     name: str
@@ -113,7 +113,7 @@ def clear_first_word(honest: Any) -> Any:
 
 
 def claimed_reset(_honest: Any) -> Any:
-    """As many entries as were harvested, and none of them reset."""
+    """Return the number of harvested entries, and reset none."""
 
     def reset_dirty_rings(vm: Vm) -> int:
         taken = 0
@@ -126,7 +126,7 @@ def claimed_reset(_honest: Any) -> Any:
 
 
 def on_region(change: Callable[[Vm, int, int, int], tuple[int, int]]) -> Callable[[Any], Any]:
-    """*change* takes VM, slot, gpa and flags, and returns the gpa and flags that KVM gets to see."""
+    """*change* takes VM, slot, gpa and flags, and returns the gpa and flags that are passed to KVM."""
 
     def falsify(honest: Any) -> Any:
         def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
@@ -189,28 +189,30 @@ FAULTS = [
     indirect=["log_mode"],
 )
 @pytest.mark.mutants
-def test_a_fault_is_found_and_shrunk_to_a_script(
+def test_fault_is_found_and_shrunk(
     kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], fault: Fault, log_mode: str,
 ) -> None:  # fmt: skip
-    """Within the quick number of histories; its script fails as long as the fault is there, and passes without it."""
+    """The search finds each fault in the default rounds; its short script fails with the fault, and passes without."""
 
     def run(steps: Sequence[Step]) -> None:
-        run_history(kvm, host, log_mode, steps)
+        run_sequence(kvm, host, log_mode, steps)
 
     monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
     found = search(run, LOG_MODES[log_mode].uses_ring, SEEDS)
-    assert found is not None, "not found"
+    assert found is not None, "no sequence failed"
     failure = found[1]
-    assert len(failure.history.steps) <= fault.most, failure.history.script
+    assert len(failure.sequence.steps) <= fault.most, failure.sequence.script
     with pytest.raises(SystemExit, match=log_mode):
-        exec(failure.history.script, {})
+        exec(failure.sequence.script, {})
     monkeypatch.undo()
-    exec(failure.history.script, {})
-    assert f"KVM and the model agree in all of {len(failure.history.steps)} steps" in capsys.readouterr().out
+    exec(failure.sequence.script, {})
+    assert f"KVM and the model agree in all of {len(failure.sequence.steps)} steps" in capsys.readouterr().out
 
 
-def test_a_script_runs_by_itself(kvm: Kvm) -> None:
+@pytest.mark.usefixtures("kvm")
+def test_script_runs_standalone() -> None:
+    """The script of a sequence runs in a Python process of its own."""
     done = subprocess.run(
         [sys.executable, "-"],
         input=script("dirty-log", SOUND),
@@ -223,21 +225,19 @@ def test_a_script_runs_by_itself(kvm: Kvm) -> None:
     assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
 
 
-def test_the_known_bug_that_is_kept_off_is_on_the_list() -> None:
+def test_excluded_known_bug_is_listed() -> None:
+    """The known bug whose steps are excluded is in known_bugs.toml."""
     assert RING_RESET_BUG in {bug.id for bug in known_bugs.load()}
 
 
 @pytest.mark.parametrize("exit_reason", [uapi.KVM_EXIT_DIRTY_RING_FULL, uapi.KVM_EXIT_HLT], ids=["too-early", "never"])
 @pytest.mark.log_modes("dirty-ring")
 @pytest.mark.mutants
-def test_a_full_ring_that_is_told_wrongly(
-    kvm: Kvm, host: Host,
-    monkeypatch: pytest.MonkeyPatch, exit_reason: int,
-) -> None:  # fmt: skip
-    """KVM_EXIT_DIRTY_RING_FULL comes with the ring full, and does come then."""
+def test_wrong_ring_full_exit_is_found(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch, exit_reason: int) -> None:
+    """A sequence fails when KVM_EXIT_DIRTY_RING_FULL comes before the ring is full, or never."""
     if uses_pml(host):
-        pytest.skip("with PML the smallest ring has more entries than this history makes")
-    run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+        pytest.skip("with PML the smallest ring has more entries than this sequence pushes")
+    run_sequence(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
     honest = Vcpu.kvm_run
     early = exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
 
@@ -248,15 +248,16 @@ def test_a_full_ring_that_is_told_wrongly(
         return code
 
     monkeypatch.setattr(Vcpu, "kvm_run", falsified)
-    with pytest.raises(HistoryFailed, match="DIRTY_RING_FULL, with 35 entries used" if early else "its ring|HLT"):
-        run_history(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
+    with pytest.raises(SequenceFailed, match="DIRTY_RING_FULL, with 35 entries used" if early else "its ring|HLT"):
+        run_sequence(kvm, host, "dirty-ring", [*FULL, Write(1, (0,))])
 
 
 @pytest.mark.mutants
-def test_a_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of a failed sequence has the log mode, the step that failed and the violation."""
     monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
-    with pytest.raises(HistoryFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: LOST \(.*\): page 9$"):
-        run_history(kvm, host, "dirty-log", SOUND)
+    with pytest.raises(SequenceFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: LOST \(.*\): page 9$"):
+        run_sequence(kvm, host, "dirty-log", SOUND)
 
 
 FAULTY_PLUGIN = """
@@ -268,7 +269,7 @@ def falsified(vm, slot, bitmap):
     bitmap[0] &= 0xFE
 Vm.get_dirty_log = falsified
 """
-TEST = "selftests/scenarios/test_histories.py::test_any_history[dirty-log]"
+TEST = "selftests/scenarios/test_sequences.py::test_random_operation_sequences[dirty-log]"
 
 
 def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
@@ -280,8 +281,9 @@ def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str
 
 
 @pytest.mark.mutants
-def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path: Path) -> None:
-    """The same history comes of the seed that is told, also where it was a later round of a soak run that failed."""
+@pytest.mark.usefixtures("kvm")
+def test_failure_shows_script_and_command(tmp_path: Path) -> None:
+    """The printed command finds the same sequence again, also where a later round of a soak run failed."""
     python = shlex.quote(sys.executable)
     done = run_pytest(f"{python} -m pytest '{TEST}' -p faulty --soak 60 --seed 3", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -300,7 +302,9 @@ def test_a_failure_shows_a_script_and_the_command_repeats_it(kvm: Kvm, tmp_path:
     assert script_text[0] in again.stdout
 
 
-def test_a_soak_run_ends_in_time(kvm: Kvm, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("kvm")
+def test_soak_run_takes_its_time(tmp_path: Path) -> None:
+    """A run with ``--soak`` goes on for that many seconds, passes, and leaves no files of Hypothesis."""
     begin = time.monotonic()
     done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak 3", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -309,19 +313,20 @@ def test_a_soak_run_ends_in_time(kvm: Kvm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "x"])
-def test_a_bad_time_to_soak_is_told(value: str, tmp_path: Path) -> None:
+def test_invalid_soak_time_is_rejected(value: str, tmp_path: Path) -> None:
+    """A soak time that is no positive number is a usage error that names it."""
     done = run_pytest(f"{shlex.quote(sys.executable)} -m pytest '{TEST}' --soak {value}", tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"--soak: {value}" in done.stderr.replace("'", "")
 
 
-def test_the_seed_alone_decides(tmp_path: Path) -> None:
-    """Not what other modules are loaded; and Hypothesis leaves no files behind."""
+def test_seed_alone_decides_sequences(tmp_path: Path) -> None:
+    """A seed generates the same sequences whatever modules are loaded, and Hypothesis writes no files."""
     program = """
 import sys
 for name in sys.argv[1:]: __import__(name)
 from dirty_tracking.sequence_search import search
-from selftests.scenarios import test_histories
+from selftests.scenarios import test_sequences
 made = []
 search(made.append, False, range(3))
 print(made)

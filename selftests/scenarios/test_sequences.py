@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Histories that nobody thought of: what guest and VMM do in any order, on KVM and on a model of the contract alike."""
+"""Random operation sequences of a guest and its VMM, executed on KVM and checked against a model of the contract."""
 
 import itertools
 import time
@@ -11,19 +11,26 @@ from dirty_tracking.cell import Settings
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.sequence_search import search
-from dirty_tracking.sequences import Collect, Create, Step, Write, run_history, shrinks_slot_in_rings
+from dirty_tracking.sequences import (
+    Collect,
+    Create,
+    Step,
+    Write,
+    recreates_smaller_slot_with_pending_entries,
+    run_sequence,
+)
 from harness import known_bugs
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
-# The known bug that shrinks_slot_in_rings() keeps off
+# The known bug whose steps recreates_smaller_slot_with_pending_entries() excludes
 RING_RESET_BUG = "ring-reset-drops-mask"
-# Each round of ten histories has a seed of its own, which given as --seed makes it the first one
+# Each round of ten sequences has its own seed; with --seed it is the first round
 ROUNDS, EMULATED_ROUNDS, THOROUGH_FACTOR = 6, 1, 20
 
 
 def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]:
-    """The seeds of so many rounds, or of those that can begin within *soak* seconds."""
+    """The seeds of *rounds* rounds, or of those that begin within *soak* seconds."""
     end = time.monotonic() + (soak or 0)
     for number in itertools.count():
         if number and (time.monotonic() >= end if soak else number >= rounds):
@@ -31,32 +38,32 @@ def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]
         yield settings.seed + number
 
 
-def test_any_history(
+def test_random_operation_sequences(
     kvm: Kvm, host: Host, settings: Settings, thorough: bool, soak: int | None, pytestconfig: pytest.Config,
     request: pytest.FixtureRequest, emulated_cpu: bool, record_property: Callable[[str, object], None], log_mode: str,
 ) -> None:  # fmt: skip
-    """Writes, loads, GET, CLEAR, harvests, resets, tracking on and off, slots made, moved, deleted: KVM does as the model."""
+    """KVM reports what the model predicts for random writes, loads, collections, logging toggles and memslot changes."""
     if LOG_MODES[log_mode].uses_ring:
         request.getfixturevalue("entries_in_order")
 
-    # What a known bug breaks on this kernel is left out, so that others can be found.
+    # Steps that hit a known bug of this kernel are excluded, so that others can be found.
     known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.on_host(host)]
-    leave_out = shrinks_slot_in_rings if RING_RESET_BUG in known else None
+    exclude = recreates_smaller_slot_with_pending_entries if RING_RESET_BUG in known else None
 
     def run(steps: Sequence[Step]) -> None:
-        run_history(kvm, host, log_mode, steps, leave_out)
+        run_sequence(kvm, host, log_mode, steps, exclude)
 
     rounds = EMULATED_ROUNDS if emulated_cpu else ROUNDS
     seeds = seeds_of(settings, rounds * (THOROUGH_FACTOR if thorough else 1), soak)
     found = search(run, LOG_MODES[log_mode].uses_ring, seeds)
     if found is not None:
         seed, failure = found
-        record_property("seed", str(seed))  # of the round: as --seed it makes that the first
+        record_property("seed", str(seed))  # the round's seed: with --seed it is the first round
         raise failure
 
 
-# 190 entries for a ring that takes 192 before it stops its vCPU; the next step brings ten more.
-FILLED_IN_THE_MIDST = [
+# 190 entries in a ring with a soft limit of 192; the next step pushes ten more.
+FILLED_DURING_WRITES = [
     Create(slot=1, place=0, npages=70),
     Create(slot=2, place=1, npages=130),
     *(Write(slot=1, pages=range(first, first + 35)) for first in (0, 35)),
@@ -69,8 +76,8 @@ FILLED_IN_THE_MIDST = [
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_a_ring_that_gets_full_in_the_midst_of_writes(kvm: Kvm, host: Host) -> None:
-    """What was done before it was full, and what is done after it was emptied, is all reported."""
+def test_ring_fills_during_writes(kvm: Kvm, host: Host) -> None:
+    """When a ring fills during a list of writes, those before and those after its reset are all reported."""
     if uses_pml(host):
-        pytest.skip("with PML the smallest ring has more entries than this history makes")
-    run_history(kvm, host, "dirty-ring", FILLED_IN_THE_MIDST)
+        pytest.skip("with PML the smallest ring has more entries than this sequence pushes")
+    run_sequence(kvm, host, "dirty-ring", FILLED_DURING_WRITES)
