@@ -85,7 +85,7 @@ def forced_emulation_vm(logged_vm: TrackedVm, host: Host) -> TrackedVm:
 
 
 @pytest.mark.parametrize("store", STORES, ids=str)
-def test_store_is_logged(
+def test_x86_store_is_logged(
     logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
 ) -> None:
     """An instruction that writes dirties its gfn, at both ends of the page, and again after each collection."""
@@ -93,7 +93,7 @@ def test_store_is_logged(
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store.straddles], ids=str)
-def test_store_across_page_boundary(logged_vm: TrackedVm, max_entries: MaxEntries, store: Store) -> None:
+def test_x86_store_across_page_boundary(logged_vm: TrackedVm, max_entries: MaxEntries, store: Store) -> None:
     """An instruction that writes across two pages dirties both gfns, also where they belong to different memslots."""
     check_store_across_boundary(logged_vm, max_entries, store)
 
@@ -192,7 +192,7 @@ def test_segment_accessed_bit_is_logged(logged_vm: TrackedVm, skip_unemulated: S
 
 
 @pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
-def test_faulting_store_is_not_logged(
+def test_x86_faulting_store_is_not_logged(
     logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, operation: Operation
 ) -> None:
     """An instruction whose write faults in the guest's own page tables changes nothing and dirties no gfn."""
@@ -200,7 +200,7 @@ def test_faulting_store_is_not_logged(
 
 
 @pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
-def test_store_faulting_in_second_page(
+def test_x86_store_faulting_in_second_page(
     logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
 ) -> None:
     """An instruction that faults in the second of two pages writes neither; at most the first one is reported.
@@ -280,7 +280,7 @@ def test_string_input_from_port_is_logged(logged_vm: TrackedVm, length: int) -> 
 
 
 @pytest.mark.parametrize("name", ["clflush", "test", "store_nothing"])
-def test_non_writing_access_is_not_logged(logged_vm: TrackedVm, name: str) -> None:
+def test_x86_non_writing_access_is_not_logged(logged_vm: TrackedVm, name: str) -> None:
     """CLFLUSH, TEST and a string store without repetitions dirty no gfn."""
     check_no_write(logged_vm, name)
 

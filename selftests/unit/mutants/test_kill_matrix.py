@@ -18,13 +18,13 @@ from selftests.unit.mutants.record import ELSEWHERE, MODES, WRITERS, Runner
 
 # What no answer of GET, CLEAR, RESET or an error can make fail, and what does
 OTHERWISE = {
-    "test_the_ring_lies_beyond_the_vcpus_own_mapping": "compares two numbers",
-    "test_the_smallest_ring_holds_what_is_reserved": "KVM_ENABLE_CAP answers",
-    "test_the_ring_can_be_mapped_shared_only_and_not_for_execution": "mmap answers",
-    "test_the_rules_hold_for_a_mapping_of_which_the_ring_is_a_part": "mmap answers",
-    "test_a_mapping_that_is_longer_than_the_ring_ends_with_it": "memory answers",
-    "test_without_a_ring_there_is_none_to_read": "memory answers",
-    "test_a_large_slot_takes_no_bitmap_in_ring_mode": "compares with the modes that take one",
+    "test_ring_offset_is_beyond_kvm_run": "compares two numbers",
+    "test_smallest_ring_size": "KVM_ENABLE_CAP answers",
+    "test_ring_mmap_is_shared_and_no_exec": "mmap answers",
+    "test_ring_mmap_with_one_end_outside": "mmap answers",
+    "test_mapping_beyond_the_ring_is_unbacked": "memory answers",
+    "test_no_ring_memory_without_rings": "memory answers",
+    "test_no_bitmap_allocated_in_ring_mode": "compares with the modes that take one",
 }
 A = Case("test_a[x]", "dirty-log")
 B = Case("test_b", "")
