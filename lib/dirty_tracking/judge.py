@@ -7,7 +7,7 @@ for memory that the host leaves where it is (``keep_memory_in_place()`` of lib/k
 
 from collections import Counter
 from collections.abc import Collection as Pages
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from dirty_tracking.ledger import Collection, Counted, Event, Ledger, Reset, SlotPages, Toggle, ZapAll
@@ -178,38 +178,26 @@ class Judge:
         # Of each page the last write is enough: what reports that one reports those before.
         writes = {page: write for page, write in owed.items() if page in missing}
         for first, end in spans:
-            last_writes = self._ledger.streams[vcpu].last_writes(first, end)
-            writes |= {page: last_writes[page] for page in missing & last_writes.keys()}
+            writes |= self._ledger.streams[vcpu].last_writes(missing, first, end)
         oldest = min(writes.values())
-        others = [
-            other
-            for other in reversed(state.collections)
-            if other is not one and other.start < one.end and other.after[vcpu] >= oldest
-        ]
-        lost = set()
-        for page, write in writes.items():
-            if any(page in other.pages and self._may_have_made(vcpu, write, other, state) for other in others):
-                continue
-            if self._is_about_to_be_logged(vcpu, page, one):
-                deferred[vcpu, page] = write
-            else:
-                lost.add(page)
-        return lost
+        for other in state.collections:
+            if other is not one and other.start < one.end and other.after[vcpu] >= oldest:
+                last, pages = self._last_write_by(other, vcpu, state), other.pages
+                writes = {page: write for page, write in writes.items() if write > last or page not in pages}
+        later = {page for page in writes if self._is_about_to_be_logged(vcpu, page, one)}
+        deferred.update(((vcpu, page), writes[page]) for page in later)
+        return writes.keys() - later
 
-    def _may_have_made(self, vcpu: int, write: int, other: Collection, state: _SlotState) -> bool:
-        """Whether the write may have been made by the end of *other*, so that *other*'s report may be its report."""
-        if write != other.after[vcpu]:
-            return write < other.after[vcpu]
+    def _last_write_by(self, other: Collection, vcpu: int, state: _SlotState) -> int:
+        """The last write that may have been made by the end of *other*, so that *other*'s report may be its report."""
+        write = other.after[vcpu]
         if other.exact[vcpu]:
-            return False
-        # It was in flight. A vCPU that is out of KVM_RUN afterwards shows whether it was made.
-        later: Iterator[Counted] = (
-            event
-            for events in (state.collections, state.toggles)
-            for event in events
-            if event.start >= other.end and event.exact[vcpu]
-        )
-        return not any(event.before[vcpu] <= write for event in later)
+            return write - 1
+        # It was in flight. A vCPU that is out of KVM_RUN afterwards shows whether it was made (E1).
+        for events in (state.collections, state.toggles):
+            if any(one.start >= other.end and one.exact[vcpu] and one.before[vcpu] <= write for one in events):
+                return write - 1
+        return write
 
     def _is_about_to_be_logged(self, vcpu: int, page: int, one: Collection) -> bool:
         """Whether another vCPU may have made the page writable without having logged it yet (E2)."""
@@ -232,9 +220,11 @@ class Judge:
         rings = self._ledger.per_vcpu
         enabled = state.last_enabled(one)
         free = self._pages_still_set(one, state)
+        if len(free) == len(state.pages.range):
+            return
         for source, entries in enumerate(one.reported):
             pages = self._of_slot(entries, state)
-            reported = set(pages)
+            reported = set(pages) if rings or pages is not entries else one.pages
             spans: list[tuple[int, Span]] = []
             for vcpu in (source,) if rings else self._vcpus:
                 since = max(
@@ -244,7 +234,7 @@ class Judge:
                     since = max(since, enabled.before[vcpu])
                 # The write in flight may be reported before it is made (E1).
                 spans += ((vcpu, span) for span in _without(since, one.after[vcpu] + 1, state.unlogged[vcpu]))
-            spurious = reported - free
+            spurious = reported.difference(free)
             for vcpu, span in spans:
                 spurious.difference_update(self._ledger.streams[vcpu].written(*span))
             if spurious:
@@ -305,14 +295,16 @@ class Judge:
         others: list[Event] = [*state.collections, *self._resets]
         return any(other.overlaps(one) for other in others if other is not one)
 
-    def _pages_still_set(self, one: Collection, state: _SlotState) -> set[int]:
+    def _pages_still_set(self, one: Collection, state: _SlotState) -> Set[int] | range:
         """The pages that may be dirty since dirty logging was enabled, and have not been cleared since (E6)."""
         if not self._ledger.initially_set:
             return set()
         enabled = state.last_enabled(one)
         if enabled is None or any(toggle.on and toggle.overlaps(one) for toggle in state.toggles):
-            return set(state.pages.range)
+            return state.pages.range
         cleared = [last for last in state.judged if enabled.end < last.start and last.end < one.start]
+        if not cleared:
+            return state.pages.range
         if any(last.first <= state.pages.first and last.last >= state.pages.end for last in cleared):
             return set()
         return set(state.pages.range).difference(*(range(last.first, last.last) for last in cleared))

@@ -170,7 +170,7 @@ class Migration:
         now = self.vm.writers.published()
         remaining: set[int] = set()
         for vcpu, stream in enumerate(self.vm.writers.streams):
-            remaining.update(stream.last_writes(copied_at[vcpu], now[vcpu]))
+            remaining.update(stream.written(copied_at[vcpu], now[vcpu]))
         copied = sum(map(len, pages.values()))
         ms = (time.monotonic() - started) * 1000
         self.rounds.append(Round(number, reported, copied, len(remaining), sum(now) - sum(writes), round(ms, 2)))

@@ -8,7 +8,7 @@ names the page of any write by the write's index.
 import random
 from array import array
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass
 
 # Random writes before the stream repeats itself: as many as there are pages, but within these bounds. The C test makes
@@ -45,14 +45,14 @@ class WriteStream:
             pages += self.between(start, stop)
         return pages
 
-    def last_writes(self, first: int, end: int) -> dict[int, int]:
-        """The pages of writes *first* to *end* - 1, each with the index of the last of its writes."""
+    def last_writes(self, pages: Set[int], first: int, end: int) -> dict[int, int]:
+        """Those of *pages* to which writes *first* to *end* - 1 go, each with the index of the last of its writes."""
         last: dict[int, int] = {}
         for start, stop in self._without_rounds(first, end):
-            last |= zip(self.between(start, stop), range(start, stop), strict=True)
+            last |= {page: write for write, page in enumerate(self.between(start, stop), start) if page in pages}
         return last
 
-    def counts(self, pages: Collection[int], first: int, end: int) -> Counter[int]:
+    def counts(self, pages: Set[int], first: int, end: int) -> Counter[int]:
         """How many of the writes *first* to *end* - 1 go to each of *pages*."""
         loop = len(self.pages) - self.loop
         rounds = max(0, end - max(first, self.loop)) // loop
