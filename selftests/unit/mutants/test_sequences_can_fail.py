@@ -336,7 +336,7 @@ print(made)
             [sys.executable, "-c", program, *modules], capture_output=True, text=True, cwd=tmp_path, timeout=60,
             env={"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}, check=True,
         ).stdout
-        for modules in ((), ("dirty_tracking.oracle", "runner.qemu", "conftest"))
+        for modules in ((), ("dirty_tracking.judge", "runner.qemu", "conftest"))
     ]  # fmt: skip
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) > 1000
