@@ -38,6 +38,7 @@ def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]
         yield settings.seed + number
 
 
+@pytest.mark.slow
 def test_random_operation_sequences(
     kvm: Kvm, host: Host, settings: Settings, thorough: bool, soak: int | None, pytestconfig: pytest.Config,
     request: pytest.FixtureRequest, emulated_cpu: bool, record_property: Callable[[str, object], None], log_mode: str,

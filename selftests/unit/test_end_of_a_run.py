@@ -286,6 +286,7 @@ def read_all(descriptor: int) -> str:
 )
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.log_modes("dirty-ring")
+@pytest.mark.slow
 def test_the_end_of_a_run(
     run: Callable[..., str], terminal: bool, arguments: list[str],
     environment: dict[str, str], coloured: bool,
@@ -314,6 +315,7 @@ def test_the_end_of_a_run(
 
 
 @pytest.mark.usefixtures("kvm")
+@pytest.mark.slow
 def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
     """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
     test = "selftests/interface/test_slots.py::test_logging_disabled_and_enabled[dirty-log]"

@@ -291,6 +291,7 @@ def pytest_runtest_call(item):
 
 
 @pytest.mark.usefixtures("kvm")
+@pytest.mark.slow
 def test_a_worker_killed_for_want_of_memory(suite: Suite, group: MakeGroup) -> None:
     """It is the host's group that killed it; with --require-kvm that is a failure all the same."""
     limit = group("memory", "memory.max", "300M")

@@ -134,6 +134,7 @@ def group_members(group: int) -> list[str]:
         (signal.SIGHUP, False, "-n0"),
     ],
 )
+@pytest.mark.slow
 def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bool, workers: str) -> None:
     """The run ends in an orderly way, and says of each cell that it was interrupted, and by what."""
     run = start(ENDLESS, workers)
@@ -158,6 +159,7 @@ def test_ctrl_c_while_workers_start(start: Start) -> None:
     assert "Traceback" not in run.output
 
 
+@pytest.mark.slow
 def test_impatience_loses_nothing(start: Start) -> None:
     """Ctrl-C is pressed again and again while the run ends: it says that it ends already, and keeps its results."""
     run = start(ENDLESS, "-n2")
@@ -193,6 +195,7 @@ def test_an_end_that_hangs_can_be_left(start: Start) -> None:
     assert run.ends() == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes(start: Start) -> None:
     """What can no longer be shown is in the files all the same."""
     ours, theirs = pty.openpty()
@@ -212,6 +215,7 @@ def test_a_terminal_that_closes(start: Start) -> None:
     ("number", "status", "verdict"),
     [(signal.SIGKILL, FAILED, ("FAIL", "")), (signal.SIGTERM, INTERRUPTED, ("not run", "SIGTERM ended its process"))],
 )
+@pytest.mark.slow
 def test_a_worker_that_is_killed(start: Start, number: signal.Signals, status: int, verdict: tuple[str, str]) -> None:
     """Its cell is in the table, the others run; SIGTERM is someone's doing, and SIGKILL may be the kernel's own."""
     run = start(SHORT, "-n1")
@@ -268,6 +272,7 @@ def test_what_a_failure_kept_from_running(start: Start, workers: str) -> None:
     assert run.verdicts()[0][0] == "FAIL"
 
 
+@pytest.mark.slow
 def test_failures_that_did_not_run_again(start: Start, tmp_path: Path) -> None:
     """With --lf -x those after the first one are still failures to --lf."""
     cache = ["--iterations=2", "-o", f"cache_dir={tmp_path}/cache"]

@@ -374,6 +374,7 @@ def test_tests_in_kernel_and_on_host(
     ],
     ids=["by-name", "by-id"],
 )
+@pytest.mark.slow
 def test_cells_of_another_kernel_match(tests: list[str]) -> None:
     """A cell that this host lacks matches, as the booted kernel may have it."""
     option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)

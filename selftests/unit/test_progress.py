@@ -511,6 +511,7 @@ def read(source: int, seconds: float = 60) -> Iterator[str]:
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
 @pytest.mark.usefixtures("kvm")
+@pytest.mark.slow
 def test_a_long_cell_on_a_terminal(tmp_path: Path, workers: list[str]) -> None:
     """It is at the bottom with iteration, writes and time left; Ctrl-C takes that away, and nothing of it stays."""
     master, slave = open_terminal()
@@ -540,6 +541,7 @@ harness.progress.SILENCE = harness.progress.MORE_SILENCE = 1.0
 
 
 @pytest.mark.usefixtures("kvm")
+@pytest.mark.slow
 def test_a_long_cell_without_a_terminal(tmp_path: Path) -> None:
     """Plain lines name it after some silence, and again; so they do where the lines at the bottom would be in the way."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)

@@ -57,6 +57,7 @@ def _nothing_stays() -> object:
     assert open_files() == files
 
 
+@pytest.mark.slow
 def test_hundreds_of_vms_leave_nothing_behind(kvm: Kvm) -> None:
     """300 runs over all modes, some broken, grow neither files, threads nor memory."""
     modes = [name for name, mode in LOG_MODES.items() if mode.supported(kvm) is None]

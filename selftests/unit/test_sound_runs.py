@@ -30,6 +30,7 @@ def cpu_hogs() -> Iterator[None]:
 
 @pytest.mark.parametrize("stop", ["cooperative", "forced"])
 @pytest.mark.usefixtures("cpu_hogs")
+@pytest.mark.slow
 def test_500_iterations_without_a_false_alarm(kvm: Kvm, settings: Settings, log_mode: str, stop: str) -> None:
     """Two vCPUs, a ring that keeps filling, short iterations, and the CPUs shared with others."""
     cell = Cell(log_mode, "48bit-4k", "anonymous", stop, "sparse", 2)

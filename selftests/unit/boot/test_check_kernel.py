@@ -107,6 +107,7 @@ def kernel() -> Kernel:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that passes is good with status 0; the table says where it ran, the files have the parameters and figures."""
     done = check_kernel(
@@ -144,6 +145,7 @@ def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) ->
 )
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.boots
+@pytest.mark.slow
 def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
     """With --kernel auto and no usable KVM, the KVM tests run in a booted kernel, the suite's own tests on the host."""
     tests = ["selftests/matrix/test_dirty_log.py", *ONE_CELL, "--vcpus=1"]
@@ -169,6 +171,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
 @pytest.mark.boots
+@pytest.mark.slow
 def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
     """A panic, an oops, a hang and a killed suite each have a name, fail the running test, and keep the results before it."""
     done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
@@ -189,6 +192,7 @@ def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str,
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A WARN() of the kernel fails the test during which it came, and no other, and the kernel is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
@@ -202,6 +206,8 @@ def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) 
 
 
 @pytest.mark.boots
+@pytest.mark.slow
+@pytest.mark.mutants
 def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """Tests that only such a kernel can run fail under a planted fault: SMM, huge pages, nested guests, KVM's emulator, AVX.
 
@@ -227,6 +233,8 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
 
 
 @pytest.mark.boots
+@pytest.mark.slow
+@pytest.mark.mutants
 def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A KVM that flushes no remote TLBs fails test_stale_translations in each log mode, with small pages and huge ones."""
     done = check_kernel(
@@ -249,6 +257,7 @@ def verdicts_of(done: Checked) -> dict[str, list[str]]:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A failing test in the kernel makes it bad; its report, its file and the command to reproduce it are there."""
     done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
@@ -261,6 +270,7 @@ def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A session that exits with status 0 before its last test is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
@@ -270,6 +280,7 @@ def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None
 
 @pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
 @pytest.mark.boots
+@pytest.mark.slow
 def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
     """After a fault of the emulator the tests that are left run again; after the third the kernel cannot be tested."""
     done = check_kernel(
@@ -287,6 +298,7 @@ def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, fai
     [(signal.SIGKILL, "signal SIGKILL"), (signal.SIGTERM, "status 0: qemu-system-x86_64: terminating on signal 15")],
 )
 @pytest.mark.boots
+@pytest.mark.slow
 def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
     """A QEMU that the host kills says nothing about the kernel, which cannot be tested."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -300,6 +312,7 @@ def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.boots
+@pytest.mark.slow
 def test_interrupted_run_cleans_up(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
     """An interrupted run leaves no QEMU and no initramfs, and writes its logs and which tests did not run."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -329,6 +342,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel in which no test on KVM ran cannot be tested; a results file that cannot be written does not change that."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
@@ -340,6 +354,7 @@ def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) ->
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that panics before init starts cannot be tested."""
     done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
@@ -352,6 +367,7 @@ def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_hang_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that sends no message within the time limit cannot be tested."""
     done = check_kernel(kernel.image, "--time-limit=1")
@@ -368,6 +384,7 @@ def test_cpu_without_svm(check_kernel: CheckKernel, kernel: Kernel) -> None:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that refuses KVM's module cannot be tested."""
     done = check_kernel(kernel.image, "--append=module_blacklist=kvm_amd")
@@ -379,6 +396,7 @@ def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A parameter that the kernel accepts and ignores, as the TDP MMU without nested paging, means "cannot be tested"."""
     done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
@@ -407,13 +425,14 @@ def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> Non
         (["-k", "a and"], "Wrong expression passed to '-k': a and"),
         (["-m", "a and"], "Wrong expression passed to '-m': a and"),
         (["-k", "nothing_like"], "no test matches -k 'nothing_like' in selftests"),
-        (["-m", "nomark"], "no test matches -m 'nomark' in selftests"),
+        (["-m", "kvm and slow and boots"], "no test matches -m 'kvm and slow and boots' in selftests"),
         (["selftests/nope.py"], "file or directory not found: selftests/nope.py"),
         (["selftests/interface/test_slots.py::test_nope"], "not found: selftests/interface/test_slots.py::test_nope"),
         (["--kernel=x"], "--kernel: the kernel is named already"),
     ],
     ids=lambda value: " ".join(value).replace("/", "-") if isinstance(value, list) else "",
 )
+@pytest.mark.slow
 def test_usage_error_ends_a_bisection(check_kernel: CheckKernel, arguments: list[str], message: str) -> None:
     """A wrong option or test is one line, before the kernel (here a missing one) is looked for, and status 128."""
     done = check_kernel("/nonexistent/bzImage", *arguments)
@@ -443,6 +462,7 @@ def unpacked(kernel: Kernel, root: Path) -> Path:
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
     """A kernel without KVM's module, or without any modules, is one line."""
     root = unpacked(kernel, tmp_path / "root")
@@ -453,6 +473,7 @@ def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, t
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A misspelt parameter or module is one line, with the name that was probably meant."""
     line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
@@ -477,6 +498,7 @@ def test_no_space_for_the_initramfs(check_kernel: CheckKernel, kernel: Kernel) -
 
 
 @pytest.mark.boots
+@pytest.mark.slow
 def test_qemu_launch_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """QEMU's own error is in the line, whether it fails at the probe or at the boot."""
     line = one_line(check_kernel(kernel.image, "--cpu-model=z80"))

@@ -189,6 +189,7 @@ FAULTS = [
     indirect=["log_mode"],
 )
 @pytest.mark.mutants
+@pytest.mark.slow
 def test_fault_is_found_and_shrunk(
     kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], fault: Fault, log_mode: str,
@@ -281,6 +282,7 @@ def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str
 
 
 @pytest.mark.mutants
+@pytest.mark.slow
 @pytest.mark.usefixtures("kvm")
 def test_failure_shows_script_and_command(tmp_path: Path) -> None:
     """The printed command finds the same sequence again, also where a later round of a soak run failed."""
@@ -302,6 +304,7 @@ def test_failure_shows_script_and_command(tmp_path: Path) -> None:
     assert script_text[0] in again.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kvm")
 def test_soak_run_takes_its_time(tmp_path: Path) -> None:
     """A run with ``--soak`` goes on for that many seconds, passes, and leaves no files of Hypothesis."""
