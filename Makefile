@@ -30,7 +30,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix test kill-matrix fetch lint guest_code bench clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix fetch lint guest_code bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,7 +45,13 @@ check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS
 matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
 	@$(VENV)/bin/python runner/kernel_matrix.py "$(MATRIX)" $(ARGS)
 
-test: $(VENV)/dev lint ## everything: lint, types, the suite's own tests, and the KVM tests at small sizes
+unit: $(VENV)/run ## the suite's own tests that need no KVM, and are quick
+	$(PYTEST) -n $(WORKERS) -m "not kvm and not boots and not mutants and not slow" selftests/unit $(ARGS)
+
+test: $(VENV)/dev lint ## lint, the KVM tests at small sizes, and the suite's own tests but those that are slow
+	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) -m "not unit or not (boots or mutants or slow)" $(ARGS)
+
+test-all: $(VENV)/dev lint ## everything: also planted faults, and the tests that boot a kernel
 	@$(FETCH) || echo "the tests that boot a kernel will not run"
 	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) $(ARGS)
 
@@ -89,7 +95,9 @@ $(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh $(RENEW)
 TAKES_run := ARGS WORKERS
 TAKES_check-kernel := KERNEL KVM_PARAMS ARGS
 TAKES_matrix := MATRIX ARGS
+TAKES_unit := ARGS WORKERS
 TAKES_test := ARGS WORKERS
+TAKES_test-all := ARGS WORKERS
 TAKES_kill-matrix := ARGS
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
@@ -99,12 +107,12 @@ GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
 GIVEN := $(sort $(foreach name,$(.VARIABLES),$(if $(call origin_is,command line,$(name)),$(name))))
 # The environment may have variables of these names for something else: only a run that seems to be of another kernel counts.
-GIVEN += $(if $(filter run test,$(GOALS)),$(foreach name,KERNEL KVM_PARAMS,$(if $(call origin_is,environment,$(name)),$(name))))
+GIVEN += $(if $(filter run unit test test-all,$(GOALS)),$(foreach name,KERNEL KVM_PARAMS,$(if $(call origin_is,environment,$(name)),$(name))))
 UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
-REFUSING := $(or $(filter run test,$(GOALS)),$(GOALS))
+REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix test kill-matrix fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -113,7 +121,7 @@ ifneq ($(NEEDLESS),)
 name := $(firstword $(NEEDLESS))
 $(error '$(name)=$($(name))' means nothing to 'make $(REFUSING)': $(name) is for $(call takers,$(name)))
 endif
-ifneq ($(filter run test,$(GOALS)),)
+ifneq ($(filter run unit test test-all,$(GOALS)),)
 ifneq ($(shell case "$(WORKERS)" in (auto|logical) ;; (''|*[!0-9]*) echo wrong ;; esac),)
 $(error WORKERS: '$(WORKERS)' is neither a number nor auto)
 endif

@@ -8,6 +8,7 @@ import pytest
 
 from dirty_tracking.cell import Cell
 from dirty_tracking.modes import LOG_MODES
+from harness.kernel_options import OWN_TESTS
 from harness.run_state import PLAN
 
 # Log modes that share a mechanism, as the marker log_modes names them
@@ -64,6 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_kvm = "kvm" in getattr(item, "fixturenames", ())
         if on_kvm:
             item.add_marker("kvm")
+        if item.nodeid.startswith(OWN_TESTS):
+            item.add_marker("unit")
         item.user_properties.append(("kvm", on_kvm))
         if cell := cell_of(item):
             item.user_properties += asdict(cell).items()

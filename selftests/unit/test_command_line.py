@@ -76,7 +76,7 @@ def test_without_kvm_nothing_is_green(suite: Suite) -> None:
         r" on this host: cannot be tested: no test ran on KVM: /nonexistent .*; 5 skipped; files: ", done.stdout
     )
     assert "/nonexistent does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
-    assert re.search(r"^ +5 skipped, test_dirty_log\.py: /nonexistent does not exist", done.stdout, re.MULTILINE)
+    assert re.search(r"^ +5 skipped, matrix/test_dirty_log\.py: /nonexistent does not exist", done.stdout, re.MULTILINE)
 
 
 def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
