@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# Writes to pages of the test memory, in the order of a table that the host made, as long as the host lets it run.
+# Writes to pages of test memory in the order of a table that the host provides, until the host sets BLOCK_STOP.
 #
-# A write stores the number of writes made so far, itself included, into the page, and then publishes the same number in
-# the vCPU's block. So each value in memory names the write that put it there, and the host knows at any time which
-# writes are done: all up to the published number, and possibly the one after it.
+# Write number n stores n into its page, and then publishes n in the vCPU's block. So a value in memory identifies the write
+# that put it there. The host knows at any time that all writes up to the published number are done, and that the next one
+# may be in flight.
 
 	.include "guest.inc"
 
-# The vCPU's block (%rdi); the host fills it and reads it through these symbols. What the guest writes while it runs and
-# what the host writes meanwhile have cache lines of their own.
+# The vCPU's block (%rdi). The host accesses it through these symbols. BLOCK_WRITES, which the guest writes while running, and
+# BLOCK_STOP, which the host writes meanwhile, have cache lines of their own.
 	.globl BLOCK_FILL_START, BLOCK_FILL_END, BLOCK_TABLE, BLOCK_TABLE_END, BLOCK_TABLE_LOOP, BLOCK_SPARSE
 	.globl BLOCK_WRITES, BLOCK_STOP, BLOCK_SIZE, WRITES_PER_BATCH
-	.set BLOCK_FILL_START, 0	# first address to touch before logging is switched on
+	.set BLOCK_FILL_START, 0	# start of the range to touch before logging is enabled
 	.set BLOCK_FILL_END, 8		# end of that range
-	.set BLOCK_TABLE, 16		# the table: an address per write
-	.set BLOCK_TABLE_END, 24	# its end, WRITES_PER_BATCH-aligned
-	.set BLOCK_TABLE_LOOP, 32	# where to go on after its end
+	.set BLOCK_TABLE, 16		# the table: a gva per write
+	.set BLOCK_TABLE_END, 24	# its end; the size is a multiple of WRITES_PER_BATCH entries
+	.set BLOCK_TABLE_LOOP, 32	# where to continue after its end
 	.set BLOCK_SPARSE, 40		# instructions per write: 0: few; 1: at least 20; 2: at least 40
-	.set BLOCK_WRITES, 64		# published: writes done
-	.set BLOCK_STOP, 128		# not 0: sync after this batch
+	.set BLOCK_WRITES, 64		# published: number of writes done
+	.set BLOCK_STOP, 128		# nonzero: sync after this batch
 	.set BLOCK_SIZE, 192
 
-	.set WRITES_PER_BATCH, 64	# writes between two looks at BLOCK_STOP
+	.set WRITES_PER_BATCH, 64	# writes between two checks of BLOCK_STOP
 	.set PAGE_SIZE, 4096
 	.set FILL_UNROLL, 32
 	.set PADDING, 15		# with the 5 others: 20 instructions per write
@@ -40,7 +40,7 @@
 	.endm
 
 	.macro sparse_write padding
-	mov (%rsi), %rax		# the next address; two instructions, since these are to be many
+	mov (%rsi), %rax		# the next address; two instructions, to have more of them per write
 	add $8, %rsi
 	store_and_publish
 	.rept \padding
@@ -89,7 +89,7 @@ filled:
 	mov BLOCK_TABLE(%rdi), %rsi
 	cmpq $1, BLOCK_SPARSE(%rdi)
 	je sparse_writes
-	ja sparser_writes
+	ja very_sparse_writes
 	batches dense_writes, dense_write
 	batches sparse_writes, sparse_write, PADDING
-	batches sparser_writes, sparse_write, MORE_PADDING
+	batches very_sparse_writes, sparse_write, MORE_PADDING

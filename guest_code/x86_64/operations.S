@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# Does what a list in memory says, one operation after the other: each is an address of a routine below, and up to three
-# arguments. The host makes the lists from the routines' symbols (lib/dirty_tracking/tracked_vm.py).
+# Executes a list of operations in memory. Each entry is the address of a routine below and its three arguments. The host
+# builds the lists from the routines' symbols (lib/dirty_tracking/tracked_vm.py).
 
 	.include "guest.inc"
 
 	.set OPERATION_SIZE, 32		# routine, %rdi, %rsi, %rdx
 	.set CR4_OSXSAVE, 1 << 18
 
-# The vCPU's block: where its list begins. The list ends with do_sync.
+# The vCPU's block (%rdi) holds the address of its list. The list ends with do_sync.
 	.globl guest_main
 guest_main:
 	mov %rdi, %r15
@@ -22,7 +22,7 @@ next:
 	call *%rax
 	jmp next
 
-# Hands over to the host, which may put another list in the same place.
+# Calls the host, which may replace the list, and starts the list again.
 	.globl do_sync
 do_sync:
 	ucall UCALL_SYNC
@@ -48,7 +48,7 @@ do_\name:
 	operation store_8
 	mov %rsi, (%rdi)
 	ret
-	operation store_16		# whatever is in the register
+	operation store_16		# the value is whatever %xmm0 holds
 	movups %xmm0, (%rdi)
 	ret
 	operation store_32		# after enable_xsave
@@ -66,7 +66,7 @@ do_\name:
 	sfence
 	ret
 
-# --- stores that other instructions make ---
+# --- implicit stores ---
 
 	operation push
 	mov %rsp, %rax
@@ -104,7 +104,7 @@ do_\name:
 	operation fxsave
 	fxsave64 (%rdi)
 	ret
-	operation xsave			# after enable_xsave; the header and all components that are enabled
+	operation xsave			# after enable_xsave; the header and all enabled components
 	mov $-1, %eax
 	mov %eax, %edx
 	xsave64 (%rdi)
@@ -112,7 +112,7 @@ do_\name:
 	operation sgdt			# 10 bytes
 	sgdt (%rdi)
 	ret
-	operation load_segment		# selector %rsi of the descriptor table that (%rdi) describes
+	operation load_segment		# selector %rsi, after lgdt (%rdi)
 	lgdt (%rdi)
 	mov %esi, %fs
 	ret
@@ -137,7 +137,7 @@ do_\name:
 	operation bts
 	lock bts %rsi, (%rdi)
 	ret
-	operation cmpxchg		# to %rsi, where %rdx is expected
+	operation cmpxchg		# replaces %rdx by %rsi
 	mov %rdx, %rax
 	cmpxchg %rsi, (%rdi)
 	ret
@@ -145,7 +145,7 @@ do_\name:
 	mov %rdx, %rax
 	lock cmpxchg %rsi, (%rdi)
 	ret
-	operation lock_cmpxchg16b	# likewise, with upper halves of zero
+	operation lock_cmpxchg16b	# likewise, with both upper halves 0
 	mov %rbx, %r8
 	mov %rdx, %rax
 	xor %edx, %edx
@@ -155,7 +155,7 @@ do_\name:
 	mov %r8, %rbx
 	ret
 
-# --- the same by KVM's emulator, where the module parameter force_emulation_prefix allows it ---
+# --- the same in KVM's instruction emulator; needs the module parameter kvm.force_emulation_prefix ---
 
 	.macro emulated instruction:vararg
 	ud2
@@ -193,7 +193,7 @@ do_\name:
 	operation emulated_xchg
 	emulated xchg %rsi, (%rdi)
 	ret
-	operation emulated_cmpxchg	# to %rsi, where %rdx is expected
+	operation emulated_cmpxchg	# replaces %rdx by %rsi
 	mov %rdx, %rax
 	emulated cmpxchg %rsi, (%rdi)
 	ret
@@ -205,7 +205,7 @@ do_\name:
 	emulated mov (%rdi), %rax
 	ret
 
-# --- what does not write ---
+# --- operations that do not write to the page ---
 
 	operation load
 	mov (%rdi), %rax
@@ -222,28 +222,28 @@ do_\name:
 	operation clflush
 	clflush (%rdi)
 	ret
-	operation execute		# the host put a ret there
+	operation execute		# the host has put a ret there
 	call *%rdi
 	ret
 	operation test
 	testq $1, (%rdi)
 	ret
-	operation store_nothing		# rep without repetitions
+	operation store_nothing		# rep with a count of 0
 	xor %ecx, %ecx
 	xor %eax, %eax
 	rep stosb
 	ret
 
-# --- the CPU's own state ---
+# --- CPU state ---
 
-	operation wrmsr			# %rsi to register %rdi
+	operation wrmsr			# value %rsi to MSR %rdi
 	mov %edi, %ecx
 	mov %esi, %eax
 	mov %rsi, %rdx
 	shr $32, %rdx
 	wrmsr
 	ret
-	operation enable_xsave		# with the components %rsi
+	operation enable_xsave		# with XCR0 = %rsi
 	mov %cr4, %rax
 	or $CR4_OSXSAVE, %rax
 	mov %rax, %cr4
@@ -252,7 +252,7 @@ do_\name:
 	xor %edx, %edx
 	xsetbv
 	ret
-	operation take_interrupts	# those that are pending
+	operation take_interrupts	# delivers pending interrupts
 	sti
 	nop
 	cli
@@ -263,21 +263,21 @@ do_\name:
 	mov (%rdi), %rax
 	cli
 	ret
-	operation hypercall		# number %rdi, arguments %rsi and %rdx; the answer stays in %r12
+	operation hypercall		# number %rdi, arguments %rsi and %rdx; leaves the result in %r12
 	mov %rbx, %r8
 	mov %edi, %eax
 	mov %rsi, %rbx
 	mov %rdx, %rcx
-	vmmcall				# which KVM replaces where the CPU has vmcall
+	vmmcall				# KVM patches it to vmcall on Intel
 	mov %r8, %rbx
 	mov %rax, %r12
 	ret
 
-# --- what the host does while the guest runs: it is told of %rsi at (%rdx), and waited for until it says as much behind that.
-# Meanwhile a load of (%rdi), where the store goes then, keeps the translation in use. Without a pause, which makes the vCPU
-# leave its guest where KVM intercepts it.
+# --- a rendezvous with the host, without leaving the guest: publishes %rsi at (%rdx), waits until the host has written at
+# least %rsi at 8(%rdx), then stores to (%rdi). While waiting it loads (%rdi), which keeps the translation in the TLB. There is
+# no pause instruction, because KVM may intercept it.
 
-	operation meet_and_store
+	operation rendezvous_store
 	mov %rsi, (%rdx)
 1:	mov (%rdi), %rax
 	cmp %rsi, 8(%rdx)
@@ -285,9 +285,9 @@ do_\name:
 	mov %rsi, (%rdi)
 	ret
 
-# --- a guest of this guest's own, which does operations as well: %rdi is its VMCB's physical address, %rsi its block ---
+# --- a nested guest that executes operations as well ---
 
-	operation vmrun
+	operation vmrun			# %rdi = gpa of the VMCB, %rsi = the nested guest's block
 	push %rbx
 	push %r15
 	mov %rdi, %rax
@@ -298,20 +298,20 @@ do_\name:
 	pop %r15
 	pop %rbx
 	ret
-	operation vmsave		# to the physical address %rdi
+	operation vmsave		# to gpa %rdi
 	mov %rdi, %rax
 	vmsave %rax
 	ret
-	operation vmload		# from there
+	operation vmload		# from gpa %rdi
 	mov %rdi, %rax
 	vmload %rax
 	ret
-	operation vmmcall		# the end of the inner guest's list
+	operation vmmcall		# ends the nested guest's list
 	vmmcall
 
-# --- string input from port %rsi, %rdx bytes: the data is KVM's to write ---
+# --- string input: KVM itself writes the data ---
 
-	operation rep_insb
+	operation rep_insb		# %rdx bytes from port %rsi
 	mov %rdx, %rcx
 	mov %esi, %edx
 	rep insb

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# One entry point for each thing that the host library must understand: shared variables, calls, exceptions, hangs.
+# An entry point for each event that the host library must handle: shared variables, calls, aborts, exceptions, shutdown.
 
 	.include "guest.inc"
 
 	.globl guest_main, aborts, page_fault, general_protection, lost_stack, triple_fault, unknown_call
 	.globl question, answer
 
-# Adds 1 to `question` into `answer`, syncs, and again until the host sets question to 0.
+# Sets answer to question + 1 and syncs, until the host sets question to 0.
 guest_main:
 	mov question(%rip), %rcx
 	test %rcx, %rcx

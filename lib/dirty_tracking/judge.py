@@ -2,7 +2,7 @@
 """The rules of dirty logging, applied to a ledger: what must be reported, what may be, and how often.
 
 The rules and the exemptions have their numbers from docs/contract.md, which gives each one's source in the kernel. They hold
-for memory that the host leaves where it is (``keep_memory_in_place()`` of lib/kvm_util/host.py).
+for memory that the host leaves where it is (``opt_out_of_numa_balancing()`` of lib/kvm_util/host.py).
 """
 
 from collections import Counter

@@ -19,10 +19,10 @@ from harness.selection import PlannedCell
 from kvm_util.host import (
     EMULATING_BACKENDS,
     Host,
-    keep_memory_in_place,
-    let_signals_in,
     missing_facts,
+    opt_out_of_numa_balancing,
     this_host,
+    unblock_kick_signals,
 )
 from kvm_util.kvm import Kvm, KvmUnavailable
 from kvm_util.memory import BACKINGS
@@ -79,9 +79,9 @@ def kvm(settings: Settings, host: Host) -> Iterator[Kvm]:
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
         pytest.skip(str(error))
-    let_signals_in()
+    unblock_kick_signals()
     with device:
-        if reason := missing_facts(host) or keep_memory_in_place():
+        if reason := missing_facts(host) or opt_out_of_numa_balancing():
             pytest.skip(reason)
         yield device
 

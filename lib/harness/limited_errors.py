@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which errors of a test are the host's: those that a limit of it explains, and that are no answer of KVM's."""
+"""Decides whether a test's error is due to a limit of the host rather than to KVM."""
 
 import errno
 from collections.abc import Iterator
@@ -10,32 +10,32 @@ from kvm_util.guest import GuestError
 from kvm_util.host_limits import HostLimit
 from kvm_util.ioctl import KvmError
 
-# What a test has found out about KVM; no limit excuses it, whatever came before or after
+# Errors that are findings about KVM; a limit never excuses them
 _VERDICTS = (AssertionError, GuestError, VcpuHang)
 
 
 def explain_error(error: BaseException) -> str | None:
-    """The limit that explains an error of a test, in one line; None when none does.
+    """The limit that explains a test's error, in one line; None if none does.
 
-    :param error: looked at with what it came from: its causes, and the limits and system calls that failed before it
+    A limit may also explain the error's cause, or an OSError or HostLimit that was being handled when it was raised.
     """
-    if any(isinstance(one, _VERDICTS) for one in _all_before(error)):
+    if any(isinstance(one, _VERDICTS) for one in _context_chain(error)):
         return None
     for one in _origins(error):
         if isinstance(one, KvmError):
-            return None  # it was looked at when it came
+            return None  # ioctl() has already checked the limits: it would have raised HostLimit
         if limit := _explain_one(one):
             return limit
     return None
 
 
 def was_interrupted(error: BaseException) -> bool:
-    """Whether *error* came as Ctrl-C, or a signal like it, was ending what was done."""
-    return any(isinstance(one, KeyboardInterrupt) for one in _all_before(error))
+    """Whether *error* was raised while a KeyboardInterrupt was being handled, or is one."""
+    return any(isinstance(one, KeyboardInterrupt) for one in _context_chain(error))
 
 
-def _all_before(error: BaseException) -> Iterator[BaseException]:
-    """*error* and all errors that were being handled when it came, shown or not."""
+def _context_chain(error: BaseException) -> Iterator[BaseException]:
+    """*error* with all its causes and contexts, suppressed ones included."""
     seen: list[BaseException] = []
     waiting = [error]
     while waiting:
@@ -47,7 +47,7 @@ def _all_before(error: BaseException) -> Iterator[BaseException]:
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:
-    """*error* and what it came from."""
+    """*error*, then its cause or a HostLimit or OSError that is its context, and so on."""
     one: BaseException | None = error
     seen: list[BaseException] = []
     while one is not None and not any(one is other for other in seen):
@@ -61,14 +61,13 @@ def _explain_one(error: BaseException) -> str | None:
     if isinstance(error, HostLimit):
         return str(error)
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
-        # The interpreter's own; KVM has no part in it. By now the others have ended, and given back their stacks.
+        # Raised by the interpreter, not because of KVM. By now other threads have ended and freed their stacks.
         return host_limits.why_no_thread() or (
-            "no more threads can be started: "
-            f"{host_limits.any_limit_of_mapped_memory() or host_limits.OTHER_THREAD_LIMITS}"
+            f"no more threads can be started: {host_limits.tightest_mapping_limit() or host_limits.OTHER_THREAD_LIMITS}"
         )
     if isinstance(error, MemoryError) and not error.args:
-        # The interpreter's own too.
-        return host_limits.any_limit_of_mapped_memory() or host_limits.explain(errno.ENOMEM)
+        # Raised by the interpreter too.
+        return host_limits.tightest_mapping_limit() or host_limits.explain(errno.ENOMEM)
     if isinstance(error, OSError):
         return host_limits.explain(error.errno or 0)
     return None

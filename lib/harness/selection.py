@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a user asked for: dimension values and settings, from text to checked values."""
+"""The user's selection of cells and settings: parsing, checking against this host, and planning the cells of a run."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from kvm_util.host_limits import (
     address_space_limits,
     available_memory,
     memory_limits,
-    promise_limits,
+    overcommit_limits,
     thread_limits,
     tightest,
 )
@@ -34,7 +34,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_VCPUS = (1, 2)
 
-# What a worker needs beside guest memory: interpreter, tables and the oracle's sets (measured: below 120 MiB at 1 GiB)
+# Memory of a worker apart from the guest's: interpreter, tables, the judge's sets (measured: below 120 MiB for 1 GiB)
 _WORKER_MEMORY = 150 * MIB
 _HOUR = 3_600_000  # in milliseconds
 _UNITS = {"k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
@@ -42,19 +42,22 @@ _UNITS_TEXT = "K, M, G or T"
 
 
 class SelectionError(ValueError):
-    """The user asked for something that cannot be; the text is one line for the user."""
+    """The user's selection is invalid or impossible here; the message is one line that begins with the option."""
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell of the run; *missing* says why it cannot run here."""
+    """A cell of the run; *missing* is why it cannot run on this host, None if it can."""
 
     cell: Cell
     missing: str | None = None
 
 
 def parse_names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
-    """The comma-separated names in *text*, each one of *choices*, in the order of *choices*."""
+    """Parse comma-separated names; returned in the order of *choices*.
+
+    :raises SelectionError: a name is not in *choices*
+    """
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in choices:
@@ -63,7 +66,10 @@ def parse_names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ..
 
 
 def parse_number(option: str, text: str, least: int, most: int | None = None) -> int:
-    """A whole number, in decimal or with 0x."""
+    """Parse a whole number from *least* to *most*, in any base that Python has a prefix for.
+
+    :raises SelectionError: it is not a number, or out of range
+    """
     value = _whole_number(text)
     if value is None:
         raise SelectionError(f"{option}: {text!r} is not a whole number")
@@ -81,7 +87,10 @@ def _whole_number(text: str) -> int | None:
 
 
 def parse_milliseconds(option: str, text: str) -> float:
-    """A time in milliseconds above 0."""
+    """Parse a time in milliseconds, above 0 and at most an hour.
+
+    :raises SelectionError: it is not a number, or out of range
+    """
     try:
         value = float(text)
     except ValueError:
@@ -92,7 +101,10 @@ def parse_milliseconds(option: str, text: str) -> float:
 
 
 def parse_size(option: str, text: str) -> int:
-    """A size in bytes, with an optional unit; whole pages."""
+    """Parse a size with an optional unit (K, M, G, T) into bytes; it must be one or more whole pages.
+
+    :raises SelectionError: it is not a size, or not whole pages
+    """
     number, unit = (text, "") if _whole_number(text) is not None else (text[:-1], text[-1:])
     value = _whole_number(number)
     if value is None:
@@ -110,10 +122,10 @@ def parse_size(option: str, text: str) -> int:
 
 
 def check_values(settings: Settings, vcpus: int) -> None:
-    """Check what depends on no host.
+    """Check what does not depend on the host.
 
-    :param vcpus: of the largest VM
-    :raises SelectionError: a value that no KVM takes
+    :param vcpus: number of vCPUs of the largest VM
+    :raises SelectionError: a value that no KVM accepts
     """
     count = settings.ring_count
     if count & (count - 1):
@@ -125,12 +137,12 @@ def check_values(settings: Settings, vcpus: int) -> None:
 def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
     """Check what can be checked without KVM.
 
-    :param vcpus: of the largest VM
-    :param workers: how many cells run at once
-    :raises SelectionError: a value that no KVM takes, or more memory than the host has
+    :param vcpus: number of vCPUs of the largest VM
+    :param workers: number of cells that run at the same time
+    :raises SelectionError: a value that no KVM accepts, or more memory or threads than the host grants
     """
     check_values(settings, vcpus)
-    check_memory(settings, vcpus, workers, [*memory_limits(), *promise_limits()])
+    check_memory(settings, vcpus, workers, [*memory_limits(), *overcommit_limits()])
     check_memory(settings, vcpus, 1, address_space_limits())
     if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
         raise SelectionError(
@@ -140,9 +152,9 @@ def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
 
 
 def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[Limit]) -> None:
-    """Check that *workers* at a time have memory enough.
+    """Check that *limits* leave enough memory for *workers* cells at the same time.
 
-    :raises SelectionError: one of the limits does not allow it; the option that takes most is to blame
+    :raises SelectionError: they do not; the message names the option that needs most of it
     """
     needed = workers * _worker_memory(settings, vcpus)
     limit = tightest(limits, needed)
@@ -161,7 +173,7 @@ def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[
 
 
 def workers_here(settings: Settings, vcpus: int) -> int:
-    """How many cells with so many vCPUs can run at once with the memory and the threads that the host grants."""
+    """How many cells with *vcpus* vCPUs can run at the same time within the host's limits on memory and threads."""
     needed = _worker_memory(settings, vcpus)
     if tightest(address_space_limits(), needed):
         return 0
@@ -170,7 +182,7 @@ def workers_here(settings: Settings, vcpus: int) -> int:
 
 
 def _worker_memory(settings: Settings, vcpus: int) -> int:
-    """Bytes that one worker needs: test memory, what each vCPU adds in the guest, oracle and ring, and itself."""
+    """Bytes that one worker needs: guest memory, and per vCPU its write stream, expected values and ring."""
     npages = settings.slot_size // PAGE
     per_vcpu = 12 * npages + settings.ring_count * ENTRY_SIZE  # stream and expected values
     return settings.slot_size + guest_data_size(settings.slot_size, vcpus) + vcpus * per_vcpu + _WORKER_MEMORY
@@ -179,7 +191,7 @@ def _worker_memory(settings: Settings, vcpus: int) -> int:
 def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any, ...]]) -> None:
     """Check what depends on this host's KVM.
 
-    :raises SelectionError: a ring size or an offset that this KVM does not take
+    :raises SelectionError: a number of vCPUs, a gpa or a ring size that this KVM does not accept
     """
     most = kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS)
     if max(dimensions["vcpus"]) > most:
@@ -208,10 +220,10 @@ def _check_ring_count(kvm: Kvm, mode: type[LogMode], count: int) -> None:
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:
-    """The cells of a run: those of the values that this host has, and one that names what is missing for each other value.
+    """The cells of a run: those of the values that this host supports, and one for each other value with what is missing.
 
-    :param kvm: None when KVM cannot be used: then nothing is known to be missing, and every cell will say so itself
-    :param full: the whole product of the dimensions, else all pairs
+    :param kvm: None if KVM cannot be used: all values count as supported, and each cell will report that itself
+    :param full: all combinations of the values; otherwise a pairwise selection
     """
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
     if kvm is not None:

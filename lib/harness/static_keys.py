@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""VMs that hold the static keys of an emulated kernel's KVM, so that none switches while tests create and close VMs.
+"""Keeps the static keys of an emulated kernel's KVM enabled, so that none is patched while tests create and close VMs.
 
-Under multi-threaded TCG the breakpoint by which the kernel switches a static key may end in an oops (int3); see "code
-invalidated before it is changed" in emulator_faults.py.
+Patching a static key puts an int3 into running code for a moment. Multi-threaded TCG may execute it after it is gone, and
+the kernel oopses; see "code invalidated before it is changed" in emulator_faults.py.
 """
 
 from kvm_util.arch import current as arch
@@ -11,20 +11,20 @@ from kvm_util.vm import Vm
 
 
 class StaticKeys:
-    """A pytest plugin that keeps two VMs of *device* open until the session ends."""
+    """A pytest plugin that keeps two VMs on *device* open until the end of the session."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._vms: list[Vm] = []
 
     def hold(self) -> None:
-        """Create the VMs: one without a local APIC, and one with all features that have a static key in KVM."""
+        """Create the VMs: one without local APICs, and one with all other features that KVM has static keys for."""
         try:
             kvm = Kvm(self._device)
         except KvmUnavailable:
-            return  # each test reports it
+            return  # every test will report it
         with kvm:
-            for prepare in (None, arch.use_what_has_static_keys):
+            for prepare in (None, arch.use_static_key_features):
                 vm = kvm.create_vm()
                 self._vms.append(vm)
                 if prepare is not None:
@@ -32,7 +32,7 @@ class StaticKeys:
                 vm.create_vcpu(0)
 
     def release(self) -> None:
-        """Close the VMs, so that KVM's modules can be unloaded."""
+        """Close the VMs, which keep KVM's modules from being unloaded."""
         while self._vms:
             self._vms.pop().close()
 

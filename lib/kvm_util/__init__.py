@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM through its ioctls: VMs, vCPUs, guest memory and guest programs, as the kernel's own ``kvm_util`` has them in C.
+"""VMs, vCPUs, guest memory and guest programs on top of KVM's ioctls: a Python counterpart of the kernel's ``kvm_util``.
 
-It knows nothing of pytest, and of dirty logging only the ioctls. A guest that adds one to a number:
+The package depends on neither pytest nor the rest of the suite. It wraps the dirty-log ioctls, but judges no result.
+
+A guest that adds one to a number:
 
 >>> with Kvm() as kvm, GuestVm(kvm, GuestProgram.load("self_test")) as guest:
 ...     vcpu = guest.add_vcpu()
@@ -9,7 +11,7 @@ It knows nothing of pytest, and of dirty logging only the ioctls. A guest that a
 ...     guest.run_until_ucall(vcpu), guest.read_symbol("answer")
 (<Ucall.SYNC: 'UCALL_SYNC'>, 42)
 
-What KVM refuses is an error with the request, its arguments and the error's name:
+A failed ioctl raises an error with the request, its arguments and the errno by name:
 
 >>> with Kvm() as kvm, kvm.create_vm() as vm:
 ...     vm.get_dirty_log(0, bytearray(8))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM's binary statistics of a VM or a vCPU: the file that KVM_GET_STATS_FD gives (api.rst 4.133)."""
+"""Reader for the binary statistics of a VM or a vCPU (KVM_GET_STATS_FD, api.rst 4.133)."""
 
 import ctypes
 import os
@@ -21,16 +21,17 @@ _VALUE_SIZE = 8
 
 
 class BadStats(Exception):
-    """The file is not what api.rst says; the text says where."""
+    """The statistics file does not follow api.rst 4.133; the message says where."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One statistic of the file.
+    """Where one statistic is in the file, and how to read it.
 
-    :ivar kind: ``instant`` values go up and down, ``cumulative`` ones only up, ``peak`` ones are the highest so far
-    :ivar offset: of its values in the file, in bytes
-    :ivar count: of its values; a histogram has several
+    :ivar kind: ``instant`` (goes up and down), ``cumulative`` (only goes up), ``peak`` (highest value so far), or
+        ``linear histogram`` and ``logarithmic histogram``
+    :ivar offset: of its first value, in bytes from the start of the file
+    :ivar count: number of 64-bit values; more than one for a histogram
     """
 
     name: str
@@ -40,11 +41,11 @@ class Statistic:
 
 
 class BinaryStats:
-    """The statistics in file *fd*, which is closed with this object.
+    """The statistics in file *fd*; owns the descriptor.
 
-    The file's layout is read once, for it does not change; the values are read anew each time.
+    The constructor reads the layout, which never changes. Values are read from the file at each call.
 
-    :raises BadStats: the file is not what api.rst says
+    :raises BadStats: the file does not follow api.rst 4.133
     """
 
     def __init__(self, fd: int) -> None:
@@ -61,15 +62,15 @@ class BinaryStats:
         self.statistics = {statistic.name: statistic for statistic in found}
 
     def values(self, name: str) -> tuple[int, ...]:
-        """The values of statistic *name* as they are now.
+        """The current values of statistic *name*.
 
-        :raises KeyError: this kernel has none of that name
+        :raises KeyError: this kernel has no statistic of that name
         """
         statistic = self.statistics[name]
         return struct.unpack(f"={statistic.count}Q", self._read(statistic.offset, statistic.count * _VALUE_SIZE))
 
     def value(self, name: str) -> int:
-        """The value of statistic *name*, which has one."""
+        """The current value of statistic *name*, which must have exactly one."""
         (value,) = self.values(name)
         return value
 
@@ -96,7 +97,7 @@ class BinaryStats:
 
 
 def _statistic(data: bytes, data_offset: int) -> Statistic:
-    """The statistic whose descriptor, name included, is *data*."""
+    """Parse one descriptor, including the name that follows it."""
     descriptor = uapi.kvm_stats_desc.from_buffer_copy(data)
     name = _text(data[ctypes.sizeof(uapi.kvm_stats_desc) :], "a statistic's name")
     kind = _TYPES.get(descriptor.flags & uapi.KVM_STATS_TYPE_MASK)
@@ -108,7 +109,7 @@ def _statistic(data: bytes, data_offset: int) -> Statistic:
 
 
 def _text(data: bytes, what: str) -> str:
-    """The zero-terminated text that *data* begins with."""
+    """The NUL-terminated string at the start of *data*."""
     text, zero, _ = data.partition(b"\0")
     if not zero or not text:
         raise BadStats(f"{what} is empty, or has no end: {data!r}")

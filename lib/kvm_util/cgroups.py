@@ -1,76 +1,78 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the control groups that this process is in let it have (cgroup v1 and v2, each controller for itself)."""
+"""Limits that this process's control groups set, and how much of each is used (cgroup v1 and v2, also mixed)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-# Without a limit v1 shows the largest number of pages that fits into 63 bits
+# cgroup v1 reports "no limit" as the largest page-aligned number below 2^63
 _UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
-class Allowance:
-    """What a group may have, and has taken; *file* is the one that sets it."""
+class GroupLimit:
+    """A limit of one control group, and its usage, in the same unit; *file* is the one that sets the limit."""
 
     file: Path
-    most: int
-    taken: int
+    limit: int
+    usage: int
 
 
-def pids() -> list[Allowance]:
-    """How many threads and processes there may be, for each group that limits them."""
+def pids() -> list[GroupLimit]:
+    """The limits on tasks (threads and processes), innermost group first."""
     return [
-        Allowance(folder / "pids.max", most, _number(folder / "pids.current") or 0)
+        GroupLimit(folder / "pids.max", limit, _number(folder / "pids.current") or 0)
         for folder in _folders("pids")
-        if (most := _number(folder / "pids.max")) is not None
+        if (limit := _number(folder / "pids.max")) is not None
     ]
 
 
-def memory() -> list[Allowance]:
-    """How many bytes of memory there may be, for each group that limits them.
+def memory() -> list[GroupLimit]:
+    """The limits on memory in bytes, innermost group first.
 
-    Beyond memory.high a group is not killed but slowed down, until a test looks as if it hung: it counts as a limit too.
-    Cached files that are in no recent use are given back on demand, and do not count as taken.
+    memory.high is included: a group above it is throttled so hard that a test looks hung. Inactive page cache is
+    reclaimed on demand and not counted as used.
     """
     found = []
     for folder in _folders("memory"):
         v1 = (folder / "memory.limit_in_bytes").exists()
-        taken = _number(folder / ("memory.usage_in_bytes" if v1 else "memory.current")) or 0
-        taken -= min(taken, _statistic(folder / "memory.stat", "total_inactive_file" if v1 else "inactive_file"))
+        usage = _number(folder / ("memory.usage_in_bytes" if v1 else "memory.current")) or 0
+        usage -= min(usage, _statistic(folder / "memory.stat", "total_inactive_file" if v1 else "inactive_file"))
         files = [folder / name for name in (("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high"))]
-        limits = [(file, most) for file in files if (most := _number(file)) is not None and most < _UNLIMITED]
-        found += [Allowance(file, most, taken) for file, most in limits]
+        limits = [(file, limit) for file in files if (limit := _number(file)) is not None and limit < _UNLIMITED]
+        found += [GroupLimit(file, limit, usage) for file, limit in limits]
     return found
 
 
 def refused_threads() -> int:
-    """How many threads and processes have been refused so far for one of these limits."""
+    """How many forks these groups have refused so far because of pids.max."""
     return sum(_statistic(folder / "pids.events", "max") for folder in _folders("pids"))
 
 
-def huge_pages(page_size: int) -> list[Allowance]:
-    """How many bytes there may be in hugetlb pages of a size, used or reserved, for each group that limits them.
+def huge_pages(page_size: int) -> list[GroupLimit]:
+    """The limits on used and on reserved hugetlb memory of one page size, in bytes.
 
-    A pod of Kubernetes that asks for none may have none, however many the host has free.
+    A Kubernetes pod that requests no huge pages has a limit of 0, however many the host has free.
+
+    :param page_size: in bytes
     """
     unit = "GB" if page_size >= 1 << 30 else "MB"
     name = f"hugetlb.{page_size >> (30 if unit == 'GB' else 20)}{unit}"
     return [
-        Allowance(folder / f"{name}{part}.{limit}", most, _number(folder / f"{name}{part}.{usage}") or 0)
+        GroupLimit(folder / f"{name}{part}.{file}", limit, _number(folder / f"{name}{part}.{usage}") or 0)
         for folder in _folders("hugetlb")
         for part in ("", ".rsvd")
-        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes"))
-        if (most := _number(folder / f"{name}{part}.{limit}")) is not None and most < _UNLIMITED
+        for file, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes"))
+        if (limit := _number(folder / f"{name}{part}.{file}")) is not None and limit < _UNLIMITED
     ]
 
 
 def oom_kills() -> int | None:
-    """How many processes of this process's group the kernel has killed so far for want of memory; None if it does not say.
+    """How many processes of this process's group the OOM killer has killed so far; None if the kernel does not count them.
 
-    It is the group of who was killed that counts it, not the one whose limit was reached (memcg_memory_event_mm() in
-    __oom_kill_process(), mm/oom_kill.c); memory.events alone has those of the groups below too.
+    The kernel counts a kill in the victim's group, not in the group whose limit was hit (memcg_memory_event_mm() in
+    __oom_kill_process(), mm/oom_kill.c). memory.events also counts the kills of child groups, memory.events.local does not.
     """
     for folder in _folders("memory"):
         for name in ("memory.events.local", "memory.events", "memory.oom_control"):
@@ -80,7 +82,7 @@ def oom_kills() -> int | None:
 
 
 def _folders(controller: str) -> Iterator[Path]:
-    """The folder of this process's group for a controller, and of each group above that can be seen here."""
+    """The directory of this process's group for a controller, then those of its visible ancestors."""
     try:
         groups = [line.split(":", 2) for line in (PROC / "self/cgroup").read_text().splitlines()]
         mounts = [line.split() for line in (PROC / "self/mountinfo").read_text().splitlines()]
@@ -97,7 +99,7 @@ def _folders(controller: str) -> Iterator[Path]:
             path = of_v2
         else:
             continue
-        # A container may see its own group as the root of the mount, and still its path from the host's.
+        # In a container the mount may begin at its own group although /proc/self/cgroup shows the path on the host.
         group = Path(path)
         below = group.relative_to(root) if group.is_relative_to(root) and ".." not in group.parts else Path()
         for part in (below, *below.parents):
@@ -107,7 +109,7 @@ def _folders(controller: str) -> Iterator[Path]:
 
 
 def _number(file: Path) -> int | None:
-    """The number in *file*; None when there is none: ``max``, or no such file."""
+    """The number in *file*; None if it holds ``max`` or cannot be read."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

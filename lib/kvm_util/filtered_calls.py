@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""System calls that a container's seccomp filter refuses.
+"""Recognizing system calls that a container's seccomp filter refuses.
 
-A filter answers with an error that the kernel might have given too. So the call is made again, in a form that is KVM's concern
-in no way and that the kernel itself answers otherwise; what is not known here in such a form is never excused.
+A filter's error code could just as well be the kernel's. A probe settles it: the same system call, with arguments that have
+nothing to do with KVM and for which the kernel returns something else. A call without a probe is never excused.
 """
 
 import ctypes
@@ -15,16 +15,17 @@ from kvm_util import host_limits
 
 _FILTERED = "2"  # Seccomp: in /proc/self/status
 _NO_SUCH_POLICY = 0x3FFF
-_UFFD_USER_MODE_ONLY = 1  # <linux/userfaultfd.h>; with it a user needs no privilege, so that the flags are looked at
+_UFFD_USER_MODE_ONLY = 1  # <linux/userfaultfd.h>; needs no privilege, so the kernel gets as far as checking the flags
 _NO_SUCH_FLAG = 1 << 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def why_refused(call: str, code: int) -> str | None:
-    """Why system call *call* may have failed with *code*: the filter refuses it; None when that is not so.
+    """The explanation if a seccomp filter made system call *call* fail with *code*; None if none did.
 
-    :param call: one of those that can be probed here
+    :param call: a key of ``_PROBES``
+    :param code: the errno
     """
     if code in (errno.EPERM, errno.ENOSYS) and host_limits.status("Seccomp") == _FILTERED and _PROBES[call]() == code:
         return (
@@ -45,7 +46,7 @@ def _madvise() -> int:
 
 def _set_mempolicy() -> int:
     from kvm_util.arch import (
-        current as arch,  # not above, for kvm_util.arch imports kvm_util.memory, which imports this
+        current as arch,  # imported here: kvm_util.arch imports kvm_util.memory, which imports this module
     )
 
     return _errno_of_number(arch.SYS_SET_MEMPOLICY, _NO_SUCH_POLICY, None, 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A VM that runs a guest program: memory slot 0 with program, page tables, stacks and shared variables, and its vCPUs.
+"""A VM that runs a guest program.
 
-Slot 0 begins at guest-physical address 0 and is mapped one to one, without its first page. Test memory goes into other
-slots, mapped where the test likes.
+Memslot 0 begins at gpa 0 and holds program, page tables, stacks and shared variables. The guest maps it one to one, except
+for page 0, which stays unmapped. Test memory goes into other memslots.
 """
 
 from enum import Enum
@@ -19,7 +19,7 @@ _STACK_PAGES = 4
 
 
 class Ucall(Enum):
-    """What a guest may tell the host; the values are symbols of the guest program."""
+    """Calls from the guest program to the host; each value is the symbol of its command number."""
 
     SYNC = "UCALL_SYNC"
     DONE = "UCALL_DONE"
@@ -28,16 +28,18 @@ class Ucall(Enum):
 
 
 class GuestError(Exception):
-    """The guest ended in a way that the test did not ask for: it aborted, took an exception, or KVM could not run it."""
+    """The guest aborted, took an exception, made an unknown call, or exited for an unexpected reason."""
 
 
 class GuestVm:
-    """A VM with *program* loaded, ready for vCPUs.
+    """A VM with *program* loaded into memslot 0 and no vCPU yet.
 
-    :param kvm: the device to make it from
+    :param kvm: the device to create the VM on
     :param program: what its vCPUs run
     :param guest_mode: a key of ``GUEST_MODES``: page-table levels, and the page size of :meth:`map_test_memory`
-    :param data_size: bytes of slot 0 for :meth:`allocate`, beyond what the program, its tables and stacks need
+    :param data_size: bytes to reserve in slot 0 for :meth:`allocate`, beyond program, page tables and stacks
+    :raises KvmError: an ioctl failed
+    :raises HostLimit: a limit of the host explains the failure
     """
 
     def __init__(self, kvm: Kvm, program: GuestProgram, guest_mode: str = "48bit-4k", data_size: int = 0) -> None:
@@ -63,7 +65,11 @@ class GuestVm:
             raise
 
     def allocate(self, size: int) -> int:
-        """Take *size* bytes of slot 0, zeroed and page-aligned; returns their address."""
+        """Allocate *size* bytes of slot 0, zeroed and page-aligned; never freed.
+
+        :returns: their gpa, which is also their gva
+        :raises MemoryError: slot 0 is full
+        """
         address = self._next_free
         self._next_free = align_up(address + size, arch.PAGE_SIZE)
         if self._next_free > self.size:
@@ -71,24 +77,24 @@ class GuestVm:
         return address
 
     def memory(self, address: int, size: int) -> memoryview:
-        """The host's view of *size* bytes at *address* of slot 0."""
+        """A writable view of *size* bytes at gpa *address* in slot 0; release it before :meth:`close`."""
         return self._memory[address : address + size]
 
     def read(self, address: int, size: int) -> bytes:
-        """A copy of *size* bytes at *address* of slot 0."""
+        """A copy of *size* bytes at gpa *address* in slot 0."""
         return bytes(self._memory[address : address + size])
 
     def read_symbol(self, name: str) -> int:
-        """The 64-bit variable *name* of the guest program."""
+        """The value of the guest program's 64-bit variable *name*."""
         return int.from_bytes(self.read(self.program.symbols[name], 8), "little")
 
     def write_symbol(self, name: str, value: int) -> None:
-        """Set the 64-bit variable *name* of the guest program; the guest must not be writing it."""
+        """Set the guest program's 64-bit variable *name*; the guest must not write it at the same time."""
         address = self.program.symbols[name]
         self._memory[address : address + 8] = value.to_bytes(8, "little")
 
     def add_vcpu(self, argument: int = 0, entry: str = "guest_main") -> Vcpu:
-        """Create the next vCPU: it will start at symbol *entry* with *argument* in its first argument register."""
+        """Create the next vCPU; it starts at symbol *entry* with *argument* in its first argument register."""
         vcpu = self.vm.create_vcpu(len(self.vm.vcpus))
         tss = self.allocate(arch.PAGE_SIZE)
         size = _STACK_PAGES * arch.PAGE_SIZE
@@ -100,13 +106,13 @@ class GuestVm:
         return vcpu
 
     def map_test_memory(self, gva: int, gpa: int, size: int) -> None:
-        """Map *size* bytes at *gva* to *gpa*, with the guest mode's pages."""
+        """Map *size* bytes at *gva* to *gpa* in the guest's page tables, with pages of the guest mode's size."""
         self.page_tables.map(gva, gpa, size, self.guest_mode.page_size)
 
     def ucall(self, vcpu: Vcpu) -> Ucall | None:
-        """The guest's call when that is why KVM_RUN returned; None when it is not.
+        """The guest's call if the last exit was one, else None.
 
-        :raises GuestError: the call was an abort or reports an exception
+        :raises GuestError: the guest aborted, took an exception, or made an unknown call
         """
         command = arch.decode_ucall(vcpu.run, self.program.symbols[arch.UCALL_PORT_SYMBOL])
         if command is None:
@@ -123,9 +129,9 @@ class GuestVm:
         return call
 
     def run_until_ucall(self, vcpu: Vcpu) -> Ucall:
-        """Run *vcpu* on this thread until the guest's next call.
+        """Run *vcpu* on the calling thread until the guest's next call.
 
-        :raises GuestError: it ended otherwise
+        :raises GuestError: the guest aborted, took an exception, or exited without a call
         """
         code = vcpu.kvm_run()
         call = None if code else self.ucall(vcpu)
@@ -134,7 +140,7 @@ class GuestVm:
         return call
 
     def close(self) -> None:
-        """Close the VM and give its memory back. No vCPU may be running, and no view from :meth:`memory` be held."""
+        """Close the VM and free its memory. No vCPU may be running; views from :meth:`memory` must be released."""
         self._memory.release()
         self.vm.close()
 
@@ -151,11 +157,14 @@ class GuestVm:
 
 
 def program_slot_size(data_size: int) -> int:
-    """The size of slot 0 for *data_size* bytes of data: test memory must lie above it."""
+    """The size of slot 0 in bytes, for *data_size* bytes of data. Test memory must lie above it."""
     return align_up(32 * MIB + data_size, 2 * MIB)
 
 
 def unexpected_exit(vcpu: Vcpu, code: int) -> str:
-    """What to say of a KVM_RUN that returned for a reason the test has no use for; the vCPU must not be running."""
+    """Describe an exit that the test did not expect, with the vCPU's registers; the vCPU must not be running.
+
+    :param code: what :meth:`Vcpu.kvm_run` returned
+    """
     reason = "EINTR" if code else vcpu.exit_reason()
     return f"vCPU {vcpu.id}: KVM_RUN returned {reason}{vcpu.exit_details()}\n{arch.describe_registers(vcpu.fd)}"

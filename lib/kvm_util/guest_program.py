@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Guest programs: assembling ``guest_code/<arch>/*.S`` and reading the ELF files that come of it."""
+"""Guest programs: assembles ``guest_code/<arch>/*.S`` and loads the resulting ELF files."""
 
 import shutil
 import subprocess
@@ -17,18 +17,18 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 SOURCES = _CHECKOUT / "guest_code" / arch.NAME
 OUTPUT = _CHECKOUT / "build" / "guest_code" / arch.NAME
 
-# Where programs are linked to run: above the first MiB, which stays free of anything (and page 0 unmapped).
+# Programs are linked for this address. The first MiB stays unused; page 0 is not mapped.
 LOAD_ADDRESS = 0x100000
 ENTRY_SYMBOL = "guest_main"
 
 
 class GuestProgramError(Exception):
-    """A guest program could not be made or read; the text says what to do."""
+    """A guest program cannot be built or loaded; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class GuestProgram:
-    """A loadable program: its segments as (address, bytes, size in memory) and its symbols."""
+    """A program to load: its segments as (gpa, contents, size in memory) and the addresses of its symbols."""
 
     name: str
     segments: tuple[tuple[int, bytes, int], ...]
@@ -36,21 +36,21 @@ class GuestProgram:
 
     @property
     def end(self) -> int:
-        """The first address behind the program."""
+        """The first address after the program."""
         return max(address + size for address, _, size in self.segments)
 
     @classmethod
     @cache
     def load(cls, name: str) -> "GuestProgram":
-        """Read the assembled program *name*, once.
+        """Load the assembled program *name*; cached.
 
-        :raises GuestProgramError: when it has not been assembled
+        :raises GuestProgramError: it has not been assembled
         """
         path = OUTPUT / f"{name}.elf"
         try:
             return cls._read(name, path)
         except FileNotFoundError:
-            raise GuestProgramError(f"guest program {path} is not there: run make guest_code") from None
+            raise GuestProgramError(f"guest program {path} does not exist: run make guest_code") from None
 
     @classmethod
     def from_source(cls, name: str, text: str) -> "GuestProgram":
@@ -79,18 +79,18 @@ class GuestProgram:
 
 
 def assemble_all() -> None:
-    """Assemble and link each program that is missing or older than its sources.
+    """Build every program that is missing or older than its sources.
 
-    :raises GuestProgramError: when there is no assembler, or it rejects a program
+    :raises GuestProgramError: binutils are missing, or reject a program
     """
     for source in sorted(SOURCES.glob("*.S")):
         assemble(source, OUTPUT / f"{source.stem}.elf")
 
 
 def assemble(source: Path, target: Path) -> None:
-    """Assemble and link one program, if it is missing or older than its source and the files to include beside that.
+    """Build one program if it is missing, or older than *source* and the ``*.inc`` files next to it.
 
-    :raises GuestProgramError: when there is no assembler, or it rejects the program
+    :raises GuestProgramError: binutils are missing, or reject the program
     """
     newest = max(path.stat().st_mtime_ns for path in (source, *source.parent.glob("*.inc")))
     if target.exists() and target.stat().st_mtime_ns >= newest:
@@ -98,15 +98,15 @@ def assemble(source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GuestProgramError(f"{target.parent} cannot be made: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may be doing the same
+        raise GuestProgramError(f"{target.parent} cannot be created: {error.strerror}") from None
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may build the same program
         object_file, linked = Path(folder) / "object", Path(folder) / "linked"
         _tool("as", "-I", str(source.parent), "-I", str(SOURCES), "-o", str(object_file), str(source))
         _tool(
             *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
             *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
         )
-        linked.replace(target)  # in one step: another process may be about to load it
+        linked.replace(target)  # atomically: another process may be loading it
 
 
 def _tool(name: str, *arguments: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the tests run on: kernel, KVM's modules and their parameters, CPU."""
+"""The host under test: kernel, KVM modules and their parameters, CPU; and setting up this process for tests on it."""
 
 import ctypes
 import errno
@@ -19,10 +19,14 @@ _MPOL_LOCAL = 4  # <linux/mempolicy.h>
 
 @dataclass(frozen=True)
 class Host:
-    """A host's facts, as reports show them and known bugs are matched against.
+    """Facts about a host. Reports show them, and known bugs are matched against them.
 
-    :ivar backend: the vendor module that KVM runs on (``kvm_intel``, ``kvm_amd``, ``kvm_pvm`` ...); ``unknown`` without one
-    :ivar parameters: ``module.parameter`` of kvm and the backend, with their values
+    :ivar kernel: the release, as ``uname -r`` shows it
+    :ivar backend: KVM's vendor module (``kvm_intel``, ``kvm_amd``, ``kvm_pvm`` ...), or ``unknown``
+    :ivar parameters: values of the parameters of kvm and the backend, by ``module.parameter``
+    :ivar cpu: model name, family, model and stepping
+    :ivar cpus: how many CPUs this process may run on
+    :ivar memory: available memory in bytes
     """
 
     kernel: str
@@ -39,7 +43,7 @@ class Host:
 
 
 def version_numbers(release: str) -> tuple[int, ...]:
-    """The numbers that *release* begins with: (6, 12, 117) for ``6.12.117+deb12-amd64``."""
+    """The leading numbers of *release*: (6, 12, 117) for ``6.12.117+deb12-amd64``."""
     numbers: list[int] = []
     for part in release.split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -51,28 +55,30 @@ def version_numbers(release: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-# Backends that run a guest which is not their own kind by KVM's instruction emulator, and know only what that knows
+# Backends that run these tests' guests in KVM's instruction emulator, and support only the instructions it knows.
+# kvm_pvm (pagetable-based virtual machine) runs only paravirtualized guests directly.
 EMULATING_BACKENDS = ("kvm_pvm",)
 
 
 def missing_facts(host: Host) -> str | None:
-    """Why too little is known of a host to judge its KVM; None when it is enough."""
+    """Why too little is known about a host to judge its KVM; None if enough is known."""
     if host.backend == "unknown":
         return (
-            f"KVM's parameters, which decide what is right, are not shown here: {_MODULES} has no kvm_* (mount sysfs)"
+            "KVM's parameters, which determine its correct behaviour, are not visible here:"
+            f" {_MODULES} has no kvm_* (mount sysfs)"
         )
     return None
 
 
-def keep_memory_in_place() -> str | None:
-    """Have the kernel leave this process's memory where it is, now and in threads that begin later.
+def opt_out_of_numa_balancing() -> str | None:
+    """Exempt this thread, and the threads it starts, from automatic NUMA balancing.
 
-    Automatic NUMA balancing takes pages out of the page tables now and then, to see who comes for them; KVM then maps them
-    anew, and what it maps writable it reports as dirty (make_spte(), arch/x86/kvm/mmu/spte.c). A policy that is set by hand
-    keeps it off (task_numa_work(), kernel/sched/fair.c). Kernels without NUMA do not have the call, and need none.
+    NUMA balancing unmaps pages now and then to see which CPU touches them. KVM then maps them again, and marks a page dirty
+    when it maps it writable (make_spte(), arch/x86/kvm/mmu/spte.c), although the guest has not written it. An explicit memory
+    policy exempts a task (task_numa_work(), kernel/sched/fair.c). A single node is no protection: when enabled, balancing
+    unmaps pages there too.
 
-    :returns: why it cannot be had, and what to do; None when it is not needed or done. One node is no reason to go without:
-        balancing that was switched on takes pages there too
+    :returns: why that failed and what to do; None on success, or if the kernel has no NUMA balancing or it is disabled
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(arch.SYS_SET_MEMPOLICY, _MPOL_LOCAL, None, 0) == 0:
@@ -84,24 +90,24 @@ def keep_memory_in_place() -> str | None:
     except FileNotFoundError:
         return None  # a kernel without it
     except OSError:
-        pass  # hidden: it may be on
+        pass  # not readable: it may be enabled
     refused = filtered_calls.why_refused("set_mempolicy", code) or errno.errorcode.get(code)
     return (
-        "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0), and"
-        f" set_mempolicy, which keeps it off, is refused: {refused}"
+        "automatic NUMA balancing would make KVM report pages that were not written (sysctl kernel.numa_balancing=0), and"
+        f" set_mempolicy, which prevents that, is refused: {refused}"
     )
 
 
-def let_signals_in() -> None:
-    """Have the signals that end a KVM_RUN come to this thread, and those that it will start.
+def unblock_kick_signals() -> None:
+    """Unblock the signals that kick a vCPU out of KVM_RUN, for this thread and those it starts.
 
-    Whoever started the process may have blocked them, which is inherited: each vCPU that is to stop would look as if it hung.
+    The signal mask is inherited: if the parent process blocked them, every vCPU to be stopped would look hung.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGALRM})
 
 
 def _backend() -> str:
-    """The vendor module that is in use: one that was loaded, rather than one built in, for this CPU's vendor if several."""
+    """The vendor module in use. A loaded module is preferred to a built-in one, then the one for this CPU's vendor."""
     found = [path for path in _MODULES.glob("kvm_*") if (path / "parameters").is_dir()]
     vendor = {"GenuineIntel": "kvm_intel", "AuthenticAMD": "kvm_amd", "HygonGenuine": "kvm_amd"}.get(arch.cpu_vendor())
     found.sort(key=lambda path: (not (path / "initstate").exists(), path.name != vendor, path.name))
@@ -109,7 +115,7 @@ def _backend() -> str:
 
 
 def this_host() -> Host:
-    """Look at the machine."""
+    """Collect the facts about this machine."""
     backend = _backend()
     parameters = {}
     for module in ("kvm", backend):

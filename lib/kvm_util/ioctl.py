@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""ioctl numbers as ``<asm-generic/ioctl.h>`` builds them, and the one call that every KVM ioctl goes through."""
+"""ioctl numbers as in ``<asm-generic/ioctl.h>``, the one function that makes every KVM ioctl, and its errors."""
 
 import ctypes
 import errno
@@ -40,7 +40,11 @@ def _IOWR(kind: int, number: int, struct: Struct) -> int:
 
 
 class KvmError(OSError):
-    """An ioctl or another call on a file of KVM's that failed: its name, what was asked, and the errno by name."""
+    """A failed ioctl, or another failed system call on one of KVM's files.
+
+    :ivar name: of the ioctl or system call
+    :ivar asked: its arguments in words
+    """
 
     def __init__(self, code: int, name: str, asked: str = "") -> None:
         super().__init__(code, os.strerror(code))
@@ -56,26 +60,26 @@ class KvmError(OSError):
 
 
 def errno_name(code: int) -> str:
-    """The symbolic name of *code*, such as ``EINVAL``."""
+    """The symbolic name of errno *code*, such as ``EINVAL``."""
     return errno.errorcode.get(code, f"errno {code}")
 
 
-# ctypes lets the other threads run during a foreign call; fcntl.ioctl() does so only for integer arguments
-# (Modules/fcntlmodule.c copies small buffers and keeps the lock), and a KVM_RUN that kept it would stop the collector.
+# ctypes releases the GIL during a foreign call. fcntl.ioctl() may hold it: with a small buffer as its argument it copies the
+# buffer and keeps the lock (Modules/fcntlmodule.c). A KVM_RUN that held the GIL would block the collecting thread.
 _libc_ioctl = ctypes.CDLL(None, use_errno=True).ioctl
 _libc_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _libc_ioctl.restype = ctypes.c_int
 
 
-# What starts a thread of the kernel's: the one that zaps huge pages for nx_huge_pages, at KVM_CREATE_VM or, since Linux 6.13,
-# at the first KVM_RUN as a child of the process (kvm_arch_post_init_vm(), kvm_mmu_post_init_vm(), arch/x86/kvm/mmu/mmu.c)
+# ioctls that start KVM's nx_huge_pages recovery thread: KVM_CREATE_VM or, since Linux 6.13, the first KVM_RUN, as a child of
+# this process (kvm_arch_post_init_vm(), kvm_mmu_post_init_vm(), arch/x86/kvm/mmu/mmu.c)
 _THREAD_STARTERS = ("KVM_CREATE_VM", "KVM_RUN")
-# Linux 6.13 has ENOMEM for each reason ("vhost: return task creation error instead of NULL")
+# Linux 6.13 returns ENOMEM for every reason (fixed by "vhost: return task creation error instead of NULL")
 _NO_THREAD = (errno.EAGAIN, errno.ENOMEM)
 
 
 def raw_ioctl(fd: int, request: int, arg: Any = None) -> tuple[int, int]:
-    """Make the system call and return (result, errno); errno is 0 unless the result is negative."""
+    """Make the system call; returns (result, errno), with errno 0 unless the result is negative."""
     result: int = _libc_ioctl(fd, request, arg)
     return result, ctypes.get_errno() if result < 0 else 0
 
@@ -85,8 +89,8 @@ def ioctl(fd: int, request: int, name: str, arg: Any = None, asked: str = "") ->
 
     :param name: the ioctl's name, for the error message
     :param asked: the arguments in words, for the error message
-    :raises KvmError: when the kernel answers with an error
-    :raises HostLimit: when it does, and a limit of the host's explains that
+    :raises KvmError: the ioctl failed
+    :raises HostLimit: the ioctl failed, and a limit of the host explains why
     """
     result, code = raw_ioctl(fd, request, arg)
     if result < 0:
@@ -95,9 +99,9 @@ def ioctl(fd: int, request: int, name: str, arg: Any = None, asked: str = "") ->
 
 
 def fail(code: int, name: str, asked: str = "", size: int = 0) -> NoReturn:
-    """Raise what :func:`ioctl` raises for error *code*.
+    """Raise the KvmError or HostLimit for errno *code*; the parameters are those of :func:`ioctl`.
 
-    :param size: how many bytes of memory were asked for
+    :param size: how many bytes of memory the call asked for
     """
     error = KvmError(code, name, asked)
     limit = explain(code, size)
@@ -110,11 +114,14 @@ def fail(code: int, name: str, asked: str = "", size: int = 0) -> NoReturn:
 
 @contextmanager
 def call_on_kvm(name: str, asked: str, size: int = 0) -> Iterator[None]:
-    """Have a system call on a file of KVM's, which is no ioctl, fail as :func:`ioctl` does; the parameters are fail()'s."""
+    """Raise KvmError or HostLimit in place of the body's OSError, for system calls on KVM's files other than ioctl.
+
+    The parameters are those of :func:`fail`.
+    """
     code = 0
     try:
         yield
     except OSError as error:
         code = error.errno or 0
-    if code:  # only here, for the OSError is not to be seen any more
+    if code:  # not in the except clause: the OSError must not become the new error's context
         fail(code, name, asked, size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The system handle: ``/dev/kvm``."""
+"""The KVM device, ``/dev/kvm``: its system ioctls."""
 
 import errno
 import grp
@@ -17,15 +17,15 @@ _GROUP_MAY_USE = stat.S_IRGRP | stat.S_IWGRP
 
 
 class KvmUnavailable(Exception):
-    """KVM cannot be used on this host; the text says why and what to do."""
+    """KVM cannot be used on this host; the message says why and what to do."""
 
 
 class Kvm:
-    """An open KVM device; the verbs are the system ioctls' names.
+    """An open KVM device. Methods are named after the system ioctls.
 
     :param device: path of the device node
-    :raises KvmUnavailable: when it does not exist, may not be opened, or does not speak API version 12
-    :raises HostLimit: when a limit is why it cannot be opened
+    :raises KvmUnavailable: the device is missing, may not be opened, or lacks API version 12 or KVM_CAP_IMMEDIATE_EXIT
+    :raises HostLimit: a limit of the host keeps it from being opened
     """
 
     def __init__(self, device: str = DEFAULT_DEVICE) -> None:
@@ -48,20 +48,20 @@ class Kvm:
             raise
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION: 0 when *cap* is not there, else a positive number that depends on it."""
+        """KVM_CHECK_EXTENSION: 0 if *cap* is not supported, else a positive value that depends on it (api.rst 4.4)."""
         return ioctl(self.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", cap, f"cap={cap}")
 
     def get_vcpu_mmap_size(self) -> int:
-        """KVM_GET_VCPU_MMAP_SIZE: how many bytes of a vCPU's file to map for its ``struct kvm_run``."""
+        """KVM_GET_VCPU_MMAP_SIZE: the size in bytes of a vCPU's shared region, which begins with ``struct kvm_run``."""
         return ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, "KVM_GET_VCPU_MMAP_SIZE")
 
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM with the default machine type."""
-        size = self.get_vcpu_mmap_size()  # first: if it fails there is no VM to close
+        size = self.get_vcpu_mmap_size()  # before the VM exists, so that a failure leaks none
         return Vm(ioctl(self.fd, uapi.KVM_CREATE_VM, "KVM_CREATE_VM", 0), size)
 
     def close(self) -> None:
-        """Close the device; VMs made from it live on until they are closed themselves."""
+        """Close the device. Its VMs stay open until they are closed themselves."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -93,7 +93,7 @@ def _open(device: str) -> int:
 
 
 def _how_to_open(device: str, error: PermissionError) -> str:
-    """What to do that this user may open *device*."""
+    """How to get permission to open *device*."""
     elsewhere = "or, without it, make check-kernel KERNEL=debian:6.12"
     if error.errno == errno.EPERM:
         return f"the container's list of devices leaves it out (docker run --device {device}), {elsewhere}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Guest memory: one mmap per memslot, from each kind of memory that a VMM may hand to KVM.
+"""Guest memory: one host mapping per memslot, from one of several backings.
 
-The names of the backings are those of the kernel's selftests (``tools/testing/selftests/kvm/lib/test_util.c``).
+The backings have the names that the kernel's selftests use (``tools/testing/selftests/kvm/lib/test_util.c``).
 """
 
 import ctypes
@@ -28,16 +28,21 @@ _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 
 
 class HugePagesMissing(HostLimit):
-    """The host gave base pages where huge ones were asked for; the text says what to do."""
+    """The host provided base pages instead of huge pages; the message says what to do."""
 
 
 class GuestMemoryError(MemoryError):
-    """Guest memory could not be had; the text says what was asked and what to do."""
+    """The host cannot provide guest memory; the message says how much of which backing."""
 
 
 @dataclass(frozen=True)
 class Backing:
-    """One kind of memory: *page_size* is the size of its pages in bytes, 0 for the host's base pages."""
+    """One kind of host memory.
+
+    :ivar page_size: of its huge pages, in bytes; 0 for base pages
+    :ivar shared: mapped MAP_SHARED, from a memfd
+    :ivar hugetlb: huge pages from the hugetlb pool; otherwise huge pages are transparent
+    """
 
     name: str
     page_size: int = 0
@@ -46,15 +51,15 @@ class Backing:
 
     @property
     def alignment(self) -> int:
-        """The alignment in bytes at which KVM can map this memory with its own page size."""
+        """The alignment in bytes that KVM needs to map this memory with the backing's page size."""
         return self.page_size or mmap.PAGESIZE
 
     def pages_for(self, size: int) -> int:
-        """How many pages of this backing hold *size* bytes that start on a page of it."""
+        """How many of the backing's pages *size* bytes take up."""
         return align_up(size, self.alignment) // self.alignment
 
     def missing(self, size: int) -> str | None:
-        """Why *size* bytes cannot be had on this host, and what to do; None when they can."""
+        """Why this host cannot provide *size* bytes, and what to do; None if it can."""
         if self.hugetlb:
             pool = _HUGEPAGES / f"hugepages-{self.page_size // KIB}kB"
             if not pool.exists():
@@ -87,7 +92,7 @@ BACKINGS = {
 
 
 def _why_no_thp(page_size: int) -> str | None:
-    """Why memory that asks for transparent huge pages of *page_size* bytes gets none; None when it may."""
+    """Why MADV_HUGEPAGE memory gets no huge pages of *page_size* bytes; None if it may get them."""
     if not _THP.exists():
         return "this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
     if host_limits.status("THP_enabled") == "0":
@@ -95,7 +100,7 @@ def _why_no_thp(page_size: int) -> str | None:
             "transparent huge pages are off for this process: the program that started it switched them off with"
             " PR_SET_THP_DISABLE (start the tests from another one)"
         )
-    # Each size has a switch of its own since Linux 6.8, which may leave it to the common one ("inherit").
+    # Since Linux 6.8 each size has a setting of its own, which may defer to the global one ("inherit").
     switch = _THP.parent / f"hugepages-{page_size // KIB}kB" / "enabled"
     chosen = _chosen(switch)
     if chosen == "never":
@@ -106,7 +111,7 @@ def _why_no_thp(page_size: int) -> str | None:
 
 
 def _chosen(switch: Path) -> str | None:
-    """The value that a file of several has in brackets; None when there is no such file."""
+    """The value in brackets in a sysfs file such as ``always [madvise] never``; None if there is no such file."""
     try:
         return switch.read_text().partition("[")[2].partition("]")[0]
     except OSError:
@@ -119,8 +124,8 @@ class GuestMemory:
     The host-virtual address is congruent to *gpa* modulo the backing's page size: KVM maps guest memory with huge pages
     only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
 
-    :raises GuestMemoryError: when the host cannot provide the memory
-    :raises HostLimit: when a limit is why
+    :raises GuestMemoryError: the host cannot provide the memory
+    :raises HostLimit: a limit of the host explains why
     """
 
     def __init__(self, backing: Backing, size: int, gpa: int) -> None:
@@ -134,13 +139,13 @@ class GuestMemory:
         self.words = self.view.cast("Q")
 
     def populate(self) -> None:
-        """Have the host provide every page now, so that too little memory is an error here and not a crash later.
+        """Allocate every page now, so that a lack of memory is an error here and not a crash later.
 
-        Kernels before 5.14 do not know MADV_POPULATE_WRITE; there the pages come one by one as they are touched.
+        Does nothing before Linux 5.14, which introduced MADV_POPULATE_WRITE.
 
-        :raises GuestMemoryError: the host cannot
-        :raises HostLimit: a limit is why
-        :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
+        :raises GuestMemoryError: the host cannot provide the pages
+        :raises HostLimit: a limit of the host explains why
+        :raises HugePagesMissing: the backing is transparent huge pages, and the host provided none
         """
         what = f"the host cannot provide {size_text(self.size)} of {self.backing.name} memory"
         try:
@@ -159,7 +164,7 @@ class GuestMemory:
             )
 
     def transparent_huge_size(self) -> int:
-        """How many bytes of this memory are in transparent huge pages (``AnonHugePages`` of its mappings in smaps)."""
+        """How many bytes are backed by transparent huge pages (``AnonHugePages`` in /proc/self/smaps)."""
         inside, found = False, 0
         for line in Path("/proc/self/smaps").read_text().splitlines():
             name = line.split(None, 1)[0]
@@ -171,19 +176,19 @@ class GuestMemory:
         return found
 
     def close(self) -> None:
-        """Give the memory back to the host; views taken from :attr:`view` must be released before."""
+        """Unmap the memory. Views derived from :attr:`view` must be released before."""
         self.words.release()
         self.view.release()
         self._map.close()
 
 
 def _map_backing(backing: Backing, size: int) -> mmap.mmap:
-    """Map *size* bytes, and for transparent huge pages so much more that any alignment can be had within."""
+    """Map *size* bytes; for anonymous memory enough more that an aligned range of *size* bytes lies within."""
     flags = _MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
     length, fd = align_up(size, backing.alignment), -1
     if backing.hugetlb:
         flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
-        flags &= ~_MAP_NORESERVE  # reserve the huge pages now: without it the first write of too many is a SIGBUS
+        flags &= ~_MAP_NORESERVE  # reserve the huge pages: otherwise a write with an empty pool is a SIGBUS
     elif backing.shared:
         fd = _memory_file(backing, length)
     else:
@@ -194,7 +199,7 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
         mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         code = error.errno or 0
-        # The pool of huge pages is a limit of its own; since the test looked, another process may have taken some.
+        # Another process may have used up the hugetlb pool since the test checked it.
         if limit := (backing.missing(size) if backing.hugetlb else None) or host_limits.explain(code, length):
             raise HostLimit(f"{what}: {limit}") from error
         raise GuestMemoryError(f"{what}: {errno.errorcode.get(code)} ({error.strerror})") from error
@@ -204,13 +209,13 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
     if backing.page_size and not backing.hugetlb:
         _madvise(mapped, mmap.MADV_HUGEPAGE, 0, length)
     elif not backing.page_size and not backing.shared and _THP.exists():
-        # Where THP is "always" this memory would be huge too, and the base-page cells would test nothing of their own.
+        # With THP set to "always" this memory would be huge too, and base-page cells would test the same as THP cells.
         _madvise(mapped, mmap.MADV_NOHUGEPAGE, 0, length)
     return mapped
 
 
 def _madvise(mapped: mmap.mmap, advice: int, offset: int, size: int) -> None:
-    """madvise() of a part of a mapping."""
+    """madvise(2); raises HostLimit if a seccomp filter refuses the call."""
     try:
         mapped.madvise(advice, offset, size)
     except OSError as error:
@@ -220,9 +225,9 @@ def _madvise(mapped: mmap.mmap, advice: int, offset: int, size: int) -> None:
 
 
 def _memory_file(backing: Backing, length: int) -> int:
-    """A file of *length* bytes in memory."""
+    """Create a memfd of *length* bytes."""
     try:
-        with explained(f"cannot make a file of {size_text(length)} for {backing.name} guest memory", length):
+        with explained(f"cannot create a file of {size_text(length)} for {backing.name} guest memory", length):
             fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
             try:
                 os.ftruncate(fd, length)
@@ -234,23 +239,23 @@ def _memory_file(backing: Backing, length: int) -> int:
             raise HostLimit(f"{backing.name}: memfd_create: {reason}") from error
         name = errno.errorcode.get(error.errno or 0)
         raise GuestMemoryError(
-            f"cannot make a file of {size_text(length)} of memory: {name} ({error.strerror})"
+            f"cannot create a file of {size_text(length)} of memory: {name} ({error.strerror})"
         ) from error
     return fd
 
 
 def align_up(value: int, alignment: int) -> int:
-    """The smallest multiple of *alignment* that is not below *value*."""
+    """Round *value* up to a multiple of *alignment*."""
     return -(-value // alignment) * alignment
 
 
 def align_down(value: int, alignment: int) -> int:
-    """The largest multiple of *alignment* that is not above *value*."""
+    """Round *value* down to a multiple of *alignment*."""
     return value // alignment * alignment
 
 
 def size_text(size: int) -> str:
-    """*size* bytes in the largest binary unit that divides it: ``2 MiB``."""
+    """*size* bytes as text, in the largest binary unit that divides it: ``2 MiB``."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size and size % unit == 0:
             return f"{size // unit} {name}"

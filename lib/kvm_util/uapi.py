@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The architecture-neutral part of ``<linux/kvm.h>``: structs, capabilities, ioctl numbers.
 
-Names are the header's own, lower-case structs included; ``selftests/unit/test_uapi.py`` holds every size, offset and value
-against the machine's header.
+Names are those of the header, lower-case structs included. ``selftests/unit/test_uapi.py`` compares every size, offset and
+value with the installed header.
 """
 
 from ctypes import Structure, Union, c_char, c_int16, c_uint8, c_uint16, c_uint32, c_uint64
@@ -76,7 +76,7 @@ class kvm_userspace_memory_region(Structure):
     )
 
 
-# Debian 12's header does not have these two, of Linux 6.8; the underscore keeps them from being looked for there.
+# Debian 12's header lacks these two (Linux 6.8). The underscore exempts them from the comparison with the header.
 class _kvm_userspace_memory_region2(Structure):
     """``struct kvm_userspace_memory_region2``."""
 
@@ -104,7 +104,7 @@ class kvm_enable_cap(Structure):
 
 
 class kvm_dirty_log(Structure):
-    """KVM_GET_DIRTY_LOG's argument; the header's anonymous union of pointer and padding is 64 bits wide."""
+    """Argument of KVM_GET_DIRTY_LOG; *dirty_bitmap* stands for the header's 64-bit union of pointer and padding."""
 
     _fields_ = (("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64))
 
@@ -114,7 +114,7 @@ class kvm_clear_dirty_log(Structure):
 
 
 class kvm_dirty_gfn(Structure):
-    """One entry of a dirty ring; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot."""
+    """A dirty-ring entry; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot (api.rst 8.29)."""
 
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
 
@@ -124,7 +124,7 @@ class _kvm_pre_fault_memory(Structure):
 
 
 class kvm_stats_header(Structure):
-    """What the file of KVM_GET_STATS_FD begins with; the offsets are from the file's start (api.rst 4.133)."""
+    """Header of a KVM_GET_STATS_FD file; offsets are in bytes from the start of the file (api.rst 4.133)."""
 
     _fields_ = (
         ("flags", c_uint32),
@@ -137,7 +137,7 @@ class kvm_stats_header(Structure):
 
 
 class kvm_stats_desc(Structure):
-    """One statistic; its name follows, in ``kvm_stats_header.name_size`` bytes."""
+    """Descriptor of a statistic; its name follows, padded to ``kvm_stats_header.name_size`` bytes (api.rst 4.133)."""
 
     _fields_ = (
         ("flags", c_uint32),
@@ -181,7 +181,7 @@ class _run_exit(Union):
 
 
 class kvm_run(Structure):
-    """The page that a vCPU shares with user space (api.rst section 5); the exits that no test decodes are left out."""
+    """The region that a vCPU shares with user space (api.rst section 5), with the exits that the library decodes."""
 
     _anonymous_ = ("_exit",)
     _fields_ = (
@@ -216,7 +216,7 @@ KVM_ENABLE_CAP = _IOW(KVMIO, 0xA3, kvm_enable_cap)
 KVM_CLEAR_DIRTY_LOG = _IOWR(KVMIO, 0xC0, kvm_clear_dirty_log)
 KVM_RESET_DIRTY_RINGS = _IO(KVMIO, 0xC7)
 KVM_CREATE_GUEST_MEMFD = _IOWR(KVMIO, 0xD4, _kvm_create_guest_memfd)
-KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # of a VM, or of a vCPU
+KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # VM or vCPU ioctl
 
 # vCPU ioctls
 KVM_RUN = _IO(KVMIO, 0x80)

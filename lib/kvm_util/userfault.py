@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""userfaultfd(2): memory whose pages are not there until the test gives them (admin-guide/mm/userfaultfd.rst)."""
+"""userfaultfd(2): memory whose pages stay missing until the test provides them (admin-guide/mm/userfaultfd.rst)."""
 
 import ctypes
 import errno
@@ -19,7 +19,7 @@ _UFFD_API = 0xAA
 _REGISTER_MODE_MISSING = 1 << 0
 _MESSAGE_SIZE = 32
 _CAP_SYS_PTRACE = 19  # <linux/capability.h>
-_ADDRESS_OFFSET = 16  # of a page fault's address in its message
+_ADDRESS_OFFSET = 16  # of the address in a page-fault message (struct uffd_msg)
 
 
 class _Api(Structure):
@@ -42,8 +42,8 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
 def _why_not(code: int) -> str:
-    """Why this process may not have a userfaultfd."""
-    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")  # where the kernel has the call (Linux 5.2)
+    """Why userfaultfd(2) failed with errno *code*."""
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")  # exists if the kernel has the call (Linux 5.2)
     if (
         code == errno.EPERM
         and not host_limits.capable(_CAP_SYS_PTRACE)
@@ -59,9 +59,11 @@ def _why_not(code: int) -> str:
 
 
 class MissingPages:
-    """*size* bytes at *hva*, of memory that nobody has touched yet, whose pages are missing until they are given.
+    """A range of untouched memory whose pages stay missing until :meth:`provide`.
 
-    :raises HostLimit: the kernel has no userfaultfd, or this user may not handle the kernel's faults with it
+    :param hva: where the range begins, page-aligned
+    :param size: in bytes, whole pages
+    :raises HostLimit: the kernel has no userfaultfd, or this user may not handle kernel faults with it
     """
 
     def __init__(self, hva: int, size: int) -> None:
@@ -79,23 +81,23 @@ class MissingPages:
             raise
 
     def wait(self, timeout: float) -> int:
-        """Wait until somebody touches a missing page; returns its address.
+        """Wait for a fault on a missing page; returns the faulting hva.
 
-        :param timeout: seconds
-        :raises TimeoutError: nobody did
+        :param timeout: in seconds
+        :raises TimeoutError: no page was touched
         """
         if not select.select([self._fd], [], [], timeout)[0]:
-            raise TimeoutError(f"nobody touched a missing page within {timeout:g} s")
+            raise TimeoutError(f"no missing page was touched within {timeout:g} s")
         return int.from_bytes(os.read(self._fd, _MESSAGE_SIZE)[_ADDRESS_OFFSET : _ADDRESS_OFFSET + 8], "little")
 
-    def give(self, address: int) -> None:
-        """Give the page of zeros at *address*, and let go who waits for it."""
+    def provide(self, address: int) -> None:
+        """Map a zero page at hva *address*, rounded down to a page, and wake the threads that fault on it."""
         start = address // arch.PAGE_SIZE * arch.PAGE_SIZE
         request = _Zeropage(start=start, len=arch.PAGE_SIZE)
         ioctl(self._fd, _UFFDIO_ZEROPAGE, "UFFDIO_ZEROPAGE", ctypes.byref(request), f"start={start:#x}")
 
     def close(self) -> None:
-        """Make all pages ordinary ones again, and let go all who wait."""
+        """Unregister the range: missing pages become ordinary demand-zero pages, and waiting threads wake up."""
         os.close(self._fd)
 
     def __enter__(self) -> "MissingPages":

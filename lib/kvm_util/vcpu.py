@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The vCPU handle: running it, and its shared ``struct kvm_run``."""
+"""A vCPU: its ioctls and its shared ``struct kvm_run``."""
 
 import ctypes
 import errno
@@ -18,9 +18,10 @@ EXIT_REASONS = {
 
 
 class Vcpu:
-    """An open vCPU; *run* is the structure that it shares with KVM (api.rst section 5).
+    """An open vCPU; owns its descriptor.
 
-    :ivar closing: what is to be closed before the vCPU is: views of what :meth:`map_shared` returned, for example
+    :ivar run: the ``struct kvm_run`` that it shares with KVM (api.rst section 5)
+    :ivar closing: closed before the vCPU is, such as views of what :meth:`map_shared` returned
     :param fd: what KVM_CREATE_VCPU returned
     :param mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned, in bytes
     """
@@ -33,16 +34,16 @@ class Vcpu:
         except BaseException:
             os.close(fd)
             raise
-        # The address is kept instead of a ctypes view of the map: a view would keep the map from being closed.
+        # Access goes through the address because a ctypes view of the map would keep it from being closed.
         self._run_address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.run = uapi.kvm_run.from_address(self._run_address)
         self.closing = ExitStack()
 
     def kvm_run(self) -> int:
-        """KVM_RUN: let the guest run until it exits; returns 0, or EINTR when a signal or immediate_exit ended it.
+        """KVM_RUN: run the guest until its next exit; returns 0, or EINTR if a signal or immediate_exit ended it.
 
         :raises KvmError: any other error
-        :raises HostLimit: it is one that a limit of the host's explains
+        :raises HostLimit: a limit of the host explains the error
         """
         result, code = raw_ioctl(self.fd, uapi.KVM_RUN)
         if result < 0 and code != errno.EINTR:
@@ -55,27 +56,31 @@ class Vcpu:
         ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), f"vCPU {self.id}, cap={cap}")
 
     def pre_fault_memory(self, gpa: int, size: int) -> None:
-        """KVM_PRE_FAULT_MEMORY: map *size* bytes at *gpa* as for loads (api.rst 4.143); the vCPU must not be running."""
+        """KVM_PRE_FAULT_MEMORY: map *size* bytes at *gpa* as read faults would (api.rst 4.143).
+
+        The vCPU must not be running.
+        """
         request = uapi._kvm_pre_fault_memory(gpa=gpa, size=size)
         while request.size:
             asked = f"vCPU {self.id}, gpa={request.gpa:#x}, size={request.size:#x}"
             ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
 
     def map_shared(self, size: int, offset: int, what: str) -> mmap.mmap:
-        """Map *size* bytes at *offset* of the vCPU's file, shared, for reading and writing; a mapping keeps the VM alive.
+        """Map *size* bytes at *offset* of the vCPU's file, shared and writable. The mapping keeps the VM alive.
 
-        :param what: what that is, for the message of an error
+        :param what: the region in words, for the error message
+        :raises KvmError: mmap failed
         """
         with call_on_kvm("mmap", what, size):
             return mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
 
     def exit_reason(self) -> str:
-        """The name of the last exit's reason, such as ``KVM_EXIT_IO``."""
+        """The reason for the last exit by name, such as ``KVM_EXIT_IO``."""
         reason = self.run.exit_reason
         return EXIT_REASONS.get(reason, f"exit reason {reason}")
 
     def exit_details(self) -> str:
-        """What the last exit says beyond its reason; empty for reasons that say nothing."""
+        """Details of the last exit, in parentheses after a space; empty for reasons that have none."""
         run = self.run
         if run.exit_reason == uapi.KVM_EXIT_IO:
             direction = "out" if run.io.direction == uapi.KVM_EXIT_IO_OUT else "in"
@@ -92,7 +97,7 @@ class Vcpu:
         return ""
 
     def close(self) -> None:
-        """Unmap the shared structure and close the vCPU. It must not be running."""
+        """Unmap the shared region and close the vCPU, which must not be running."""
         if self.fd >= 0:
             self.closing.close()
             del self.run

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The VM handle: memslots, capabilities, dirty log and dirty rings of one VM."""
+"""A VM: its ioctls, memslots and vCPUs."""
 
 import ctypes
 import os
@@ -14,7 +14,12 @@ from kvm_util.vcpu import Vcpu
 
 @dataclass
 class Memslot:
-    """A range of guest-physical memory as KVM knows it; *flags* are those of the last KVM_SET_USER_MEMORY_REGION."""
+    """A memslot as last set with KVM_SET_USER_MEMORY_REGION.
+
+    :ivar slot: its number, with the address space in the upper 16 bits
+    :ivar gpa: where it begins
+    :ivar flags: ``KVM_MEM_*``
+    """
 
     slot: int
     gpa: int
@@ -23,15 +28,17 @@ class Memslot:
 
     @property
     def npages(self) -> int:
-        """The slot's size in host pages: the unit of dirty tracking."""
+        """The slot's size in host pages, the granularity of the dirty log."""
         return self.memory.size // os.sysconf("SC_PAGE_SIZE")
 
 
 class Vm:
-    """An open VM; the verbs are the VM ioctls' names. It owns its vCPUs and the memory of its slots.
+    """An open VM; owns its vCPUs and the memory of its memslots. Methods are named after the VM ioctls.
+
+    All of them raise KvmError if the ioctl fails, or HostLimit if a limit of the host explains the failure.
 
     :param fd: what KVM_CREATE_VM returned
-    :param vcpu_mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned
+    :param vcpu_mmap_size: what KVM_GET_VCPU_MMAP_SIZE returned, in bytes
     """
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
@@ -54,7 +61,10 @@ class Vm:
         return vcpu
 
     def set_user_memory_region(self, slot: int, gpa: int, memory: GuestMemory, flags: int = 0) -> Memslot:
-        """KVM_SET_USER_MEMORY_REGION: create slot *slot* at *gpa*, or change its flags; the VM owns *memory* from now on."""
+        """KVM_SET_USER_MEMORY_REGION: create slot *slot* at *gpa*, or move it or change its flags (api.rst 4.35).
+
+        On success the VM takes ownership of *memory*.
+        """
         region = uapi.kvm_userspace_memory_region(
             slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=memory.size, userspace_addr=memory.hva
         )
@@ -67,9 +77,11 @@ class Vm:
     def add_memory(
         self, slot: int, gpa: int, size: int, backing: str = "anonymous", flags: int = 0, populate: bool = False
     ) -> Memslot:
-        """Create slot *slot* at *gpa*, with *size* bytes of new memory of *backing*, which are present with *populate*.
+        """Create slot *slot* at *gpa* with *size* bytes of new memory.
 
-        :raises GuestMemoryError: the memory cannot be had
+        :param backing: a key of ``BACKINGS``
+        :param populate: allocate all pages now
+        :raises GuestMemoryError: the host cannot provide the memory
         """
         memory = GuestMemory(BACKINGS[backing], size, gpa)
         try:
@@ -81,25 +93,25 @@ class Vm:
             raise
 
     def set_flags(self, slot: int, flags: int) -> None:
-        """KVM_SET_USER_MEMORY_REGION with *flags* as slot *slot*'s new flags, and nothing else changed."""
+        """KVM_SET_USER_MEMORY_REGION: change only the flags of slot *slot*."""
         memslot = self.memslots[slot]
         self.set_user_memory_region(slot, memslot.gpa, memslot.memory, flags)
 
     def delete_memory_region(self, slot: int) -> None:
-        """KVM_SET_USER_MEMORY_REGION with size 0: delete slot *slot*; its memory is the caller's from now on."""
+        """KVM_SET_USER_MEMORY_REGION with size 0: delete slot *slot*. Ownership of its memory passes to the caller."""
         region = uapi.kvm_userspace_memory_region(slot=slot)
         request = uapi.KVM_SET_USER_MEMORY_REGION
         ioctl(self.fd, request, "KVM_SET_USER_MEMORY_REGION", ctypes.byref(region), f"slot={slot}, size=0")
         del self.memslots[slot]
 
     def get_dirty_log(self, slot: int, bitmap: bytearray) -> None:
-        """KVM_GET_DIRTY_LOG: fill *bitmap*, a multiple of 8 bytes with a bit per page of the slot (api.rst 4.8)."""
+        """KVM_GET_DIRTY_LOG: fill *bitmap*, a bit per page of the slot in whole 64-bit words (api.rst 4.8)."""
         buffer = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)
         request = uapi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(buffer))
         ioctl(self.fd, uapi.KVM_GET_DIRTY_LOG, "KVM_GET_DIRTY_LOG", ctypes.byref(request), f"slot={slot}")
 
     def clear_dirty_log(self, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
-        """KVM_CLEAR_DIRTY_LOG: clear the pages set in *bitmap*, whose bit 0 is *first_page* (api.rst 4.117)."""
+        """KVM_CLEAR_DIRTY_LOG: clear the pages that are set in *bitmap*; bit 0 is page *first_page* (api.rst 4.117)."""
         buffer = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)
         request = uapi.kvm_clear_dirty_log(
             slot=slot, num_pages=num_pages, first_page=first_page, dirty_bitmap=ctypes.addressof(buffer)
@@ -108,11 +120,11 @@ class Vm:
         ioctl(self.fd, uapi.KVM_CLEAR_DIRTY_LOG, "KVM_CLEAR_DIRTY_LOG", ctypes.byref(request), asked)
 
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS: reset what was harvested; returns how many entries that were (api.rst 8.29)."""
+        """KVM_RESET_DIRTY_RINGS: reset the harvested entries of all rings; returns how many (api.rst 8.29)."""
         return ioctl(self.fd, uapi.KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS")
 
     def get_stats_fd(self) -> int:
-        """KVM_GET_STATS_FD: a file with the VM's statistics, which is the caller's to close (api.rst 4.133)."""
+        """KVM_GET_STATS_FD: a descriptor of the VM's statistics, which the caller must close (api.rst 4.133)."""
         return ioctl(self.fd, uapi.KVM_GET_STATS_FD, "KVM_GET_STATS_FD")
 
     def close(self) -> None:

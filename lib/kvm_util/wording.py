@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Counted nouns, short numbers, and text in lines of a given width."""
+"""Text for reports: counted nouns, short numbers, and line wrapping."""
 
 import re
 import textwrap
@@ -9,17 +9,17 @@ WIDTH = 80
 _SHOWN = 8
 _UNITS = (("k", 1e3), ("M", 1e6), ("G", 1e9))
 _SHORT_COMMAND = 30
-# A space at which no line is broken
+# Lines are not broken here
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """``1 page``, ``2 pages``."""
+    """A number with its noun: ``1 page``, ``2 pages``."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def short_number(number: int) -> str:
-    """A count in four characters, as far as it goes: ``9856``, ``273k``, ``1.2M``, ``1500G``."""
+    """A count in at most four characters, below 10^13: ``9856``, ``273k``, ``1.2M``, ``1500G``."""
     if number < 10_000:
         return str(number)
     unit, size = next((pair for pair in _UNITS if number < 999.5 * pair[1]), _UNITS[-1])
@@ -28,20 +28,19 @@ def short_number(number: int) -> str:
 
 
 def listed(noun: str, numbers: Sequence[int]) -> str:
-    """``page 3``, ``pages 3, 64, 69``: the first ones, and how many there are beside."""
+    """A list of numbers, cut short after eight: ``page 3``, ``pages 3, 64, 69``, ``pages 1, ... and 12 more``."""
     shown = ", ".join(map(str, numbers[:_SHOWN]))
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
     return f"{noun if len(numbers) == 1 else noun + 's'} {shown}{more}"
 
 
 def wrapped(text: str, width: int = WIDTH, first: str = "", later: str = "  ") -> list[str]:
-    """*text* in lines of *width* columns, broken between words.
+    """Wrap *text* at *width* columns, between words only, so that paths stay whole.
 
-    Words are never broken, so that paths stay whole. A command to copy, which is in parentheses and names a path or is
-    short, has a line of its own rather than two, where it fits into one.
+    A command in parentheses that is short or names a path is kept on one line if it fits, so that it can be copied.
 
-    :param first: what the first line begins with
-    :param later: what the others begin with
+    :param first: prefix of the first line
+    :param later: prefix of the other lines
     """
 
     def kept(match: re.Match[str]) -> str:

@@ -37,7 +37,7 @@ class Rendezvous:
     def store(self, address: int) -> Operation:
         """An operation for the vCPU: wait for the host's next step, and store to *address* as soon as it is done."""
         self._last += 1
-        return Operation("meet_and_store", address, self._last, self._address)
+        return Operation("rendezvous_store", address, self._last, self._address)
 
     def serve(self, steps: Iterator[None]) -> None:
         """Do the next of *steps* whenever the vCPU waits for it; for another thread than the vCPU's."""

@@ -197,14 +197,14 @@ def test_async_page_fault_area_is_logged(apic_vm: TrackedVm, emulates: bool) -> 
     vm.assert_dirty("the guest's acknowledgement", {SLOT: [AREA]})
     with MissingPages(late.memory.hva, PAGE) as missing:
         # If KVM waits for the page instead of notifying the guest, it gets the page here, and the check below fails.
-        rescue = threading.Timer(DEADLINE, missing.give, [late.memory.hva])
+        rescue = threading.Timer(DEADLINE, missing.provide, [late.memory.hva])
         rescue.start()
         with pytest.raises(GuestError, match="#PF"):
             vm.run(Operation("interruptible_load", vm.address(LATE, 0)))
         rescue.cancel()
         assert area(vm)[:4] != bytes(4)
         vm.assert_dirty("a page that is missing on the host", {SLOT: [AREA]}, MANY)
-        missing.give(missing.wait(DEADLINE))
+        missing.provide(missing.wait(DEADLINE))
         until = time.monotonic() + DEADLINE
         while area(vm)[4:8] == bytes(4) and time.monotonic() < until:
             vcpu.kvm_run()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The architecture of this machine, as the module ``kvm_util.arch.current``.
 
-What differs between architectures lives in a package of this folder and in ``guest_code/<arch>/`` only; every package
-offers the same names (those that ``lib/kvm_util/arch/x86_64/__init__.py`` lists). On a machine without a package
-``current`` is :mod:`kvm_util.arch.unsupported`: what needs no KVM, such as judging a saved run, works there too.
+Architecture-specific code is confined to the packages of this folder and to ``guest_code/<arch>/``. Every package offers the
+names in ``__all__`` of ``lib/kvm_util/arch/x86_64/__init__.py``. On other machines ``current`` is
+:mod:`kvm_util.arch.unsupported`, so that what needs no KVM, such as judging a saved run, works there too.
 """
 
 import platform

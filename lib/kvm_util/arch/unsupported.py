@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""An architecture that the suite has no guest code for: modules can be imported, guests cannot be made."""
+"""Stand-in for an architecture without guest code: modules can be imported, VMs and guests cannot be created."""
 
 import mmap
 import platform
@@ -11,6 +11,6 @@ GUEST_MODES: dict[str, NoReturn] = {}
 
 
 def __getattr__(name: str) -> NoReturn:
-    if name.startswith("__"):  # the import system and inspection ask for some
+    if name.startswith("__"):  # looked up by the import system and by inspect
         raise AttributeError(name)
     raise NotImplementedError(f"{name}: the suite has no guest code for {NAME} yet")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""x86-64: the names that the rest of the library takes from an architecture."""
+"""x86-64: the names that architecture-neutral code uses."""
 
 from kvm_util.arch.x86_64.cpuid import (
     Cpuid,
@@ -32,7 +32,7 @@ from kvm_util.arch.x86_64.vcpu_state import (
     init_descriptor_tables,
     init_vcpu,
     set_msr,
-    use_what_has_static_keys,
+    use_static_key_features,
 )
 
 NAME = "x86_64"
@@ -42,10 +42,10 @@ NAME = "x86_64"
 # store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
 TOTAL_STORE_ORDER = True
 
-# Which of KVM's quirks (KVM_CAP_DISABLE_QUIRKS2) drops the page tables of all slots when one is deleted or moved
+# The quirk (KVM_CAP_DISABLE_QUIRKS2) by which KVM zaps the SPTEs of all memslots when one is deleted or moved
 SLOT_ZAP_ALL_QUIRK = KVM_X86_QUIRK_SLOT_ZAP_ALL
 
-# Whether KVM writes guest memory without a vCPU, so that a bitmap may be kept beside the rings (api.rst 8.29)
+# Whether KVM writes guest memory without a running vCPU, and so needs a bitmap beside the rings (api.rst 8.29)
 RING_WITH_BITMAP = False
 
 __all__ = [
@@ -80,6 +80,6 @@ __all__ = [
     "init_descriptor_tables",
     "init_vcpu",
     "set_msr",
-    "use_what_has_static_keys",
+    "use_static_key_features",
     "vector_stores",
 ]

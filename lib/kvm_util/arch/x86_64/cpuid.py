@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""CPUID as KVM offers it to guests, and what follows from it for guest-physical addresses."""
+"""Guest CPUID as KVM supports it, the guest features and physical address limit it implies, and the host's CPU."""
 
 import ctypes
 import errno
@@ -18,7 +18,10 @@ _XCR0_AVX512 = _XCR0_AVX | 7 << 5
 
 
 class Cpuid:
-    """A CPUID table: the entries, and the ctypes buffer that KVM_SET_CPUID2 takes."""
+    """A CPUID table.
+
+    :ivar buffer: ``struct kvm_cpuid2`` with its entries, as KVM_SET_CPUID2 takes it
+    """
 
     def __init__(self, buffer: "ctypes.Array[ctypes.c_char]") -> None:
         self.buffer = buffer
@@ -27,7 +30,7 @@ class Cpuid:
         self._leaves = {(entry.function, entry.index): entry for entry in entries}
 
     def leaf(self, function: int, index: int = 0) -> kvm_cpuid_entry2:
-        """The registers of a leaf; all zero when the table does not have it."""
+        """A leaf's entry; with all registers 0 if the table lacks it."""
         return self._leaves.get((function, index)) or kvm_cpuid_entry2(function=function, index=index)
 
     def vendor(self) -> bytes:
@@ -36,49 +39,49 @@ class Cpuid:
         return b"".join(register.to_bytes(4, "little") for register in (leaf.ebx, leaf.edx, leaf.ecx))
 
     def family(self) -> int:
-        """The CPU family, the extended one included."""
+        """The CPU family, including the extended family."""
         eax: int = self.leaf(1).eax
         base = eax >> 8 & 0xF
         return base + (eax >> 20 & 0xFF) if base == 0xF else base
 
     def phys_bits(self) -> int:
-        """MAXPHYADDR: the width of a guest-physical address."""
+        """MAXPHYADDR: the width of a guest-physical address, in bits."""
         return self.leaf(0x80000008).eax & 0xFF or 36
 
     def mappable_phys_bits(self) -> int:
-        """The width that KVM can map (GuestPhysAddrSize, since Linux 6.10 for TDP that is narrower than MAXPHYADDR)."""
+        """The address width that KVM can map, in bits (GuestPhysAddrSize; less than MAXPHYADDR if TDP is, Linux 6.10)."""
         return self.leaf(0x80000008).eax >> 16 & 0xFF or self.phys_bits()
 
     def has_la57(self) -> bool:
-        """5-level paging."""
+        """Whether 5-level paging is supported."""
         return bool(self.leaf(7).ecx >> 16 & 1)
 
     def has_1gib_pages(self) -> bool:
-        """Guest mappings of 1 GiB."""
+        """Whether 1 GiB guest pages are supported."""
         return bool(self.leaf(0x80000001).edx >> 26 & 1)
 
     def has_nx(self) -> bool:
-        """No-execute page protection."""
+        """Whether no-execute page protection is supported."""
         return bool(self.leaf(0x80000001).edx >> 20 & 1)
 
 
 def has_svm(cpuid: Cpuid) -> bool:
-    """AMD's virtualization, for guests that have guests of their own."""
+    """Whether the guest can run nested guests with SVM."""
     return bool(cpuid.leaf(0x80000001).ecx >> 2 & 1)
 
 
 def has_nested_paging(cpuid: Cpuid) -> bool:
-    """Nested page tables for the guest's own guests."""
+    """Whether nested SVM guests can use nested paging."""
     return has_svm(cpuid) and bool(cpuid.leaf(0x8000000A).edx & 1)
 
 
 def has_xsave(cpuid: Cpuid) -> bool:
-    """XSAVE and its like."""
+    """Whether XSAVE is supported."""
     return bool(cpuid.leaf(1).ecx >> 26 & 1)
 
 
 def vector_stores(cpuid: Cpuid) -> list[tuple[int, int]]:
-    """The vector stores beyond 16 bytes: size in bytes, and the components of XCR0 that it needs (Intel SDM, "XCR0")."""
+    """The supported stores wider than 16 bytes: their size in bytes, and the XCR0 bits they need (Intel SDM, "XCR0")."""
     offered = []
     if has_xsave(cpuid) and cpuid.leaf(1).ecx >> 28 & 1:
         offered.append((32, _XCR0_AVX))
@@ -88,7 +91,7 @@ def vector_stores(cpuid: Cpuid) -> list[tuple[int, int]]:
 
 
 def get_supported_cpuid(kvm_fd: int) -> Cpuid:
-    """KVM_GET_SUPPORTED_CPUID on the open device, with as many entries as it takes."""
+    """KVM_GET_SUPPORTED_CPUID (api.rst 4.46), with a buffer that is doubled until all entries fit."""
     count = 64
     while True:
         buffer = ctypes.create_string_buffer(ctypes.sizeof(kvm_cpuid2) + count * ctypes.sizeof(kvm_cpuid_entry2))
@@ -104,9 +107,9 @@ def get_supported_cpuid(kvm_fd: int) -> Cpuid:
 def guest_phys_limit(cpuid: Cpuid) -> int:
     """The first guest-physical address above the usable range.
 
-    On AMD's CPUs 12 GiB are reserved for HyperTransport: below 1 TiB before family 17h, else at the top of the physical
-    address space, which memory encryption may have narrowed (AMD APM volume 2, "Reserved physical address ranges";
-    ``vm_compute_max_gfn()`` of the kernel's selftests keeps off them too).
+    AMD CPUs reserve 12 GiB for HyperTransport: below 1 TiB before family 17h, else at the top of the physical address
+    space, which memory encryption may narrow (AMD APM volume 2, "Reserved physical address ranges"; like
+    ``vm_compute_max_gfn()`` in the kernel's selftests).
     """
     limit = 1 << cpuid.mappable_phys_bits()
     if cpuid.vendor() not in _AMD_VENDORS or cpuid.phys_bits() < 40:
@@ -119,7 +122,7 @@ def guest_phys_limit(cpuid: Cpuid) -> int:
 
 
 def _host_phys_bits() -> int:
-    """The host's own physical address width, less what memory encryption takes, from ``address sizes`` of cpuinfo."""
+    """The host's physical address width in bits, less the bits that memory encryption takes (/proc/cpuinfo)."""
     return int(_cpuinfo("address sizes").split()[0])
 
 
@@ -129,7 +132,7 @@ def cpu_vendor() -> str:
 
 
 def cpu_model() -> str:
-    """The host CPU's name with family, model and stepping."""
+    """The host CPU's model name with family, model and stepping."""
     return (
         f"{_cpuinfo('model name')} (family {_cpuinfo('cpu family')} model {_cpuinfo('model')}"
         f" stepping {_cpuinfo('stepping')})"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Model-specific registers by which a guest or user space has KVM write into the guest's memory, or have guests of its own.
+"""MSRs that make KVM write guest memory, and those that nested SVM needs.
 
-KVM's own are those of ``<asm/kvm_para.h>`` (Documentation/virt/kvm/x86/msr.rst), Hyper-V's those of its Top Level
+KVM's paravirtual MSRs are from ``<asm/kvm_para.h>`` (Documentation/virt/kvm/x86/msr.rst), Hyper-V's from its Top Level
 Functional Specification.
 """
 
@@ -36,7 +36,6 @@ HV_X64_MSR_SIMP = 0x40000083
 HV_X64_MSR_SINT0 = 0x40000090
 HV_X64_MSR_STIMER0_CONFIG = 0x400000B0
 HV_X64_MSR_STIMER0_COUNT = 0x400000B1
-# Of a timer's configuration (union hv_stimer_config of the kernel's): .enable, and where .sintx begins. Without .periodic it
-# expires once.
+# Fields of union hv_stimer_config: .enable, and the shift of .sintx. Without .periodic the timer expires once.
 HV_STIMER_ENABLE = 1 << 0
 HV_STIMER_SINT_SHIFT = 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Guest page tables for any virtual-to-physical mapping, with 4 or 5 levels and pages of 4 KiB, 2 MiB or 1 GiB."""
+"""Guest page tables for any gva-to-gpa mapping, with 4 or 5 levels and pages of 4 KiB, 2 MiB or 1 GiB."""
 
 from array import array
 from collections.abc import Callable
@@ -18,14 +18,18 @@ _ADDRESS_MASK = 0x000F_FFFF_FFFF_F000
 
 @dataclass(frozen=True)
 class GuestMode:
-    """How the guest maps the test memory: number of paging levels, and the size of its pages in bytes."""
+    """How the guest maps test memory.
+
+    :ivar levels: of the page tables, 4 or 5
+    :ivar page_size: in bytes
+    """
 
     name: str
     levels: int
     page_size: int
 
     def missing(self, cpuid: Cpuid) -> str | None:
-        """What the vCPU lacks for this mode; None when it has all."""
+        """What a vCPU with *cpuid* lacks for this mode; None if it can use it."""
         if self.levels == 5 and not cpuid.has_la57():
             return f"{self.name}: KVM offers no 5-level paging here (CPUID LA57)"
         if self.page_size == GIB and not cpuid.has_1gib_pages():
@@ -49,11 +53,10 @@ GUEST_MODES = {
 class PageTables:
     """Page tables in guest memory.
 
-    :param levels: 4 or 5; fewer for tables that others are attached to
-    :param allocate: gives the guest-physical address of a fresh, zeroed page
-    :param words: gives the 512 entries of the table at a guest-physical address
-    :param nested: for tables that a guest gives a guest of its own: their walks count as a user's accesses (AMD APM
-        volume 2, "Nested Paging")
+    :param levels: 4 or 5; fewer for tables to :meth:`attach` to others
+    :param allocate: returns the gpa of a new, zeroed page
+    :param words: returns the 512 entries of the table at a gpa
+    :param nested: for nested page tables (NPT), whose walks are user accesses (AMD APM volume 2, "Nested Paging")
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class PageTables:
     def map(self, gva: int, gpa: int, size: int, page_size: int = PAGE_SIZE, writable: bool = True) -> None:
         """Map *size* bytes at *gva* to *gpa* with pages of *page_size*.
 
-        Both addresses are rounded down, and the end up, to whole pages, so they must be congruent modulo *page_size*.
+        The start is rounded down to a whole page, the end up.
+
+        :raises ValueError: *gva* and *gpa* are not congruent modulo *page_size*
         """
         if (gva - gpa) % page_size:
             raise ValueError(f"gva {gva:#x} and gpa {gpa:#x} are not congruent modulo {page_size:#x}")
@@ -77,12 +82,12 @@ class PageTables:
         self._map(self.root, self._levels, start, gva + size, gpa - (gva - start), page_size, access)
 
     def attach(self, gva: int, below: "PageTables") -> None:
-        """Have *below*, tables with a level less that may lie anywhere, translate the part of the space that holds *gva*."""
+        """Let the root entry for *gva* point to *below*, page tables with one level less."""
         span = PAGE_SIZE * _ENTRIES ** (self._levels - 1)
         self._words(self.root)[gva // span % _ENTRIES] = below.root | self._table_access
 
     def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int, access: int) -> None:
-        """Fill the part of *table* that translates [start, end); the tables below are made as they are needed."""
+        """Fill the entries of *table* that translate [start, end); lower tables are allocated on demand."""
         words = self._words(table)
         span = PAGE_SIZE * _ENTRIES ** (level - 1)
         if span == page_size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The control block of a guest's own guest (VMCB): AMD APM volume 2, appendix B."""
+"""The VMCB, which a guest fills in to run a nested guest with SVM (AMD APM volume 2, appendix B)."""
 
 import struct
 
@@ -23,19 +23,20 @@ _DR6 = 0x568  # then RFLAGS, RIP
 _RSP = 0x5D8
 _PAT = 0x668
 
-_VMRUN, _VMMCALL = 1 << 0, 1 << 1  # of the second word of instructions to intercept
+_VMRUN, _VMMCALL = 1 << 0, 1 << 1  # bits of _INTERCEPT_MISC2
 _RFLAGS_RESERVED, _DR6_RESERVED, _DR7_RESERVED = 1 << 1, 0xFFFF0FF0, 1 << 10
 _PAT_AT_RESET = 0x0007040600070406
-# The exit code of a guest that did vmmcall (appendix C)
+# Exit code of an intercepted vmmcall (appendix C)
 VMEXIT_VMMCALL = 0x81
 
 
 def fill_vmcb(vmcb: memoryview, sregs: kvm_sregs, rip: int, rsp: int, nested_root: int | None) -> None:
-    """Have the guest of *vmcb* begin at *rip*, in the mode and address space of *sregs*, its vCPU's own.
+    """Set up *vmcb* for a nested guest that starts at *rip*, in the mode and address space of *sregs*.
 
-    Its interrupts and exceptions are its own; vmmcall ends it.
+    Only vmrun and vmmcall are intercepted; the nested guest takes its own interrupts and exceptions.
 
-    :param nested_root: the top nested page table; None for a guest without nested paging
+    :param sregs: of the vCPU that runs it
+    :param nested_root: gpa of the root of the nested page tables; None to run without nested paging
     """
     vmcb[:] = bytes(_SIZE)
 
@@ -60,12 +61,12 @@ def fill_vmcb(vmcb: memoryview, sregs: kvm_sregs, rip: int, rsp: int, nested_roo
 
 
 def exit_code(vmcb: memoryview) -> int:
-    """Why the guest ended."""
+    """The exit code of the last #VMEXIT (AMD APM volume 2, appendix C)."""
     code: int = struct.unpack_from("<Q", vmcb, _EXIT_CODE)[0]
     return code
 
 
 def _attributes(segment: kvm_segment) -> int:
-    """A segment's attributes as the control block packs them."""
+    """A segment's attributes in the VMCB's packed format."""
     fields = ((segment.type, 0), (segment.s, 4), (segment.dpl, 5), (segment.present, 7), (segment.avl, 8))
     return sum(value << shift for value, shift in (*fields, (segment.l, 9), (segment.db, 10), (segment.g, 11)))

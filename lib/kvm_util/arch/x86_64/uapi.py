@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The x86 part of ``<linux/kvm.h>`` and ``<asm/kvm.h>``, under the headers' own names."""
+"""The x86 part of ``<linux/kvm.h>`` and ``<asm/kvm.h>``; names are those of the headers."""
 
 from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
 
@@ -10,7 +10,7 @@ from kvm_util.uapi import KVMIO
 SYS_SET_MEMPOLICY = 238
 SYS_USERFAULTFD = 323
 
-# <asm/kvm.h>: the ring of a vCPU is mapped at this page of the vCPU's file
+# <asm/kvm.h>: page offset of the dirty ring in the vCPU's file
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
 
 
@@ -69,7 +69,7 @@ class kvm_cpuid_entry2(Structure):
 
 
 class kvm_cpuid2(Structure):
-    """The header of a variable-length table; *nent* entries of ``kvm_cpuid_entry2`` follow it."""
+    """Header of a variable-length table; *nent* times ``kvm_cpuid_entry2`` follow."""
 
     _fields_ = (("nent", c_uint32), ("padding", c_uint32))
 
@@ -79,7 +79,7 @@ class kvm_msr_entry(Structure):
 
 
 class kvm_msrs(Structure):
-    """The header of a variable-length table; *nmsrs* entries of ``kvm_msr_entry`` follow it."""
+    """Header of a variable-length table; *nmsrs* times ``kvm_msr_entry`` follow."""
 
     _fields_ = (("nmsrs", c_uint32), ("pad", c_uint32))
 
@@ -101,7 +101,7 @@ class kvm_xen_hvm_config(Structure):
 
 
 class kvm_xen_vcpu_attr(Structure):
-    """The header's union ``u`` is 64 bytes wide; a guest-physical address is its first word."""
+    """Argument of KVM_XEN_VCPU_SET_ATTR; the 64-byte union ``u`` begins with the gpa."""
 
     _fields_ = (("type", c_uint16), ("pad", c_uint16 * 3), ("u", c_uint64 * 8))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A vCPU's state: 64-bit mode for the guest program, descriptor tables, and how its calls and exceptions read back."""
+"""vCPU state: entering 64-bit mode, descriptor tables, registers, and decoding a guest's calls and exceptions."""
 
 import ctypes
 import struct
@@ -27,20 +27,20 @@ from kvm_util.arch.x86_64.uapi import (
 )
 from kvm_util.ioctl import ioctl
 
-# The guest program's symbol that says which port its calls use
+# Symbol of the I/O port that the guest program makes its calls on
 UCALL_PORT_SYMBOL = "UCALL_PORT"
 
 _CODE_SELECTOR, _DATA_SELECTOR, _TSS_SELECTOR = 0x08, 0x10, 0x18
 _CODE_TYPE, _DATA_TYPE, _BUSY_TSS_TYPE = 0xB, 0x3, 0xB
 _CODE_DESCRIPTOR, _DATA_DESCRIPTOR = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
-# What the first selectors of a descriptor table must hold to go on as before, and a data segment not accessed so far
+# Descriptors for a test's own GDT: code and data as in the one below, and a data segment with a clear accessed bit
 SEGMENT_DESCRIPTORS = (_CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
 SEGMENT_NOT_ACCESSED = 0x00CF_9200_0000_FFFF
 _INTERRUPT_GATE = 0x8E
 _GATE_SIZE = 16
 _IDT_OFFSET = 0x100  # in the page that holds the GDT and, from here on, the IDT
 _EXCEPTIONS = 32
-_VECTORS = _EXCEPTIONS + 1  # and the one for interrupts, INTERRUPT_VECTOR of guest.inc
+_VECTORS = _EXCEPTIONS + 1  # plus INTERRUPT_VECTOR of guest.inc
 _STUB_SPACING = 16
 _TSS_SIZE = 0x68
 _TSS_IST1 = 0x24
@@ -51,7 +51,7 @@ _CR4_LA57 = 1 << 12
 _EFER_LME, _EFER_LMA, _EFER_NX = 1 << 8, 1 << 10, 1 << 11
 _RFLAGS_RESERVED = 1 << 1
 
-# The register that Xen's guests write for their hypercall page; any other would do
+# The MSR that Xen guests write to set up their hypercall page; the index does not matter here
 _XEN_MSR = 0x40000000
 
 _GENERAL_REGISTERS = [field[0] for field in kvm_regs._fields_]
@@ -80,7 +80,7 @@ _PAGE_FAULT = 14
 
 @dataclass(frozen=True)
 class GuestException:
-    """An exception that the guest took; *address* is CR2 and means something for page faults only."""
+    """An exception that the guest took; *address* is CR2, which only a page fault sets."""
 
     vector: int
     error_code: int
@@ -100,9 +100,11 @@ class GuestException:
 
 
 def init_descriptor_tables(page: memoryview, symbols: Mapping[str, int]) -> None:
-    """Write the GDT and, behind it, the IDT whose gates lead to the program's stubs, into a zeroed page.
+    """Write a GDT and an IDT into *page*, which must be zeroed; the IDT's gates lead to the guest program's stubs.
 
-    The gates of exceptions use IST entry 1, so that a guest that lost its stack can still report.
+    Exceptions use IST entry 1, so that a guest with a bad stack pointer can still report them.
+
+    :param symbols: of the guest program
     """
     struct.pack_into("<3Q", page, 0, 0, _CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
     stubs = symbols["exception_stubs"]
@@ -118,13 +120,15 @@ def init_vcpu(
     vcpu_fd: int, cpuid: Cpuid, levels: int, root: int, tables: int, tss: tuple[int, memoryview],
     entry: int, stack: int, exception_stack: int, argument: int,
 ) -> None:  # fmt: skip
-    """Put a new vCPU into 64-bit mode at *entry*, with *argument* in rdi; every address is the guest's.
+    """Put a new vCPU into 64-bit mode at *entry*, with *argument* in rdi. All addresses are guest-physical.
 
-    Only features that *cpuid* offers are switched on: a backend refuses the others with EINVAL.
+    EFER.NX is set only if *cpuid* has it: some backends reject unsupported bits with EINVAL.
 
-    :param root: the top page table
+    :param levels: of the page tables, 4 or 5
+    :param root: the root page table
     :param tables: the page that :func:`init_descriptor_tables` filled
-    :param tss: address and memory of a zeroed page for the task state segment
+    :param tss: address and contents of a zeroed page for the task state segment
+    :param stack: top of the stack, as for *exception_stack*
     """
     ioctl(vcpu_fd, KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid.buffer)
     tss_address, tss_memory = tss
@@ -169,15 +173,15 @@ def get_sregs(vcpu_fd: int) -> kvm_sregs:
 
 
 def create_irqchip(vm_fd: int) -> None:
-    """KVM_CREATE_IRQCHIP: have KVM emulate the interrupt controllers of a VM that has no vCPU yet."""
+    """KVM_CREATE_IRQCHIP: in-kernel interrupt controllers, for a VM without vCPUs (api.rst 4.24)."""
     ioctl(vm_fd, KVM_CREATE_IRQCHIP, "KVM_CREATE_IRQCHIP")
 
 
-def use_what_has_static_keys(kvm_fd: int, vm_fd: int) -> None:
-    """Have a VM without vCPUs use what KVM switches a static key for when the first VM does: local APICs, and Xen.
+def use_static_key_features(kvm_fd: int, vm_fd: int) -> None:
+    """Enable the features of a VM without vCPUs for which KVM has static keys: local APICs and Xen.
 
-    apic_sw_disabled (arch/x86/kvm/lapic.c) and kvm_xen_enabled (arch/x86/kvm/xen.c); a VM that has no local APIC holds
-    kvm_has_noapic_vcpu.
+    The keys are apic_sw_disabled (arch/x86/kvm/lapic.c) and kvm_xen_enabled (arch/x86/kvm/xen.c). They stay enabled as long
+    as the VM exists. A third key, kvm_has_noapic_vcpu, is enabled by a vCPU without a local APIC.
     """
     create_irqchip(vm_fd)
     if ioctl(kvm_fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", KVM_CAP_XEN_HVM):
@@ -186,18 +190,18 @@ def use_what_has_static_keys(kvm_fd: int, vm_fd: int) -> None:
 
 
 def set_msr(vcpu_fd: int, index: int, value: int) -> None:
-    """KVM_SET_MSRS for one register; the vCPU must not be running.
+    """KVM_SET_MSRS for one MSR; the vCPU must not be running (api.rst 4.19).
 
     :raises KvmError: the ioctl failed
-    :raises ValueError: KVM does not take the register, or not that value
+    :raises ValueError: KVM rejects the MSR or the value
     """
     request = bytes(kvm_msrs(nmsrs=1)) + bytes(kvm_msr_entry(index=index, data=value))
     if not ioctl(vcpu_fd, KVM_SET_MSRS, "KVM_SET_MSRS", request, f"index={index:#x}, data={value:#x}"):
-        raise ValueError(f"KVM_SET_MSRS: KVM does not take {value:#x} for MSR {index:#x}")
+        raise ValueError(f"KVM_SET_MSRS: KVM rejects {value:#x} for MSR {index:#x}")
 
 
 def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
-    """The command of the guest's call when the last exit was one, else None."""
+    """The command number of the guest's call if the last exit was one, else None."""
     if run.exit_reason == uapi.KVM_EXIT_IO and run.io.direction == uapi.KVM_EXIT_IO_OUT and run.io.port == port:
         data = ctypes.string_at(ctypes.addressof(run) + run.io.data_offset, run.io.size)
         return int.from_bytes(data, "little")
@@ -205,20 +209,20 @@ def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
 
 
 def abort_arguments(vcpu_fd: int) -> tuple[int, int, int]:
-    """The arguments of a guest's abort: the message's address and two values."""
+    """The arguments of UCALL_ABORT: the address of the message, and two values."""
     regs = get_regs(vcpu_fd)
     return regs.rsi, regs.rdx, regs.rcx
 
 
 def decode_exception(vcpu_fd: int, read: Callable[[int, int], bytes]) -> GuestException:
-    """The exception that the last call reported, from the frame that the guest's stub built on its stack."""
+    """Decode UCALL_EXCEPTION from the frame that the exception stub has built on the guest's stack."""
     frame = get_regs(vcpu_fd).rsp
     _rax, vector, error_code, rip, _cs, rflags, rsp = struct.unpack("<7Q", read(frame, 56))
     return GuestException(vector, error_code, rip, rsp, rflags, get_sregs(vcpu_fd).cr2)
 
 
 def describe_registers(vcpu_fd: int) -> str:
-    """The vCPU's registers as text; the vCPU must not be running."""
+    """The vCPU's registers as text, four per line; the vCPU must not be running."""
     regs, sregs = get_regs(vcpu_fd), get_sregs(vcpu_fd)
     values = [(name, getattr(regs, name)) for name in _GENERAL_REGISTERS]
     values += [(name, getattr(sregs, name)) for name in ("cr0", "cr2", "cr3", "cr4", "efer")]
