@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The kernel's log: reading what it says while tests run, and finding the reports in it that no test may cause."""
+"""The kernel log: reading it while tests run, and finding the reports in it (WARN, BUG, Oops, lockdep ...)."""
 
 import os
 import re
@@ -9,13 +9,12 @@ from enum import Enum
 
 DEVICE = "/dev/kmsg"
 
-# A report that never says that it ends is cut here.
-_MOST_LINES = 80
+_MOST_LINES = 80  # a report without an end marker is cut off here
 _RECORD = 8192  # the kernel writes no larger record (Documentation/ABI/testing/dev-kmsg)
 
 
 class Kind(Enum):
-    """What the kernel reports."""
+    """Kinds of reports."""
 
     LOST = "lost records"
     WARN = "WARN"
@@ -28,9 +27,9 @@ class Kind(Enum):
     PANIC = "panic"
 
 
-# What reports begin with; the first that fits counts. From lib/{bug,ubsan}.c, kernel/{panic,watchdog,hung_task}.c,
-# kernel/locking/lockdep.c, kernel/rcu/tree_stall.h, mm/{kasan,kfence}/report.c, arch/x86/kernel/{dumpstack,traps}.c and
-# arch/x86/mm/fault.c.
+# First lines of reports; the first pattern that matches decides. From lib/{bug,ubsan}.c,
+# kernel/{panic,watchdog,hung_task}.c, kernel/locking/lockdep.c, kernel/rcu/tree_stall.h, mm/{kasan,kfence}/report.c,
+# arch/x86/kernel/{dumpstack,traps}.c and arch/x86/mm/fault.c.
 _TITLES = [
     (kind, re.compile(pattern))
     for kind, pattern in (
@@ -63,10 +62,10 @@ _END = re.compile(r"---\[ end (?:trace|Kernel panic)")
 
 @dataclass
 class Splat:
-    """One report of the kernel.
+    """One report in the kernel log.
 
-    :ivar kind: the gravest that its lines tell
-    :ivar lines: the whole report, its title first
+    :ivar kind: of the last title in the report: a BUG that ends in an Oops is an Oops
+    :ivar lines: the whole report, beginning with its title
     """
 
     kind: Kind
@@ -79,7 +78,7 @@ class Splat:
 
     @property
     def titles(self) -> list[str]:
-        """Its lines that are titles: of an oops, say, what went wrong and the oops itself."""
+        """All title lines of the report: an oops has one for the cause and one for the oops itself."""
         return [line for line in self.lines if _kind(line) is not None]
 
     def __str__(self) -> str:
@@ -87,7 +86,7 @@ class Splat:
 
 
 def find_splats(lines: Iterable[str]) -> list[Splat]:
-    """Find the reports among *lines* of the log, which carry no timestamps."""
+    """Find the reports in *lines* of the log, which must be without timestamps."""
     splats: list[Splat] = []
     current: Splat | None = None
     for line in lines:
@@ -106,7 +105,7 @@ def find_splats(lines: Iterable[str]) -> list[Splat]:
 
 
 def _continues(current: Kind, kind: Kind) -> bool:
-    """Whether a title belongs to the open report: "BUG: ...", "Oops: ..." and "Kernel panic" are one, named after the last."""
+    """Whether a title continues the current report: "BUG: ...", "Oops: ..." and "Kernel panic" form one report."""
     return kind in (Kind.OOPS, Kind.PANIC) and current in (Kind.BUG, Kind.OOPS)
 
 
@@ -115,9 +114,9 @@ def _kind(line: str) -> Kind | None:
 
 
 class KernelLog:
-    """The kernel's log from now on.
+    """The kernel log from now on.
 
-    :raises OSError: this user may not read it (``kernel.dmesg_restrict``), or there is none
+    :raises OSError: this user may not read it (``kernel.dmesg_restrict``), or there is no such device
     """
 
     def __init__(self, path: str = DEVICE) -> None:
@@ -127,7 +126,7 @@ class KernelLog:
     def new_splats(self) -> list[Splat]:
         """The reports since the last call.
 
-        A log that ran over before it was read is a report too: what it held is not known.
+        Records that were overwritten before they were read count as a report of kind LOST.
         """
         lines: list[str] = []
         lost = False
@@ -136,7 +135,7 @@ class KernelLog:
                 record = os.read(self._file, _RECORD)
             except BlockingIOError:
                 break
-            except BrokenPipeError:  # dev-kmsg: the next record was overwritten; reading goes on with the oldest left
+            except BrokenPipeError:  # the next record was overwritten; the next read returns the oldest left (dev-kmsg)
                 lost = True
                 continue
             if not record:
@@ -151,12 +150,12 @@ class KernelLog:
 
 
 def kernel_lines(records: str) -> list[str]:
-    """The lines of text of *records* of ``/dev/kmsg``, without those that programs wrote."""
+    """The text in records of ``/dev/kmsg``, without records that user space wrote."""
     lines: list[str] = []
     for record in records.splitlines():
         header, _, text = record.partition(";")
-        # LOG_KERN is facility 0, which nothing from user space ever has; a line that begins with a space belongs to the
-        # record before it (Documentation/ABI/testing/dev-kmsg).
+        # LOG_KERN is facility 0, which user space cannot use. A line that begins with a space continues the previous record
+        # (Documentation/ABI/testing/dev-kmsg).
         if record[:1] != " " and int(header.partition(",")[0]) >> 3 == 0:
             lines += re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), text).splitlines()
     return lines

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Lines that stay below what is printed on a terminal, and change there.
+"""Status lines at the bottom of a terminal, below the regular output, updated in place.
 
-No library's progress bar (tqdm, rich) serves: each wants the cursor for itself. Here it stays where pytest's writer left it.
+Progress bar libraries (tqdm, rich) do not fit: they own the cursor. Here it stays where pytest's writer has left it.
 """
 
 import os
@@ -12,30 +12,32 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _SAVE, _RESTORE = "\x1b7", "\x1b8"
-_ONE_DOWN = "\x1bD"  # in the same column, and the screen scrolls at its end
+_ONE_DOWN = "\x1bD"  # same column; scrolls at the bottom of the screen
 _CLEAR_LINE, _CLEAR_BELOW = "\x1b[K", "\x1b[J"
 _LAST_COLUMN = "\x1b[999G"
 _PART = re.compile(r"\x1b\[[0-9;]*m|.", re.DOTALL)
 
 
 def is_terminal(file: TextIO) -> bool:
-    """Whether *file* is a terminal that can move its cursor."""
+    """Whether *file* is a terminal with cursor control ($TERM is set, and not ``dumb``)."""
     return file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def terminal_size(descriptor: int) -> tuple[int, int]:
-    """Columns and rows of a terminal."""
+    """Columns and rows of a terminal; 80 and 24 if unknown."""
     try:
         columns, rows = os.get_terminal_size(descriptor)
-    except OSError:  # it was closed
+    except OSError:  # the terminal was closed
         columns = rows = 0
-    return columns or 80, rows or 24  # it may not know
+    return columns or 80, rows or 24
 
 
 class WatchedOutput:
-    """Stands in for the text file *file*, to know what is printed and to print between it from another thread.
+    """A proxy for the text file *file* that counts writes, and lets other threads print lines in between.
 
-    What is printed from there goes past *file*, whose descriptor leads elsewhere while pytest captures a test's output.
+    Those lines are written to a duplicate of the file's descriptor: pytest redirects the original while it captures output.
+
+    :ivar writes: how often :meth:`write` was called
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -46,7 +48,7 @@ class WatchedOutput:
         self._in_line = False
 
     def write(self, text: str) -> int:
-        """Print *text*, at once."""
+        """Print *text* and flush."""
         with self._lock:
             self.writes += 1
             self._in_line = not text.endswith("\n") if text else self._in_line
@@ -61,13 +63,13 @@ class WatchedOutput:
             self._in_line = False
 
     def close(self) -> None:
-        """Have no part in what is printed any more."""
+        """Close the duplicate descriptor; *file* stays open."""
         with self._lock:
             os.close(self._output)
 
     def _print(self, text: str) -> None:
         left = text.encode(self.file.encoding or "utf-8", "replace")
-        with suppress(OSError):  # the terminal, or who reads the pipe, has gone: what pytest itself prints will say so
+        with suppress(OSError):  # the terminal or pipe is closed: pytest's own output will fail on that
             while left:
                 left = left[os.write(self._output, left) :]
 
@@ -76,22 +78,22 @@ class WatchedOutput:
 
 
 class LiveLines(WatchedOutput):
-    """The same for a terminal, with lines below what is printed."""
+    """A WatchedOutput for a terminal, with status lines below the output."""
 
     def __init__(self, file: TextIO) -> None:
         super().__init__(file)
         self._lines: list[str] = []
         self._column = 0
-        # The character in the terminal's last column, with its colour, behind which the cursor is; and how wide it was then
+        # If the cursor is after the last column: the character there with its colour, and the terminal's width at the time
         self._edge, self._edge_at = "", 0
 
     @property
     def columns(self) -> int:
-        """How long a line can be; in the last column a terminal may wrap."""
+        """The longest line to show: one less than the terminal's width, since a terminal may wrap in the last column."""
         return terminal_size(self._output)[0] - 1
 
     def show(self, lines: Sequence[str]) -> None:
-        """Replace the lines that are shown by *lines*, none of which is longer than a line of the terminal."""
+        """Replace the status lines; none may be longer than :attr:`columns`."""
         with self._lock:
             if not (lines or self._lines) or not self._in_foreground():
                 return
@@ -99,7 +101,7 @@ class LiveLines(WatchedOutput):
             self._draw()
 
     def write(self, text: str) -> int:
-        """Print *text* above the lines."""
+        """Print *text* above the status lines."""
         with self._lock:
             lines, self._lines = self._lines, []
             if lines:
@@ -112,7 +114,7 @@ class LiveLines(WatchedOutput):
             return written
 
     def close(self) -> None:
-        """Remove the lines, and have no part in what is printed any more."""
+        """Remove the status lines and close the duplicate descriptor."""
         with self._lock:
             if self._lines:
                 self._lines = []
@@ -120,7 +122,7 @@ class LiveLines(WatchedOutput):
             super().close()
 
     def _follow(self, text: str) -> None:
-        """Note in which column the cursor is when *text* is printed."""
+        """Track the cursor's column past *text*."""
         if not text:
             return
         colours, last, self._edge = "", self._edge, ""
@@ -135,18 +137,18 @@ class LiveLines(WatchedOutput):
             self._edge = last + colours
 
     def _draw(self) -> None:
-        # The screen is made to scroll first: a saved position does not scroll with it.
+        # Scroll first: a saved cursor position does not scroll with the screen.
         count = len(self._lines)
         room = f"{_ONE_DOWN * count}\x1b[{count}A" if count else ""
         lines = "".join(f"\r\n{line}{_CLEAR_LINE}" for line in self._lines) or "\r\n"
-        # Behind the last column a terminal has yet to wrap, and forgets it when the cursor moves: what is printed next
-        # would overwrite the character there. That one is printed again.
+        # After a character in the last column, the terminal has a wrap pending, which it forgets when the cursor moves: the
+        # next character would overwrite the last one. Printing the last one again restores the pending wrap.
         edge = self._edge if self._edge_at == terminal_size(self._output)[0] else ""
         self._print(f"{room}{_LAST_COLUMN if edge else ''}{_SAVE}{lines}{_CLEAR_BELOW}{_RESTORE}{edge}")
 
     def _in_foreground(self) -> bool:
-        """Whether the terminal is not with another job of a shell."""
+        """Whether this process group is in the terminal's foreground."""
         try:
             return os.tcgetpgrp(self._output) == os.getpgrp()
-        except OSError:  # it is not this session's
+        except OSError:  # not this session's controlling terminal
             return True

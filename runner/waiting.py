@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Progress of what takes time outside pytest: a line that changes on a terminal, elsewhere a line every half minute."""
+"""Progress of long operations outside pytest: a line updated in place on a terminal, a line every half minute elsewhere."""
 
 import os
 import sys
@@ -11,21 +11,22 @@ from pathlib import Path
 
 from runner.live_lines import is_terminal, terminal_size
 
-_TICK = 0.5  # seconds between two changes of the line on a terminal
-_BAR = 24
-SILENCE = 30.0  # seconds between two lines elsewhere
+_TICK = 0.5  # seconds between updates of the line on a terminal
+_BAR = 24  # columns
+SILENCE = 30.0  # seconds between lines elsewhere
 
 
-# Progress: the share that is done, or None if unknown, and the same in words
+# Returns the share that is done, from 0 to 1, or None if unknown; and the progress in words
 Figure = Callable[[], tuple[float | None, str]]
 
 
 @contextmanager
 def waiting(what: str, figure: Figure | None = None, begin: str | None = None) -> Iterator[None]:
-    """Show on standard error what the body does, how far it is, and for how long it runs.
+    """Show on standard error what the body does and for how long, until it ends.
 
-    :param figure: gives the progress; it is called on another thread
-    :param begin: the first line where there is no terminal
+    :param what: the operation in words
+    :param figure: its progress; called on another thread
+    :param begin: a line to print first, unless standard error is a terminal
     """
     live = is_terminal(sys.stderr)
     if begin and not live:
@@ -54,22 +55,22 @@ def _show(what: str, figure: Figure | None, live: bool, over: threading.Event) -
 
 
 def _print(text: str) -> None:
-    with suppress(OSError):  # the terminal is gone: whoever prints results will report it
+    with suppress(OSError):  # a closed terminal is an error only for those that print results
         print(text, end="", file=sys.stderr, flush=True)
 
 
 def bar(share: float) -> str:
-    """A bar of which *share* is filled."""
+    """A progress bar, full at a *share* of 1."""
     return f"[{'#' * int(min(share, 1) * _BAR):.<{_BAR}}]"
 
 
 def clipped(text: str, columns: int) -> str:
-    """*text*, cut to fit into *columns*."""
+    """*text*, cut off with ``..`` if it is longer than *columns*."""
     return text if len(text) <= columns else f"{text[: max(columns - 2, 0)]}.."
 
 
 def duration(seconds: float) -> str:
-    """A time in words: ``35 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    """A duration in at most two units, rounded down: ``35 s``, ``2 min 5 s``, ``1 h 3 min``."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -78,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """The size of all files below *folder*, which may be written and renamed meanwhile."""
+    """The total size of the files below *folder*, which may change meanwhile."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -15,9 +15,9 @@ from harness.kernel_options import (
     AUTO,
     LONGEST,
     add_kernel_options,
-    for_another_kernel,
     machine_numbers,
     option_name,
+    other_kernel_options,
 )
 from harness.output_paths import check_file, check_folder
 from harness.results import RESULTS
@@ -137,7 +137,7 @@ def check_options(config: pytest.Config) -> None:
     for name, (text, what) in texts.items():
         if text == "":
             raise SelectionError(f"{name}: '' names no {what}")
-    if option.kernel is None and (unused := for_another_kernel(option)):
+    if option.kernel is None and (unused := other_kernel_options(option)):
         raise SelectionError(
             f"{', '.join(unused)}: only for tests in another kernel (--kernel NAME, or make check-kernel)"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whether tests match what was asked for, found on this host before a kernel is fetched or booted for them."""
+"""Collects the selected tests on this host, before a kernel is fetched or booted, to find out whether there are any."""
 
 import os
 import subprocess
@@ -11,18 +11,19 @@ import pytest
 from harness.kernel_options import options_given, selection_options
 from runner import ROOT
 
-# Options of its own would come from there: those of this run are on its command line already.
+# The options from these variables are already part of this run's command line
 _NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
-# All cells that may be in the plan of any kernel, as the device is not asked what this host has
+# Plans the cells of every kernel: without a KVM device, none is left out
 _ANY_KERNELS_CELLS = ["--full", "--kvm-device=/dev/null", "--test-mem=4M"]
 _ERROR = "ERROR: "
 
 
 def any_test_matches(option: Any, dimensions: list[str], tests: list[str]) -> bool:
-    """Collect *tests* as the session in the kernel will, but with the cells of any kernel.
+    """Whether the session in the kernel may find any test; collects *tests* like it, with the cells of every kernel.
 
-    :param dimensions: the options that choose cells
-    :raises pytest.UsageError: an expression is wrong, a path is not there, or a test's file cannot be imported
+    :param option: the options of this run
+    :param dimensions: names of the options that select cells
+    :raises pytest.UsageError: an expression is invalid, a path does not exist, or a file cannot be imported
     """
     arguments = ["--collect-only", "-q", *_ANY_KERNELS_CELLS, "-p", "no:cacheprovider"]
     arguments += [*options_given(option, dimensions), *selection_options(option), *tests]
@@ -45,7 +46,7 @@ def any_test_matches(option: Any, dimensions: list[str], tests: list[str]) -> bo
 
 
 def no_test_matches(option: Any, tests: list[str]) -> str:
-    """The line that says so, with what was asked for."""
+    """The error message for a selection that matches no test."""
     words = [word if word.startswith("-") else repr(word) for word in selection_options(option)]
     places = [os.path.relpath(test, ROOT) if os.path.isabs(test) else test for test in tests if test[0] != "-"]
     return f"no test {'matches ' if words else ''}{' '.join([*words, 'in', *places])}"

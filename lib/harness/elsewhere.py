@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def needs_kernel(option: Any) -> bool:
-    """Whether the tests on KVM run in another kernel: one that is named, or one at hand as this host has no usable KVM."""
+    """Whether the tests on KVM run in another kernel: a named one, or a local one if this host has no usable KVM."""
     if option.kernel is None:
         return False
     if option.kernel != AUTO:
@@ -120,7 +120,7 @@ def prepare_remote(config: pytest.Config) -> None:
     facts = Facts(host, asdict(config.stash[SETTINGS]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
     # With auto the tests of this host may be all that was asked for.
-    report.must_test, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
+    report.requires_kvm_tests, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Signals that end a run: it stops where it is, and shows and keeps what was done."""
+"""Signals that end a run. The run stops where it is, and still prints its summary and writes its files."""
 
 import errno
 import os
@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PATIENCE = 5  # seconds for the end, in which Ctrl-C gives up nothing
-_ENDS_ALREADY = f"\nthe run ends already, and writes its results; Ctrl-C after {_PATIENCE} s gives them up\n"
+_PATIENCE = 5  # seconds after the first signal in which another Ctrl-C does not discard the results
+_ENDS_ALREADY = f"\nthe run is ending and writing its results; Ctrl-C after {_PATIENCE} s discards them\n"
 
 
 class Interruption:
-    """The first of SIGINT, SIGTERM and SIGHUP ends the run as Ctrl-C does; those that follow do not break into its end.
+    """A pytest plugin by which the first SIGINT, SIGTERM or SIGHUP ends the run as Ctrl-C does.
 
-    A closed terminal sends several, and so do ``timeout`` and make. Only who presses Ctrl-C for long wants no results.
+    Later signals do not disturb the end of the run: a closing terminal, ``timeout`` and make all send several. Only a Ctrl-C
+    that comes more than ``_PATIENCE`` seconds after the first signal exits at once.
 
-    :ivar name: of the first signal; None when there was none
+    :ivar name: of the first signal; None if there was none
     """
 
     def __init__(self) -> None:
@@ -33,15 +34,15 @@ class Interruption:
         self._ending = False
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
 
-    def heed(self) -> None:
-        """Have the signals handled, but for those that whoever started the run has ignored (``nohup``, ``&``)."""
+    def install_handlers(self) -> None:
+        """Install the signal handlers, except for signals that are ignored from the start (``nohup``, ``&``)."""
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _leave_closed_terminal()
+            _detach_closed_terminals()
         if self.name is None:
             self.name, self._began = signal.Signals(number).name, time.monotonic()
             if not self._ending:
@@ -49,13 +50,13 @@ class Interruption:
         elif number == signal.SIGINT:
             if time.monotonic() > self._began + _PATIENCE:
                 os._exit(128 + number)
-            with suppress(OSError):  # of a terminal that has closed
+            with suppress(OSError):  # the terminal is closed
                 os.write(2, _ENDS_ALREADY.encode())
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
-        """Have Ctrl-C wait until xdist's workers are started: it would end them in tracebacks of their imports."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit, see heed_once_in_worker()
+        """Block SIGINT until xdist's workers are started: it would make them print tracebacks of their imports."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this: handle_sigint_in_worker()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection(self) -> Generator[None, object, object]:
@@ -73,27 +74,27 @@ class Interruption:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
-        """Ignore what still comes: as Python ends it sets signals back to what they do by default, and that kills."""
+        """Ignore further signals: Python restores the default actions when it exits, and those would kill it."""
         if self.name is not None:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """From here on a signal would break into what writes the files, and ends nothing sooner."""
+        """From now on a first signal is only recorded: an exception would interrupt the writing of the files."""
         self._ending = True
         return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Interrupt the workers too: a signal to this process alone would leave them in their tests for ten seconds."""
-        excinfo.value.__dict__.pop("__notes__", None)  # where a vCPU was is of no interest then
+        """Interrupt the workers too: after a signal to this process alone they would continue for ten seconds."""
+        excinfo.value.__dict__.pop("__notes__", None)  # the state of the vCPUs does not matter here
         for process in self._workers.values():
             process.send_signal(signal.SIGINT)
 
 
-def _leave_closed_terminal() -> None:
-    """Let what is still written to a terminal that is closed go nowhere: its errors would end the run before its files."""
+def _detach_closed_terminals() -> None:
+    """Redirect descriptors of a closed terminal to /dev/null: a write error would end the run before it writes its files."""
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -105,21 +106,21 @@ def _leave_closed_terminal() -> None:
 
 
 def process_of(worker: Any) -> "subprocess.Popen[bytes] | None":
-    """The process of a worker; None for one on another machine."""
-    # execnet keeps its child to itself (Popen2IOMaster, execnet/gateway_io.py).
+    """The process of an xdist worker; None for a worker on another machine."""
+    # execnet has no public access to it (Popen2IOMaster, execnet/gateway_io.py).
     process: subprocess.Popen[bytes] | None = getattr(worker.gateway._io, "popen", None)
     return process
 
 
-def heed_once_in_worker() -> None:
-    """Have a worker heed SIGINT from now on; one that came before ends it at once: it has nothing to report yet."""
+def handle_sigint_in_worker() -> None:
+    """Handle SIGINT in an xdist worker from now on. If one is pending, exit: the worker has nothing to report yet."""
     if signal.SIGINT in signal.sigpending():
         os._exit(128 + signal.SIGINT)
-    signal.signal(signal.SIGINT, _heed_once)
+    signal.signal(signal.SIGINT, _interrupt_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _heed_once(number: int, frame: FrameType | None) -> None:
-    """A worker's handler of SIGINT, which comes from the terminal and from its controller."""
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A worker's SIGINT handler; ignores further ones, since the terminal and the controller each send one."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

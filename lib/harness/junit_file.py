@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""JUnit's file: pytest writes it at the end, and is kept from ending in a traceback when it cannot."""
+"""The JUnit XML file: an error while writing it is a line in the summary instead of a traceback."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from harness.run_report import RunReport, not_kept
 
 
 class JunitFile(LogXML):
-    """pytest's writer; what keeps it from writing is said, and is no verdict on the kernel.
+    """pytest's writer with its errors turned into notes of the run's report.
 
-    :param writer: the one whose place it takes
+    :param writer: pytest's own writer, to be replaced
     """
 
     def __init__(self, writer: LogXML, report: RunReport) -> None:
@@ -25,19 +25,19 @@ class JunitFile(LogXML):
             super().pytest_sessionfinish()
         except OSError as error:
             self._kept = False
-            self._report.remarks.append(not_kept(self.logfile, error, "--junitxml FILE"))
+            self._report.notes.append(not_kept(self.logfile, error, "--junitxml FILE"))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        # The run's folder is in its last line.
+        # The last line of the run names the folder anyway.
         if self._kept and not Path(self.logfile).is_relative_to(self._report.results):
             super().pytest_terminal_summary(terminalreporter, config)
 
 
-def keep_errors_out(config: pytest.Config, report: RunReport) -> None:
-    """Put a JunitFile in the place of pytest's writer, if there is one: as the session starts, before it has any reports."""
+def guard_junit_file(config: pytest.Config, report: RunReport) -> None:
+    """Replace pytest's JUnit writer, if there is one, by a JunitFile; to be called when the session starts."""
     writer = config.stash.get(xml_key, None)
     if writer is not None:
         config.pluginmanager.unregister(writer)
         guarded = config.stash[xml_key] = JunitFile(writer, report)
         config.pluginmanager.register(guarded)
-        guarded.pytest_sessionstart()  # the hook of that name is being called already, for the plugins there were
+        guarded.pytest_sessionstart()  # this hook is running, and does not include plugins registered meanwhile

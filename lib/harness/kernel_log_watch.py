@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The kernel's log as part of the verdict: what the kernel reports while a test runs fails that test, and the run."""
+"""The kernel log as part of the verdict: a report (WARN, BUG, Oops ...) fails the test that was running, and the run."""
 
 from collections.abc import Callable, Generator
 
@@ -8,14 +8,14 @@ import pytest
 from harness.run_report import KernelReport, RunReport
 from runner.kernel_log import KernelLog, Splat
 
-# Gives the id of the known bug that explains a report, if one does.
+# Returns the id of the known bug that explains a report, or None
 Explain = Callable[[Splat], str | None]
 
 
 class TestWatch:
-    """Ties what the kernel reports to the test that this process was running.
+    """A pytest plugin that fails a test during which an unexplained report appeared.
 
-    Other processes' tests run on the same kernel: with xdist, all that ran at the time fail.
+    With xdist, tests in other processes run on the same kernel: all tests that were running fail.
     """
 
     def __init__(self, log: KernelLog, explain: Explain) -> None:
@@ -37,7 +37,7 @@ class TestWatch:
                 report.sections.append(("kernel log", text))
             else:
                 report.outcome, report.longrepr = "failed", text
-                vars(report).pop("wasxfail", None)  # a known bug does not excuse what it does not explain
+                vars(report).pop("wasxfail", None)  # the test's known bug does not explain this report
         return report
 
     def pytest_unconfigure(self) -> None:
@@ -45,7 +45,7 @@ class TestWatch:
 
 
 class RunWatch:
-    """Collects all that the kernel reported during the run, whichever test it was, or none."""
+    """A pytest plugin that collects all kernel log reports of the run, also those between tests."""
 
     def __init__(self, log: KernelLog, explain: Explain, report: RunReport) -> None:
         self._log = log
@@ -54,12 +54,12 @@ class RunWatch:
         self._splats: list[Splat] = []
 
     def pytest_runtest_logreport(self) -> None:
-        self._splats += self._log.new_splats()  # before the log can run over
+        self._splats += self._log.new_splats()  # before the kernel overwrites them
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         for splat in self._splats + self._log.new_splats():
-            tests = self._report.tests_blamed_for(splat.title)
+            tests = self._report.tests_that_saw(splat.title)
             known_bug = self._explain(splat)
             self._report.kernel_reports.append(
                 KernelReport(splat.kind.value, splat.title, splat.lines, known_bug, tests)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The command line of a run in another kernel: the options of the host, and those that pytest gets in the kernel."""
+"""Options for running the tests in another kernel, and the command line of the session in that kernel."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,9 +10,10 @@ import pytest
 from harness.selection import parse_number
 from runner import ROOT
 
-# The suite's tests of itself, which run in a kernel only if they are named
+# The suite's tests of itself; they run in another kernel only if they are named on the command line
 OWN_TESTS = "selftests/unit/"
-AUTO = "auto"  # --kernel: a local kernel, if this host's KVM cannot be used
+# --kernel auto: run in a local kernel if this host has no usable KVM
+AUTO = "auto"
 ACCELERATORS = ("auto", "tcg", "kvm")
 
 LONGEST = 7 * 24 * 3600  # seconds
@@ -20,16 +21,16 @@ LONGEST = 7 * 24 * 3600  # seconds
 _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
     "vm_memory": (3072, 256, None, "MIB", "memory of the machine, at least 256"),
     "vm_cpus": (2, 1, None, "N", "its CPUs"),
-    "time_limit": (300, 1, LONGEST, "S", "the kernel hangs if the machine sends no message for so long"),
+    "time_limit": (300, 1, LONGEST, "S", "seconds without a message after which the kernel counts as hung"),
 }
 _MACHINE_TEXTS = ("qemu", "accel", "cpu_model", "append")
 _TEXT_OPTIONS = ("kvm_params", *_MACHINE_TEXTS)
-# pytest's own options that the session in the kernel gets as well: those that select tests, and others
+# pytest's own options to pass on to the session in the kernel: those that select tests, and others
 _EXPRESSIONS = {"keyword": "-k", "markexpr": "-m"}
 _LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
 _PYTEST_OPTIONS = {"tbstyle": "--tb", "maxfail": "--maxfail"}
 _PYTEST_FLAGS = {"showlocals": "--showlocals", "runxfail": "--runxfail", "fulltrace": "--full-trace"}
-# Those that cannot work there
+# pytest's own options that cannot be used there
 _UNSUPPORTED = {
     "collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace",
     "lf": "--lf", "failedfirst": "--ff", "newfirst": "--nf", "stepwise": "--stepwise",
@@ -38,7 +39,7 @@ _UNSUPPORTED = {
 
 
 def option_name(field: str) -> str:
-    """The command line's name of an option: ``--log-mode`` for ``log_mode``."""
+    """An option's name on the command line: ``--log-mode`` for ``log_mode``."""
     return f"--{field.replace('_', '-')}"
 
 
@@ -51,9 +52,11 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         "--kernel",
         metavar="KERNEL",
         help="run the tests in this kernel: bzImage, build tree, .deb, unpacked package, installed release, debian:6.12;"
-        f" {AUTO}: in a local one if this host has no usable KVM",
+        f" {AUTO}: a local kernel, if this host has no usable KVM",
     )
-    group.addoption("--kvm-params", metavar="PARAMS", help="of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'")
+    group.addoption(
+        "--kvm-params", metavar="PARAMS", help="parameters of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'"
+    )
     for name, (default, _, _, unit, text) in _MACHINE_OPTIONS.items():
         group.addoption(option_name(name), metavar=unit, help=f"{text}; default {default}")
     group.addoption(
@@ -62,14 +65,14 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
     group.addoption(
         "--qemu", metavar="PATH", help="the QEMU to use; default: this host's if it is known to be sound, else Debian's"
     )
-    group.addoption("--cpu-model", metavar="MODEL", help="as QEMU's -cpu takes it; default: the one known to work")
-    group.addoption("--append", metavar="TEXT", help="more of the kernel's command line")
+    group.addoption("--cpu-model", metavar="MODEL", help="CPU model for QEMU's -cpu; default: the one known to work")
+    group.addoption("--append", metavar="TEXT", help="parameters to append to the kernel's command line")
 
 
 def machine_numbers(option: Any) -> dict[str, int]:
-    """The values of the options of the machine that have a number, by name.
+    """The values of the machine's numeric options, by name; the default of an option that is not given.
 
-    :raises SelectionError: one is no number, or out of its range
+    :raises SelectionError: a value is not a number, or out of range
     """
     return {
         name: default if (text := getattr(option, name)) is None else parse_number(option_name(name), text, low, high)
@@ -77,26 +80,26 @@ def machine_numbers(option: Any) -> dict[str, int]:
     }
 
 
-def for_another_kernel(option: Any) -> list[str]:
-    """The names of the given options that only another kernel uses."""
+def other_kernel_options(option: Any) -> list[str]:
+    """The given options that need --kernel, as named on the command line; an empty value counts as not given."""
     return [option_name(name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS) if getattr(option, name)]
 
 
 def options_given(option: Any, names: Iterable[str]) -> list[str]:
-    """The options among *names* that have a value, as words of a command line."""
+    """The named options that have a value, as words of a command line."""
     given = {name: getattr(option, name) for name in names}
     return [f"{option_name(name)}={value}" for name, value in given.items() if value is not None]
 
 
 def flags_given(option: Any, names: Iterable[str]) -> list[str]:
-    """The flags among *names* that are set, as words of a command line."""
+    """The named flags that are set, as words of a command line."""
     return [option_name(name) for name in names if getattr(option, name)]
 
 
 def kernel_options(option: Any, image: Path) -> list[str]:
-    """The options that reproduce the kernel and the machine of this run, as words of a command line.
+    """The options to run pytest in the same kernel and machine again, as words of a command line.
 
-    :param image: the kernel that ``auto`` stands for
+    :param image: the kernel that --kernel auto has chosen
     """
     kernel = image if option.kernel == AUTO else option.kernel
     given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS)}
@@ -104,10 +107,10 @@ def kernel_options(option: Any, image: Path) -> list[str]:
 
 
 def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -> list[str]:
-    """The options of this run that the session in the kernel gets, as words of a command line.
+    """The options for the session in the kernel, as words of a command line.
 
-    :param names: the suite's options with a value
-    :param flags: those without
+    :param names: names of the suite's options that take a value
+    :param flags: names of those that take none
     """
     words = [*options_given(option, names), *flags_given(option, flags), *selection_options(option)]
     words += [f"{word}={value}" for name, word in _PYTEST_OPTIONS.items() if (value := getattr(option, name))]
@@ -115,7 +118,7 @@ def options_in_kernel(option: Any, names: Iterable[str], flags: Iterable[str]) -
 
 
 def selection_options(option: Any) -> list[str]:
-    """The options of pytest's own that select tests, as words of a command line."""
+    """Pytest's own options that select tests, as words of a command line."""
     words = [
         word for name, letter in _EXPRESSIONS.items() if (text := getattr(option, name)) for word in (letter, text)
     ]
@@ -123,18 +126,19 @@ def selection_options(option: Any) -> list[str]:
 
 
 def split_tests(config: pytest.Config) -> tuple[list[str], list[str]]:
-    """Split the tests of the command line into those that run in the kernel and those that run on this host.
+    """Split the selected tests into those for the other kernel and those for this host.
 
-    With ``--kernel auto`` the suite's tests of itself run on this host; with a named kernel they run in that one if they are
-    named too, and not at all otherwise.
+    The suite's tests of itself run on this host with ``--kernel auto``. With a named kernel they run there if the command
+    line names them, else not at all.
 
-    :raises pytest.UsageError: a test is not in this suite, or an option cannot be used with another kernel
+    :returns: arguments for the session in the kernel, and for the one here
+    :raises pytest.UsageError: a path is outside the suite, or an option cannot be used with --kernel
     """
     for name, word in _UNSUPPORTED.items():
         if config.getoption(name, None):
             raise pytest.UsageError(f"{word} cannot be used where the tests run in another kernel (--kernel)")
     stay = config.option.kernel == AUTO
-    # On the command line, or as pytest's setting testpaths, which `make run` gives
+    # Whether tests are named on the command line or in pytest's setting testpaths, which `make run` passes
     named = config.args_source is not pytest.Config.ArgsSource.INVOCATION_DIR
     there: list[str] = []
     here: list[str] = []

@@ -13,7 +13,7 @@ from runner.boot_outcome import BootOutcome
 
 
 class Verdict(Enum):
-    """A verdict on a kernel; the value is what users see."""
+    """The verdicts on a kernel; each value is the text that is shown."""
 
     GOOD = "good"
     BAD = "bad"
@@ -23,16 +23,16 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a verdict depends on.
+    """What the verdict is based on.
 
-    :ivar kernel: the number of tests on the kernel with each result
-    :ivar own: the same for the suite's tests of itself
-    :ivar planned: the number of tests that were to run
-    :ivar uncollected: the number of test files that could not be collected
-    :ivar stopped: why the run ended early, if it did
-    :ivar log_reports: the number of reports in the kernel's log that no known bug explains
-    :ivar end: how the booted kernel ended: the ``ending`` and ``text`` of the results file
-    :ivar untested: why no test ran on KVM, with the number of tests for each reason; None if one ran
+    :ivar kernel: number of tests of the kernel, by the test's verdict
+    :ivar own: number of the suite's tests of itself, by the test's verdict
+    :ivar planned: number of collected tests
+    :ivar uncollected: number of test files that could not be collected
+    :ivar stopped: why the run stopped early, in a word; empty if it did not
+    :ivar log_reports: number of kernel log reports that no known bug explains
+    :ivar end: how the booted kernel ended: ``ending`` and ``text`` as in the results file; empty on this host
+    :ivar untested: if no test ran on KVM, the reasons with their number of tests; else None
     """
 
     kernel: Counter[str]
@@ -45,8 +45,8 @@ class RunSummary:
     untested: Counter[str] | None = None
 
 
-def place(host: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
-    """Name the kernel, its KVM and where they ran, from the facts in results.json."""
+def describe_system(host: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """The kernel, its KVM and where they ran, in words; the parameters are those of ``run_report.Facts``."""
     kvm = "KVM" if host["backend"] == "unknown" else host["backend"]
     if machine:
         how = "emulated" if machine["emulated"] else "virtualized"
@@ -55,7 +55,7 @@ def place(host: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
 
 
 def verdict_on_kernel(summary: RunSummary) -> tuple[Verdict, str]:
-    """The verdict, and a line with its reason and the counts."""
+    """The verdict, and the line that states it with reason and counts."""
     ended = BootOutcome[summary.end["ending"]] if summary.end else BootOutcome.FINISHED
     counts = counts_of_tests(summary.kernel)
     ran = sum(summary.kernel.values()) + sum(summary.own.values()) - summary.kernel["not run"] - summary.own["not run"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The test matrix: which cells a run has."""
+"""The test matrix: all combinations of the dimensions' values, or a pairwise selection."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
@@ -16,10 +16,10 @@ def full_matrix(dimensions: Dimensions) -> list[Cell]:
 
 
 def pairwise_matrix(dimensions: Dimensions) -> list[Cell]:
-    """Few cells in which each value of a dimension meets each value of every other dimension at least once.
+    """A small set of cells that covers every pair of values of two dimensions.
 
-    Greedy and deterministic: a cell is begun with the first pair that no cell has yet, and each further dimension takes
-    the value that adds most new pairs.
+    Greedy and deterministic: a cell starts with the first uncovered pair; each further dimension takes the value that covers
+    most new pairs.
     """
     names = list(dimensions)
     missing = {
@@ -41,7 +41,7 @@ def pairwise_matrix(dimensions: Dimensions) -> list[Cell]:
 
 
 def _new_pairs(missing: Mapping[Any, None], names: list[str], chosen: Mapping[str, Any], name: str, value: Any) -> int:
-    """How many pairs that no cell has yet *value* would add to those in *chosen*."""
+    """How many uncovered pairs *value* forms with the values in *chosen*."""
     ahead = names.index(name)
     return sum(
         (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The files and folders that a run will write: tried before it begins, so that no result is lost at its end."""
+"""Checks before a run that its output files and folders can be written, so that no result is lost at its end."""
 
 import errno
 import os
@@ -8,23 +8,23 @@ from pathlib import Path
 
 from kvm_util.host_limits import explain
 
-# As much as the results of a small run take; a file system that is full has no room for it.
+# A probe writes as much as the results of a small run, to find out whether the file system is full
 _BLOCK, _BLOCKS = 4096, 64
 _ATTEMPTS = 3
 
 
 class OutputError(ValueError):
-    """A file or folder cannot be written; the text is one line for the user."""
+    """A file or folder cannot be written; the message is one line for the user."""
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Check that files can be put into *folder*. What is made for that is removed again.
+    """Check that *folder* can be created and written to; leaves nothing behind.
 
     :param option: the option that names the folder
-    :raises OutputError: they cannot
+    :raises OutputError: it cannot
     """
     try:
-        folder = folder.resolve()  # of a symbolic link too the target may have to be made
+        folder = folder.resolve()  # the target of a symbolic link may not exist yet
         made = _make(folder)
         try:
             _write(folder / f".probe-{os.getpid()}")
@@ -35,8 +35,9 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Check that *path* can be written, in a folder that will be made if it is not there. A file that is there is kept.
+    """Check that file *path* can be written, and its folder created; keeps an existing file and leaves nothing behind.
 
+    :param option: the option that names the file
     :raises OutputError: it cannot
     """
     try:
@@ -48,7 +49,7 @@ def check_file(option: str, path: Path) -> None:
             finally:
                 remove_if_empty(made)
         elif stat.S_ISFIFO(path.stat().st_mode):
-            pass  # to open it would wait for its reader
+            pass  # opening it would block until there is a reader
         else:
             path.open("ab").close()
     except OSError as error:
@@ -56,10 +57,10 @@ def check_file(option: str, path: Path) -> None:
 
 
 def make_folder(option: str, folder: Path) -> list[Path]:
-    """Make *folder* for the run.
+    """Create *folder* for the run, and its parents.
 
-    :returns: the folders that were made, for :func:`remove_if_empty`
-    :raises OutputError: it cannot be made
+    :returns: the folders that were missing, outermost first, for :func:`remove_if_empty`
+    :raises OutputError: it cannot be created
     """
     try:
         return _make(folder)
@@ -68,12 +69,12 @@ def make_folder(option: str, folder: Path) -> list[Path]:
 
 
 def remove_if_empty(made: list[Path]) -> None:
-    """Remove those of the folders that *made* lists, outermost first, which nothing was put into."""
+    """Remove the folders in *made* that are empty; the list begins with the outermost."""
     for folder in reversed(made):
         try:
             folder.rmdir()
         except OSError:
-            return  # something is in it, or it is gone
+            return  # it is not empty, or does not exist any more
 
 
 def _make(folder: Path) -> list[Path]:
@@ -83,7 +84,7 @@ def _make(folder: Path) -> list[Path]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 break
-            except FileNotFoundError:  # another run has just removed a parent, as it had nothing to put there
+            except FileNotFoundError:  # another run has just removed the parent because it was empty
                 if attempt == _ATTEMPTS - 1:
                     raise
     except FileExistsError:
@@ -95,7 +96,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _write(path: Path) -> None:
-    """Write a new file to the disk, and remove it."""
+    """Write a new file to disk, and remove it."""
     with path.open("xb", buffering=0) as file:
         try:
             for _ in range(_BLOCKS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Tests that were planned and did not come to run: the run's files and its table have them too."""
+"""Reports tests that were planned but did not run, so that the run's table and files are complete."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,10 +15,12 @@ NOT_RUN = ("verdict", "not run")
 
 
 class PlannedTests:
-    """Reports each planned test that has no verdict when the session ends, to all but the terminal.
+    """A pytest plugin that reports each planned test without a verdict as "not run" when the session ends.
 
-    :param cells: the planned cells' properties, by the last part of their tests' names
-    :ivar why: why tests did not run, where the session itself does not show it
+    The terminal reporter does not get these reports.
+
+    :param cells: properties of the planned cells, by test parameter id
+    :ivar why: the reason, if the session itself does not show it
     """
 
     def __init__(self, cells: Mapping[str, Mapping[str, Any]], interruption: Interruption) -> None:
@@ -30,11 +32,11 @@ class PlannedTests:
         self._workers: dict[str, Any] = {}
 
     def plan(self, tests: Mapping[str, Properties]) -> None:
-        """Add tests with their properties."""
+        """Add tests, with their properties by test id."""
         self._left |= {nodeid: list(properties) for nodeid, properties in tests.items()}
 
     def properties_of(self, nodeid: str) -> list[tuple[str, Any]]:
-        """What can be known of a test that only a worker has collected."""
+        """The properties of a test that only an xdist worker has collected."""
         cell = self._cells.get(nodeid.partition("[")[2].rstrip("]"), {})
         return [("kvm", not nodeid.startswith(OWN_TESTS)), *cell.items()]
 
@@ -45,7 +47,7 @@ class PlannedTests:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        if not self._started:  # a worker that replaces another one collects again
+        if not self._started:  # a worker that replaces a crashed one collects again
             self.plan({nodeid: self.properties_of(nodeid) for nodeid in ids})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -60,7 +62,7 @@ class PlannedTests:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         config = session.config
-        # pytest's own lines and counts are of tests that ran, and so is what --lf goes by.
+        # The terminal's counts, and the list for --lf, are about tests that ran.
         plugins = config.pluginmanager
         others = [plugins.get_plugin(name) for name in ("terminalreporter", "lfplugin")]
         hook = plugins.subset_hook_caller("pytest_runtest_logreport", [one for one in others if one is not None])
@@ -70,12 +72,12 @@ class PlannedTests:
             reason = f"{why}, during the test" if nodeid in self._started else why
             report = _not_run(nodeid, where, reason, properties)
             if nodeid in self._workers:
-                # junitxml takes reports of one worker for those of one test.
+                # junitxml matches the reports of a test by worker.
                 report.node = self._workers[nodeid]  # type: ignore[attr-defined]
             hook(report=report)
 
     def _why_ended(self, session: pytest.Session) -> str:
-        """Why the session ended before all tests had run."""
+        """Why the session ended early, in words."""
         most = session.config.option.maxfail
         if self._interruption.name is not None:
             return f"the run was interrupted ({self._interruption.name})"
@@ -83,12 +85,12 @@ class PlannedTests:
             return f"the run stopped after {counted(most, 'failure')} (--maxfail)"
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "pytest failed"
-        return "the run ended before"
+        return "the run ended early"
 
 
 def _not_run(
     nodeid: str, location: tuple[str, int | None, str], reason: str, properties: Properties
 ) -> pytest.TestReport:
-    """The report of a test that did not run."""
+    """Create the report of a test that did not run."""
     longrepr = (location[0], location[1] or 0, f"Skipped: not run: {reason}")
     return pytest.TestReport(nodeid, location, {}, "skipped", longrepr, "setup", user_properties=[*properties, NOT_RUN])

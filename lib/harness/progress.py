@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run is doing: in lines at the bottom of a terminal, and after some silence as plain lines elsewhere."""
+"""Progress display: status lines at the bottom of a terminal; elsewhere plain lines after some time without output."""
 
 import json
 import os
@@ -19,22 +19,24 @@ from kvm_util.wording import counted, short_number
 from runner.live_lines import LiveLines, WatchedOutput, is_terminal
 from runner.waiting import bar, clipped, duration
 
-# For how many seconds nothing is printed before the tests that run are named, and then again
+# Seconds without output before a plain line names the running tests, and before each further line
 SILENCE, MORE_SILENCE = 30.0, 60.0
-# How often the lines on a terminal change, in seconds; a run that is over sooner does without them
+# Seconds between updates on a terminal, and before the first one, so that short runs show none
 _TICK = 0.5
 _FIRST_TICK = 1.0
 _MOST_TESTS = 4
-_FIGURES = 48  # columns that a test's figures rarely exceed: names change their length no more often
-# What a worker of xdist has to say takes so many bytes of a file that it shares with the controller.
+_FIGURES = 48  # minimum columns for a test's figures, so that the space for its name changes rarely
+# Bytes for each xdist worker in the file that it shares with the controller
 _RECORD = 1024
 
 
 @dataclass
 class _Activity:
-    """Something that takes time: a test, or what is done between tests.
+    """A running test, or an operation between tests.
 
-    :ivar step: how far the test's cell was at *stepped*
+    :ivar started: monotonic time, in seconds
+    :ivar step: the last progress that the test's cell has reported
+    :ivar stepped: monotonic time of that report, in seconds
     """
 
     name: str
@@ -42,19 +44,19 @@ class _Activity:
     step: Step | None = None
     stepped: float = 0.0
 
-    def take(self, step: Step) -> None:
-        """Note how far it is."""
+    def update(self, step: Step) -> None:
+        """Record progress."""
         if step != self.step:
             self.step, self.stepped = step, time.monotonic()
 
     @property
     def age(self) -> float:
-        """For how many seconds it has lasted."""
+        """Seconds since it started."""
         return time.monotonic() - self.started
 
     @property
     def figures(self) -> str:
-        """How far it is, if that is known."""
+        """The last progress in words; empty if there is none."""
         if self.step is None:
             return ""
         text = f"iteration {self.step.iteration} of {self.step.iterations}, {short_number(self.step.writes)} writes"
@@ -64,7 +66,7 @@ class _Activity:
 
 
 class Progress:
-    """A plugin that shows what the run is doing, in the process that has the terminal."""
+    """A pytest plugin that displays progress, in the process that owns the terminal."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -78,30 +80,30 @@ class Progress:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def doing(self, text: str) -> None:
-        """Say what is done until the next test begins."""
+    def announce(self, text: str) -> None:
+        """Show *text* as the current operation until the next test begins."""
         self._running.clear()
         self._between = _Activity(text)
         if self._output is not None and not isinstance(self._output, LiveLines):
             self._reporter.write_line(text)
 
-    def take(self, nodeid: str, step: Step) -> None:
-        """Note how far a test's cell is."""
+    def update(self, nodeid: str, step: Step) -> None:
+        """Record the progress of a running test; ignored if the test does not run."""
         if test := self._running.get(nodeid):
-            test.take(step)
+            test.update(step)
 
-    # --- what pytest and xdist tell
+    # --- hooks
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         if not self._workers:
             self._records = os.memfd_create("progress")
-        # Workers are this process's children, and so may open what it has open.
+        # Workers are children of this process and may open its files through /proc.
         node.workerinput["progress"] = (f"/proc/{os.getpid()}/fd/{self._records}", self._workers * _RECORD)
         self._workers += 1
 
     def pytest_unconfigure(self) -> None:
-        self._stop()  # a second Ctrl-C may have cut the first try short
+        self._stop()  # again: a second Ctrl-C may have interrupted the first call
         if self._workers:
             os.close(self._records)
 
@@ -118,14 +120,14 @@ class Progress:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             self._done.add(report.nodeid)
-        if report.when not in ("setup", "call"):  # "???" is that of a worker that crashed
+        if report.when not in ("setup", "call"):  # "???" if the worker crashed
             self._running.pop(report.nodeid, None)
 
     def pytest_enter_pdb(self) -> None:
-        """Leave the terminal to the debugger for good."""
+        """Stop the display: the debugger needs the terminal."""
         self._stop()
 
-    # --- what is shown
+    # --- display
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
@@ -135,14 +137,14 @@ class Progress:
             yield
             return
         self._started = time.monotonic()
-        writer = self._reporter._tw  # it has no other way to put oneself between
+        writer = self._reporter._tw  # there is no public way to replace the writer's file
         file = writer._file
-        # With less capture than that, what tests start prints to the terminal past the lines.
+        # With weaker capture, child processes of tests print to the terminal directly, through the status lines.
         live = is_terminal(file) and option.capture == "fd"
         self._output = writer._file = LiveLines(file) if live else WatchedOutput(file)
-        progress.listener = self._take_here
+        progress.listener = self._update_running
         self._thread = threading.Thread(target=self._follow, args=[self._output], name="progress", daemon=True)
-        with suppress(RuntimeError):  # where no thread can be started, the tests will say so
+        with suppress(RuntimeError):  # if no thread can be started, the tests report it
             self._thread.start()
         try:
             yield
@@ -159,13 +161,13 @@ class Progress:
             self._output.close()
             self._output = None
 
-    def _take_here(self, step: Step) -> None:
-        """Note how far the test is that runs in this process."""
+    def _update_running(self, step: Step) -> None:
+        """Record the progress of the test that runs in this process."""
         for test in self._running.values():
-            test.take(step)
+            test.update(step)
 
     def _follow(self, output: WatchedOutput) -> None:
-        """Show what is done until the run is over; on a thread of its own."""
+        """The display thread: update the display until the run ends."""
         printed, since, patience = output.writes, time.monotonic(), SILENCE
         tick = _FIRST_TICK
         while not self._over.wait(tick):
@@ -183,14 +185,14 @@ class Progress:
                 since, patience = now, MORE_SILENCE
 
     def _read_records(self) -> None:
-        """Take up what the workers have to say."""
+        """Read the progress of the workers' tests from the shared file."""
         for worker in range(self._workers):
             record = os.pread(self._records, _RECORD, worker * _RECORD).rstrip(b"\0 ")
             try:
                 nodeid, *step = json.loads(record)
-                self.take(nodeid, Step(*step))
+                self.update(nodeid, Step(*step))
             except (ValueError, TypeError):
-                continue  # it was not written yet, or is just being written
+                continue  # not written yet, or being written right now
 
     def _live_lines(self, columns: int) -> list[str]:
         if between := self._between:
@@ -226,7 +228,7 @@ class Progress:
         return f"{after}: {self._count()} done, now: {'; '.join(named + more)}"
 
     def _oldest(self) -> list[_Activity]:
-        """The tests that run, the one that has run longest first."""
+        """The running tests, the oldest first."""
         return sorted([*self._running.values()], key=lambda test: test.started)
 
     def _count(self) -> str:
@@ -234,10 +236,10 @@ class Progress:
 
 
 class WorkerProgress:
-    """A plugin that lets the controller of an xdist worker know how far the worker's cells are.
+    """A pytest plugin for an xdist worker that reports the progress of its tests to the controller.
 
-    :param path: the file that they share
-    :param offset: where in it this worker writes
+    :param path: the file shared with the controller
+    :param offset: of this worker's record in the file, in bytes
     """
 
     def __init__(self, path: str, offset: int) -> None:
@@ -259,6 +261,6 @@ class WorkerProgress:
 
 
 def _short_name(nodeid: str) -> str:
-    """A test's name without its file; a cell's is long, and says which test it is of by itself."""
+    """A test's id without its file; for the main test only the cell, which identifies it."""
     name = nodeid.rpartition("/")[2].partition("::")[2] or nodeid
     return re.sub(r"^test_dirty_log\[(.*)\]$", r"\1", name)

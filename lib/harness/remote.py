@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A pytest session whose tests run in another kernel: it boots the kernel, and passes on the reports of the pytest there."""
+"""Runs the tests in another kernel: boots it, and replays the test reports of the pytest session in it."""
 
 import json
 from collections.abc import Generator
@@ -31,7 +31,7 @@ from runner.qemu import NoOutputTimeout, RunningMachine
 from runner.target import Target
 
 _MAX_BOOTS = 3
-# Plugins of pytest's that have no use in the guest, where each costs time
+# pytest plugins that the session in the kernel does not need; loading each one takes time
 _UNUSED_PLUGINS = [
     f"-pno:{name}"
     for name in ("cacheprovider", "doctest", "legacypath", "logging", "unittest", "subtests", "junitxml", "pastebin")
@@ -44,24 +44,26 @@ _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
 }
-# pytest's exit statuses when it was stopped, or could not start, and when it ran to its end
+# pytest's exit statuses for a session that was stopped early or could not begin, and for one that ran to its end
 _STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 _DONE = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 # Exit statuses of this session that the kernel does not change
 _KEPT = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
-# Outcomes that say nothing about the test that was running
+# Outcomes that are not the fault of the test that was running
 _UNRELATED_TO_TEST = (BootOutcome.EMULATOR_FAULT, BootOutcome.NOT_TESTED)
 _DETAIL_LINES = 12  # of a console or of pytest's output
 
 
 class RemoteSession:
-    """A plugin that runs pytest with *options* and *tests* as its arguments in the kernel of *target*.
+    """A pytest plugin that boots the kernel of *target* and runs a pytest session there.
 
+    :param options: of the session there
     :param reproduce_command: the command that reproduces the run
-    :param tests_here: whether other tests of the session run on this host, before those
-    :param results: the folder for the files
+    :param tests: arguments of the session there
+    :param tests_here: whether this session runs tests on this host first
+    :param results: the run's folder
     :param report: gets the facts of the run
-    :param planned: gets the tests
+    :param planned: gets the collected tests
     :ivar diagnosis: how the kernel ended; None until then
     """
 
@@ -91,14 +93,14 @@ class RemoteSession:
         self._output = ""
         self.diagnosis: Diagnosis | None = None
 
-    @pytest.hookimpl(tryfirst=True)  # before pytest says that it collects
+    @pytest.hookimpl(tryfirst=True)  # before pytest announces the collection
     def pytest_collection(self) -> bool | None:
-        """Collect nothing on this host, unless tests run here too."""
+        """Skip the collection, unless tests run on this host too."""
         return None if self._tests_here else True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
-        """After the tests of this host, run those of the kernel."""
+        """Run the tests of this host, then boot the kernel; boot again after a fault of the emulator."""
         done = yield
         self._session = session
         self._config = session.config
@@ -108,7 +110,7 @@ class RemoteSession:
         except (CannotTest, OSError) as error:
             self.diagnosis = Diagnosis(BootOutcome.NOT_TESTED, str(error))
         finally:
-            self._report.kept = True  # the console and the kernel's log are there in any case
+            self._report.kept = True  # the console and the kernel log are written in any case
         self._finish_report(self.diagnosis)
         return done
 
@@ -118,7 +120,7 @@ class RemoteSession:
             return
         outcome = self.diagnosis.outcome
         if outcome is not BootOutcome.FINISHED:
-            # A test that failed before makes the kernel bad, whatever ended it.
+            # A failure outweighs how the kernel ended later.
             session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else outcome.exit_status
         elif self._status in _STOPPED:
             session.exitstatus = self._status
@@ -131,19 +133,19 @@ class RemoteSession:
                 break
             if self._items and not self._left:
                 return Diagnosis(BootOutcome.FINISHED, "")  # the fault came after the last test
-            again = "; the tests that are left run again" if boot < _MAX_BOOTS else ""
+            again = "; the remaining tests run in another boot" if boot < _MAX_BOOTS else ""
             self._print_line(f"EMULATOR FAULT: {diagnosis.detail}{again}")
-            self._report.remarks.append(f"emulator fault in boot {boot}: {diagnosis.detail}")
+            self._report.notes.append(f"emulator fault in boot {boot}: {diagnosis.detail}")
         return diagnosis
 
     def _boot(self, boot: int) -> Diagnosis:
-        """Boot once, and run the tests that are left."""
+        """Boot once, and run the remaining tests."""
         suffix = "" if boot == 1 else f"-{boot}"
         console = self._results / f"console{suffix}.log"
         self._running = None
         target = self._target
         how = "emulated" if target.qemu.emulated else "virtualized"
-        self._progress.doing(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
+        self._progress.announce(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         with initramfs.build(self._results, target.modules, self._job()) as archive:
             machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive.fileno(), console)
         try:
@@ -153,6 +155,7 @@ class RemoteSession:
             (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
 
     def _job(self) -> Job:
+        """What the kernel is to do after booting."""
         target, port = self._target, this_arch().report_port
         session = GuestSession(port, self._reproduce_command, target.qemu.emulated)
         tests = self._left if self._items else self._tests
@@ -168,13 +171,13 @@ class RemoteSession:
         )
 
     def _handle_messages(self, machine: RunningMachine) -> Diagnosis:
-        """Handle the messages of *machine* until the kernel ends."""
+        """Handle the machine's messages until the kernel ends; returns how it ended."""
         booted, timeout = False, None
         try:
             for message in machine.messages(self._target.time_limit):
                 if not booted:
                     booted = True
-                    self._progress.doing(f"collecting the tests in Linux {self._target.kernel.release}")
+                    self._progress.announce(f"collecting the tests in Linux {self._target.kernel.release}")
                 if "cannot_test" in message:
                     console = machine.console().splitlines()[-_DETAIL_LINES:]
                     return Diagnosis(BootOutcome.NO_KVM, message["cannot_test"], tuple(console))
@@ -191,8 +194,8 @@ class RemoteSession:
         return self._diagnose_death(machine.console(), booted, timeout)
 
     def _diagnose_exit(self, console: str) -> Diagnosis:
-        """Diagnose a kernel in which pytest exited."""
-        if self._status < 0:  # by a signal: the kernel's, if it oopsed
+        """How the kernel ended, if pytest in it has exited."""
+        if self._status < 0:  # killed by a signal, as after an oops
             return self._diagnose_death(console, booted=True, timeout=None)
         self.add_splats(console)
         if oops := next((one for one in self._report.kernel_reports if one.kind == "Oops"), None):
@@ -210,14 +213,18 @@ class RemoteSession:
         return Diagnosis(BootOutcome.FINISHED, "")
 
     def _diagnose_death(self, console: str, booted: bool, timeout: str | None) -> Diagnosis:
-        """Diagnose a kernel in which the suite did not finish."""
+        """How the kernel ended, if the suite in it has not finished.
+
+        :param booted: whether there was any message from it
+        :param timeout: which time limit has expired; None if the machine ended
+        """
         diagnosis = diagnose_console(console, booted, timeout, self._target.qemu.emulated)
         if diagnosis.outcome is not BootOutcome.EMULATOR_FAULT:
             self.add_splats(console)
         return diagnosis
 
     def add_splats(self, console: str) -> None:
-        """Add the kernel's reports that no test saw: while KVM was loaded, after the tests, or as the kernel died."""
+        """Add the kernel log reports that no test has seen: while KVM was loaded, after the tests, or while dying."""
         known = {report.title for report in self._report.kernel_reports}
         tests = [] if self._running is None else [self._running]
         for splat in splats_since_init(console):
@@ -226,10 +233,10 @@ class RemoteSession:
                     KernelReport(splat.kind.value, splat.title, splat.lines, None, tests)
                 )
         for splat in splats_before_init(console):
-            self._report.remarks.append(f"the kernel reported while it booted, before KVM was loaded: {splat.title}")
+            self._report.notes.append(f"the kernel reported while it booted, before KVM was loaded: {splat.title}")
 
     def handle_message(self, message: dict[str, Any]) -> None:
-        """Pass on a message of the session in the kernel."""
+        """Handle a message of the session in the kernel (``ReportStream``)."""
         if "environment" in message:
             facts = Facts(**message["environment"])
             facts.place, facts.machine = str(self._target.qemu), self._target.data
@@ -247,7 +254,7 @@ class RemoteSession:
         elif "kernel_log" in message:
             self._report.kernel_reports += [KernelReport(**report) for report in message["kernel_log"]]
         elif "step" in message and self._running is not None:
-            self._progress.take(self._running, Step(*message["step"]))
+            self._progress.update(self._running, Step(*message["step"]))
         elif "failure" in message:
             write_failure(self._results, *message["failure"])
         elif "internal_error" in message:
@@ -259,7 +266,8 @@ class RemoteSession:
             self._config.hook.pytest_collectreport(report=report)
             return
         if isinstance(report.longrepr, list):
-            report.longrepr = tuple(report.longrepr)  # JSON has no tuples, and pytest recognises a skip by one
+            # pytest recognizes a skip by the tuple, which JSON turns into a list
+            report.longrepr = tuple(report.longrepr)
         for name, value in report.user_properties:
             if name == "kernel_log" and self._target.qemu.emulated and is_emulator_fault(str(value)):
                 raise _EmulatorFault(str(value))
@@ -271,23 +279,23 @@ class RemoteSession:
             self._config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
 
     def _finish_report(self, diagnosis: Diagnosis) -> None:
-        """Report how the kernel ended, and why tests did not run."""
+        """Report how the kernel ended, and why the remaining tests did not run."""
         report, outcome, console = self._report, diagnosis.outcome, list(diagnosis.console)
         report.end = {"ending": outcome.name, "text": str(diagnosis), "console": console}
         if outcome is BootOutcome.FINISHED:
             if self._status in _STOPPED:
                 title = f"pytest in the kernel ended with status {self._status}:"
-                report.remarks += ["", title, *self._output.splitlines()]
+                report.notes += ["", title, *self._output.splitlines()]
             return
         if self._running is not None and outcome not in _UNRELATED_TO_TEST:
             self._fail(self._running, f"{diagnosis}, while this test ran (the end of the kernel's console is below)")
         self._planned.why = outcome.value
-        report.remarks += ["", f"KERNEL {self._target.kernel.release}: {diagnosis}"]
+        report.notes += ["", f"KERNEL {self._target.kernel.release}: {diagnosis}"]
         if console:
-            report.remarks += ["the end of its console:", *(f"  {line}" for line in console)]
+            report.notes += ["the end of its console:", *(f"  {line}" for line in console)]
 
     def _fail(self, nodeid: str, text: str) -> None:
-        """Report the failure of a test that died with its kernel."""
+        """Report as failed a test that died with its kernel."""
         location, properties = self._items[nodeid]
         report = pytest.TestReport(
             nodeid, tuple(location), {}, "failed", text, "call", user_properties=[tuple(pair) for pair in properties]
@@ -304,4 +312,4 @@ class RemoteSession:
 
 
 class _EmulatorFault(Exception):
-    """The kernel's log has a report that only a fault of the emulator can cause."""
+    """The kernel log has a report that only a fault of the emulator causes."""

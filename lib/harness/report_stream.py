@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""pytest's reports as lines of JSON, for a pytest on another machine to take up (lib/harness/remote.py)."""
+"""Sends a session's test reports as lines of JSON from a booted kernel to the pytest that has booted it (remote.py)."""
 
 import json
 import time
@@ -12,25 +12,26 @@ from dirty_tracking import progress
 from dirty_tracking.progress import Step
 from harness.run_report import RunReport
 
-_STEPS_EVERY = 2.0  # seconds; the machine that takes them up has its own work
+_STEPS_EVERY = 2.0  # seconds between progress messages of a test
 
 
 class ReportStream:
-    """A plugin that writes each step of the session to *path* as soon as it is done.
+    """A pytest plugin that writes each event of the session to *path* at once.
 
-    :param report: has the facts of the run, which are sent first, and the kernel's reports, which are sent last
+    :param path: a file or device to write to
+    :param report: provides the run's facts, which are sent first, and its kernel log reports, which are sent last
     """
 
     def __init__(self, config: pytest.Config, path: str, report: RunReport) -> None:
         self._config = config
         self._report = report
-        self._file = open(path, "w")  # noqa: SIM115 (open as long as the session lasts)
+        self._file = open(path, "w")  # noqa: SIM115 (closed at the end of the session)
         self.send(environment=vars(report.facts))
         self._next_step = 0.0
         progress.listener = self._send_step
 
     def send(self, **message: Any) -> None:
-        """Write one message."""
+        """Write one message: a JSON object on a line."""
         self._file.write(json.dumps(message) + "\n")
         self._file.flush()
 

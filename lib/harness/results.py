@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The folder for the files of a run that has no --results."""
+"""The default folder for a run's files."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ RESULTS = ROOT / "results"
 
 
 def new_folder(label: str) -> Path:
-    """A path in results/ for a run that begins now, apart from another one of the same second; it is not made."""
+    """An unused path below results/, named after *label* and the time; nothing is created."""
     name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (name, *(f"{name}-{number}" for number in range(2, 100)))
     return next(path for path in (RESULTS / name for name in names) if not path.exists())

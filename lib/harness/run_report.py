@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run leaves behind: the table, the results file, and a verdict on runs that tested nothing."""
+"""Collects the test reports of a run and produces the summary, the results files, the verdict and the exit status."""
 
 import json
 from collections import Counter
@@ -13,14 +13,14 @@ import pytest
 from harness import table
 from harness.interruption import Interruption
 from harness.kernel_options import OWN_TESTS
-from harness.kernel_verdict import RunSummary, Verdict, place, verdict_on_kernel
+from harness.kernel_verdict import RunSummary, Verdict, describe_system, verdict_on_kernel
 from harness.screen import Screen
 from harness.version import suite_version
 from kvm_util.wording import counted
 from runner import ROOT
 
 _RESULTS, _TABLE = FILES_OF_A_RUN = ("results.json", "table.txt")
-# What ended a run before its tests had come to their end
+# Why pytest stopped before all tests had run, by its exit status
 _STOPPED: dict[int, str] = {
     pytest.ExitCode.INTERRUPTED: "interrupted",
     pytest.ExitCode.INTERNAL_ERROR: "ended by an error of the suite",
@@ -29,12 +29,14 @@ _STOPPED: dict[int, str] = {
 
 @dataclass
 class Facts:
-    """What a run is about, as plain data.
+    """What a run tests and where, as plain data for JSON.
 
-    :ivar host: kernel, backend, parameters and CPU
+    :ivar host: the fields of ``kvm_util.host.Host``
+    :ivar settings: sizes, iterations, seed
     :ivar cells: the planned cells, in the order of the table
-    :ivar place: where the kernel runs
-    :ivar kernel_log: why the kernel's log is not watched; None when it is
+    :ivar place: where the kernel runs, in words
+    :ivar kernel_log: why the kernel log is not watched; None if it is
+    :ivar machine: the QEMU machine; empty on this host
     """
 
     host: dict[str, Any]
@@ -47,10 +49,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A report in the kernel's log.
+    """A report in the kernel log (``runner.kernel_log.Splat``) with what is known about it.
 
-    :ivar known_bug: the id of the known bug that explains it
-    :ivar tests: those that ran meanwhile
+    :ivar known_bug: id of the known bug that explains it; None if none does
+    :ivar tests: ids of the tests that were running
     """
 
     kind: str
@@ -61,24 +63,25 @@ class KernelReport:
 
 
 class RunReport:
-    """Follows a run from its reports.
+    """A pytest plugin that follows a run through its test reports.
 
     :ivar results: the run's folder
-    :ivar kernel_reports: what the kernel's log had to say; to be set before the session ends
-    :ivar remarks: lines that end the summary
-    :ivar kept: whether files of the run are in its folder
-    :ivar must_test: whether a run without a test on KVM is no success even if none asked for it
-    :ivar nothing_ran_status: the exit status of such a run
+    :ivar kernel_reports: reports in the kernel log; to be filled before the session ends
+    :ivar notes: lines to print at the end of the summary
+    :ivar end: how the booted kernel ended, for the results file; empty on this host
+    :ivar kept: whether the run's folder contains files
+    :ivar requires_kvm_tests: whether a run in which no test ran on KVM is unsuccessful even if no selected test needs KVM
+    :ivar nothing_ran_status: the exit status of a run in which no test ran on KVM
     """
 
     def __init__(self, results: Path, facts: Facts) -> None:
         self.shown_results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
         self.facts = facts
         self.kernel_reports: list[KernelReport] = []
-        self.remarks: list[str] = []
+        self.notes: list[str] = []
         self.end: dict[str, Any] = {}
         self.kept = False
-        self.must_test = False
+        self.requires_kvm_tests = False
         self.nothing_ran_status: int = pytest.ExitCode.NO_TESTS_COLLECTED
         self.results = results
         self._session: pytest.Session | None = None
@@ -131,8 +134,8 @@ class RunReport:
         if report.failed:
             self._uncollected.add(report.nodeid)
 
-    def tests_blamed_for(self, title: str) -> list[str]:
-        """The tests that saw a report of the kernel's log while they ran."""
+    def tests_that_saw(self, title: str) -> list[str]:
+        """Ids of the tests during which the kernel log report *title* appeared."""
         return self._tests_by_title.get(title, [])
 
     @pytest.hookimpl(trylast=True)
@@ -140,8 +143,8 @@ class RunReport:
         if self._rows or self._tests or self.end:
             try:
                 self._write()
-            except OSError as error:  # that is no verdict on the kernel
-                self.remarks.append(not_kept(self.shown_results, error))
+            except OSError as error:  # says nothing about the kernel
+                self.notes.append(not_kept(self.shown_results, error))
         if session.exitstatus == pytest.ExitCode.OK:
             if self._nothing_ran:
                 session.exitstatus = self.nothing_ran_status
@@ -177,7 +180,7 @@ class RunReport:
         if bugs := _known_bugs([*self._tests.values()]):
             screen.section("known bugs in the other tests" if rows else "known bugs")
             for bug, tests in bugs.items():
-                screen.line(f"{bug} (known_bugs.toml has what it is):")
+                screen.line(f"{bug} (described in known_bugs.toml):")
                 for test, cases in Counter(one["test"].partition("[")[0] for one in tests).items():
                     screen.line(f"  {test}" + (f", {cases} cases" if cases > 1 else ""))
         if self._migrations:
@@ -191,19 +194,19 @@ class RunReport:
         if self.kernel_reports:
             self._show_kernel_reports(screen)
         self._show_untested(screen)
-        for remark in self.remarks:
-            if remark.startswith(" "):
-                screen.verbatim(remark)
+        for note in self.notes:
+            if note.startswith(" "):
+                screen.verbatim(note)
             else:
-                screen.line(remark)
+                screen.line(note)
 
     def show_verdict(self, terminalreporter: pytest.TerminalReporter, exit_status: int) -> None:
-        """The line that a person can quote: kernel, place, verdict, counts, and where the files are."""
+        """Print the run's last line: kernel, where it ran, verdict, counts, and where the files are."""
         if exit_status == pytest.ExitCode.USAGE_ERROR:
-            return  # pytest says what is wrong with the command
+            return  # pytest has printed what is wrong with the command line
         on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
-        judges = {test for test in on_kvm if self.must_test or not test.startswith(OWN_TESTS)}
-        if self.must_test:
+        judges = {test for test in on_kvm if self.requires_kvm_tests or not test.startswith(OWN_TESTS)}
+        if self.requires_kvm_tests:
             judges |= set(self._verdicts)
         verdicts = self._verdicts | on_kvm
         summary = RunSummary(
@@ -223,14 +226,17 @@ class RunReport:
         screen = Screen(terminalreporter)
         screen.line()
         screen.line(
-            f"{place(self.facts.host, self.facts.machine)}: {text}{files}",
+            f"{describe_system(self.facts.host, self.facts.machine)}: {text}{files}",
             bold=True,
             red=failed,
             green=green,
         )
 
     def _stopped(self, config: pytest.Config, exit_status: int) -> str:
-        """What ended the run before its end; pytest calls an end after a failure an interruption too, with workers."""
+        """Why the run stopped early, in a word; empty if it did not.
+
+        With xdist, pytest uses INTERRUPTED for --maxfail too.
+        """
         interruption: Interruption | None = config.pluginmanager.get_plugin("interruption")
         by_signal = interruption is not None and interruption.name is not None
         if exit_status == pytest.ExitCode.INTERRUPTED and not by_signal:
@@ -249,7 +255,7 @@ class RunReport:
         screen.line(table.summary(rows))
         for bug, cells in _known_bugs(rows).items():
             screen.line()
-            screen.line(f"known bug {bug} (known_bugs.toml has what it is):")
+            screen.line(f"known bug {bug} (described in known_bugs.toml):")
             for row in cells:
                 names = " ".join(str(row[name]) for name in table.DIMENSIONS[:-1])
                 screen.line(f"  {names}, {counted(row['vcpus'], 'vCPU')}:")
@@ -258,7 +264,7 @@ class RunReport:
                     screen.line(f"    {finding}")
 
     def _show_untested(self, screen: Screen) -> None:
-        """What did not come to its test, a line per reason."""
+        """List the tests that were skipped or not run, a line per reason."""
         if not any(self._untested.values()):
             return
         screen.section("what did not run: how many tests, of which files, and why")
@@ -276,7 +282,7 @@ class RunReport:
             screen.line(
                 f"{report.kind}{explained}{while_running}:", red=not report.known_bug, yellow=bool(report.known_bug)
             )
-            # That of a test is in its own report.
+            # A report during a test is shown in full with the test's failure.
             for line in report.lines[:1] if report.known_bug or report.tests else report.lines:
                 screen.verbatim(f"  {line}")
 
@@ -286,15 +292,15 @@ class RunReport:
 
     @property
     def _interrupted(self) -> bool:
-        """Whether a planned test did not come to run."""
+        """Whether a planned test has not run."""
         return "not run" in self._verdicts.values()
 
     @property
     def _nothing_ran(self) -> bool:
-        return not self._on_kvm and not self._interrupted and (bool(self._not_on_kvm) or self.must_test)
+        return not self._on_kvm and not self._interrupted and (bool(self._not_on_kvm) or self.requires_kvm_tests)
 
     def _ordered_rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of the plan: workers finish in any."""
+        """The rows in the order of the plan; with workers, they arrive in any order."""
         order = {tuple(cell.values()): index for index, cell in enumerate(self.facts.cells)}
         return sorted(
             self._rows.values(),
@@ -303,18 +309,18 @@ class RunReport:
 
 
 def write_failure(results: Path, name: str, data: Any) -> None:
-    """Keep all that is known of a failed test."""
+    """Write *data* about a failed test to ``<results>/<name>.json``."""
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(data, indent=1))
 
 
 def not_kept(results: Path | str, error: OSError, option: str = "--results DIR") -> str:
-    """What to say when *results* cannot be written."""
+    """The line to print when *results* cannot be written."""
     return f"THE RESULTS ARE NOT KEPT: {results}: {error.strerror} ({option} puts them elsewhere)"
 
 
 def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The cells or tests in which each known bug showed."""
+    """The rows with verdict "known bug", by the bug's id."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["verdict"] == "known bug":
@@ -323,7 +329,7 @@ def _known_bugs(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str, str]:
-    """A test's verdict as the table shows it, and the reason where there is one."""
+    """A test's verdict as in ``table.VERDICTS``, and its reason; the reason may be empty."""
     if hasattr(report, "wasxfail"):
         return "known bug", report.wasxfail.removeprefix("reason: ")
     if report.outcome == "skipped":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Lines on the terminal: as wide as it is, and in colour where it has some."""
+"""Prints the summary on the terminal, wrapped to its width and in colour."""
 
 import pytest
 
@@ -16,11 +16,11 @@ _COLOURS: dict[str, dict[str, bool]] = {
 
 
 class Screen:
-    """pytest's terminal reporter, for lines that must not be broken anywhere but between words.
+    """Prints through pytest's terminal reporter; on a terminal, lines are wrapped between words only.
 
-    In a pipe or a file every text stays in one line, for grep; colours are as pytest's options and the environment ask.
+    In a pipe or a file each text is one line, for grep. Colours follow pytest's options and the environment.
 
-    :ivar width: columns of the terminal, or those that pytest takes in its place
+    :ivar width: columns of the terminal, or ``WIDTH`` if the output is none
     """
 
     def __init__(self, reporter: pytest.TerminalReporter) -> None:
@@ -29,21 +29,21 @@ class Screen:
         self.width = reporter.config.get_terminal_writer().fullwidth if reporter.isatty else WIDTH
 
     def section(self, title: str) -> None:
-        """A line across the screen with a title."""
+        """Print a title in a line across the screen."""
         self._reporter.section(title)
 
     def line(self, text: str = "", indent: str = "  ", **colours: bool) -> None:
-        """Text in as many lines as it needs, all but the first indented."""
+        """Print *text*, wrapped; lines after the first begin with *indent*."""
         begin = text[: len(text) - len(text.lstrip())]
         for line in wrapped(text.strip(), self.width, begin, begin + indent) if self._wraps and text else [text]:
             self._reporter.line(line, **colours)
 
     def verbatim(self, text: str) -> None:
-        """One line, however long it is: what the kernel or a program wrote."""
+        """Print a line of the kernel's or a program's output, not wrapped."""
         self._reporter.line(text)
 
     def row(self, line: Line) -> None:
-        """A line of the table."""
+        """Print a line of the table."""
         self._reporter.write(line.text)
         self._reporter.write(line.verdict, **_COLOURS.get(line.verdict, {}))
         self._reporter.line(line.reason)

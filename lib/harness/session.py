@@ -98,7 +98,7 @@ def _prepare_here(config: pytest.Config) -> None:
     facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
     report = RunReport(Path(option.results), facts)
     if NO_LOCAL_KERNEL in config.stash:
-        report.remarks.append(config.stash[NO_LOCAL_KERNEL])
+        report.notes.append(config.stash[NO_LOCAL_KERNEL])
     facts.kernel_log = _watch_kernel_log(config, report)
     config.pluginmanager.register(report, "run-report")
     by_id = {str(one.cell): asdict(one.cell) for one in planned}

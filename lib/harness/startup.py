@@ -10,7 +10,7 @@ import pytest
 from harness import known_bugs
 from harness.command_line import add_options, check_options, only_shows, seen_from
 from harness.elsewhere import choose_kernel, needs_kernel
-from harness.interruption import Interruption, heed_once_in_worker
+from harness.interruption import Interruption, handle_sigint_in_worker
 from harness.kernel_options import AUTO
 from harness.output_paths import OutputError, make_folder, remove_if_empty
 from harness.results import new_folder
@@ -32,7 +32,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     option = config.option
     _read_known_bugs(option)
     if is_worker(config):
-        heed_once_in_worker()
+        handle_sigint_in_worker()
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
     interruption = config.stash[INTERRUPTION] = Interruption()
@@ -40,7 +40,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         if option.kernel not in (None, AUTO):
             raise pytest.UsageError("an option that only shows something tests no kernel: leave out --kernel")
         return None
-    interruption.heed()
+    interruption.install_handlers()
     config.pluginmanager.register(interruption, "interruption")
     try:
         check_options(config)

@@ -8,7 +8,7 @@ import pytest
 from harness import elsewhere
 from harness.early_collection import no_test_matches
 from harness.failure_report import environment_lines
-from harness.kernel_options import for_another_kernel
+from harness.kernel_options import other_kernel_options
 from harness.run_report import RunReport
 from harness.run_state import TARGET
 from kvm_util.host import this_host
@@ -19,7 +19,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         return elsewhere.header(config)
     report = _run_report(config)
     unwatched = report.facts.kernel_log if report is not None else None
-    unused = for_another_kernel(config.option)
+    unused = other_kernel_options(config.option)
     return [
         *environment_lines(this_host()),
         f"seed     {config.option.seed}",
@@ -32,9 +32,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_sessionstart(session: pytest.Session) -> None:
     report = _run_report(session.config)
     if report is not None and getattr(session.config.option, "xmlpath", None):
-        from harness.junit_file import keep_errors_out  # in a booted kernel it is not needed, and its import takes long
+        from harness.junit_file import (
+            guard_junit_file,  # in a booted kernel it is not needed, and its import takes long
+        )
 
-        keep_errors_out(session.config, report)
+        guard_junit_file(session.config, report)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,7 +46,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     here = TARGET not in session.config.stash
     if report is not None and here and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
-        report.remarks.append(no_test_matches(session.config.option, session.config.args))
+        report.notes.append(no_test_matches(session.config.option, session.config.args))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The table that ends a run, a row per cell of the matrix, and the lists around it."""
+"""The tables and lists of a run's summary. Each row is a mapping: a cell's dimensions, figures, verdict and reason."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,10 @@ from kvm_util.wording import WIDTH, counted, short_number
 
 DIMENSIONS = ("log_mode", "guest_mode", "backing", "stop", "density", "vcpus")
 VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped", "not run")
-# Of what did not come to its test
+# Verdicts of cells and tests whose body did not run
 UNTESTED = ("skipped", "not run")
 _PLURALS = {"known bug": "known bugs", "known bug, not seen": "known bugs not seen"}
-# How a count of tests, not of cells, says it
+# The words for counts of tests, where they differ from those for cells
 _OF_TESTS = {"pass": "passed", "FAIL": "failed"}
 
 Row = Mapping[str, Any]
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table, in the parts that may have colours of their own."""
+    """A line of the table, split into the parts that have different colours."""
 
     text: str
     verdict: str = ""
@@ -35,7 +35,8 @@ class Line:
 class _Column:
     """A column of the table.
 
-    :ivar number: whether it is aligned to the right
+    :ivar text: returns a row's text in this column
+    :ivar number: whether to align it to the right
     """
 
     header: str
@@ -44,12 +45,12 @@ class _Column:
 
 
 def long_table(rows: Sequence[Row]) -> list[Line]:
-    """The rows with all that is known of them: dimensions by their names, exact figures, verdict and reason."""
+    """All rows and columns: full names, exact figures, verdict and reason."""
     return _table(_LONG, rows, "  ", str, reasons=True)
 
 
 def short_table(rows: Sequence[Row], width: int = WIDTH) -> list[Line]:
-    """The rows that were tested, as closely as *width* columns need; 80 are enough for every cell."""
+    """The rows that were tested, abbreviated to fit into *width* columns; 80 are enough for every cell."""
     tested = [row for row in rows if row["verdict"] not in UNTESTED]
     for gap, reasons in (("  ", True), ("  ", False)):
         lines = _table(_SHORT, tested, gap, _short_verdict, reasons)
@@ -59,23 +60,23 @@ def short_table(rows: Sequence[Row], width: int = WIDTH) -> list[Line]:
 
 
 def table_for(rows: Sequence[Row], width: int, verbose: bool) -> list[Line]:
-    """The rows that were tested: with all that is known of them if that is asked for and fits, else the short table."""
+    """The rows that were tested: the long table if *verbose* and it fits into *width* columns, else the short one."""
     long = long_table([row for row in rows if row["verdict"] not in UNTESTED]) if verbose else []
     return long if long and all(len(str(line)) <= width for line in long) else short_table(rows, width)
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many cells there are of each verdict."""
+    """How many cells have each verdict: ``4 cells: 3 pass, 1 FAIL``."""
     return f"{counted(len(rows), 'cell')}: {_counts(Counter(row['verdict'] for row in rows), {})}"
 
 
 def counts_of_tests(verdicts: Counter[str]) -> str:
-    """How many tests there are of each verdict: ``11 passed, 3 known bugs``."""
+    """How many tests have each verdict: ``11 passed, 3 known bugs``."""
     return _counts(verdicts, _OF_TESTS)
 
 
 def migration_lines(migrations: Sequence[Row]) -> list[str]:
-    """A line per migration: its name, verdict, and what each round copied. They have an order of their own: workers do not."""
+    """A line per migration, sorted: its name, its verdict, and how many pages each round copied."""
     lines = [
         [str(one["name"]), str(one["verdict"]), " ".join(str(done["copied"]) for done in one["rounds"])]
         for one in migrations
@@ -84,11 +85,11 @@ def migration_lines(migrations: Sequence[Row]) -> list[str]:
 
 
 def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str]:
-    """A line per reason for which tests did not run, the one that kept most from running first.
+    """A line per reason why tests did not run, the most frequent first.
 
-    Reasons that differ only in the name that they begin with (``57bit-4k: no LA57``, ``57bit-2m: no LA57``) share a line.
+    Reasons that differ only in their first word (``57bit-4k: no LA57``, ``57bit-2m: no LA57``) share a line.
 
-    :param tests: for each reason the tests' ids
+    :param tests: the tests' ids, by reason
     """
     names: dict[str, list[str]] = {}
     ids: dict[str, list[str]] = {}
@@ -111,9 +112,10 @@ _IN_CROSS_TABLE = {"known bug": "bug", "known bug, not seen": "bug?", "skipped":
 
 
 def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
-    """The verdicts of several runs against the cells: a line per cell, and a column per run, headed by its name.
+    """The verdicts of several runs: a line per cell, a column per run, and a legend.
 
-    A last line says what the short words in it mean.
+    :param names: of the runs
+    :param runs: the rows of each run
     """
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for name, rows in zip(names, runs, strict=True):
@@ -129,10 +131,7 @@ def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str
 
 
 def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
-    """Which tests really ran where: a line per test function, and a column per run with how many of its cases passed.
-
-    A last line says what the letters mean.
-    """
+    """The test cases of several runs: a line per test function, a column per run with counts per verdict, and a legend."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for name, rows in zip(names, runs, strict=True):
         for row in rows:
@@ -144,7 +143,7 @@ def cross_table_of_tests(names: Sequence[str], runs: Sequence[Sequence[Row]]) ->
 
 
 def skipped_everywhere(runs: Sequence[Sequence[Row]]) -> list[str]:
-    """The tests that ran in none of several runs, with the reason that the first one gave."""
+    """The tests that ran in none of the runs, each with its reason in the first run."""
     reasons = {str(row["test"]): str(row["reason"]) for rows in reversed(runs) for row in rows}
     ran = {str(row["test"]) for rows in runs for row in rows if row["verdict"] not in UNTESTED}
     return [f"{test}: {reason}" for test, reason in reasons.items() if test not in ran]
@@ -161,7 +160,7 @@ def _cases(verdicts: Counter[str] | None) -> str:
 
 
 def _left(lines: Sequence[Sequence[str]]) -> list[str]:
-    """The lines with all columns aligned to the left."""
+    """Align all columns to the left."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
@@ -169,7 +168,7 @@ def _left(lines: Sequence[Sequence[str]]) -> list[str]:
 def _table(
     columns: Sequence[_Column], rows: Sequence[Row], gap: str, word: Callable[[str], str], reasons: bool
 ) -> list[Line]:
-    """The rows below a header, with *gap* between the columns, and each verdict as *word* says it."""
+    """A header and the rows, with *gap* between columns and *word* to abbreviate verdicts."""
     cells = [[column.header for column in columns], *([column.text(row) for column in columns] for row in rows)]
     widths = [max(map(len, texts)) for texts in zip(*cells, strict=True)]
     texts = [
@@ -188,7 +187,7 @@ def _table(
 
 def _counts(verdicts: Counter[str], words: Mapping[str, str]) -> str:
     def named(verdict: str) -> str:
-        singular = words.get(verdict, verdict.replace(",", ""))  # the list has commas of its own
+        singular = words.get(verdict, verdict.replace(",", ""))  # commas separate the counts
         return counted(verdicts[verdict], singular, _PLURALS.get(verdict, singular))
 
     return ", ".join(named(verdict) for verdict in VERDICTS if verdicts[verdict])
@@ -212,7 +211,7 @@ def _seconds(value: float | None) -> str:
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-# What tells the values of a dimension apart, where their names are long
+# Abbreviations of dimension values
 _SHORT_NAMES = {
     "anonymous": "anon",
     "anonymous_thp": "thp",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Settings in TOML files that people edit: whatever is wrong with one is said in one line, with the file's line."""
+"""TOML files that people edit. Every error is a single line that names the file and the line in it."""
 
 import re
 import tomllib
@@ -10,13 +10,13 @@ from runner import ROOT
 
 
 class TomlError(ValueError):
-    """A file cannot be read, or says something that is not understood; the text is one line that says where."""
+    """A file cannot be read, or has invalid contents; the message is one line that says where."""
 
 
 class TomlFile:
-    """A file that was read.
+    """A parsed TOML file.
 
-    :ivar data: what it says
+    :ivar data: its contents
     :raises TomlError: it cannot be read, or is not TOML
     """
 
@@ -35,21 +35,21 @@ class TomlFile:
         try:
             self.data: dict[str, Any] = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            # Its text ends with the place: "(at line 3, column 7)" or "(at end of document)".
+            # The message ends with the position: "(at line 3, column 7)" or "(at end of document)".
             what, _, place = str(error).rpartition(" (at ")
             number = re.match(r"line (\d+)", place)
             last = number[1] if number else len(self._lines)
             raise TomlError(f"{self._shown}:{last}: not TOML: {what}") from None
 
     def error(self, text: str, key: str = "", table: str = "", number: int = 0) -> TomlError:
-        """What is wrong with *key*, at the top or in the *number*-th table ``[[table]]``."""
+        """An error about *key*, at the top level or in the *number*-th ``[[table]]``, counted from 0."""
         return TomlError(f"{self._shown}:{self.line_of(key, table, number)}: {text}")
 
     def line_of(self, key: str, table: str = "", number: int = 0) -> int:
-        """The line where *key* begins; that of the table's header where the table has no such key.
+        """The line of *key*, or of the table's header if the table lacks the key; 1 if there is neither.
 
-        The parser keeps no positions. Lines that begin as a header or key does are taken for one: only a string of several
-        lines could mislead that.
+        The parser keeps no positions, so this searches for lines that look like a header or key. Only a multi-line string
+        could be mistaken for one.
         """
         header = re.compile(rf"\s*\[\[\s*{re.escape(table)}\s*\]\]")
         found = re.compile(rf"""\s*(\[\s*{re.escape(table)}\s*\.\s*)?["']?{re.escape(key)}["']?\s*[=.\]]""")

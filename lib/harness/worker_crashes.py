@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Workers that did not die of KVM: the host killed them for want of memory, or someone ended them. Else it is a failure."""
+"""Excuses xdist workers that died through no fault of KVM: killed by the OOM killer, or ended by a signal from outside."""
 
 import signal
 import subprocess
@@ -11,21 +11,21 @@ from harness.interruption import process_of
 from harness.planned_tests import NOT_RUN, PlannedTests
 from kvm_util import host_limits
 
-# No kernel sends these by itself. SIGKILL is another matter: an Oops kills with it (page_fault_oops(), arch/x86/mm/fault.c).
+# Signals that the kernel never sends by itself. SIGKILL is not one: an Oops sends it (page_fault_oops(), arch/x86/mm/fault.c).
 _SENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ENDS_WITHIN = 10  # seconds, after its pipe was closed
+_ENDS_WITHIN = 10  # seconds from the end of a worker's pipe to the end of its process
 
 
 class WorkerCrashes:
-    """Finds out what crashed a worker of xdist, in its controller.
+    """A pytest plugin for the xdist controller that turns crashes without a failure of KVM into skips.
 
-    :param required: whether what the host lacks is a failure
+    :param required: fail instead of skip if the host runs out of memory (--require-kvm)
     """
 
     def __init__(self, planned: PlannedTests, required: bool) -> None:
         self._planned = planned
         self._required = required
-        self._explained = 0  # the kernel's kills up to this one explain nothing any more
+        self._explained = 0  # OOM kills up to this count have already explained a crash
         self._before: dict[str, int] = {}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -50,7 +50,7 @@ class WorkerCrashes:
         report.outcome, report.longrepr = "skipped", (report.location[0], 0, f"Skipped: {reason}")
 
     def _killed_for_memory(self, test: str) -> bool:
-        """Whether the kernel has killed since *test* began: one crash for each kill."""
+        """Whether there was an OOM kill since *test* began; each kill explains one crash."""
         if test not in self._before:
             return False
         explained = max(self._explained, self._before[test])
@@ -61,7 +61,7 @@ class WorkerCrashes:
 
 
 def _signal_of(worker: Any) -> int | None:
-    """The signal that a worker died of; None when it cannot be known, as of one on another machine."""
+    """The number of the signal that killed a worker; None if unknown, as for a worker on another machine."""
     if getattr(worker, "workeroutput", {}).get("exitstatus") == pytest.ExitCode.INTERRUPTED:
         return signal.SIGINT
     process = process_of(worker)
