@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Commands as a user starts them from the suite's folder."""
+"""Runs commands as a user would."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def start(command: list[str], folder: Path, **environment: str) -> Done:
-    """Run *command* without what the user's environment says of kernels and Pythons."""
+    """Run *command* in *folder*, without the variables of the environment that configure make or the suite."""
     ours = ("KERNEL", "KVM_PARAMS", "MAKEFLAGS", "MAKELEVEL", "PYTHON", "WORKERS", "ARGS", "MATRIX", "C_TEST")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What all tests of the suite itself begin with."""
+"""Fixtures for all tests of the suite itself."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _runs_speak_as_to_a_person() -> Iterator[None]:
-    """Have the runs that a test starts print the same everywhere: with these set, pytest repeats whole failures at the end."""
+def _no_ci_output() -> Iterator[None]:
+    """Unset the variables by which pytest recognizes CI, where it prints whole failures in its short summary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CI", raising=False)
         patch.delenv("BUILD_NUMBER", raising=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Limits for a new process to be under: each is called in the child, before it becomes another program."""
+"""Resource limits and seccomp filters to put on a child process, as callables for ``preexec_fn``."""
 
 import ctypes
 import errno
@@ -30,17 +30,17 @@ class _Program(ctypes.Structure):
 
 
 def rlimit(kind: int, value: int) -> Limit:
-    """A resource limit, soft and hard."""
+    """Set a resource limit, soft and hard."""
     return lambda: resource.setrlimit(kind, (value, value))
 
 
 def no_thp() -> None:
-    """No transparent huge pages, for the process and its children."""
+    """Disable transparent huge pages for the process and its children."""
     _prctl(_PR_SET_THP_DISABLE, 1)
 
 
 def why_no_user(user: int) -> str | None:
-    """Why a process cannot go on as *user*: as in a user namespace that has not got the id."""
+    """Why a process cannot change to *user*: its user namespace may lack the id. None if it can."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     if any(first <= user < first + count for first, _, count in ranges):
         return None
@@ -48,7 +48,10 @@ def why_no_user(user: int) -> str | None:
 
 
 def refused(*calls: int, code: int = errno.EPERM) -> Limit:
-    """A seccomp filter that has system calls fail, as those of containers do."""
+    """Install a seccomp filter that makes system calls fail with *code*, as those of containers do.
+
+    :param calls: system call numbers
+    """
     code_of_call = 0  # offset of the number in struct seccomp_data
     steps = [(_LOAD_WORD, 0, 0, code_of_call)]
     for call in calls:
@@ -69,14 +72,15 @@ def _prctl(option: int, *arguments: object) -> None:
 
 
 class NoGroups(Exception):
-    """Control groups cannot be made here; the text says why."""
+    """Control groups cannot be created here; the message says why."""
 
 
 @contextmanager
 def group(controller: str, file: str, value: str) -> Iterator[Limit]:
-    """A control group for a child to join, with *value* in *file*, which has the name that it has in cgroup v2.
+    """Create a control group with *value* in *file*; yields a callable by which a child joins it.
 
-    :raises NoGroups: this user may not make one, or nothing here has the controller
+    :param file: its name in cgroup v2
+    :raises NoGroups: this user may not create groups, or the controller is not available
     """
     v1 = Path("/sys/fs/cgroup") / controller
     parent = v1 if v1.is_dir() else Path("/sys/fs/cgroup")
@@ -86,7 +90,7 @@ def group(controller: str, file: str, value: str) -> Iterator[Limit]:
     try:
         folder.mkdir()
     except OSError as error:
-        raise NoGroups(f"no group can be made here: {error.strerror}") from error
+        raise NoGroups(f"no group can be created here: {error.strerror}") from error
     try:
         (folder / (_NAMES_IN_V1.get(file, file) if v1.is_dir() else file)).write_text(value)
         if file == "memory.max":
@@ -97,7 +101,7 @@ def group(controller: str, file: str, value: str) -> Iterator[Limit]:
 
 
 def _forbid_swap(folder: Path, memory: str) -> None:
-    """Have a group's memory be all that it has, where swap is counted at all."""
+    """Give a group no swap in addition to its memory, if the kernel accounts swap."""
     for file, value in (("memory.swap.max", "0"), ("memory.memsw.limit_in_bytes", memory)):
         if (folder / file).exists():
             (folder / file).write_text(value)

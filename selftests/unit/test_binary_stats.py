@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The reader of KVM's binary statistics: files made up here, sound and not, and KVM's own."""
+"""The reader of binary statistics, with synthetic files, valid and malformed, and with KVM's own."""
 
 import os
 import struct
@@ -21,7 +21,7 @@ PEAK = (uapi.KVM_STATS_TYPE_PEAK, 0, 1, 32, 0, b"max_rmap")
 
 
 def stats_file(*descriptors: tuple[int, int, int, int, int, bytes], data: bytes = bytes(40), name: bytes = ID) -> int:
-    """A file of statistics in the layout of api.rst 4.133, with a gap before each part."""
+    """Create a statistics file (api.rst 4.133) with a gap before each part."""
     at_id, at_descriptors = 32, 64
     at_data = at_descriptors + len(descriptors) * DESCRIPTOR.size + 8
     file = os.memfd_create("stats")
@@ -32,7 +32,8 @@ def stats_file(*descriptors: tuple[int, int, int, int, int, bytes], data: bytes 
     return file
 
 
-def test_names_types_and_values() -> None:
+def test_statistics_are_parsed() -> None:
+    """Names, types and values of statistics are read from the file."""
     with BinaryStats(stats_file(INSTANT, HISTOGRAM, PEAK, data=struct.pack("=5Q", 7, 1, 2, 1 << 63, 9))) as stats:
         assert stats.id == "kvm-1"
         assert {name: (one.kind, one.count) for name, one in stats.statistics.items()} == {
@@ -45,7 +46,8 @@ def test_names_types_and_values() -> None:
         assert stats.value("max_rmap") == 9
 
 
-def test_values_are_read_anew() -> None:
+def test_values_are_read_at_each_call() -> None:
+    """A value is read from the file at each call."""
     file = stats_file(INSTANT)
     with BinaryStats(file) as stats:
         assert stats.value("pages_2m") == 0
@@ -53,12 +55,14 @@ def test_values_are_read_anew() -> None:
         assert stats.value("pages_2m") == 3
 
 
-def test_a_name_that_is_not_there() -> None:
+def test_unknown_statistic() -> None:
+    """Asking for an unknown statistic is a KeyError."""
     with BinaryStats(stats_file(INSTANT)) as stats, pytest.raises(KeyError, match="pages_4k"):
         stats.value("pages_4k")
 
 
-def test_no_statistics_are_no_error() -> None:
+def test_file_without_statistics() -> None:
+    """A file without statistics is valid."""
     with BinaryStats(stats_file()) as stats:
         assert stats.statistics == {}
 
@@ -74,8 +78,8 @@ BAD: dict[str, tuple[Callable[[], int], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=list(BAD))
-def test_a_bad_file(make: Callable[[], int], message: str) -> None:
-    """It is told, and the file is closed."""
+def test_malformed_statistics_file(make: Callable[[], int], message: str) -> None:
+    """A malformed file is an error that names the defect, and its descriptor is closed."""
     file = make()
     with pytest.raises(BadStats, match=message):
         BinaryStats(file)
@@ -83,14 +87,14 @@ def test_a_bad_file(make: Callable[[], int], message: str) -> None:
         os.fstat(file)
 
 
-def test_values_beyond_the_end() -> None:
-    """A descriptor that points behind the data is told when its values are asked for."""
+def test_value_beyond_the_end_of_file() -> None:
+    """A descriptor that points beyond the end of the file is an error when its value is read."""
     with BinaryStats(stats_file(PEAK, data=bytes(8))) as stats, pytest.raises(BadStats, match="0 bytes of 8"):
         stats.value("max_rmap")
 
 
-def test_kvm_has_the_statistics_of_page_sizes(kvm: Kvm) -> None:
-    """Of a VM without memory: all there, and zero."""
+def test_kvm_page_size_statistics(kvm: Kvm) -> None:
+    """KVM's pages_4k, pages_2m and pages_1g are instant values, 0 for a VM without memory."""
     if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
         pytest.skip("this KVM has no KVM_CAP_BINARY_STATS_FD")
     with kvm.create_vm() as vm, BinaryStats(vm.get_stats_fd()) as stats:

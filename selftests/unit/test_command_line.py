@@ -365,7 +365,7 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     assert expected.returncode == 0, expected.stdout
     assert "1 known bug" in expected.stdout
     test = "selftests/matrix/test_known_bugs.py::test_dense_writer_never_overruns_its_ring"
-    named = f"(known_bugs.toml has what it is):\n  {test}\n"
+    named = f"(described in known_bugs.toml):\n  {test}\n"
     assert f"pvm-ring-overflow-always {named}" in expected.stdout
     plain = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense, "--no-known-bugs")
     assert plain.returncode == 1

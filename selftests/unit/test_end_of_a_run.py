@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness.kernel_verdict import RunSummary, Verdict, place, verdict_on_kernel
+from harness.kernel_verdict import RunSummary, Verdict, describe_system, verdict_on_kernel
 from harness.selection import DIMENSIONS
 from harness.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
 from kvm_util.wording import counted, listed, wrapped
@@ -227,7 +227,7 @@ def test_the_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: s
 )
 def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text: str) -> None:
     """The kernel, its KVM, and this host or QEMU with its version."""
-    assert place(host, machine) == text
+    assert describe_system(host, machine) == text
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

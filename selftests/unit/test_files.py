@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The files that people edit, known_bugs.toml and matrix.toml: a mistake is one line, with the file's line and the key."""
+"""Mistakes in the files that people edit, known_bugs.toml and matrix.toml, are one line with file, line and key."""
 
 import shutil
 import subprocess
@@ -25,11 +25,11 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def line_of(text: str, start: str) -> int:
-    """The first line of *text* that begins so."""
+    """The number of the first line of *text* that begins with *start*."""
     return next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(start))
 
 
-# What is replaced in the repository's own list, by what, where the mistake is then, and what is said of it
+# For each mistake: what to replace in the repository's list, by what, the start of the line with the mistake, and the message
 MISTAKES = {
     "unknown-key": ("shows = ", "nonsense = 1\nshows = ", "nonsense", "nonsense: no such field (there are backend, cells, "),
     "unknown-at-top": ("[[bug]]", "bugs = 1\n[[bug]]", "bugs", "no such field: bugs (there are entries [[bug]])"),
@@ -71,22 +71,22 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_known_bugs_has_its_line(tmp_path: Path, mistake: str) -> None:
-    """One line: file, line, entry, key, and what may be there instead."""
+def test_mistake_in_known_bugs(tmp_path: Path, mistake: str) -> None:
+    """A mistake in known_bugs.toml is one line with file, line, entry, key and the valid values."""
     old, new, key, message = MISTAKES[mistake]
     assert old in LIST
     text = LIST.replace(old, new, 1)
     path = write(tmp_path, "known_bugs.toml", text)
     with pytest.raises(TomlError) as caught:
         known_bugs.load(path)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert said.startswith(f"{path}:{line_of(text, key)}: "), said
-    assert message in said
+    error = str(caught.value)
+    assert "\n" not in error
+    assert error.startswith(f"{path}:{line_of(text, key)}: "), error
+    assert message in error
 
 
-def test_an_id_of_two_known_bugs_is_refused(tmp_path: Path) -> None:
-    """The second entry is the one that is named."""
+def test_duplicate_known_bug_id(tmp_path: Path) -> None:
+    """A duplicate id is reported with the line of the second entry."""
     text = LIST.replace('id = "pvm-ring-overflow-always"', 'id = "pvm-ring-overflow"')
     path = write(tmp_path, "known_bugs.toml", text)
     second = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("id = ")][1]
@@ -94,8 +94,8 @@ def test_an_id_of_two_known_bugs_is_refused(tmp_path: Path) -> None:
         known_bugs.load(path)
 
 
-def test_a_later_entry_is_named_with_its_line(tmp_path: Path) -> None:
-    """Of equal keys in several entries it is the right one's line, also where a table has lines of its own."""
+def test_mistake_in_a_later_entry(tmp_path: Path) -> None:
+    """A mistake is reported with the line of its own entry, also if an earlier entry or a subtable has the same key."""
     entry = '[[bug]]\nid = "{}"\nsummary = "s"\nevidence = "e"\nbackend = "kvm_amd"\nfindings = ["LOST"]\nshows = "always"\n'
     second = entry.format("b") + '[bug.cells]\nlog_mode = ["nope"]\n'
     path = write(tmp_path, "known_bugs.toml", entry.format("a") + '[bug.cells]\nstop = ["forced"]\n' + second)
@@ -103,7 +103,7 @@ def test_a_later_entry_is_named_with_its_line(tmp_path: Path) -> None:
         known_bugs.load(path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_known_bugs(tmp_path: Path) -> None:
     """A list of known bugs that is missing, a folder or not UTF-8 is one line with its path."""
     for path, message in ((tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(TomlError, match=f"^{path}: {message}$"):
@@ -114,8 +114,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         known_bugs.load(latin)
 
 
-def test_the_list_of_known_bugs_is_cheap_to_read(tmp_path: Path) -> None:
-    """Each session and each worker reads it, also where every instruction is emulated."""
+def test_known_bugs_load_quickly(tmp_path: Path) -> None:
+    """The list of known bugs loads in under 0.1 s of CPU time and is cached: every session and worker reads it."""
     path = write(tmp_path, "known_bugs.toml", LIST)
     start = time.thread_time()
     assert known_bugs.load(path)
@@ -125,20 +125,20 @@ def test_the_list_of_known_bugs_is_cheap_to_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A checkout whose files can be spoilt."""
+    """A copy of the checkout whose files a test may break."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for name in ("conftest.py", "pytest.ini", "pyproject.toml", "guest_code", "selftests", "build"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("lib", "runner"):
-        shutil.copytree(ROOT / name, folder / name)  # a module looks for the checkout around its own file
+    for name in ("lib", "runner"):  # not links: modules find the checkout through their own path
+        shutil.copytree(ROOT / name, folder / name)
     return folder
 
 
 @pytest.mark.parametrize("text", [None, "[[bug]]\n"], ids=["missing", "broken"])
 @pytest.mark.parametrize("options", [[], ["--kernel=debian:0.1"], ["-n1"]], ids=["here", "in-a-kernel", "xdist"])
-def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, options: list[str]) -> None:
-    """One line and a usage error, before a kernel is looked for."""
+def test_broken_list_stops_the_run(copy: Path, text: str | None, options: list[str]) -> None:
+    """A broken list of known bugs is one line and a usage error, before a kernel is looked for."""
     if text is not None:
         write(copy, "known_bugs.toml", text)
     command = [sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", "--collect-only", *options]
@@ -169,8 +169,8 @@ def test_a_run_with_a_broken_list_does_not_begin(copy: Path, text: str | None, o
         ),
     ],
 )
-def test_a_mistake_in_a_matrix_has_its_line(tmp_path: Path, text: str, message: str) -> None:
-    """Each mistake in a matrix file is one line that begins with the file and the line in it."""
+def test_mistake_in_a_matrix_file(tmp_path: Path, text: str, message: str) -> None:
+    """A mistake in a matrix file is one line that begins with the file and the line in it."""
     path = write(tmp_path, "matrix.toml", text)
     with pytest.raises(TomlError) as caught:
         load_matrix(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Guest programs talk to the host, and whatever ends them reaches the host as a report."""
+"""Guest programs: shared variables, calls, and reports of aborts, exceptions and shutdowns."""
 
 import re
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ def guest(kvm: Kvm) -> Iterator[GuestVm]:
         yield vm
 
 
-def test_shared_variables_go_both_ways(guest: GuestVm) -> None:
-    """What the host writes under a symbol the guest reads, and the other way round, until the guest is done."""
+def test_guest_and_host_share_variables(guest: GuestVm) -> None:
+    """Host and guest see each other's writes to the program's variables."""
     vcpu = guest.add_vcpu()
     for question in (41, 2**63):
         guest.write_symbol("question", question)
@@ -40,14 +40,14 @@ def test_shared_variables_go_both_ways(guest: GuestVm) -> None:
         ("unknown_call", r"unknown call 99"),
     ],
 )
-def test_an_unwanted_end_is_reported(guest: GuestVm, entry: str, report: str) -> None:
-    """Aborts, exceptions and shutdowns name their cause, and where the guest was."""
+def test_unexpected_guest_exit(guest: GuestVm, entry: str, report: str) -> None:
+    """An abort, exception, shutdown or unknown call is an error with its cause and the guest's registers."""
     with pytest.raises(GuestError, match=report):
         guest.run_until_ucall(guest.add_vcpu(entry=entry))
 
 
-def test_an_exception_names_the_instruction(guest: GuestVm) -> None:
-    """The reported rip is the faulting instruction's own."""
+def test_exception_reports_its_rip(guest: GuestVm) -> None:
+    """The rip reported for an exception is that of the faulting instruction."""
     with pytest.raises(GuestError) as caught:
         guest.run_until_ucall(guest.add_vcpu(entry="page_fault"))
     rip = re.search(r"rip=(0x\w+)", str(caught.value))
@@ -55,8 +55,8 @@ def test_an_exception_names_the_instruction(guest: GuestVm) -> None:
 
 
 @pytest.mark.parametrize("name", arch.GUEST_MODES)
-def test_every_guest_mode_maps_and_runs(kvm: Kvm, name: str) -> None:
-    """A guest runs with each number of paging levels; a mode that KVM lacks says what it lacks."""
+def test_guest_runs_in_each_mode(kvm: Kvm, name: str) -> None:
+    """A guest runs in each guest mode that KVM supports."""
     mode = arch.GUEST_MODES[name]
     if reason := mode.missing(arch.get_supported_cpuid(kvm.fd)):
         pytest.skip(reason)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the host withholds is reported as that, in one line with its remedy: never as a failure, and never as another reason.
+"""Limits of the host are reported as such, in one line with the remedy: never as a failure, and never as another limit.
 
-Each limit is really there, for a process that runs a small cell under it; where it could be there for the whole machine only,
-its files in /proc or /sys are made up.
+Most tests run a small cell in a process under a real limit. For limits of the whole machine, files of /proc or /sys are faked.
 """
 
 import errno
@@ -51,9 +50,9 @@ MakeGroup = Callable[[str, str, str], Limit]
 
 
 class Suite:
-    """Runs pytest in a process of its own, under a limit.
+    """Runs pytest in a child process under a limit.
 
-    :ivar output: all that it wrote
+    :ivar output: stdout and stderr of the last run
     """
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -73,18 +72,18 @@ class Suite:
         self.output = done.stdout
         assert "INTERNALERROR" not in self.output
         assert "Traceback" not in self.output
-        assert "Warning" not in self.output  # of what was not closed
+        assert "Warning" not in self.output  # such as ResourceWarning
         return done.returncode
 
     def nothing_ran(self, status: int) -> str:
-        """Why nothing was tested, which the run says in one line, and is not green."""
+        """Check that no test ran on KVM and none failed; returns the line that says why."""
         assert status == NOTHING_RAN, self.output
         assert "FAIL" not in self.output
         (line,) = [line for line in self.output.splitlines() if ": cannot be tested: no test ran on KVM" in line]
         return line
 
     def refused(self, status: int) -> str:
-        """The line that refuses the run before it began."""
+        """Check that the run was refused before it began; returns the only line of output."""
         assert status == USAGE_ERROR, self.output
         (line,) = [line for line in self.output.splitlines() if line.strip()]
         return line
@@ -97,7 +96,7 @@ def suite(tmp_path: Path, settings: Settings) -> Suite:
 
 @pytest.fixture
 def group() -> Iterator[MakeGroup]:
-    """Call it with a controller, a file of it and its value for a control group."""
+    """A function of a controller, one of its files and a value that creates a control group to run under."""
     with ExitStack() as groups:
 
         def make(controller: str, file: str, value: str) -> Limit:
@@ -114,8 +113,8 @@ def group() -> Iterator[MakeGroup]:
 
 @pytest.mark.parametrize(("most", "vcpus"), [(2, 1), (3, 1), (4, 1), (3, 2), (4, 2), (5, 2)])
 @pytest.mark.usefixtures("kvm")
-def test_threads_of_a_control_group(suite: Suite, group: MakeGroup, most: int, vcpus: int) -> None:
-    """Whichever thread it meets: a vCPU's, KVM's own at the first KVM_RUN, or the collector's."""
+def test_pids_limit_of_a_control_group(suite: Suite, group: MakeGroup, most: int, vcpus: int) -> None:
+    """A pids limit is reported whichever thread hits it: a vCPU's, KVM's at the first KVM_RUN, or the collector's."""
     status = suite(*ONE, f"--vcpus={vcpus}", limit=group("pids", "pids.max", str(most)))
     line = suite.nothing_ran(status)
     assert "no more threads can be started: " in line
@@ -123,15 +122,15 @@ def test_threads_of_a_control_group(suite: Suite, group: MakeGroup, most: int, v
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_pids_limit_where_kvm_is_required(suite: Suite, group: MakeGroup) -> None:
-    """--require-kvm makes a failure of what the host lacks, and so of what it withholds."""
+def test_pids_limit_with_require_kvm(suite: Suite, group: MakeGroup) -> None:
+    """With --require-kvm a pids limit is a failure."""
     assert suite(*ONE, "--require-kvm", limit=group("pids", "pids.max", "3")) == FAILED
     assert "required by --require-kvm: KVM_RUN(vCPU 0): EAGAIN" in suite.output
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_pids_limit_and_workers(suite: Suite, group: MakeGroup) -> None:
-    """As many workers as were asked for, or a line that says why not; as many as can be when that is left open."""
+def test_pids_limit_with_workers(suite: Suite, group: MakeGroup) -> None:
+    """A fixed number of workers that a pids limit does not allow is refused; -n auto starts as many as it allows."""
     limit = group("pids", "pids.max", "40")
     line = suite.refused(suite(*ONE, "-n", "4", limit=limit))
     assert "-n: 4 workers need 64 threads, but " in line
@@ -140,14 +139,14 @@ def test_a_pids_limit_and_workers(suite: Suite, group: MakeGroup) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-def test_workers_where_no_thread_can_be_had(suite: Suite, group: MakeGroup) -> None:
-    """-n auto starts none, and the tests run in the one process that there is."""
+def test_no_threads_for_any_worker(suite: Suite, group: MakeGroup) -> None:
+    """Where no thread can be created, -n auto starts no worker and runs the tests in the main process."""
     suite.nothing_ran(suite(*ONE, "-n", "auto", limit=group("pids", "pids.max", "3")))
 
 
 @pytest.mark.usefixtures("kvm")
-def test_stacks_that_do_not_fit(suite: Suite) -> None:
-    """A thread's stack is as large as RLIMIT_STACK says, and counts for RLIMIT_AS."""
+def test_stack_exceeds_address_space(suite: Suite) -> None:
+    """A thread whose stack (RLIMIT_STACK) does not fit into RLIMIT_AS is a limit of the host."""
 
     def limit() -> None:
         rlimit(resource.RLIMIT_STACK, 900 * MIB)()
@@ -157,8 +156,8 @@ def test_stacks_that_do_not_fit(suite: Suite) -> None:
     assert "no more threads can be started: RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
 
 
-def test_threads_of_a_user(kvm: Kvm, tmp_path: Path) -> None:
-    """For the user's threads; root has no such limit, so it becomes somebody else."""
+def test_thread_limit_of_a_user(kvm: Kvm, tmp_path: Path) -> None:
+    """RLIMIT_NPROC explains a thread that cannot be started; root is exempt, so the test changes to another user."""
     if os.getuid() == 0 and (reason := limits.why_no_user(NOBODY)):
         pytest.skip(reason)
 
@@ -172,14 +171,14 @@ def test_threads_of_a_user(kvm: Kvm, tmp_path: Path) -> None:
                 run.run()
             except RuntimeError as error:
                 return explain_error(error)
-        return "it ran"
+        return "no error"
 
     expected = "no more threads can be started: RLIMIT_NPROC lets this user have 1 threads (ulimit -u unlimited)"
     assert in_child(body, tmp_path) == expected
 
 
 def in_child(body: Callable[[], str | None], folder: Path) -> str:
-    """What *body* returns in a child of this process."""
+    """Call *body* in a forked child; returns its result, or the exception, as text."""
     answer = folder / "answer"
     answer.touch()
     file = os.open(answer, os.O_WRONLY)
@@ -200,8 +199,8 @@ def in_child(body: Callable[[], str | None], folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("most", "workers"), [(10, []), (60, []), (20, ["-n2"])])
-def test_files_too_few_for_any_test(suite: Suite, most: int, workers: list[str]) -> None:
-    """Too few for any test: the run does not begin."""
+def test_too_few_files_for_any_test(suite: Suite, most: int, workers: list[str]) -> None:
+    """A run with too few file descriptors for any test is refused before it begins."""
     line = suite.refused(suite(*ONE, *workers, limit=rlimit(resource.RLIMIT_NOFILE, most)))
     assert (
         f"a test opens up to 64 files, but RLIMIT_NOFILE lets a process have {most} files open (ulimit -n 1024)" in line
@@ -224,8 +223,8 @@ Vm.create_vcpu = after_opening
 
 
 @pytest.mark.usefixtures("kvm")
-def test_files_used_up_in_the_middle(suite: Suite) -> None:
-    """Enough at first, and none left when KVM is to make a vCPU."""
+def test_files_exhausted_during_a_test(suite: Suite) -> None:
+    """EMFILE of KVM_CREATE_VCPU is explained by RLIMIT_NOFILE if no descriptor is left."""
     status = suite(*ONE, limit=rlimit(resource.RLIMIT_NOFILE, 200), plugin=OPENING_PLUGIN)
     line = suite.nothing_ran(status)
     assert (
@@ -233,12 +232,12 @@ def test_files_used_up_in_the_middle(suite: Suite) -> None:
     )
 
 
-def test_files_that_may_not_grow(suite: Suite, kvm: Kvm) -> None:
-    """A file in memory is a file: its cells are skipped, the others run."""
+def test_file_size_limit_skips_shmem(suite: Suite, kvm: Kvm) -> None:
+    """RLIMIT_FSIZE limits memfds: cells with shmem memory are skipped, the others run."""
     status = suite(*CELL, *SIZES, "--log-mode=dirty-log", limit=rlimit(resource.RLIMIT_FSIZE, MIB))
     assert status == 0, suite.output
     assert "FAIL" not in suite.output
-    expected = "cannot make a file of 4108 KiB for shmem guest memory: RLIMIT_FSIZE lets a file have 1048576 bytes"
+    expected = "cannot create a file of 4108 KiB for shmem guest memory: RLIMIT_FSIZE lets a file have 1048576 bytes"
     assert f": {expected} (ulimit -f unlimited)" in suite.output
 
 
@@ -251,8 +250,8 @@ def test_files_that_may_not_grow(suite: Suite, kvm: Kvm) -> None:
     ids=["as", "data"],
 )
 @pytest.mark.usefixtures("kvm")
-def test_a_limit_of_mapped_memory(suite: Suite, kind: int, name: str) -> None:
-    """Cells that do not fit are refused at once; a test that takes more is skipped."""
+def test_mapped_memory_limits(suite: Suite, kind: int, name: str) -> None:
+    """With RLIMIT_AS or RLIMIT_DATA, cells that do not fit are refused; a test that maps more is skipped."""
     line = suite.refused(suite(*ONE, "--test-mem=1G", limit=rlimit(kind, 1000 * MIB)))
     assert "--test-mem: 1 GiB needs " in line
     assert f"MiB of memory, but {name} lets a process map 1000 MiB, " in line
@@ -266,15 +265,15 @@ def test_a_limit_of_mapped_memory(suite: Suite, kind: int, name: str) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-def test_memory_that_the_interpreter_lacks(suite: Suite) -> None:
-    """An error without a word, of Python's own: what it had is free again by the time it is looked at."""
+def test_interpreter_out_of_memory(suite: Suite) -> None:
+    """A bare MemoryError of the interpreter is explained by RLIMIT_AS, although its memory is free again by then."""
     plugin = "def pytest_runtest_call(item):\n    bytearray(1500 << 20)\n"
     line = suite.nothing_ran(suite(*ONE, limit=rlimit(resource.RLIMIT_AS, 1000 * MIB), plugin=plugin))
     assert "RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
 
 
-def test_memory_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
-    """What the group has is what there is: for --test-mem, and for the number of workers."""
+def test_memory_limit_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
+    """A control group's memory limit bounds --test-mem and the number of workers of -n auto."""
     limit = group("memory", "memory.max", "300M")
     line = suite.refused(suite(*ONE, "--test-mem=1G", limit=limit))
     assert "--test-mem: 1 GiB needs " in line
@@ -292,8 +291,8 @@ def pytest_runtest_call(item):
 
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.slow
-def test_a_worker_killed_for_want_of_memory(suite: Suite, group: MakeGroup) -> None:
-    """It is the host's group that killed it; with --require-kvm that is a failure all the same."""
+def test_worker_killed_by_the_oom_killer(suite: Suite, group: MakeGroup) -> None:
+    """A worker that the OOM killer ended in its control group is a skip, or a failure with --require-kvm."""
     limit = group("memory", "memory.max", "300M")
     line = suite.nothing_ran(suite(*ONE, "-n1", limit=limit, plugin=GREEDY_PLUGIN))
     assert "the kernel killed the test for want of memory: " in line
@@ -303,8 +302,8 @@ def test_a_worker_killed_for_want_of_memory(suite: Suite, group: MakeGroup) -> N
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_worker_killed_by_nobody_knows_what(suite: Suite) -> None:
-    """It may be the kernel: a failure."""
+def test_worker_killed_for_unknown_reason(suite: Suite) -> None:
+    """A SIGKILL without an OOM kill is a failure: it may come from the kernel."""
     plugin = "import os\ndef pytest_runtest_call(item):\n    os.kill(os.getpid(), 9)\n"
     assert suite(*ONE, "-n1", plugin=plugin) == FAILED
     assert "crashed while running" in suite.output
@@ -323,8 +322,8 @@ def pytest_runtest_call(item):
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_worker_that_crashes_by_itself(suite: Suite, group: MakeGroup) -> None:
-    """A SIGSEGV is a failure, though the kernel has just killed another process for want of memory."""
+def test_worker_crash_after_an_oom_kill(suite: Suite, group: MakeGroup) -> None:
+    """A worker's SIGSEGV is a failure even right after the OOM killer has killed another process."""
     limit = group("memory", "memory.max", "300M")
     assert suite(*ONE, "-n1", limit=limit, plugin=SACRIFICING_PLUGIN) == FAILED, suite.output
     assert "crashed while running" in suite.output
@@ -340,10 +339,10 @@ def test_a_worker_that_crashes_by_itself(suite: Suite, group: MakeGroup) -> None
         ((1, 1), signal.SIGKILL, "failed"),  # before the test began
     ],
 )
-def test_crashes_that_memory_explains(
+def test_oom_kill_explains_one_crash(
     monkeypatch: pytest.MonkeyPatch, kills: tuple[int, int], died_of: signal.Signals, outcome: str
 ) -> None:
-    """A worker that SIGKILL ended after the kernel had killed since its test began, and for each kill one."""
+    """An OOM kill explains one worker's death: one by SIGKILL, whose test began before the kill."""
     counts = iter([*kills[:1] * 2, *kills[1:] * 2])
     monkeypatch.setattr(host_limits, "oom_kills", lambda: next(counts))
     with subprocess.Popen(["sleep", "9"]) as process:
@@ -370,7 +369,7 @@ Committed_AS:    200000 kB
 
 @pytest.fixture
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Call it with files and their contents to have them, and no others, in the place of /proc."""
+    """A function that adds files with the given contents to a fake /proc, which is empty at first."""
     monkeypatch.setattr(host_limits, "PROC", tmp_path)
     monkeypatch.setattr(cgroups, "PROC", tmp_path)
 
@@ -382,8 +381,8 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     return write
 
 
-def test_memory_that_is_not_overcommitted(proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With vm.overcommit_memory=2, MAP_NORESERVE is of no use: how much may be mapped, and the sysctl."""
+def test_no_overcommit_limits_memory(proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With vm.overcommit_memory=2 the commit limit is reported as the reason, and bounds the available memory."""
 
     def refuses(*_arguments: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -411,13 +410,13 @@ MOUNTS_V1 = "36 32 0:31 {root} {at} rw,nosuid shared:9 - cgroup cgroup rw,memory
     ("groups", "root", "folder"),
     [
         ("0::/a/b\n", "/", "a/b"),  # a host
-        ("0::/\n", "/", "."),  # a container with a name space of its own
+        ("0::/\n", "/", "."),  # a container with a cgroup namespace
         ("0::/system/docker-1\n", "/system/docker-1", "."),  # one without: the mount begins at its group
-        ("0::/../other\n", "/", "."),  # a process that was moved out of the name space's root
+        ("0::/../other\n", "/", "."),  # a process that was moved out of the namespace's root
     ],
 )
-def test_groups_of_cgroup_v2(proc: Callable[..., None], tmp_path: Path, groups: str, root: str, folder: str) -> None:
-    """The process's own group and those above it, wherever they are mounted."""
+def test_cgroup_v2_paths(proc: Callable[..., None], tmp_path: Path, groups: str, root: str, folder: str) -> None:
+    """The limits of this process's cgroup v2 group are found on a host and in containers of each kind."""
     at = tmp_path / "cgroup"
     proc({"self/cgroup": groups, "self/mountinfo": MOUNTS_V2.format(root=root, at=at)})
     proc({f"cgroup/{folder}/memory.max": "max\n", f"cgroup/{folder}/memory.high": f"{500 * MIB}\n"})
@@ -425,29 +424,29 @@ def test_groups_of_cgroup_v2(proc: Callable[..., None], tmp_path: Path, groups: 
         {f"cgroup/{folder}/memory.current": f"{300 * MIB}\n", f"cgroup/{folder}/memory.stat": f"inactive_file {MIB}\n"}
     )
     proc({f"cgroup/{folder}/pids.max": "77\n", f"cgroup/{folder}/pids.current": "7\n"})
-    assert [(one.file, one.most, one.taken) for one in cgroups.memory()] == [
+    assert [(one.file, one.limit, one.usage) for one in cgroups.memory()] == [
         ((at / folder / "memory.high"), 500 * MIB, 299 * MIB)
     ]
-    assert [(one.most, one.taken) for one in cgroups.pids()] == [(77, 7)]
+    assert [(one.limit, one.usage) for one in cgroups.pids()] == [(77, 7)]
 
 
-def test_limits_of_groups_above(proc: Callable[..., None], tmp_path: Path) -> None:
-    """The group itself has no limit, its parent has one; v1, each controller with a group of its own."""
+def test_cgroup_v1_limit_of_a_parent(proc: Callable[..., None], tmp_path: Path) -> None:
+    """The limit of a parent group counts if the group itself has none; v1 controllers have separate hierarchies."""
     at = tmp_path / "cgroup"
     proc({"self/cgroup": "4:memory:/a/b\n3:pids:/\n0::/x\n", "self/mountinfo": MOUNTS_V1.format(root="/", at=at)})
     proc({"cgroup/a/b/memory.limit_in_bytes": "9223372036854771712\n", "cgroup/a/b/memory.usage_in_bytes": "5\n"})
     proc({"cgroup/a/memory.limit_in_bytes": f"{GIB}\n", "cgroup/a/memory.usage_in_bytes": f"{10 * MIB}\n"})
     proc({"cgroup/a/memory.stat": f"inactive_file 1\ntotal_inactive_file {4 * MIB}\n"})
     (limit,) = cgroups.memory()
-    assert (limit.file, limit.most, limit.taken) == (at / "a/memory.limit_in_bytes", GIB, 6 * MIB)
+    assert (limit.file, limit.limit, limit.usage) == (at / "a/memory.limit_in_bytes", GIB, 6 * MIB)
     assert cgroups.pids() == []
 
 
 @pytest.mark.parametrize(("file", "usage"), [("max", "current"), ("rsvd.max", "rsvd.current")])
-def test_huge_pages_of_a_control_group(
+def test_hugetlb_limit_of_a_control_group(
     proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, usage: str
 ) -> None:
-    """The host has enough of them free, and this group may not have them."""
+    """A control group's hugetlb limit makes a backing unavailable although the pool has free pages."""
     at = tmp_path / "cgroup"
     proc({"pools/hugepages-2048kB/free_hugepages": "16\n"})
     monkeypatch.setattr(memory, "_HUGEPAGES", tmp_path / "pools")
@@ -465,8 +464,8 @@ def test_huge_pages_of_a_control_group(
 
 
 @pytest.mark.usefixtures("kvm")
-def test_thp_forbidden_by_the_parent(suite: Suite) -> None:
-    """PR_SET_THP_DISABLE is for all children, and for memory that asks for huge pages: no sysctl and no compaction helps."""
+def test_thp_disabled_by_prctl(suite: Suite) -> None:
+    """PR_SET_THP_DISABLE, which is inherited, is reported as the reason for missing transparent huge pages."""
     arguments = [*CELL, *SIZES, "selftests/memory/test_huge_pages.py", "--log-mode=dirty-log", "--vcpus=1", "-rs"]
     status = suite(*arguments, "--backing=anonymous_thp,anonymous", limit=limits.no_thp)
     assert status == 0, suite.output
@@ -490,10 +489,10 @@ SIZE_OFF = "transparent huge pages of 2 MiB are off (echo inherit > {at}/hugepag
         ("always madvise [never]", "always inherit [madvise] never", None),
     ],
 )
-def test_thp_switched_off_by_size(
+def test_thp_settings_per_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, common: str, of_size: str | None, expected: str | None
 ) -> None:
-    """The switch of the size, where there is one, and the common one where that inherits it; the remedy is the right one's."""
+    """A size's own THP setting decides, or the global one that it inherits; the remedy names the right one."""
     (tmp_path / "enabled").write_text(common)
     if of_size is not None:
         (tmp_path / "hugepages-2048kB").mkdir()
@@ -503,7 +502,7 @@ def test_thp_switched_off_by_size(
     assert BACKINGS["anonymous_thp"].missing(2 * MIB) == reason
     if not reason:
         return
-    # Memory that was had before it was switched off
+    # Memory that was mapped before THP was disabled
     guest_memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
     monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
     with pytest.raises(HugePagesMissing) as error:
@@ -518,7 +517,7 @@ def test_thp_switched_off_by_size(
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
 @pytest.mark.usefixtures("kvm")
 def test_memfd_create_refused(suite: Suite, code: int) -> None:
-    """Cells with memory in a file are skipped, with the filter named."""
+    """If a seccomp filter refuses memfd_create, cells with shmem memory are skipped and the filter is named."""
     arguments = [*CELL, *SIZES, "--log-mode=dirty-log", "--vcpus=1", "--backing=shmem,anonymous"]
     assert suite(*arguments, limit=limits.refused(SYS_MEMFD_CREATE, code=code)) == 0, suite.output
     name = errno.errorcode[code]
@@ -529,7 +528,7 @@ def test_memfd_create_refused(suite: Suite, code: int) -> None:
 @pytest.mark.parametrize("balancing", ["0", "1", "2", None])
 @pytest.mark.usefixtures("kvm")
 def test_set_mempolicy_refused(suite: Suite, tmp_path: Path, balancing: str | None) -> None:
-    """Harmless where NUMA balancing is off or not there; else no report can be judged, and none is."""
+    """A refused set_mempolicy is harmless without NUMA balancing; otherwise no test runs, since KVM cannot be judged."""
     switch = tmp_path / "numa_balancing"
     if balancing is not None:
         switch.write_text(f"{balancing}\n")
@@ -540,17 +539,17 @@ def test_set_mempolicy_refused(suite: Suite, tmp_path: Path, balancing: str | No
         return
     line = suite.nothing_ran(status)
     assert (
-        "automatic NUMA balancing would have KVM report pages that nobody wrote (sysctl kernel.numa_balancing=0)"
+        "automatic NUMA balancing would make KVM report pages that were not written (sysctl kernel.numa_balancing=0)"
         in line
     )
-    assert "set_mempolicy, which keeps it off, is refused: EPERM, which is the seccomp filter's answer" in line
+    assert "set_mempolicy, which prevents that, is refused: EPERM, which is the seccomp filter's answer" in line
 
 
-def test_a_policy_that_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """NUMA balancing may be on then."""
+def test_memory_policy_allows_balancing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A memory policy exempts the process from NUMA balancing, so that the tests can run while it is enabled."""
     (tmp_path / "numa_balancing").write_text("1\n")
     monkeypatch.setattr(host, "_NUMA_BALANCING", tmp_path / "numa_balancing")
-    reason = host.keep_memory_in_place()
+    reason = host.opt_out_of_numa_balancing()
     if reason is not None and ("ENOSYS" in reason or "seccomp" in reason):
         pytest.skip(reason)  # a kernel without NUMA, or a container that refuses the call, as Docker's do
     assert reason is None
@@ -566,7 +565,7 @@ def test_a_policy_that_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ids=["filter", "filter-enosys", "user"],
 )
 def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
-    """By a filter, which only the container's profile can open, or by the sysctl."""
+    """A refused userfaultfd names the seccomp filter or the sysctl, whichever refuses it."""
     if os.geteuid() or not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
         pytest.skip("needs root, and a kernel with userfaultfd")
     by_filter = "seccomp" in reason
@@ -581,14 +580,14 @@ def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
             MissingPages(0, arch.PAGE_SIZE)
         except HostLimit as error:
             return str(error)
-        return "it is there"
+        return "no error"
 
     assert in_child(body, tmp_path).startswith(f"userfaultfd: {reason}")
 
 
 @pytest.mark.usefixtures("kvm")
-def test_any_other_call_refused(suite: Suite) -> None:
-    """Which call it was, and that it is the filter's answer."""
+def test_refused_madvise_is_named(suite: Suite) -> None:
+    """A refused madvise ends the run with the name of the call and of the seccomp filter."""
     line = suite.nothing_ran(suite(*ONE, limit=limits.refused(SYS_MADVISE)))
     assert "madvise is refused: EPERM, which is the seccomp filter's answer" in line
 
@@ -615,23 +614,21 @@ def on_kvm(*arguments, **options):
     [
         (("kvm_util.vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
         (
-            ("kvm_util.vcpu", "Vcpu", "map_shared", "mmap.mmap"),
+            ("dirty_tracking.ring", "DirtyRing", "of", "mmap.mmap"),
             [*ONE, "--log-mode=dirty-ring"],
             "mmap(dirty ring of 1024 entries): EPERM",
         ),
         (
             ("kvm_util.binary_stats", "BinaryStats", "__init__", "os.pread"),
-            ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_has"],
+            ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_page_size"],
             "pread(statistics file, 24 bytes at 0): EPERM",
         ),
     ],
     ids=["kvm_run", "ring", "stats"],
 )
 @pytest.mark.usefixtures("kvm")
-def test_no_filter_excuses_kvm_itself(
-    suite: Suite, where: tuple[str, str, str, str], tests: list[str], expected: str
-) -> None:
-    """An EPERM of a call on KVM's own file is KVM's, though a filter refuses other calls."""
+def test_no_filter_excuses_kvm(suite: Suite, where: tuple[str, str, str, str], tests: list[str], expected: str) -> None:
+    """EPERM of a call on one of KVM's own files is KVM's, although a seccomp filter refuses other calls."""
     plugin = REFUSING_KVM_PLUGIN.format(**dict(zip(("module", "name", "method", "call"), where, strict=True)))
     assert suite(*tests, limit=limits.refused(arch.SYS_USERFAULTFD), plugin=plugin) == FAILED, suite.output
     assert expected in suite.output
@@ -639,7 +636,7 @@ def test_no_filter_excuses_kvm_itself(
 
 @pytest.mark.parametrize("call", ["memfd_create", "madvise", "set_mempolicy", "userfaultfd"])
 def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
-    """A filter explains the errors of the calls that it refuses, with the code that it gives them, and of no others."""
+    """A seccomp filter explains only the errors of the calls that it refuses, with the errno that it returns."""
     numbers = {
         "memfd_create": SYS_MEMFD_CREATE,
         "madvise": SYS_MADVISE,
@@ -654,7 +651,7 @@ def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
         }
 
     def body() -> str:
-        before = {one for one in refused() if one[0] != call}  # a container has a filter of its own
+        before = {one for one in refused() if one[0] != call}  # a container may already have a filter
         limits.refused(numbers[call])()
         return str(refused() - before)
 
@@ -663,15 +660,18 @@ def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
     assert in_child(body, tmp_path) == str({(call, "EPERM")})
 
 
-# --- files that are hidden, or cannot be written ----------------------------------------------------------------------
+# --- files that cannot be read or written -----------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("kvm")
-def test_parameters_that_are_hidden(suite: Suite, tmp_path: Path) -> None:
-    """Without KVM's parameters nobody knows which backend it is, nor what is right for it."""
+def test_hidden_kvm_parameters(suite: Suite, tmp_path: Path) -> None:
+    """Without KVM's module parameters no test runs, since backend and expected behaviour are unknown."""
     plugin = f"import kvm_util.host, pathlib\nkvm_util.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
     line = suite.nothing_ran(suite(*ONE, plugin=plugin))
-    assert f"KVM's parameters, which decide what is right, are not shown here: {tmp_path}/module has no kvm_*" in line
+    assert (
+        f"KVM's parameters, which determine its correct behaviour, are not visible here: {tmp_path}/module has no kvm_*"
+        in line
+    )
 
 
 VANISHING_FOLDER_PLUGIN = """
@@ -685,8 +685,8 @@ def pytest_runtest_call(item):
 
 @pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
 @pytest.mark.usefixtures("kvm")
-def test_results_that_cannot_be_kept(suite: Suite, tmp_path: Path, plugin: str, expected: int) -> None:
-    """The folder goes away in the middle of the run: it is said, and the verdict is what it is."""
+def test_results_folder_vanishes(suite: Suite, tmp_path: Path, plugin: str, expected: int) -> None:
+    """A results folder that vanishes during the run is reported, and does not change the verdict."""
     assert suite(*ONE, plugin=plugin + VANISHING_FOLDER_PLUGIN) == expected, suite.output
     start = f"THE RESULTS ARE NOT KEPT: {tmp_path}/results: "
     assert sum(line.startswith(start) for line in suite.output.splitlines()) == (2 if expected else 1)
@@ -695,8 +695,8 @@ def test_results_that_cannot_be_kept(suite: Suite, tmp_path: Path, plugin: str, 
 
 @pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
 @pytest.mark.usefixtures("kvm")
-def test_a_junit_file_that_cannot_be_kept(suite: Suite, plugin: str, expected: int) -> None:
-    """The disk is full at the end: one line, and the verdict is what it is."""
+def test_junit_file_on_a_full_disk(suite: Suite, plugin: str, expected: int) -> None:
+    """A JUnit file that cannot be written is one line, and does not change the verdict."""
     assert suite(*ONE, "--junitxml=/dev/full", plugin=plugin) == expected, suite.output
     (line,) = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT")]
     assert line == "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device (--junitxml FILE puts them elsewhere)"
@@ -704,29 +704,29 @@ def test_a_junit_file_that_cannot_be_kept(suite: Suite, plugin: str, expected: i
 
 
 @pytest.mark.usefixtures("kvm")
-def test_results_that_are_too_large(suite: Suite, tmp_path: Path) -> None:
-    """Files that may not grow to what the results of a small run take are refused before it."""
+def test_file_size_limit_below_results(suite: Suite, tmp_path: Path) -> None:
+    """A run is refused if RLIMIT_FSIZE is below the size of the results of a small run."""
     line = suite.refused(suite(*ONE, limit=rlimit(resource.RLIMIT_FSIZE, 100 << 10)))
     limit = "RLIMIT_FSIZE lets a file have 102400 bytes (ulimit -f unlimited)"
     assert line == f"ERROR: --results: {tmp_path}/results: File too large: {limit}"
     assert not (tmp_path / "results").exists()
 
 
-# --- what else is inherited -------------------------------------------------------------------------------------------
+# --- inherited CPU affinity and signal mask ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
 @pytest.mark.usefixtures("kvm")
 def test_one_cpu_for_all_threads(suite: Suite, plugin: str, expected: int) -> None:
-    """Two vCPUs and a collector that share a CPU are slower, and judged as ever."""
+    """Two vCPUs and a collector that share a CPU get the same verdict."""
     cpu = min(os.sched_getaffinity(0))
     cells = [*CELL, *SIZES, "--log-mode=dirty-log,clear-log,dirty-ring", "--backing=anonymous", "--vcpus=2"]
     assert suite(*cells, limit=lambda: os.sched_setaffinity(0, {cpu}), plugin=plugin) == expected, suite.output
 
 
 @pytest.mark.usefixtures("kvm")
-def test_signals_that_are_blocked(suite: Suite) -> None:
-    """Those that get a vCPU out of its guest have to come, whatever the parent's mask was: else it looks like a hang."""
+def test_signals_blocked_by_the_parent(suite: Suite) -> None:
+    """A signal mask inherited from the parent does not keep vCPUs from being kicked."""
 
     def limit() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -736,7 +736,7 @@ def test_signals_that_are_blocked(suite: Suite) -> None:
     assert status == 0, suite.output
 
 
-# --- errors that are nobody's but KVM's -------------------------------------------------------------------------------
+# --- errors that no limit explains ------------------------------------------------------------------------------------
 
 
 PLANTED = """
@@ -758,8 +758,8 @@ NO_FAULT_OF_THE_HOST = pytest.mark.parametrize(
 
 @NO_FAULT_OF_THE_HOST
 @pytest.mark.usefixtures("kvm")
-def test_an_error_without_a_limit_fails(suite: Suite, request_: str, code: str) -> None:
-    """No limit of this host explains it, so it is KVM's."""
+def test_error_without_a_limit_fails(suite: Suite, request_: str, code: str) -> None:
+    """An ioctl error that no limit explains is a failure."""
     assert suite(*ONE, plugin=PLANTED.format(code=code, request=request_)) == FAILED
     assert f"{request_}(" in suite.output
     assert f": {code} (" in suite.output
@@ -768,22 +768,22 @@ def test_an_error_without_a_limit_fails(suite: Suite, request_: str, code: str) 
 
 @NO_FAULT_OF_THE_HOST
 @pytest.mark.usefixtures("kvm")
-def test_limits_that_are_only_near(suite: Suite, group: MakeGroup, request_: str, code: str) -> None:
-    """There is a limit of threads, and it leaves a few: it explains nothing."""
+def test_near_limit_explains_nothing(suite: Suite, group: MakeGroup, request_: str, code: str) -> None:
+    """A thread limit that is close but not reached does not explain an error."""
     limit = group("pids", "pids.max", "17")
     assert suite(*ONE, limit=limit, plugin=PLANTED.format(code=code, request=request_)) == FAILED, suite.output
     assert "1 cell: 1 FAIL" in suite.output
 
 
-def test_threads_that_no_call_starts(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
-    """EAGAIN of a request that starts no thread is KVM's, though there can be no more threads."""
+def test_thread_limit_needs_a_new_thread(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
+    """EAGAIN of an ioctl that starts no thread is a failure even if the thread limit is reached."""
     plugin = PLANTED.format(code="EAGAIN", request="KVM_CREATE_VCPU")
     assert suite(*ONE, limit=group("pids", "pids.max", "1"), plugin=plugin) == FAILED, suite.output
     assert "KVM_CREATE_VCPU(id=0): EAGAIN" in suite.output
 
 
-def test_memory_that_is_nearly_used_up(proc: Callable[..., None]) -> None:
-    """What is left has to be less than what was asked for and KVM may take."""
+def test_memory_left_explains_no_enomem(proc: Callable[..., None]) -> None:
+    """ENOMEM is explained only if less memory is left than the call asked for plus what KVM may allocate."""
     proc({"meminfo": MEMINFO.replace("1500000", "13000")})
     assert explain(errno.ENOMEM) is None
     assert explain(errno.ENOMEM, MIB) is not None
@@ -791,8 +791,8 @@ def test_memory_that_is_nearly_used_up(proc: Callable[..., None]) -> None:
     assert explain(errno.ENOMEM) == "the host has 1953 MiB (end other programs)"
 
 
-def test_files_that_are_nearly_used_up(tmp_path: Path) -> None:
-    """As long as one more can be opened, EMFILE is not this limit's."""
+def test_one_file_left_explains_no_emfile(tmp_path: Path) -> None:
+    """RLIMIT_NOFILE explains EMFILE only if no more file can be opened."""
 
     def body() -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -806,10 +806,10 @@ def test_files_that_are_nearly_used_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("taken", "explained"), [(2, 1), (0, 0)])
-def test_a_refusal_explains_one_error(
+def test_refused_fork_explains_one_error(
     proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, explained: int
 ) -> None:
-    """What the group has refused, when those who took the threads have ended since."""
+    """A fork refused by a control group explains one error, also after other threads have ended."""
     proc({"self/cgroup": "0::/\n", "self/mountinfo": MOUNTS_V2.format(root="/", at=tmp_path / "cgroup")})
     proc({"cgroup/pids.max": "4\n", "cgroup/pids.current": f"{taken}\n", "cgroup/pids.events": "max 7\n"})
     monkeypatch.setattr(host_limits, "_refusals", host_limits._Refusals())
@@ -819,8 +819,8 @@ def test_a_refusal_explains_one_error(
     assert [one is not None for one in found] == [bool(explained), False]
 
 
-def test_a_device_that_cannot_be_opened(tmp_path: Path, settings: Settings, kvm: Kvm) -> None:
-    """Files that are used up are a limit, and no KVM that is unavailable."""
+def test_no_file_left_for_the_device(tmp_path: Path, settings: Settings, kvm: Kvm) -> None:
+    """EMFILE when opening /dev/kvm is a limit of the host, not an unavailable KVM."""
 
     def body() -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
@@ -828,7 +828,7 @@ def test_a_device_that_cannot_be_opened(tmp_path: Path, settings: Settings, kvm:
             Kvm(settings.kvm_device)
         except HostLimit as error:
             return str(error)
-        return "it is open"
+        return "no error"
 
     expected = (
         f"{settings.kvm_device} cannot be opened: no more files can be opened: RLIMIT_NOFILE lets a process have 3"
@@ -836,8 +836,8 @@ def test_a_device_that_cannot_be_opened(tmp_path: Path, settings: Settings, kvm:
     assert in_child(body, tmp_path).startswith(expected)
 
 
-def test_a_userfaultfd_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is closed, whichever error its set-up ended with."""
+def test_userfaultfd_closed_on_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A userfaultfd is closed if its set-up fails."""
     fd = os.open("/", os.O_PATH)
     monkeypatch.setattr(userfault, "_syscall", lambda *_: fd)
 
@@ -852,8 +852,8 @@ def test_a_userfaultfd_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("verdict", [AssertionError, GuestError, VcpuHang])
-def test_verdicts_before_and_after_a_limit(verdict: type[Exception]) -> None:
-    """What a test has found out is not excused by a limit that came before it, nor by one that came at its end."""
+def test_limits_never_excuse_findings(verdict: type[Exception]) -> None:
+    """A finding about KVM is not excused by a limit that is its cause, its context, or raised after it."""
     error = verdict("lost")
     error.__context__ = HostLimit("no threads")
     assert explain_error(error) is None
@@ -867,8 +867,8 @@ def test_verdicts_before_and_after_a_limit(verdict: type[Exception]) -> None:
     assert explain_error(limit) is None
 
 
-def test_what_an_error_came_from() -> None:
-    """Its cause, and a limit that was being handled when it came, unless that is suppressed."""
+def test_explanation_follows_causes() -> None:
+    """An error is explained by its cause, or by a limit that was being handled unless its context is suppressed."""
     error = ValueError("an empty ring")
     error.__context__ = HostLimit("no threads")
     assert explain_error(error) == "no threads"
@@ -885,8 +885,8 @@ def test_what_an_error_came_from() -> None:
     assert explain_error(kvm_error) is None
 
 
-def test_errors_of_unknown_origin() -> None:
-    """An error that no limit explains is one."""
+def test_unexplained_errors() -> None:
+    """Errors that no limit explains have no explanation."""
     assert explain_error(RuntimeError("anything")) is None
     assert explain_error(MemoryError("slot 0 has no room")) is None
     assert explain_error(KvmError(errno.ENOMEM, "KVM_CREATE_VM")) is None

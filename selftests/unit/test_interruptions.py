@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Runs that end before all of their tests have run: nothing is lost, and what did not run is in the table and the files."""
+"""Runs that end early lose no results, and list the tests that did not run in the table and the files."""
 
 import json
 import os
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("kvm")
 
 @dataclass
 class Run:
-    """A run of four cells in a process group of its own, to be interfered with."""
+    """A run of four cells in a process group of its own."""
 
     folder: Path
     process: "subprocess.Popen[bytes]"
@@ -59,7 +59,7 @@ class Run:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def ends(self) -> int:
-        """Wait for its end: of that, no process stays."""
+        """Wait for the run to end and check that no process is left; returns the exit status."""
         status = self.process.wait(60)
         deadline = time.monotonic() + 10
         while group_members(self.process.pid):
@@ -70,7 +70,7 @@ class Run:
         return status
 
     def verdicts(self) -> list[tuple[str, str]]:
-        """Verdict and reason of each cell, as the results file has them; junit.xml has each of them too."""
+        """Verdict and reason of each cell from the results file; checks that junit.xml has the same verdicts."""
         data = json.loads((self.folder / "results/results.json").read_text())
         cases = ElementTree.parse(self.folder / "junit.xml").getroot().iter("testcase")
         tags = {"failure": "FAIL", "error": "FAIL", "skipped": "not run"}
@@ -84,7 +84,7 @@ Start = Callable[..., Run]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Call it with pytest's options to have a run of four cells started."""
+    """A function that starts a run of four cells with the given pytest options."""
     runs = []
 
     def begin(*options: str, stdout: Any = None, plugin: str = "") -> Run:
@@ -94,7 +94,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         with (tmp_path / "output.txt").open("wb") as output:
             process = subprocess.Popen(
                 [*command, *CELLS, *SIZES, *files, *options], cwd=ROOT, stdout=stdout or output,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=restore_signal_defaults,
                 env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         runs.append(Run(tmp_path, process))
@@ -107,14 +107,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         run.process.wait()
 
 
-def heed_ctrl_c() -> None:
-    """In a new process: a shell that started these tests in the background has them ignore SIGINT, and all they start."""
+def restore_signal_defaults() -> None:
+    """In a child: undo that a shell makes background jobs ignore SIGINT, which is inherited."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def group_members(group: int) -> list[str]:
-    """The processes of a group that still run."""
+    """Pids of the running processes of a process group."""
     members = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -135,8 +135,8 @@ def group_members(group: int) -> list[str]:
     ],
 )
 @pytest.mark.slow
-def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bool, workers: str) -> None:
-    """The run ends in an orderly way, and says of each cell that it was interrupted, and by what."""
+def test_signal_ends_the_run(start: Start, number: signal.Signals, to_all: bool, workers: str) -> None:
+    """A signal ends the run in an orderly way; each cell that has not run has the signal as its reason."""
     run = start(ENDLESS, workers)
     run.await_output("::test_dirty_log[")
     (os.killpg if to_all else os.kill)(run.process.pid, number)
@@ -145,12 +145,12 @@ def test_signals_that_end_a_run(start: Start, number: signal.Signals, to_all: bo
     assert {reason.removesuffix(", during the test") for _, reason in run.verdicts()} == {interrupted}
     assert [verdict for verdict, _ in run.verdicts()] == ["not run"] * 4
     assert "4 cells: 4 not run" in run.output
-    assert "make check-kernel" not in run.output  # which would be interrupted no less
+    assert "make check-kernel" not in run.output  # no advice for an interrupted run
     assert "no test ran on KVM" not in run.output
 
 
 def test_ctrl_c_while_workers_start(start: Start) -> None:
-    """They end without a word of their imports, and the run says that it was interrupted."""
+    """Ctrl-C while workers start ends them without tracebacks, and the run is reported as interrupted."""
     run = start(ENDLESS, "-n2")
     run.await_output("\nplugins: ")
     os.killpg(run.process.pid, signal.SIGINT)
@@ -160,15 +160,15 @@ def test_ctrl_c_while_workers_start(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_impatience_loses_nothing(start: Start) -> None:
-    """Ctrl-C is pressed again and again while the run ends: it says that it ends already, and keeps its results."""
+def test_repeated_ctrl_c_loses_nothing(start: Start) -> None:
+    """Repeated Ctrl-C while the run is ending loses no results, and prints that the run is ending."""
     run = start(ENDLESS, "-n2")
     run.await_output("::test_dirty_log[")
     for _ in range(6):
         os.killpg(run.process.pid, signal.SIGINT)
         time.sleep(0.2)
     assert run.ends() == INTERRUPTED
-    assert "the run ends already, and writes its results" in run.output
+    assert "the run is ending and writing its results" in run.output
     assert len(run.verdicts()) == 4
 
 
@@ -184,8 +184,8 @@ def pytest_sessionfinish():
 """
 
 
-def test_an_end_that_hangs_can_be_left(start: Start) -> None:
-    """After some seconds Ctrl-C gives the results up, and the status is that of the signal."""
+def test_late_ctrl_c_discards_results(start: Start) -> None:
+    """Ctrl-C some seconds after the first one exits at once, with the signal's status."""
     run = start(ENDLESS, "-n0", plugin=STUCK_PLUGIN)
     run.await_output("::test_dirty_log[")
     os.kill(run.process.pid, signal.SIGINT)
@@ -196,8 +196,8 @@ def test_an_end_that_hangs_can_be_left(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_terminal_that_closes(start: Start) -> None:
-    """What can no longer be shown is in the files all the same."""
+def test_closed_terminal_loses_nothing(start: Start) -> None:
+    """A run whose terminal closes still writes its files."""
     ours, theirs = pty.openpty()
     run = start(ENDLESS, "-n2", stdout=theirs)
     os.close(theirs)
@@ -216,8 +216,8 @@ def test_a_terminal_that_closes(start: Start) -> None:
     [(signal.SIGKILL, FAILED, ("FAIL", "")), (signal.SIGTERM, INTERRUPTED, ("not run", "SIGTERM ended its process"))],
 )
 @pytest.mark.slow
-def test_a_worker_that_is_killed(start: Start, number: signal.Signals, status: int, verdict: tuple[str, str]) -> None:
-    """Its cell is in the table, the others run; SIGTERM is someone's doing, and SIGKILL may be the kernel's own."""
+def test_killed_worker_is_reported(start: Start, number: signal.Signals, status: int, verdict: tuple[str, str]) -> None:
+    """A killed worker's cell is in the results and the others run; SIGKILL is a failure, SIGTERM is not."""
     run = start(SHORT, "-n1")
     run.await_output("::test_dirty_log[")
     os.kill(run.workers()[0], number)
@@ -238,8 +238,8 @@ PageTables._map = interrupted
 
 
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
-def test_a_signal_while_a_vm_is_made(start: Start, workers: str) -> None:
-    """What it makes fail in there is no failure of the test, and the run ends."""
+def test_signal_during_vm_setup(start: Start, workers: str) -> None:
+    """An error that a signal causes while a VM is set up is not a failure of the test."""
     run = start(ENDLESS, workers, plugin=SET_UP_PLUGIN)
     assert run.ends() == INTERRUPTED, run.output
     assert {verdict for verdict, _ in run.verdicts()} == {"not run"}
@@ -255,8 +255,8 @@ def pytest_{hook}():
 
 
 @pytest.mark.parametrize("hook", ["sessionfinish", "terminal_summary", "unconfigure"])
-def test_a_signal_after_the_last_test(start: Start, hook: str) -> None:
-    """All has run: the files are written, the verdict stands, and so does the status."""
+def test_signal_after_the_last_test(start: Start, hook: str) -> None:
+    """A signal after the last test changes neither files nor verdict nor exit status."""
     run = start("--iterations=2", "-n0", plugin=ENDING_PLUGIN.format(hook=hook))
     assert run.ends() == PASSED, run.output
     assert run.verdicts() == [("pass", "")] * 4
@@ -264,8 +264,8 @@ def test_a_signal_after_the_last_test(start: Start, hook: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
-def test_what_a_failure_kept_from_running(start: Start, workers: str) -> None:
-    """With -x the cells after the first failure are there, and the reason names the option."""
+def test_tests_not_run_after_a_failure(start: Start, workers: str) -> None:
+    """With -x the cells after the first failure are in the results, with the option as the reason."""
     run = start("--iterations=2", "-x", workers, plugin=LOSING_PLUGIN)
     assert run.ends() in (FAILED, INTERRUPTED), run.output  # the latter is xdist's
     assert run.verdicts().count(("not run", "the run stopped after 1 failure (--maxfail)")) == 3
@@ -273,8 +273,8 @@ def test_what_a_failure_kept_from_running(start: Start, workers: str) -> None:
 
 
 @pytest.mark.slow
-def test_failures_that_did_not_run_again(start: Start, tmp_path: Path) -> None:
-    """With --lf -x those after the first one are still failures to --lf."""
+def test_last_failed_list_is_kept(start: Start, tmp_path: Path) -> None:
+    """After --lf -x, failures that did not run again are still in the list for --lf."""
     cache = ["--iterations=2", "-o", f"cache_dir={tmp_path}/cache"]
     assert start(*cache, plugin=LOSING_PLUGIN).ends() == FAILED
     failed = json.loads((tmp_path / "cache/v/cache/lastfailed").read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The kernel's log: which of its lines are reports, and that a report fails the test that ran and the run."""
+"""Kernel log: recognizing reports, and failing the test and the run during which one appears."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from harness.known_bugs import load
 from runner import ROOT
 from runner.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
 
-# First lines of reports as kernels of 6.1 to 7.2 write them
+# First lines of reports of Linux 6.1 to 7.2
 TITLES = {
     "WARNING: CPU: 1 PID: 717 at virt/kvm/dirty_ring.c:255 kvm_dirty_ring_push+0xab/0xc0 [kvm]": Kind.WARN,
     "WARNING: virt/kvm/dirty_ring.c:255 at kvm_dirty_ring_push+0xab/0xc0 [kvm], CPU#1: python3/717": Kind.WARN,
@@ -46,17 +46,20 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize(("title", "kind"), TITLES.items(), ids=[title[:40] for title in TITLES])
-def test_each_kind_of_report_is_found(title: str, kind: Kind) -> None:
+def test_kinds_of_kernel_reports(title: str, kind: Kind) -> None:
+    """The first line of each kind of kernel report is recognized, and the report extends to its end marker."""
     (splat,) = find_splats(["before", title, "Call Trace:", "---[ end trace 0000000000000000 ]---", "after"])
     assert (splat.kind, splat.title) == (kind, title)
     assert splat.lines[-1].startswith("---[ end trace")
 
 
-def test_harmless_lines_are_no_reports() -> None:
+def test_harmless_lines_are_ignored() -> None:
+    """Lines that merely look like reports are ignored."""
     assert find_splats(HARMLESS) == []
 
 
-def test_an_oops_with_all_its_lines_is_one_report() -> None:
+def test_oops_is_a_single_report() -> None:
+    """A BUG line followed by an Oops is one report, of kind Oops."""
     lines = [
         "BUG: kernel NULL pointer dereference, address: 0",
         "#PF: supervisor write",
@@ -68,26 +71,28 @@ def test_an_oops_with_all_its_lines_is_one_report() -> None:
     assert splat.title == lines[0]
 
 
-def test_a_graver_report_is_not_hidden_in_a_lesser_one() -> None:
-    """Another one may begin before the first has ended; a known bug then explains the first alone."""
+def test_report_within_a_report() -> None:
+    """A report that begins within another one is a report of its own, which a known bug must explain separately."""
     lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 kvm_dirty_ring_push", "Call Trace:", "BUG: KASAN: use-after-free in f"]
     assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.KASAN]
     lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "Kernel panic - not syncing: kernel: panic_on_warn set ..."]
     assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.PANIC]
 
 
-def test_two_reports_are_two() -> None:
+def test_consecutive_reports() -> None:
+    """Two reports with an end marker between them are found separately."""
     lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "---[ end trace 0 ]---", "WARNING: CPU: 0 PID: 1 at b.c:2 g"]
     assert [splat.title for splat in find_splats(lines)] == [lines[0], lines[2]]
 
 
-def test_what_programs_write_into_the_log_is_not_the_kernels() -> None:
-    """Facility 1 (user) is 8 and more; only the kernel's 0 counts. Escapes are undone, and properties left out."""
+def test_records_of_user_space_are_ignored() -> None:
+    """Only records of facility 0 count; escapes are decoded and properties left out."""
     records = "12,1,1,-;WARNING: from a program\n4,2,2,-;WARNING: one\\x0atwo\n SUBSYSTEM=pci\n6,3,3,-;info\n"
     assert kernel_lines(records) == ["WARNING: one", "two", "info"]
 
 
-def test_only_what_comes_after_the_start_counts(tmp_path: Path) -> None:
+def test_earlier_records_are_ignored(tmp_path: Path) -> None:
+    """Records from before the log was opened, and those already read, are not reported."""
     path = tmp_path / "kmsg"
     path.write_text("4,1,1,-;WARNING: old\n")
     log = KernelLog(str(path))
@@ -99,8 +104,8 @@ def test_only_what_comes_after_the_start_counts(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_log_that_overran_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EPIPE says that records were overwritten before they were read; reading goes on behind them."""
+def test_overrun_of_the_kernel_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records overwritten before they were read (EPIPE) are a report; reading continues after them."""
     path = tmp_path / "kmsg"
     path.write_text("")
     log = KernelLog(str(path))
@@ -121,8 +126,8 @@ def test_a_log_that_overran_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     log.close()
 
 
-def test_a_log_that_overran_is_explained_by_no_known_bug() -> None:
-    """Nobody knows what it held; it has no title that an entry could name."""
+def test_no_known_bug_explains_an_overrun() -> None:
+    """An overrun of the kernel log is never explained by a known bug."""
     (bug,) = [bug for bug in load() if bug.id == "pvm-ring-overflow"]
     assert bug.explains_log(
         ["WARNING: CPU: 1 PID: 717 at virt/kvm/dirty_ring.c:255 kvm_dirty_ring_push+0xab/0xc0 [kvm]"]
@@ -146,8 +151,8 @@ def test_after():
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
 @pytest.mark.parametrize("explained", [False, True], ids=["new", "known-bug"])
-def test_a_report_fails_its_test_and_the_run(tmp_path: Path, workers: list[str], explained: bool) -> None:
-    """The log is a file here, to which a test writes what the kernel would; unless a known bug explains it, that is bad."""
+def test_kernel_report_fails_test_and_run(tmp_path: Path, workers: list[str], explained: bool) -> None:
+    """A kernel report fails the test that was running and the run, unless a known bug explains it."""
     path = tmp_path / "kmsg"
     path.write_text("")
     (tmp_path / "test_it.py").write_text(REPORTING_TEST.format(path=str(path), function="kvm_arch_thing"))

@@ -319,7 +319,7 @@ def test_splats_before_and_since_init() -> None:
 
 
 def test_splats_that_no_test_saw(tmp_path: Path) -> None:
-    """A WARN while KVM is loaded is in the report, one that a test saw is there once, and one of the boot is a remark."""
+    """A WARN while KVM is loaded is in the report, one that a test saw is there once, and one of the boot is a note."""
     report = RunReport(tmp_path, Facts({}, {}, []))
     report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
     planned = PlannedTests({}, Interruption())
@@ -329,7 +329,7 @@ def test_splats_that_no_test_saw(tmp_path: Path) -> None:
     session.add_splats("\n".join(lines))
     assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
     assert report.kernel_reports[1].known_bug is None
-    assert report.remarks == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
+    assert report.notes == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Makefile, make_venv.sh and the benchmark: nothing is accepted and ignored, and what is missing is one line."""
+"""Makefile, make_venv.sh and the benchmark: no argument is silently ignored, and each error is one line."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clean clone, as far as make needs it."""
+    """The files of a fresh clone that make needs."""
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("Makefile", "make_venv.sh", "requirements.txt", "requirements-dev.txt"):
@@ -41,9 +41,9 @@ def clone(tmp_path: Path) -> Path:
         (["check-kernel", "KERNEL=debian:6.12", "KVM_PARAM=kvm.tdp_mmu=0"], "no such variable: KVM_PARAM (there are ARGS"),
         (["run", "ARG=-v"], "no such variable: ARG (there are ARGS WORKERS"),
         (["run", "VENV=/usr"], "no such variable: VENV (there are ARGS WORKERS"),
-        (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run unit test test-all"),
-        (["matrix", "WORKERS=2"], "'WORKERS=2' means nothing to 'make matrix': WORKERS is for run unit test test-all"),
-        (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel matrix unit test test-all kill-matrix bench"),
+        (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run unit test"),
+        (["matrix", "WORKERS=2"], "'WORKERS=2' means nothing to 'make matrix': WORKERS is for run unit test"),
+        (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel matrix unit test"),
         (["KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make help'"),
         (["run", "WORKERS=abc"], "WORKERS: 'abc' is neither a number nor auto"),
         (["run", "WORKERS=-1"], "WORKERS: '-1' is neither a number nor auto"),
@@ -55,8 +55,8 @@ def clone(tmp_path: Path) -> Path:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_variable_that_would_be_ignored(clone: Path, words: list[str], message: str) -> None:
-    """One line, before anything is set up."""
+def test_unused_variable_is_an_error(clone: Path, words: list[str], message: str) -> None:
+    """A variable that the target does not use is one line of error, before anything is set up."""
     done = start(["make", *words], clone)
     assert done.returncode != 0
     assert message in done.stderr
@@ -66,7 +66,7 @@ def test_a_variable_that_would_be_ignored(clone: Path, words: list[str], message
 
 @pytest.mark.parametrize(("prefix", "status"), [("", 2), ("MAKEFLAGS= ", 0)])
 def test_variables_of_a_parent_make(clone: Path, prefix: str, status: int) -> None:
-    """They are refused like any others, unless the recipe keeps them back as docs/setup.md says."""
+    """Variables of a parent make are refused like any others, unless its recipe clears MAKEFLAGS."""
     parent = clone.parent / "Makefile"
     parent.write_text(f"suite:\n\t@{prefix}$(MAKE) -C clone help\n")
     done = start(["make", "V=1"], clone.parent)
@@ -75,8 +75,8 @@ def test_variables_of_a_parent_make(clone: Path, prefix: str, status: int) -> No
 
 
 @pytest.mark.parametrize("name", ["KERNEL", "KVM_PARAMS"])
-def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
-    """It counts as on the command line where it would be taken for tested, and nowhere else."""
+def test_kernel_in_the_environment(clone: Path, name: str) -> None:
+    """KERNEL or KVM_PARAMS in the environment is refused by targets that would seem to use it, and ignored by others."""
     refused = start(["make", "-n", "run"], clone, **{name: "x"})
     assert refused.returncode != 0
     assert f"'{name}=x' means nothing to 'make run'" in refused.stderr
@@ -100,15 +100,15 @@ def test_a_kernel_in_the_environment(clone: Path, name: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_a_variable_reaches_its_command(clone: Path, words: list[str], command: str) -> None:
-    """What is given appears in the command that the target runs, with its spaces and quotes."""
+def test_variable_reaches_its_command(clone: Path, words: list[str], command: str) -> None:
+    """A variable's value appears in the command that the target runs, with its spaces and quotes."""
     done = start(["make", "-n", *words], clone)
     assert done.returncode == 0, done.stderr
     assert command in done.stdout
 
 
-def test_what_keeps_the_suite_from_its_modules(clone: Path) -> None:
-    """Of the user's Python and pytest nothing that hides modules or plugins reaches the suite; what adds options does."""
+def test_environment_that_hides_modules(clone: Path) -> None:
+    """Variables that hide modules or plugins are not passed on to the suite; PYTEST_ADDOPTS is."""
     with (clone / "Makefile").open("a") as file:
         file.write("\nshow:\n\t@env\n")
     hiding = (
@@ -125,8 +125,8 @@ def test_what_keeps_the_suite_from_its_modules(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_file_in_args_is_all_that_runs(named: bool) -> None:
-    """``make run`` has the matrix as what runs where nothing is named."""
+def test_file_in_args_replaces_matrix(named: bool) -> None:
+    """By default make run collects the main test; if ARGS names a file, only that one."""
     command = start(["make", "-n", "run", "WORKERS=0"], ROOT).stdout.splitlines()[-1].split()[3:]
     files = ["selftests/unit/test_uapi.py"] if named else []
     done = start([sys.executable, "-m", "pytest", *command, "--collect-only", "-qq", *files], ROOT)
@@ -143,8 +143,8 @@ def test_a_file_in_args_is_all_that_runs(named: bool) -> None:
         (["--rounds", "0"], "bench: --rounds and --iterations must be at least 1"),
     ],
 )
-def test_a_benchmark_that_cannot_be(words: list[str], message: str) -> None:
-    """It is refused at once, not after a minute of others."""
+def test_invalid_benchmark_arguments(words: list[str], message: str) -> None:
+    """Invalid arguments of the benchmark are one line of error, before anything is measured."""
     done = start([sys.executable, "bench/bench.py", *words], ROOT, PYTHONPATH=".:lib")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
@@ -155,7 +155,7 @@ def test_a_benchmark_that_cannot_be(words: list[str], message: str) -> None:
 # --- the virtual environment ------------------------------------------------------------------------------------------
 
 
-# In place of pip, which takes seconds: it does as the file FOLDER/pip-does says.
+# A fake pip, since the real one takes seconds; the file FOLDER/pip-does controls it.
 PIP = """
 import pathlib, sys, time
 order = (pathlib.Path(__file__).parent.parent / "pip-does").read_text()
@@ -168,7 +168,7 @@ if order == "wait":
 
 
 class Maker:
-    """Runs make_venv.sh in *folder* with a pip of ours."""
+    """Runs make_venv.sh in *folder* with a fake pip."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -205,8 +205,8 @@ def maker(clone: Path) -> Maker:
         ([".", "requirements.txt"], ". is there, and is no virtual environment: remove it"),
     ],
 )
-def test_make_venv_without_its_arguments(clone: Path, words: list[str], message: str) -> None:
-    """One line says what is missing or wrong, and nothing is removed."""
+def test_make_venv_with_bad_arguments(clone: Path, words: list[str], message: str) -> None:
+    """Missing or wrong arguments of make_venv.sh are one line of error, and nothing is removed."""
     done = start(["./make_venv.sh", *words], clone)
     assert done.returncode == 1
     assert done.stderr == f"make_venv.sh: {message}\n"
@@ -221,8 +221,8 @@ def test_make_venv_without_its_arguments(clone: Path, words: list[str], message:
         ("./old", "Python 3.11 or newer is needed, ./old is 3.9.2 (PYTHON=... names another one)"),
     ],
 )
-def test_a_python_that_will_not_do(clone: Path, python: str, message: str) -> None:
-    """One line, a status that says so, and nothing half made; through make too, where an environment is there already."""
+def test_unsuitable_python(clone: Path, python: str, message: str) -> None:
+    """A Python that is missing or too old is one line of error and leaves nothing behind, also through make."""
     (clone / "old").write_text("#!/bin/sh\necho False 3.9.2\n")
     (clone / "old").chmod(0o755)
     done = start(["./make_venv.sh", ".venv", "requirements.txt"], clone, PYTHON=python)
@@ -236,8 +236,8 @@ def test_a_python_that_will_not_do(clone: Path, python: str, message: str) -> No
     assert message in done.stderr
 
 
-def test_an_environment_that_works_stays(maker: Maker) -> None:
-    """It gets its packages once more, and keeps all else that is in it; so it does when its own Python is named."""
+def test_working_environment_is_kept(maker: Maker) -> None:
+    """A working environment is kept; only its packages are installed again."""
     assert maker() == "make_venv.sh: installing the packages of requirements.txt into .venv\n"
     (maker.venv / "mine").touch()
     assert maker() == "make_venv.sh: installing the packages of requirements.txt into .venv\n"
@@ -254,8 +254,8 @@ def test_an_environment_that_works_stays(maker: Maker) -> None:
         ("other", "it was made with another Python"),
     ],
 )
-def test_a_broken_environment_is_made_again(maker: Maker, damage: str, why: str) -> None:
-    """A run that broke off, a Python that was removed, that has another version since, or that another one was named."""
+def test_broken_environment_is_recreated(maker: Maker, damage: str, why: str) -> None:
+    """An environment that is incomplete, or whose Python is gone, upgraded or another one, is recreated."""
     maker()
     (maker.venv / "mine").touch()
     python = ""
@@ -267,7 +267,7 @@ def test_a_broken_environment_is_made_again(maker: Maker, damage: str, why: str)
     elif damage == "upgraded":
         next((maker.venv / "lib").glob("python3.*")).rename(maker.venv / "lib" / "python3.0")
     else:
-        other = maker.folder / "other"  # says another thing than our Python where it is asked who it is
+        other = maker.folder / "other"  # identifies itself as another Python than ours
         other.write_text(
             f'#!/bin/sh\n[ "${{2#*version_info, }}" = "$2" ] || exec echo another\nexec {sys.executable} "$@"\n'
         )
@@ -278,11 +278,11 @@ def test_a_broken_environment_is_made_again(maker: Maker, damage: str, why: str)
     assert (maker.venv / "bin" / "python").exists()
 
 
-def test_packages_that_cannot_be_had(maker: Maker) -> None:
-    """One line with pip's reason and what to do; nothing half made stays, and an environment that was there does."""
+def test_unavailable_packages(maker: Maker) -> None:
+    """If pip fails, one line has the reason and the remedy; no incomplete environment is left, an old one is kept."""
     maker.pip("fail")
-    said = maker(status=1).splitlines()
-    assert said[1:] == [
+    output = maker(status=1).splitlines()
+    assert output[1:] == [
         "make_venv.sh: no packages from pip: No matching distribution found for pytest==9.2.0"
         " (no network? docs/setup.md, 'Without network'; all that pip said is in build/pip.log)"
     ]
@@ -296,8 +296,8 @@ def test_packages_that_cannot_be_had(maker: Maker) -> None:
     assert (maker.venv / "mine").exists()
 
 
-def test_two_make_an_environment_at_once(maker: Maker) -> None:
-    """The second says that it waits; and when the first is killed while pip installs, it makes the environment again."""
+def test_concurrent_environment_setup(maker: Maker) -> None:
+    """A second make_venv.sh waits for the first, and recreates the environment if the first is killed."""
     maker.pip("wait")
     words = ["./make_venv.sh", ".venv", "requirements.txt"]
     environment = os.environ | maker.environment
@@ -307,17 +307,17 @@ def test_two_make_an_environment_at_once(maker: Maker) -> None:
     wait_for(maker.folder / "waits")
     assert (maker.venv / ".incomplete").exists()
     maker.pip("install")
-    with (maker.folder / "said").open("wb") as said:
-        second = subprocess.Popen(words, cwd=maker.folder, env=environment, stderr=said)
+    with (maker.folder / "output").open("wb") as output:
+        second = subprocess.Popen(words, cwd=maker.folder, env=environment, stderr=output)
     deadline = time.monotonic() + 20
-    while not (text := (maker.folder / "said").read_text()):
+    while not (text := (maker.folder / "output").read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert text == "make_venv.sh: another run makes .venv: waiting for it\n"
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert second.wait(timeout=20) == 0
-    assert "make_venv.sh: .venv is made again: it was not complete" in (maker.folder / "said").read_text()
+    assert "make_venv.sh: .venv is made again: it was not complete" in (maker.folder / "output").read_text()
     assert not (maker.venv / ".incomplete").exists()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The library's small parts: bitmaps, streams, rings, page tables, address limits, numbers."""
+"""Small parts of the library: bitmaps, write streams, rings, reports, page tables, address limits, memory, messages."""
 
 import ctypes
 import errno
@@ -21,27 +21,28 @@ from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
 from kvm_util.ioctl import KvmError
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
 
-# --- dirty_bitmap -----------------------------------------------------------------------------------------------------
+# --- bitmaps ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("npages", "size"), [(1, 8), (64, 8), (65, 16), (262147, 32776)])
-def test_a_bitmap_has_whole_words(npages: int, size: int) -> None:
+def test_bitmap_has_whole_words(npages: int, size: int) -> None:
+    """A bitmap is as large as the 64-bit words that hold a bit per page."""
     assert len(new_bitmap(npages)) == size
 
 
-def test_set_pages_reads_every_bit() -> None:
-    """Against a bit-by-bit reading, for empty, full, sparse and dense words."""
+def test_set_pages_of_a_bitmap() -> None:
+    """set_pages() agrees with a bit-by-bit reading of empty, full, sparse and dense words."""
     draw = random.Random(1)
     bitmap = bytearray(draw.randbytes(64)) + bytearray(64) + bytearray(b"\xff" * 64) + bytearray(b"\0" * 7 + b"\x80")
     slow = [page for page in range(len(bitmap) * 8) if bitmap[page // 8] >> page % 8 & 1]
     assert set_pages(bitmap) == slow
 
 
-# --- write_stream -----------------------------------------------------------------------------------------------------
+# --- write streams ----------------------------------------------------------------------------------------------------
 
 
-def test_between_follows_head_and_loop() -> None:
-    """Any range, against naming the pages one by one."""
+def test_write_stream_ranges() -> None:
+    """A range of a write stream is its head followed by its repeated loop."""
     stream = WriteStream(array("I", [10, 11, 0, 1, 2]), 2)
     endless = [10, 11] + [0, 1, 2] * 20
     for first in range(20):
@@ -51,8 +52,8 @@ def test_between_follows_head_and_loop() -> None:
 
 @pytest.mark.parametrize("pattern", ["random", "sequential"])
 @pytest.mark.parametrize(("npages", "vcpus"), [(1, 1), (100, 3), (4099, 2)])
-def test_streams_sweep_every_page_first(pattern: str, npages: int, vcpus: int) -> None:
-    """The vCPUs' first writes together reach each page; head and loop fill whole batches; no page is beyond the slot."""
+def test_write_streams_cover_the_slot(pattern: str, npages: int, vcpus: int) -> None:
+    """The first writes of all vCPUs together reach each page of the slot, in whole batches."""
     written: set[int] = set()
     for vcpu in range(vcpus):
         stream = make_stream(pattern, npages, vcpu, vcpus, seed=7, multiple=64)
@@ -63,7 +64,9 @@ def test_streams_sweep_every_page_first(pattern: str, npages: int, vcpus: int) -
     assert written == set(range(npages))
 
 
-def test_streams_repeat_by_seed_and_differ_by_vcpu() -> None:
+def test_write_streams_depend_on_the_seed() -> None:
+    """A write stream is determined by seed and vCPU, and differs between them."""
+
     def pages(seed: int, vcpu: int) -> list[int]:
         return make_stream("random", 1000, vcpu, 2, seed, 64).between(1000, 2000).tolist()
 
@@ -72,11 +75,11 @@ def test_streams_repeat_by_seed_and_differ_by_vcpu() -> None:
     assert pages(1, 0) != pages(1, 1)
 
 
-# --- dirty_ring -------------------------------------------------------------------------------------------------------
+# --- dirty rings ------------------------------------------------------------------------------------------------------
 
 
 class FakeRing:
-    """A ring in memory, written as KVM writes one, to be read by the code under test."""
+    """A dirty ring in memory, with the test in KVM's place."""
 
     def __init__(self, entries: int) -> None:
         self.map = mmap.mmap(-1, entries * ENTRY_SIZE)
@@ -94,8 +97,8 @@ class FakeRing:
         return memoryview(self.map).cast("I")[::4].tolist()
 
 
-def test_harvest_takes_dirty_entries_in_order_and_marks_them() -> None:
-    """Many times around a ring larger than one chunk, in pieces of any size."""
+def test_harvest_in_ring_order() -> None:
+    """harvest() returns the dirty entries in order and marks them for reset, many times around the ring."""
     fake = FakeRing(8192)
     ring = DirtyRing(fake.map)
     page = 0
@@ -110,8 +113,8 @@ def test_harvest_takes_dirty_entries_in_order_and_marks_them() -> None:
         assert ring.harvest() == ([], [])
 
 
-def test_harvest_stops_at_the_first_entry_that_is_not_dirty() -> None:
-    """What lies behind a gap is not taken, but counted; an entry that waits for its reset is not taken again."""
+def test_harvest_stops_at_a_gap() -> None:
+    """harvest() stops at the first entry that is not dirty; dirty entries after that gap are counted."""
     fake = FakeRing(256)
     ring = DirtyRing(fake.map)
     for flags in (1, 1, 0, 1, 2, 1):
@@ -121,8 +124,8 @@ def test_harvest_stops_at_the_first_entry_that_is_not_dirty() -> None:
     assert ring.dirty_behind_gap() == 2
 
 
-def test_peek_returns_each_entry_once_and_leaves_it() -> None:
-    """Also of a ring that is full all over, and of one whose harvested entries wait for their reset."""
+def test_peek_leaves_the_ring_unchanged() -> None:
+    """peek() returns each dirty entry once and leaves it to harvest(), also in a full ring."""
     fake = FakeRing(256)
     ring = DirtyRing(fake.map)
     for page in range(256):
@@ -139,7 +142,8 @@ def test_peek_returns_each_entry_once_and_leaves_it() -> None:
     assert ring.harvest() == ([1] * 256, [*range(3, 256), 300, 301, 302])
 
 
-def test_what_a_reset_left_is_counted_once() -> None:
+def test_not_reset_counts_entries_once() -> None:
+    """Harvested entries that a reset has left are counted once."""
     fake = FakeRing(256)
     ring = DirtyRing(fake.map)
     for page in range(4):
@@ -161,19 +165,20 @@ def test_what_a_reset_left_is_counted_once() -> None:
         ([8, 9], 7, 8, [9]),  # too many: the count says so
     ],
 )
-def test_resets_go_on_until_all_is_reset_or_none_is(
+def test_reset_until_all_is_reset(
     monkeypatch: pytest.MonkeyPatch, answers: list[int], harvested: int, reset: int, unasked: list[int]
 ) -> None:
+    """Resets are repeated while some make progress, until all harvested entries are reset."""
     monkeypatch.setattr(dirty_ring, "_IDLE_RESETS", 3)
     assert reset_until(lambda: answers.pop(0), lambda count: count >= harvested) == reset
     assert answers == unasked
 
 
-# --- dirty_report -----------------------------------------------------------------------------------------------------
+# --- dirty reports ----------------------------------------------------------------------------------------------------
 
 
-def test_a_report_has_rings_and_bitmaps() -> None:
-    """As on arm64, where KVM writes memory for devices without a vCPU: the bitmaps are no part of what was harvested."""
+def test_report_of_rings_and_bitmaps() -> None:
+    """A dirty report may have rings and bitmaps at once, as on arm64; bitmaps do not count as harvested."""
     report = DirtyReport([Source([1, 2, 1], [5, 6, 5], 0), Source([2], [7], 1), Source([2, 3], [6, 0])], reset=4)
     assert report.slots == {1, 2, 3}
     assert (report.harvested, report.count) == (4, 6)
@@ -182,8 +187,8 @@ def test_a_report_has_rings_and_bitmaps() -> None:
     assert report.violations({1: 6, 2: 8, 3: 1}) == []
 
 
-def test_a_report_that_cannot_be_right() -> None:
-    """Whatever the guest wrote; what it says is checked against the memslots only where these are given."""
+def test_report_violations() -> None:
+    """Gaps, bad slots and offsets, and wrong reset counts are violations whatever the guest wrote."""
     report = DirtyReport([Source([1, 9, 1], [5, 2, 8], 0, behind_gap=2)], reset=2)
     found = report.violations({1: 8})
     assert [(one.kind, one.slot, one.pages, one.vcpu) for one in found] == [
@@ -201,7 +206,7 @@ def test_a_report_that_cannot_be_right() -> None:
 
 
 def walk(memory: bytearray, root: int, levels: int, gva: int) -> int | None:
-    """Translate as the CPU does, straight from the architecture's manual."""
+    """Translate *gva* as the CPU does; None if it is not mapped (Intel SDM volume 3, "Paging")."""
     table = root
     for level in range(levels, 0, -1):
         shift = 12 + 9 * (level - 1)
@@ -221,7 +226,7 @@ def walk(memory: bytearray, root: int, levels: int, gva: int) -> int | None:
 @pytest.mark.parametrize("page_size", [4 * KIB, 2 * MIB, GIB])
 @pytest.mark.parametrize("gpa", [0x1_2345_6000, 0xFFFC_BFFF_D000])
 def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
-    """First, last and inner addresses of a range that no page size divides, and nothing right outside."""
+    """Page tables translate a range of any size with every page size, and nothing beyond its pages."""
     memory = bytearray(8 * MIB)
     free = [0]
 
@@ -239,7 +244,8 @@ def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
     assert walk(memory, tables.root, levels, align_down(gva + size - 1, page_size) + page_size) is None
 
 
-def test_page_tables_refuse_addresses_that_do_not_fit_the_page_size() -> None:
+def test_page_tables_check_congruence() -> None:
+    """A mapping whose gva and gpa are not congruent modulo the page size is refused."""
     memory = bytearray(MIB)
     tables = arch.PageTables(4, lambda: 4096, lambda address: memoryview(memory)[address : address + 4096].cast("Q"))
     with pytest.raises(ValueError, match="not congruent"):
@@ -269,14 +275,16 @@ def cpuid(vendor: bytes, family: int, address_sizes: int) -> arch.Cpuid:
         (b"AuthenticAMD", 0x19, 48 << 16 | 52, 1 << 48),
     ],
 )
-def test_the_physical_limit_keeps_off_reserved_ranges(
+def test_guest_phys_limit(
     monkeypatch: pytest.MonkeyPatch, vendor: bytes, family: int, address_sizes: int, limit: int
 ) -> None:
+    """The limit of guest-physical addresses excludes the ranges that AMD CPUs reserve."""
     monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: address_sizes & 0xFF)
     assert arch.guest_phys_limit(cpuid(vendor, family, address_sizes)) == limit
 
 
-def test_memory_encryption_lowers_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_encryption_lowers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Physical address bits used for memory encryption lower the limit."""
     monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: 43)
     assert arch.guest_phys_limit(cpuid(b"AuthenticAMD", 0x19, 48)) == (1 << 43) - 12 * GIB
 
@@ -286,8 +294,8 @@ def test_memory_encryption_lowers_the_limit(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
 @pytest.mark.parametrize("gpa", [0, 0x1000, 0xFFFC_BFFF_D000])
-def test_guest_memory_lies_congruent_to_its_gpa(name: str, gpa: int) -> None:
-    """The host address is where huge pages can be used, and all of the memory is there and zero."""
+def test_guest_memory_alignment(name: str, gpa: int) -> None:
+    """Guest memory is zero, and its hva and gpa are congruent modulo the backing's page size."""
     memory = GuestMemory(BACKINGS[name], 4 * MIB, gpa)
     assert (memory.hva - gpa) % BACKINGS[name].alignment == 0
     memory.populate()
@@ -297,8 +305,8 @@ def test_guest_memory_lies_congruent_to_its_gpa(name: str, gpa: int) -> None:
     memory.close()
 
 
-def test_memory_without_the_huge_pages_it_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MADV_HUGEPAGE is a wish: a cell that got base pages must not pass as one with huge pages."""
+def test_missing_huge_pages_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MADV_HUGEPAGE memory without any huge page is an error: it would test base pages."""
     memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
     monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
     with pytest.raises(HugePagesMissing, match="gave no huge page"):
@@ -307,7 +315,8 @@ def test_memory_without_the_huge_pages_it_asked_for_is_told(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["anonymous", "anonymous_thp"])
-def test_huge_pages_are_seen(name: str) -> None:
+def test_huge_pages_are_detected(name: str) -> None:
+    """Transparent huge pages are counted in memory that has them, and in no other."""
     if reason := BACKINGS["anonymous_thp"].missing(8 * MIB):
         pytest.skip(reason)
     memory = GuestMemory(BACKINGS[name], 8 * MIB, 0)
@@ -319,7 +328,8 @@ def test_huge_pages_are_seen(name: str) -> None:
     memory.close()
 
 
-def test_kvm_errors_name_call_arguments_and_errno() -> None:
+def test_kvm_error_message() -> None:
+    """A KvmError has the ioctl, its arguments and the errno by name."""
     error = KvmError(errno.EINVAL, "KVM_ENABLE_CAP", "cap=223")
     assert str(error) == "KVM_ENABLE_CAP(cap=223): EINVAL (Invalid argument)"
 
@@ -327,5 +337,6 @@ def test_kvm_errors_name_call_arguments_and_errno() -> None:
 @pytest.mark.parametrize(
     ("size", "text"), [(0, "0 bytes"), (4096, "4 KiB"), (GIB, "1 GiB"), (3 * MIB, "3 MiB"), (5, "5 bytes")]
 )
-def test_size_text(size: int, text: str) -> None:
+def test_size_text_units(size: int, text: str) -> None:
+    """A size is shown in the largest unit that divides it."""
     assert size_text(size) == text

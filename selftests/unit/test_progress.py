@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run says while it lasts: lines at the bottom of a terminal, and after some silence plain lines elsewhere."""
+"""Progress display: status lines at the bottom of a terminal, plain lines elsewhere, and the progress of downloads."""
 
 import fcntl
 import io
@@ -54,7 +54,7 @@ CELL = "dirty-log-48bit-4k-anonymous-forced-sparse-1vcpu"
 
 
 class Screen:
-    """What a terminal shows of the bytes that it gets; it knows the sequences that are used here, and no other."""
+    """A terminal emulator that knows the escape sequences used by the suite, and no others."""
 
     def __init__(self, rows: int = ROWS, columns: int = COLUMNS) -> None:
         self._rows, self._columns = rows, columns
@@ -64,7 +64,7 @@ class Screen:
         self._saved = (0, 0)
 
     def feed(self, text: str) -> None:
-        """Take what was printed."""
+        """Process output."""
         for part in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|\x1b.|[^\x1b]", text, re.DOTALL):
             if part == "\r":
                 self._column = 0
@@ -83,7 +83,7 @@ class Screen:
                 ]
             elif match := re.fullmatch(r"\x1b\[(\d+)A", part):
                 self._row = max(self._row - int(match[1]), 0)
-                self._column = min(self._column, self._columns - 1)  # it does not wrap any more
+                self._column = min(self._column, self._columns - 1)  # forgets a pending wrap
             elif match := re.fullmatch(r"\x1b\[(\d+)G", part):
                 self._column = min(int(match[1]), self._columns) - 1
             elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
@@ -92,7 +92,7 @@ class Screen:
 
     @property
     def text(self) -> str:
-        """All lines, those that were scrolled off first; empty ones at the end do not count."""
+        """All lines, beginning with those scrolled off, without empty lines at the end."""
         return "\n".join(line.rstrip() for line in (*self._gone, *self._lines)).rstrip()
 
     @property
@@ -119,14 +119,14 @@ class Screen:
 class Terminal:
     """A pseudo terminal.
 
-    :ivar file: what programs print to
+    :ivar file: the side that programs print to
     """
 
     file: TextIO
     _master: int
 
     def printed(self) -> str:
-        """What was printed since this was last asked."""
+        """The output since the last call."""
         self.file.flush()
         data = b""
         while select.select([self._master], [], [], 0)[0]:
@@ -149,12 +149,12 @@ def open_terminal(rows: int = ROWS, columns: int = COLUMNS) -> tuple[int, int]:
     return master, slave
 
 
-# --- lines below what is printed --------------------------------------------------------------------------------------
+# --- status lines -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_live_lines_leave_no_trace(terminal: Terminal, seed: int) -> None:
-    """Whatever is printed between, at the screen's top and bottom, they are below it, and gone at the end."""
+def test_status_lines_leave_no_trace(terminal: Terminal, seed: int) -> None:
+    """Status lines stay below whatever is printed, anywhere on the screen, and leave no trace when they are closed."""
     draw = random.Random(seed)
     lines, screen, plain = LiveLines(terminal.file), Screen(), Screen()
     for _ in range(60):
@@ -176,8 +176,8 @@ def test_live_lines_leave_no_trace(terminal: Terminal, seed: int) -> None:
     assert screen.text == plain.text
 
 
-def test_no_live_lines_change_nothing(terminal: Terminal) -> None:
-    """A screen whose last line is in use does not scroll for none."""
+def test_no_status_lines_print_nothing(terminal: Terminal) -> None:
+    """Showing no lines prints nothing, so that a full screen does not scroll."""
     lines = LiveLines(terminal.file)
     lines.write("printed\n" * ROWS)
     terminal.printed()
@@ -186,8 +186,8 @@ def test_no_live_lines_change_nothing(terminal: Terminal) -> None:
     assert terminal.printed() == ""
 
 
-def test_a_terminal_that_is_low(terminal: Terminal) -> None:
-    """There are no more lines than fit below the cursor."""
+def test_status_lines_on_a_low_terminal(terminal: Terminal) -> None:
+    """There are at most as many status lines as fit below the cursor."""
     fcntl.ioctl(terminal.file, termios.TIOCSWINSZ, struct.pack("HHHH", 3, COLUMNS, 0, 0))
     lines, screen = LiveLines(terminal.file), Screen(rows=3)
     lines.write("printed\n" * 5 + "here")
@@ -198,10 +198,8 @@ def test_a_terminal_that_is_low(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize(("kind", "live"), [("xterm", True), ("dumb", False), (None, False)])
-def test_what_a_live_terminal_is(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, kind: str | None, live: bool
-) -> None:
-    """It can move its cursor, and says so in TERM."""
+def test_terminal_detection(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, kind: str | None, live: bool) -> None:
+    """Status lines need a terminal whose TERM says that it can move its cursor."""
     monkeypatch.delenv("TERM") if kind is None else monkeypatch.setenv("TERM", kind)
     assert is_terminal(terminal.file) == live
     assert not is_terminal(io.StringIO())
@@ -210,25 +208,25 @@ def test_what_a_live_terminal_is(
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")]
 )
-def test_durations_in_short(seconds: float, text: str) -> None:
-    """Two units at most, rounded down."""
+def test_duration_in_two_units(seconds: float, text: str) -> None:
+    """A duration has at most two units and is rounded down."""
     assert duration(seconds) == text
 
 
-# --- a cell's figures -------------------------------------------------------------------------------------------------
+# --- progress of tests ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that is set by hand."""
+    """A fake monotonic clock; set *now* to advance it."""
     clock = SimpleNamespace(now=100.0)
     for module in ("dirty_tracking.progress", "harness.progress", "harness.report_stream"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
-def test_time_that_a_cell_takes_yet(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the slower vCPU's share of the writes in the first iteration, and then by how long the later ones took."""
+def test_remaining_time_of_a_cell(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time left follows the slowest vCPU's share of the first iteration, later how long the last one took."""
     steps: list[Step] = []
     monkeypatch.setattr(progress, "listener", steps.append)
     meter = Meter(11, interval=1)
@@ -240,12 +238,12 @@ def test_time_that_a_cell_takes_yet(clock: SimpleNamespace, monkeypatch: pytest.
 
     meter.begin([0, 0], [100, 100])
     meter.read(lambda: [0, 0])
-    assert not steps  # it has only begun
+    assert not steps  # no write yet
     assert after(2, 0, 1) == Step(1, 11, 1, None)
     assert after(2, 20, 50) == Step(1, 11, 70, 4 / 20 * 80 + 10)
     assert len(steps) == 2
     after(0.01, 21, 50)
-    assert len(steps) == 2  # one a moment ago is enough
+    assert len(steps) == 2  # too soon after the last one
     meter.begin([100, 110], [200, 200])
     assert after(0.5, 101, 111) == Step(2, 11, 212, 0.5 + 9)
     clock.now += 3.5
@@ -255,21 +253,21 @@ def test_time_that_a_cell_takes_yet(clock: SimpleNamespace, monkeypatch: pytest.
 
 
 def progress_of(total: int = 2) -> Any:
-    """A Progress, and the session it is in, of *total* tests."""
+    """A Progress in a session with *total* tests."""
     plugin: Any = Progress(cast(pytest.Config, None))
     plugin._session = SimpleNamespace(testscollected=total)
     plugin._started = run_progress._Activity("").started
     return plugin
 
 
-def test_the_tests_that_run_are_named(clock: SimpleNamespace) -> None:
-    """The oldest first, with their time and figures; of many some, so that each line fits."""
+def test_running_tests_are_listed(clock: SimpleNamespace) -> None:
+    """Running tests are listed oldest first with time and progress, a few of many, and clipped to the terminal's width."""
     plugin = progress_of(total=20)
     plugin.pytest_runtest_logstart(nodeid=f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]")
     clock.now += 5
     for number in range(5):
         plugin.pytest_runtest_logstart(nodeid=f"selftests/test_a.py::test_{number}")
-    plugin.take(f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
+    plugin.update(f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
     clock.now += 65
     assert plugin._live_lines(79) == [
         "[........................]  0 of 20 tests, 1 min 10 s",
@@ -285,11 +283,11 @@ def test_the_tests_that_run_are_named(clock: SimpleNamespace) -> None:
     )
 
 
-def test_what_is_done_between_tests(clock: SimpleNamespace) -> None:
-    """Such as a boot: until the next test begins, whatever ran before."""
+def test_operation_between_tests(clock: SimpleNamespace) -> None:
+    """An operation between tests, such as a boot, is shown until the next test begins."""
     plugin = progress_of(total=0)
     plugin.pytest_runtest_logstart(nodeid="a")
-    plugin.doing("booting")
+    plugin.announce("booting")
     clock.now += 12
     assert plugin._live_lines(79) == ["booting: 12 s"]
     assert plugin._plain_line() == "after 12 s: booting, for 12 s now"
@@ -301,8 +299,8 @@ def report(nodeid: str, when: Any, outcome: Any) -> pytest.TestReport:
     return pytest.TestReport(nodeid, ("", 0, ""), {}, outcome, None, when)
 
 
-def test_tests_that_are_done_are_counted() -> None:
-    """With their first verdict, and once; a worker that crashed ends its test too."""
+def test_finished_tests_are_counted() -> None:
+    """A test is counted once, at its first verdict, also if its worker crashed."""
     plugin = progress_of(total=4)
     for nodeid in "abc":
         plugin.pytest_runtest_logstart(nodeid=nodeid)
@@ -317,8 +315,8 @@ def test_tests_that_are_done_are_counted() -> None:
     assert (plugin._count(), plugin._oldest(), plugin._plain_line()) == ("3 of 4 tests", [], None)
 
 
-def test_figures_of_workers(restored_listener: None) -> None:
-    """The controller sees each worker's newest step; one that is being written, or of a test that is over, is left out."""
+def test_progress_of_workers(restored_listener: None) -> None:
+    """The controller reads each worker's newest step, and ignores incomplete records and tests that have ended."""
     plugin = progress_of()
     nodes = [SimpleNamespace(workerinput={}) for _ in range(2)]
     for node, nodeid in zip(nodes, "ab", strict=True):
@@ -341,15 +339,15 @@ def test_figures_of_workers(restored_listener: None) -> None:
 
 @pytest.fixture
 def restored_listener(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The listener of the run that these tests are in comes back after a test that sets another."""
+    """Restore the progress listener of the surrounding run after a test that sets another one."""
     monkeypatch.setattr(progress, "listener", None)
 
 
-def test_figures_of_a_kernel(tmp_path: Path, clock: SimpleNamespace, restored_listener: None) -> None:
-    """A session in another kernel tells its steps, of each test at once and then now and then."""
+def test_progress_from_a_booted_kernel(tmp_path: Path, clock: SimpleNamespace, restored_listener: None) -> None:
+    """A session in another kernel sends the first step of each test at once, and later ones at intervals."""
     facts = Facts({}, {}, [])
     stream = ReportStream(cast(pytest.Config, None), str(tmp_path / "stream"), RunReport(tmp_path, facts))
-    told = []
+    updates = []
     for test in ("a", "b"):
         stream.pytest_runtest_logstart(nodeid=test)
         for iteration in range(1, 5):
@@ -363,12 +361,12 @@ def test_figures_of_a_kernel(tmp_path: Path, clock: SimpleNamespace, restored_li
     report, planned = RunReport(tmp_path, facts), PlannedTests({}, Interruption())
     session: Any = RemoteSession(cast(Target, None), [], "", [], False, tmp_path, report, planned)
     session._running = "b"
-    session._progress = SimpleNamespace(take=lambda *what: told.append(what))
+    session._progress = SimpleNamespace(update=lambda *what: updates.append(what))
     session.handle_message(messages[-1])
-    assert told == [("b", Step(3, 4, 100, 1.5))]
+    assert updates == [("b", Step(3, 4, 100, 1.5))]
 
 
-# --- downloads, and other waits before pytest has begun ---------------------------------------------------------------
+# --- downloads and other operations before pytest starts --------------------------------------------------------------
 
 SLOW_APT = """#!/bin/sh
 case "$*" in
@@ -385,7 +383,7 @@ esac
 
 @pytest.fixture
 def slow_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """A suite of the archive with two packages of 1 MB, of which the second one comes when the first was shown."""
+    """A Debian suite with two packages of 1 MB; the second one arrives once the first one has been displayed."""
     (tmp_path / "apt-get").write_text(SLOW_APT)
     (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -404,8 +402,8 @@ def slow_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     return Suite("trixie")
 
 
-def test_a_download_without_a_terminal(slow_suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its size comes first, then now and then how far it is, and at the end how long it took."""
+def test_download_without_a_terminal(slow_suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal, a download prints its size, then its progress at intervals, then its duration."""
     assert len(slow_suite.download(["a", "b"])) == 2
     first, *between, last = capsys.readouterr().err.splitlines()
     assert first == "downloading 2 packages, 2.0 MB"
@@ -413,8 +411,8 @@ def test_a_download_without_a_terminal(slow_suite: Suite, capsys: pytest.Capture
     assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", last)
 
 
-def test_a_download_on_a_terminal(slow_suite: Suite, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line with a bar that changes; at the end how long it took takes its place."""
+def test_download_on_a_terminal(slow_suite: Suite, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, a download is a progress bar, which its duration replaces at the end."""
     monkeypatch.setattr(sys, "stderr", terminal.file)
     slow_suite.download(["a", "b"])
     printed, screen = terminal.printed(), Screen()
@@ -423,8 +421,8 @@ def test_a_download_on_a_terminal(slow_suite: Suite, terminal: Terminal, monkeyp
     assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", screen.text)
 
 
-def test_a_long_name_on_a_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is clipped, so that the line fits with the figures."""
+def test_long_name_is_clipped(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long operation name is clipped so that the line fits into the terminal with its progress."""
     monkeypatch.setattr(sys, "stderr", terminal.file)
     monkeypatch.setattr(waiting, "_TICK", 0.05)
     calls = threading.Semaphore(0)
@@ -434,7 +432,7 @@ def test_a_long_name_on_a_terminal(terminal: Terminal, monkeypatch: pytest.Monke
         return 0.5, "50 %"
 
     with waiting.waiting("kernel " * 20, figure):
-        for _ in range(2):  # the first was shown when the second is asked for
+        for _ in range(2):  # the first value has been shown when the second one is requested
             assert calls.acquire(timeout=30)
     printed, screen = terminal.printed(), Screen()
     assert f"{'kernel ' * 20}"[:39] + "..: [############............] 50 %, 0 s\x1b[K" in printed
@@ -442,8 +440,8 @@ def test_a_long_name_on_a_terminal(terminal: Terminal, monkeypatch: pytest.Monke
     assert screen.text == ""
 
 
-def test_a_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that finds another one at work says so at once, and then for how long."""
+def test_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has to wait for another one says so at once, and then for how long."""
     with locked(tmp_path):
         other = os.open(tmp_path / ".lock", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -472,10 +470,10 @@ def command(results: Path, *arguments: str) -> list[str]:
 
 
 def started(words: list[str], output: int, **environment: str) -> "subprocess.Popen[bytes]":
-    """Start a command; if *output* is a terminal it becomes its own, so that what is typed there reaches it."""
+    """Start a command; if *output* is a terminal it becomes the command's controlling terminal, so that ^C works."""
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may have it ignored in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may ignore it for background jobs
         if os.isatty(output):
             fcntl.ioctl(output, termios.TIOCSCTTY, 0)
 
@@ -487,7 +485,7 @@ def started(words: list[str], output: int, **environment: str) -> "subprocess.Po
 
 @contextmanager
 def ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Have nothing of a run stay when a test ends early."""
+    """Kill the process when the body ends."""
     with process:
         try:
             yield
@@ -496,12 +494,12 @@ def ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def read(source: int, seconds: float = 60) -> Iterator[str]:
-    """What comes from a terminal or a pipe, to its end."""
+    """Read a terminal or a pipe to its end; fails the test after *seconds*."""
     deadline = time.monotonic() + seconds
     while select.select([source], [], [], max(deadline - time.monotonic(), 0))[0]:
         try:
             data = os.read(source, 1 << 16)
-        except OSError:  # EIO: the terminal's last user has gone
+        except OSError:  # EIO: the terminal has no user any more
             return
         if not data:
             return
@@ -512,8 +510,8 @@ def read(source: int, seconds: float = 60) -> Iterator[str]:
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.slow
-def test_a_long_cell_on_a_terminal(tmp_path: Path, workers: list[str]) -> None:
-    """It is at the bottom with iteration, writes and time left; Ctrl-C takes that away, and nothing of it stays."""
+def test_status_lines_during_a_cell(tmp_path: Path, workers: list[str]) -> None:
+    """A long cell is shown with iteration, writes and time left; after Ctrl-C no trace of that is left."""
     master, slave = open_terminal()
     process = started(command(tmp_path / "results", "--iterations=9000", *workers), slave)
     os.close(slave)
@@ -542,8 +540,8 @@ harness.progress.SILENCE = harness.progress.MORE_SILENCE = 1.0
 
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.slow
-def test_a_long_cell_without_a_terminal(tmp_path: Path) -> None:
-    """Plain lines name it after some silence, and again; so they do where the lines at the bottom would be in the way."""
+def test_plain_lines_during_a_cell(tmp_path: Path) -> None:
+    """Plain lines name a long cell repeatedly in a pipe, on a dumb terminal, and without capture."""
     (tmp_path / "impatient.py").write_text(IMPATIENT)
     pipe, terminals = os.pipe(), [open_terminal() for _ in range(2)]
     path = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}

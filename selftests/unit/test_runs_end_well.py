@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whatever goes wrong in a run, it ends with a clear report, and no thread, VM, file or memory stays behind."""
+"""Whatever goes wrong, a run ends with a clear report and leaks no thread, VM, file or memory."""
 
 import errno
 import gc
@@ -48,8 +48,8 @@ def resident_memory() -> int:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays() -> object:
-    """The threads and files of each test here are gone after it."""
+def _no_leaks() -> object:
+    """Check after each test that it has left no thread and no open file."""
     files, threads = open_files(), threading.active_count()
     yield
     gc.collect()
@@ -58,8 +58,8 @@ def _nothing_stays() -> object:
 
 
 @pytest.mark.slow
-def test_hundreds_of_vms_leave_nothing_behind(kvm: Kvm) -> None:
-    """300 runs over all modes, some broken, grow neither files, threads nor memory."""
+def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
+    """Three hundred runs over all modes, some of them failing, leak neither files nor threads nor memory."""
     modes = [name for name, mode in LOG_MODES.items() if mode.supported(kvm) is None]
 
     def one_run(number: int) -> None:
@@ -83,16 +83,16 @@ def test_hundreds_of_vms_leave_nothing_behind(kvm: Kvm) -> None:
     assert resident_memory() - before < 20 * MIB
 
 
-def test_a_guest_that_crashes_is_reported(kvm: Kvm) -> None:
-    """An exception in the middle of the writes, with vector and registers."""
+def test_guest_exception_while_writing(kvm: Kvm) -> None:
+    """An exception of the guest in the middle of its writes is reported with its vector."""
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
         run.guest.memory(run.guest.program.symbols["sparse_writes"], 2)[:] = UD2
         with pytest.raises(GuestError, match="dirty_writer took #UD invalid opcode"):
             run.run()
 
 
-def test_a_guest_that_writes_elsewhere_is_reported(kvm: Kvm) -> None:
-    """A write beyond the mapped memory is a page fault with its address."""
+def test_guest_write_to_unmapped_memory(kvm: Kvm) -> None:
+    """A guest write to unmapped memory is reported as a page fault with its address."""
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
         run.guest.memory(run.guest.program.symbols["sparse_writes"], 8)[:] = STORE_TO_0X10
         with pytest.raises(GuestError, match=r"#PF page fault.*write of 0x10 \(not mapped\)"):
@@ -100,8 +100,8 @@ def test_a_guest_that_writes_elsewhere_is_reported(kvm: Kvm) -> None:
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_a_vcpu_that_hangs_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, vcpus: int) -> None:
-    """A guest that spins without writing is kicked, and its registers are shown."""
+def test_hung_vcpu_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, vcpus: int) -> None:
+    """A guest that spins without writing is kicked out and reported with its registers."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=vcpus), SETTINGS) as run:
         spot = run.guest.program.symbols["sparse_writes"]
@@ -110,8 +110,8 @@ def test_a_vcpu_that_hangs_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
             run.run()
 
 
-def test_one_vcpu_that_hangs_beside_a_busy_one_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The progress of one vCPU does not hide that another makes none."""
+def test_one_hung_vcpu_of_two(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hung vCPU is reported although the other one makes progress."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=2), SETTINGS) as run:
         symbols = run.guest.program.symbols
@@ -122,8 +122,8 @@ def test_one_vcpu_that_hangs_beside_a_busy_one_is_reported(kvm: Kvm, monkeypatch
             run.run()
 
 
-def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that does not heed the stop flag is a hang too, and its thread still ends."""
+def test_vcpu_ignores_the_stop_flag(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that ignores the stop flag is reported as hung, and its thread still ends."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
         spot = run.guest.program.symbols["sparse_writes"]
@@ -136,8 +136,8 @@ def test_a_vcpu_that_does_not_stop_is_reported(kvm: Kvm, monkeypatch: pytest.Mon
             run.run()
 
 
-def test_findings_are_told_although_a_thread_does_not_end(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed first is what is to be told, and the hang with it."""
+def test_finding_with_a_hung_thread(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a thread hangs after a finding, the finding is raised, with the hang as a note."""
     monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
     falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: bitmap.__setitem__(slice(None), bytes(len(bitmap))))
     over = threading.Event()
@@ -159,12 +159,12 @@ class HangingHelper(threading.Thread):
     failure: BaseException | None = None
 
     def quit(self) -> None:
-        """It does not heed it."""
+        """Ignore the request."""
 
 
 @pytest.mark.log_modes("dirty-log", "dirty-ring")
-def test_a_vcpu_thread_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """Its exception reaches the caller with its own traceback."""
+def test_error_in_a_vcpu_thread(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """An exception in a vCPU thread reaches the caller with its own traceback."""
 
     def dies(*_: object) -> None:
         raise RuntimeError("the vCPU thread's own error")
@@ -177,8 +177,8 @@ def test_a_vcpu_thread_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.Mon
         assert re.search(r"last exit of vcpu\d: KVM_EXIT_IO", "\n".join(error.value.__notes__))
 
 
-def test_a_collector_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ioctl that fails on the collector's thread is told with its name and errno."""
+def test_error_in_the_collector(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ioctl that fails while collecting ends the run with its name and errno."""
 
     def fails(*_: object) -> None:
         raise KvmError(errno.EIO, "KVM_GET_DIRTY_LOG", "slot=1")
@@ -190,8 +190,8 @@ def test_a_collector_that_dies_fails_the_run(kvm: Kvm, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("stop", ["cooperative", "forced"])
 @pytest.mark.log_modes("dirty-ring")
-def test_ctrl_c_in_the_middle_stops_everything(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
-    """KeyboardInterrupt on the main thread while two vCPUs run."""
+def test_ctrl_c_while_vcpus_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """Ctrl-C while two vCPUs run ends the run and all its threads."""
     with DirtyLogRun(kvm, cell("dirty-ring", vcpus=2, stop=stop), SETTINGS) as run:
         waits = iter(range(40))
 
@@ -205,8 +205,8 @@ def test_ctrl_c_in_the_middle_stops_everything(kvm: Kvm, monkeypatch: pytest.Mon
             run.run()
 
 
-def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of making a run fails in turn."""
+def test_failed_setup_leaks_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a step of setting up a VM fails, nothing is leaked."""
 
     def fails(*_: object) -> None:
         raise KvmError(errno.ENOMEM, "STEP")
@@ -224,8 +224,8 @@ def test_a_setup_that_fails_leaves_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_a_ring_that_stays_full_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KVM says "ring full" again although nothing can be harvested: the run ends at once, and says so."""
+def test_ring_that_stays_full(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If KVM exits with a full ring although nothing can be harvested, the run ends at once with that finding."""
     harvest = DirtyRing.harvest
     long = replace(SETTINGS, iterations=100, interval=50.0, ring_count=smallest_ring(kvm))
     with DirtyLogRun(kvm, cell("dirty-ring"), long) as run:
@@ -233,13 +233,13 @@ def test_a_ring_that_stays_full_is_reported(kvm: Kvm, monkeypatch: pytest.Monkey
         with pytest.raises(ContractViolation) as error:
             run.run()
     assert error.value.violations[-1].kind is Kind.STUCK
-    reaps = [finding.collection for finding in error.value.violations]
-    assert reaps == sorted(reaps)  # what happened first comes first
+    collections = [finding.collection for finding in error.value.violations]
+    assert collections == sorted(collections)
     assert {finding.kind for finding in error.value.violations} == {Kind.STUCK, Kind.LOST, Kind.GAP}
 
 
-def test_memory_that_cannot_be_had_is_told() -> None:
-    """No huge pages reserved: what is needed, what is free, and the command."""
+def test_missing_hugetlb_pages() -> None:
+    """Missing hugetlb pages are reported with the number needed."""
     backing = BACKINGS["anonymous_hugetlb_1gb"]
     reason = backing.missing(1 << 46)
     assert reason is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""pytest and the programs started by other Pythons, and with other environments, than ours."""
+"""The suite and its programs with incomplete Pythons, unusual environments and unusual paths."""
 
 import sys
 from pathlib import Path
@@ -27,8 +27,8 @@ def run_pytest(folder: Path, /, *words: str, **environment: str) -> Done:
 
 
 @pytest.mark.parametrize("package", ["elftools", "hypothesis", "pytest"])
-def test_a_python_without_the_packages(tmp_path: Path, package: str) -> None:
-    """Where a package is missing or too old one line names the commands that have it."""
+def test_python_without_the_packages(tmp_path: Path, package: str) -> None:
+    """A missing or old package is one line that names the commands with a complete environment."""
     (tmp_path / "hide.py").write_text(
         "import importlib.util, pytest\nfind_spec = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find_spec(name, *rest)\n"
@@ -50,8 +50,8 @@ def test_a_python_without_the_packages(tmp_path: Path, package: str) -> None:
 
 
 @pytest.mark.parametrize("program", ["check_kernel.py", "kernel_matrix.py"])
-def test_a_program_without_the_packages(tmp_path: Path, program: str) -> None:
-    """No status that ``git bisect run`` would take for a verdict on the kernel."""
+def test_program_without_the_packages(tmp_path: Path, program: str) -> None:
+    """A missing package has exit status 128, which git bisect run does not take for a verdict."""
     words = [sys.executable, "-S", str(ROOT / "runner" / program), "nothing"]  # -S: without any packages
     done = start(words, tmp_path)
     assert done.returncode == 128
@@ -60,7 +60,7 @@ def test_a_program_without_the_packages(tmp_path: Path, program: str) -> None:
 
 
 def test_workers_without_xdist() -> None:
-    """With plugins not loaded by themselves ``-n`` says what loads xdist, which then works; all else works without."""
+    """If xdist is not loaded, -n is an error that says how to load it, and everything else works."""
     done = run_pytest(ROOT, "-n2", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert done.returncode == USAGE_ERROR
     (line,) = done.stderr.strip().splitlines()
@@ -83,14 +83,14 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_pytest_in_other_surroundings(name: str) -> None:
-    """What Python and pytest are set up with changes no run; xdist's workers are Pythons of their own."""
+def test_unusual_environments(name: str) -> None:
+    """Settings of Python, pytest and the locale in the environment do not break a run, nor its workers."""
     done = run_pytest(ROOT, "-n1", **SURROUNDINGS[name])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_modules_of_the_same_names_elsewhere(tmp_path: Path) -> None:
-    """The suite's own folders come before PYTHONPATH."""
+def test_foreign_modules_of_same_names(tmp_path: Path) -> None:
+    """Packages of the same names in PYTHONPATH do not hide the suite's own."""
     for package in ("kvm_util", "dirty_tracking", "harness", "runner", "selftests"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise ImportError('not the suite')\n")
@@ -98,8 +98,8 @@ def test_modules_of_the_same_names_elsewhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_path_with_spaces_and_other_letters(tmp_path: Path) -> None:
-    """The suite runs there, unless Python was made to believe that there are no such letters: that is one line."""
+def test_unusual_checkout_path(tmp_path: Path) -> None:
+    """The suite runs from a path with spaces and non-ASCII letters; where Python assumes ASCII, it is a usage error."""
     folder = tmp_path / "mit Leerzeichen, \u00fcberall"
     folder.mkdir()
     for name in (

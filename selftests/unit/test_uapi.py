@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The ctypes mirror of the kernel's ABI, against this machine's ``<linux/kvm.h>`` through the C compiler."""
+"""Compares the ctypes definitions of KVM's uAPI with the installed ``<linux/kvm.h>``, by means of the C compiler."""
 
 import ctypes
 import shutil
@@ -27,12 +27,12 @@ STRUCTS = {
 
 
 def exit_fields(struct: Any) -> dict[str, Any]:
-    """The members of kvm_run's anonymous union, with their types."""
+    """The members of kvm_run's anonymous union, by name."""
     return dict(dict(struct._fields_)["_exit"]._fields_)
 
 
 def fields(struct: type[ctypes.Structure]) -> list[str]:
-    """The fields that the header has under the same name; nested ones with a dot."""
+    """The fields that the header has too; members of kvm_run's union also with their fields, as in ``io.port``."""
     names = []
     for field in struct._fields_:
         name = field[0]
@@ -56,7 +56,7 @@ def offset(struct: Any, path: str) -> int:
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
-    """Every name's value, size or offset as the compiler sees it; None for a name that this header does not have yet."""
+    """Values of constants, sizes of structures and offsets of fields by name, without what this header lacks."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc (apt install gcc libc6-dev)")
     lines = ["#include <stdio.h>", "#include <stddef.h>", "#include <linux/kvm.h>", "int main(void) {"]
@@ -77,30 +77,30 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_constant(header: dict[str, int | None], name: str) -> None:
-    """Capabilities, flags, exit reasons and ioctl numbers."""
+def test_constant_matches_header(header: dict[str, int | None], name: str) -> None:
+    """Each capability, flag, exit reason and ioctl number has the value of the installed header."""
     if name not in header:
         pytest.skip(f"this machine's <linux/kvm.h> is older than {name}")
     assert header[name] == CONSTANTS[name]
 
 
 @pytest.mark.parametrize("name", STRUCTS)
-def test_struct(header: dict[str, int | None], name: str) -> None:
-    """Size and offsets."""
+def test_struct_layout_matches_header(header: dict[str, int | None], name: str) -> None:
+    """Each structure has the size and the field offsets of the installed header."""
     struct = STRUCTS[name]
     ours = {name: ctypes.sizeof(struct)} | {f"{name}.{field}": offset(struct, field) for field in fields(struct)}
     assert ours == {key: header[key] for key in ours}
 
 
-def test_the_mirror_is_not_empty() -> None:
-    """The tables above are made by looking; they must have found what the suite lives on."""
+def test_compared_names_are_complete() -> None:
+    """The comparison with the header covers the ioctls, structures and nested fields that the suite uses most."""
     assert {"KVM_RUN", "KVM_GET_DIRTY_LOG", "KVM_RESET_DIRTY_RINGS", "KVM_DIRTY_LOG_PAGE_OFFSET"} <= set(CONSTANTS)
     assert {"kvm_run", "kvm_dirty_gfn", "kvm_sregs", "kvm_cpuid_entry2"} <= set(STRUCTS)
     assert "io.data_offset" in fields(STRUCTS["kvm_run"])
 
 
-def test_header_names_are_compared_by_value(header: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong number in the mirror is noticed."""
+def test_wrong_constant_is_detected(header: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant with a wrong value fails the comparison with the header."""
     monkeypatch.setitem(CONSTANTS, "KVM_RUN", CONSTANTS["KVM_RUN"] + 1)
     with pytest.raises(AssertionError):
-        test_constant(header, "KVM_RUN")
+        test_constant_matches_header(header, "KVM_RUN")

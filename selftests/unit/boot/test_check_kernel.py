@@ -282,13 +282,13 @@ def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None
 @pytest.mark.boots
 @pytest.mark.slow
 def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
-    """After a fault of the emulator the tests that are left run again; after the third the kernel cannot be tested."""
+    """The remaining tests run in another boot after an emulator fault; the third ends the run, and a failure stays one."""
     done = check_kernel(
         kernel.image, BREAKING, "-k", f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
     )
     assert done.status == (BAD if failure else CANNOT_TEST), done.output
     assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
-    assert done.output.count("the tests that are left run again") == 2
+    assert done.output.count("the remaining tests run in another boot") == 2
     assert done.output.count("test_before PASSED") == 1
     assert (done.results / "console-3.log").exists()
 

@@ -464,6 +464,6 @@ def test_the_same_run_without_a_fault_is_right(kvm: Kvm, log_mode: str) -> None:
 def test_every_kind_of_finding_is_expected_somewhere() -> None:
     """A new kind of finding needs a test that shows it; two are shown in files of their own, OTHER has none in the matrix."""
     here = {*EXPECTED.values(), Kind.RESET_COUNT, Kind.VALUE}
-    stuck = {Kind.STUCK, Kind.GAP}  # test_runs_end_well.py: test_a_ring_that_stays_full_is_reported
+    stuck = {Kind.STUCK, Kind.GAP}  # test_runs_end_well.py: test_ring_that_stays_full
     assert here | stuck == set(Kind) - {Kind.OTHER}
     assert set(EXPECTED) == {*BITMAP_FAULTS, *RING_FAULTS, *CLEAR_FAULTS}
