@@ -323,7 +323,7 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
         f"kernel   {os.uname().release}", "backend  kvm_", "cpu      ", "cell     log_mode dirty-log, guest_mode 48bit-4k",
-        "seed     ", "iteration 1, collection", "LOST (written but not reported)", "last written by write", "slot map",
+        "seed     ", "iteration 1, collection", "LOST [R1]", "last written by write", "slot map",
         "1 cell: 1 FAIL",
     ):  # fmt: skip
         assert expected in done.stdout
@@ -369,7 +369,7 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     assert f"pvm-ring-overflow-always {named}" in expected.stdout
     plain = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense, "--no-known-bugs")
     assert plain.returncode == 1
-    assert "LOST (written but not reported)" in plain.stdout
+    assert "LOST [R" in plain.stdout
 
 
 @pytest.mark.parametrize(
