@@ -41,7 +41,7 @@ def clone(tmp_path: Path) -> Path:
         (["check-kernel", "KERNEL=debian:6.12", "KVM_PARAM=kvm.tdp_mmu=0"], "no such variable: KVM_PARAM (there are ARGS"),
         (["run", "ARG=-v"], "no such variable: ARG (there are ARGS WORKERS"),
         (["run", "VENV=/usr"], "no such variable: VENV (there are ARGS WORKERS"),
-        (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run unit test"),
+        (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run"),
         (["matrix", "WORKERS=2"], "'WORKERS=2' means nothing to 'make matrix': WORKERS is for run unit test"),
         (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel matrix unit test"),
         (["KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make help'"),

@@ -291,7 +291,7 @@ def test_failure_shows_script_and_command(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
         "dirty-log: step",
-        "LOST (written but not reported): page 0",
+        "LOST",
         "kernel   ",
         "PYTHONPATH=lib python -",
     ):
