@@ -165,7 +165,7 @@ def switch_all(of: Collectors, on: bool) -> None:
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_collectors_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
-    """Two threads GET, CLEAR all or ranges, harvest all or some, and reset, each when it likes."""
+    """No write is lost while several threads GET, CLEAR, harvest and reset, and vCPUs write."""
     vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
     with writing(sharing, vcpus) as of:
         for _ in range(rounds):
@@ -174,7 +174,7 @@ def test_collectors_beside_writers(writing: Writing, thorough: bool, draw: rando
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
-    """Tracking is switched on and off under running vCPUs: each write after the ioctl is tracked, none without it."""
+    """Of running vCPUs each write after dirty logging was enabled is logged, and none after it was disabled."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 1, 4)
     with writing(sharing, vcpus, on=False) as of:
 
@@ -194,7 +194,7 @@ def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.
             switch_all(of, on=False)
 
 
-def test_huge_pages_are_split_and_merged_beside_writers(
+def test_huge_page_splits_beside_writers(
     kvm: Kvm,
     host: Host,
     emulates: bool,
@@ -202,7 +202,7 @@ def test_huge_pages_are_split_and_merged_beside_writers(
     thorough: bool,
     draw: random.Random,
 ) -> None:
-    """They are when tracking goes on and off; another thread collects, in whatever sizes the memory is mapped just then."""
+    """No write is lost while huge pages are split and recovered, as dirty logging of running vCPUs is toggled."""
     if emulates:
         pytest.skip(f"{host.backend} emulates each instruction of this guest, and maps no page")
     if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
@@ -230,21 +230,19 @@ def test_huge_pages_are_split_and_merged_beside_writers(
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_slots_that_come_and_go_beside_writers(
-    writing: Writing, thorough: bool, draw: random.Random, sharing: str
-) -> None:
-    """KVM drops page tables when a slot is deleted or moved, those of other slots too: what was written there stays known."""
+def test_slot_changes_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
+    """No write to a memslot is lost when KVM zaps its SPTEs because another one is deleted or moved."""
     with writing(sharing, 4 if thorough else 2) as of:
         change_slots(of, draw, thorough)
 
 
-def test_slots_that_leave_the_others_alone_beside_writers(
+def test_slot_changes_without_zap_all(
     kvm: Kvm,
     writing: Writing,
     thorough: bool,
     draw: random.Random,
 ) -> None:
-    """The same without the quirk that drops all: KVM looks for what belongs to the slot (api.rst, KVM_CAP_DISABLE_QUIRKS2)."""
+    """No write is lost when KVM zaps only the SPTEs of the deleted or moved memslot (KVM_CAP_DISABLE_QUIRKS2)."""
     if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
         pytest.skip("no KVM_X86_QUIRK_SLOT_ZAP_ALL: it came with Linux 6.12")
     with writing("same-pages", 4 if thorough else 2) as of:
@@ -260,8 +258,8 @@ def change_slots(of: Collectors, draw: random.Random, thorough: bool) -> None:
         work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
 
 
-def test_all_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:
-    """Two collectors, and one that switches tracking on and off in between."""
+def test_collectors_and_toggles_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:
+    """No write is lost while several threads collect and another one enables and disables dirty logging."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
     with writing("same-pages", vcpus) as of:
         state = {area.slot: True for area in of.vm.areas}

@@ -16,14 +16,14 @@ SLOT, NPAGES = 1, 3500
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_what_an_interrupted_reset_took_is_tracked_anew(
+def test_interrupted_reset_write_protects(
     kvm: Kvm,
     host: Host,
     thorough: bool,
     draw: random.Random,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No vCPU runs meanwhile. One call after the other takes its part; then each page that is written is reported again."""
+    """KVM_RESET_DIRTY_RINGS that a signal ends write-protects the page of each entry that it has reset."""
     with TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20

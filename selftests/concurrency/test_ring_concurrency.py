@@ -72,7 +72,7 @@ def size(request: pytest.FixtureRequest, kvm: Kvm, log_mode: str) -> int:
 def test_reset_from_another_thread(
     kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
-    """One thread harvests, another one resets all the time, at any moment of the harvest."""
+    """No entry is lost or reported twice when one thread harvests and another one resets at any moment."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
     with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
@@ -87,7 +87,7 @@ def test_reset_from_another_thread(
 def test_two_threads_reset_at_once(
     kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
-    """Two threads harvest and reset: what they took together is what they harvested together."""
+    """Threads that harvest and reset at once together reset as many entries as they harvested."""
     vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
     with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
         of = tracked(vm)
@@ -101,7 +101,7 @@ def test_two_threads_reset_at_once(
 def test_vcpus_in_a_storm_of_signals(
     kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
 ) -> None:
-    """Signals end KVM_RUN anywhere."""
+    """No write is lost when signals end KVM_RUN at any instruction."""
     in_a_storm(kvm, thorough, draw, log_mode, size, "vcpus")
 
 
@@ -109,7 +109,7 @@ def test_vcpus_in_a_storm_of_signals(
 def test_resets_in_a_storm_of_signals(
     kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int, at: str
 ) -> None:
-    """They end KVM_RESET_DIRTY_RINGS early since Linux 6.17: the next calls do the rest."""
+    """When signals end KVM_RESET_DIRTY_RINGS early, as since Linux 6.17, the next calls reset the rest."""
     in_a_storm(kvm, thorough, draw, log_mode, size, at)
 
 
@@ -145,14 +145,11 @@ def fill(of: Collectors) -> None:
 
 
 @pytest.mark.parametrize("entries", SIZES)
-def test_each_size_several_times_around(
+def test_every_ring_size_wraps_around(
     kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random,
     log_mode: str, entries: int,
 ) -> None:  # fmt: skip
-    """Rings of every size that KVM has, from which each entry comes out once, in its place, for several laps.
-
-    In each lap the ring fills once; but for the large ones in the short form, which go around once and are emptied before.
-    """
+    """A ring of any size that KVM supports has each entry once and in its place, for several laps."""
     smallest = smallest_ring(kvm)
     if entries < smallest:
         pytest.skip(f"{log_mode}: the smallest ring is one of {smallest} entries")

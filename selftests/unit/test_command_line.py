@@ -53,8 +53,8 @@ def suite(tmp_path: Path) -> Suite:
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
 @pytest.mark.usefixtures("kvm")
-def test_a_sound_run_is_green_and_ends_with_the_table(suite: Suite, workers: list[str]) -> None:
-    """One row per cell in the order of the plan, the same figures in the results file, and the seed in the header."""
+def test_sound_run_ends_with_the_table(suite: Suite, workers: list[str]) -> None:
+    """A sound run passes, and table and results have a row per cell; the header has the seed."""
     done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log,clear-log", "--seed=7", *workers)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed     7" in done.stdout
@@ -69,8 +69,8 @@ def test_a_sound_run_is_green_and_ends_with_the_table(suite: Suite, workers: lis
     assert results["host"]["kernel"] == os.uname().release
 
 
-def test_without_kvm_nothing_is_green(suite: Suite) -> None:
-    """A device that is not there: every cell says why and what to do, and the run is no success."""
+def test_run_without_a_kvm_device(suite: Suite) -> None:
+    """Without the KVM device each test is skipped with the reason, and the run is no success."""
     done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent")
     assert done.returncode == NOTHING_RAN
     assert re.search(
@@ -80,7 +80,8 @@ def test_without_kvm_nothing_is_green(suite: Suite) -> None:
     assert re.search(r"^ +5 skipped, matrix/test_dirty_log\.py: /nonexistent does not exist", done.stdout, re.MULTILINE)
 
 
-def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
+def test_require_kvm_fails_skipped_tests(suite: Suite) -> None:
+    """With --require-kvm, a test that lacks KVM fails, with the reason."""
     done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent", "--require-kvm", "--log-mode=dirty-log")
     assert done.returncode == 1
     assert "required by --require-kvm: /nonexistent does not exist" in done.stdout
@@ -136,7 +137,8 @@ def test_require_kvm_turns_skips_into_failures(suite: Suite) -> None:
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
 )  # fmt: skip
 @pytest.mark.usefixtures("kvm")
-def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[str], message: str) -> None:
+def test_bad_input_is_a_usage_error(suite: Suite, arguments: list[str], message: str) -> None:
+    """Bad input is a usage error of one line that names the option and what is wrong."""
     done = suite(*arguments)
     assert done.returncode == USAGE_ERROR
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
@@ -144,8 +146,8 @@ def test_bad_input_is_one_line_and_a_usage_error(suite: Suite, arguments: list[s
 
 
 @pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
-def test_facts_for_a_kernel_are_no_options(suite: Suite, option: str) -> None:
-    """By hand it would let tests run that may corrupt this host's memory."""
+def test_facts_of_a_booted_kernel(suite: Suite, option: str) -> None:
+    """Options that only the runner of a booted kernel may set are refused: they allow tests that may harm a host."""
     done = suite(option, "--collect-only")
     assert done.returncode == USAGE_ERROR
     assert f"unrecognized arguments: {option}" in done.stderr
@@ -153,7 +155,7 @@ def test_facts_for_a_kernel_are_no_options(suite: Suite, option: str) -> None:
 
 @pytest.mark.parametrize("option", ["--help", "--markers", "--fixtures", "--cache-show"])
 def test_options_that_only_show(suite: Suite, option: str) -> None:
-    """They show it, with status 0; a kernel that is named with them is not called good by that."""
+    """Options that only show something exit with 0, and are refused together with --kernel."""
     done = suite(option)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "INTERNALERROR" not in done.stdout
@@ -164,8 +166,8 @@ def test_options_that_only_show(suite: Suite, option: str) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_path_that_stands_alone(suite: Suite, tmp_path: Path) -> None:
-    """As in `--results DIR`: started as make does it, pytest does not look for its settings there."""
+def test_path_as_a_separate_argument(suite: Suite, tmp_path: Path) -> None:
+    """A path in an argument of its own, as in `--results DIR`, does not change where pytest looks for settings."""
     folder = tmp_path / "there already"
     folder.mkdir()
     command = [sys.executable, "-m", "runner.suite_pytest", "-o", "testpaths=selftests/matrix/test_dirty_log.py"]
@@ -176,16 +178,16 @@ def test_a_path_that_stands_alone(suite: Suite, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", [1, 2])
-def test_an_output_that_is_closed(closed: int) -> None:
-    """What would be shown goes nowhere; the status is what it is."""
+def test_closed_output(closed: int) -> None:
+    """A closed stdout or stderr does not change the exit status."""
     command = [sys.executable, "-m", "runner.suite_pytest", "selftests/matrix/test_dirty_log.py", "-k", "nothing_like"]
     done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: os.close(closed), check=False)
     assert done.returncode == USAGE_ERROR
 
 
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
-def test_a_file_that_cannot_be_imported(suite: Suite, tmp_path: Path, workers: str) -> None:
-    """Of a kernel nothing good is said then, whatever passed in other files."""
+def test_file_that_cannot_be_imported(suite: Suite, tmp_path: Path, workers: str) -> None:
+    """A test file that cannot be imported makes the run one without a verdict, whatever passed in other files."""
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     options = [*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--continue-on-collection-errors"]
     done = suite(str(tmp_path / "test_broken.py"), *options, workers)
@@ -194,16 +196,16 @@ def test_a_file_that_cannot_be_imported(suite: Suite, tmp_path: Path, workers: s
 
 
 @pytest.mark.parametrize("more", [[], ["-n2"], ["--collect-only"]], ids=["alone", "xdist", "collect-only"])
-def test_a_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None:
-    """It is said what was asked for, and nothing of KVM."""
+def test_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None:
+    """If no test matches, the run says which selection that was, and nothing about KVM."""
     done = suite("-k", "nothing_like", *more)
     assert done.returncode == USAGE_ERROR, done.stdout
     assert "\nno test matches -k 'nothing_like' in selftests/matrix/test_dirty_log.py\n" in done.stdout
     assert "no test ran on KVM" not in done.stdout
 
 
-def test_options_that_are_not_used_here(suite: Suite) -> None:
-    """The machine's, where no other kernel is needed after all: the header says so."""
+def test_unused_options_of_the_machine(suite: Suite) -> None:
+    """If the tests run on this host, the header lists the machine's options that are not used."""
     done = suite("--kernel=auto", "--vm-memory=300", "--qemu=/nonexistent", "--collect-only", "--kvm-device=/dev/kvm")
     if "KVM cannot be used on this host" in done.stderr:
         pytest.skip("this host has no KVM")
@@ -211,16 +213,18 @@ def test_options_that_are_not_used_here(suite: Suite) -> None:
     assert "\nnot used --qemu, --vm-memory: the tests run on this host\n" in done.stdout
 
 
-def test_no_kernel_is_booted_for_nothing(suite: Suite) -> None:
-    """Where all that matches runs on this host, --kernel auto needs no other kernel, though there is no KVM."""
-    done = suite("selftests/unit/test_selection.py", "-k", "test_sizes", "--kernel=auto", "--kvm-device=/nonexistent")
+def test_no_needless_boot(suite: Suite) -> None:
+    """With --kernel auto no kernel is booted if all selected tests run on the host, even without KVM."""
+    done = suite(
+        "selftests/unit/test_selection.py", "-k", "test_sizes_with_units", "--kernel=auto", "--kvm-device=/nonexistent"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "machine  " not in done.stdout
     assert " passed, " in done.stdout
 
 
-def test_a_host_without_kvm_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where /dev/kvm does not exist, the error names the modules to load."""
+def test_remedy_for_missing_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If /dev/kvm does not exist, the error names the modules to load."""
 
     def no_device(path: str, flags: int) -> int:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -230,16 +234,16 @@ def test_a_host_without_kvm_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> Non
         Kvm()
 
 
-def test_a_mistyped_device_is_named(suite: Suite) -> None:
-    """A device that the user named is what is wrong, and no module to load is suggested."""
+def test_mistyped_kvm_device(suite: Suite) -> None:
+    """If the device that the user named does not exist, the error names it, and no module to load."""
     done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device=kvm")
     assert done.returncode == NOTHING_RAN
     assert "KVM: kvm does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
     assert "modprobe" not in done.stdout
 
 
-def test_only_results_leave_a_folder(suite: Suite, tmp_path: Path) -> None:
-    """The folders that a run made for its results are gone when there were none; those that were there stay."""
+def test_no_folder_without_results(suite: Suite, tmp_path: Path) -> None:
+    """A run without results removes the folders that it made for them, and no others."""
     (tmp_path / "there").mkdir()
     options = [f"--results={tmp_path}/there/made/results", f"--junitxml={tmp_path}/junit/x.xml"]
     done = suite("--deselect=selftests/matrix/test_dirty_log.py", "selftests/unit/test_uapi.py", *options)
@@ -250,8 +254,8 @@ def test_only_results_leave_a_folder(suite: Suite, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """It may say so when the data is to go out only; what was made to find out is gone."""
+def test_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A disk error that shows only at fsync() is found before the run, and the probe leaves no file."""
 
     def fails(fd: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -264,16 +268,16 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_there_are_kept(tmp_path: Path) -> None:
-    """To try whether a file can be written changes nothing in it."""
+def test_existing_files_are_kept(tmp_path: Path) -> None:
+    """Checking whether a file can be written does not change it."""
     (tmp_path / "x.xml").write_text("before")
     check_file("--junitxml", tmp_path / "x.xml")
     check_folder("--results", tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
-def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
-    """--lf works, and its file is not in the checkout's first folder."""
+def test_last_failed_tests_run_again(suite: Suite, tmp_path: Path) -> None:
+    """--lf runs what failed, and pytest's cache is not in the checkout's top folder."""
     options = [
         *QUICK,
         *ONE_CELL,
@@ -289,8 +293,8 @@ def test_the_last_failed_run_again(suite: Suite, tmp_path: Path) -> None:
     assert not (ROOT / ".pytest_cache").exists()
 
 
-def test_a_ring_too_small_for_this_kvm_is_told(suite: Suite, kvm: Kvm) -> None:
-    """The smallest size depends on the backend; the message names it, and that size is taken."""
+def test_ring_too_small_for_this_kvm(suite: Suite, kvm: Kvm) -> None:
+    """A ring below this KVM's minimum is a usage error that names the minimum, and a ring of that size works."""
     if reason := RingMode.supported(kvm):
         pytest.skip(reason)
     least = smallest_ring(kvm)
@@ -314,8 +318,8 @@ Vm.get_dirty_log = falsified
 
 
 @pytest.mark.usefixtures("kvm")
-def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: Path) -> None:
-    """Environment, dimensions, seed, pages with their history, a map; in JSON too; and the printed command fails alike."""
+def test_failure_report_and_its_command(suite: Suite, tmp_path: Path) -> None:
+    """A failure has environment, cell, seed, page history and map, in text and JSON, and its command reproduces it."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
     options = ["--no-known-bugs", "--require-kvm", "--thorough"]
@@ -342,10 +346,10 @@ def test_a_failure_shows_all_and_the_command_repeats_it(suite: Suite, tmp_path: 
 
 
 @pytest.mark.usefixtures("kvm")
-def test_what_repeats_a_test_that_is_no_cell(tmp_path: Path) -> None:
-    """Its command has every option that the run had."""
+def test_command_that_reproduces_a_test(tmp_path: Path) -> None:
+    """The command that reproduces a test has every option of the run."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    test = "selftests/memory/test_arming.py::test_pages_mapped_before_logging[dirty-log]"
+    test = "selftests/memory/test_write_protection.py::test_pages_mapped_before_logging[dirty-log]"
     options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
     command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
@@ -357,8 +361,8 @@ def test_what_repeats_a_test_that_is_no_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> None:
-    """Under --no-known-bugs a cell on the list fails as any other; without, it is counted apart."""
+def test_no_known_bugs_on_request(suite: Suite, host: object) -> None:
+    """A known bug is counted apart, and with --no-known-bugs it is a failure."""
     if getattr(host, "backend", "") != "kvm_pvm":
         pytest.skip("the cell whose bug shows every time is one of kvm_pvm's")
     dense = ["selftests/matrix/test_known_bugs.py"]
@@ -383,10 +387,10 @@ def test_known_bugs_are_plain_failures_on_demand(suite: Suite, host: object) -> 
     ],
     ids=["of-a-group", "of-its-owner-alone", "of-roots-group", "of-root-alone"],
 )
-def test_a_device_that_may_not_be_opened_is_told(
+def test_device_without_permission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int, mode: int, remedy: str
 ) -> None:
-    """To join its group helps only where there is one but root's, and it may use the device."""
+    """If the device may not be opened, the remedy is its group only if that is not root and may use the device."""
     device = tmp_path / "kvm"
     device.touch()
     device.chmod(0)
@@ -409,20 +413,22 @@ def test_a_device_that_may_not_be_opened_is_told(
             os.seteuid(0)
 
 
-def test_a_device_that_is_not_kvm_is_told() -> None:
+def test_device_that_is_not_kvm() -> None:
+    """A device that does not answer KVM_GET_API_VERSION is an error that names it."""
     with pytest.raises(KvmUnavailable, match="/dev/null does not answer KVM_GET_API_VERSION"):
         Kvm("/dev/null")
 
 
 @pytest.mark.usefixtures("kvm")
-def test_another_api_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_kvm_api_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown KVM API version is an error that has both versions."""
     monkeypatch.setattr("kvm_util.kvm.raw_ioctl", lambda fd, request: (raw_ioctl(fd, request)[0] + 1, 0))
     with pytest.raises(KvmUnavailable, match="/dev/kvm speaks KVM API version 13, this suite 12"):
         Kvm()
 
 
-def test_a_missing_assembler_is_told(suite: Suite, tmp_path: Path) -> None:
-    """No ``as`` on the PATH, and guest code that has to be assembled: one line, with the package to install."""
+def test_missing_assembler(suite: Suite, tmp_path: Path) -> None:
+    """If guest code has to be assembled and ``as`` is missing, the error names the package to install."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml", "guest_code", "selftests"):

@@ -32,7 +32,8 @@ def take(model: RingModel, entries: Sequence[Entry], vcpu: int = 0) -> None:
     model.reset(sum(len(ring.harvested) for ring in model.rings))
 
 
-def test_a_bitmap_has_what_was_stored_until_it_is_read() -> None:
+def test_bitmap_has_stores_until_get() -> None:
+    """A bitmap has exactly the stored pages, until a GET returns them."""
     model = bitmaps()
     model.ran(0, 1, [(STORE, 3), (STORE, 69)], [])
     model.reported(1, [3, 69])
@@ -44,7 +45,8 @@ def test_a_bitmap_has_what_was_stored_until_it_is_read() -> None:
         model.reported(1, [3, 4, 70])
 
 
-def test_with_manual_protection_it_has_it_until_it_is_cleared() -> None:
+def test_bitmap_has_stores_until_clear() -> None:
+    """With manual protection, pages are in the bitmap until they are cleared."""
     model = bitmaps(manual=True)
     model.ran(0, 1, [(STORE, 3), (STORE, 4)], [])
     model.reported(1, [3, 4])
@@ -54,7 +56,8 @@ def test_with_manual_protection_it_has_it_until_it_is_cleared() -> None:
         model.reported(1, [3, 4])
 
 
-def test_all_is_dirty_at_first_where_that_is_so() -> None:
+def test_initially_set_bitmap() -> None:
+    """With KVM_DIRTY_LOG_INITIALLY_SET, all pages are dirty each time that dirty logging is enabled."""
     model = bitmaps(manual=True, initially_set=True)
     model.reported(1, range(70))
     model.cleared(1, range(70))
@@ -64,7 +67,8 @@ def test_all_is_dirty_at_first_where_that_is_so() -> None:
         model.reported(1, [])
 
 
-def test_a_load_may_be_reported_once_where_its_page_is_not_mapped() -> None:
+def test_load_of_an_unmapped_page() -> None:
+    """A load may be reported once, if its page was not mapped."""
     for answer in ([], [3]):
         model = bitmaps()
         model.ran(0, 1, [(LOAD, 3)], [])
@@ -78,15 +82,16 @@ def test_a_load_may_be_reported_once_where_its_page_is_not_mapped() -> None:
     model.reported(1, [3])
 
 
-def test_a_backend_that_emulates_never_reports_a_load() -> None:
+def test_emulated_load_is_not_reported() -> None:
+    """With a backend that emulates, a load that is reported is SPURIOUS."""
     model = bitmaps(emulates=True)
     model.ran(0, 1, [(LOAD, 3)], [])
     with pytest.raises(ContractViolation, match=r"SPURIOUS .*: page 3"):
         model.reported(1, [3])
 
 
-def test_what_becomes_of_bits_in_the_life_of_a_slot() -> None:
-    """The same flags and a move keep them; off and on again, and deletion, lose them."""
+def test_bitmap_in_the_life_of_a_slot() -> None:
+    """Moving a slot and setting the same flags keep its bitmap; disabling dirty logging and deletion discard it."""
     model = bitmaps()
     model.ran(0, 1, [(STORE, 3)], [])
     model.set_dirty_logging(1, enable=True)
@@ -103,7 +108,8 @@ def test_what_becomes_of_bits_in_the_life_of_a_slot() -> None:
     model.reported(1, [])
 
 
-def test_a_ring_gets_a_page_once_until_it_is_reset() -> None:
+def test_one_entry_per_page_until_reset() -> None:
+    """A page is pushed by one vCPU, once, until its entry is reset."""
     model = rings()
     with pytest.raises(ContractViolation, match="lacks"):
         store(model, 3, [])
@@ -118,7 +124,8 @@ def test_a_ring_gets_a_page_once_until_it_is_reset() -> None:
     store(model, 3, [(1, 3)], vcpu=1)
 
 
-def test_a_backend_that_emulates_pushes_each_store() -> None:
+def test_emulated_stores_are_all_pushed() -> None:
+    """A backend that emulates pushes an entry for every store, and none for a load."""
     model = rings(emulates=True)
     store(model, 3, [(1, 3)])
     store(model, 3, [(1, 3)])
@@ -128,7 +135,8 @@ def test_a_backend_that_emulates_pushes_each_store() -> None:
         model.ran(0, 1, [(LOAD, 4)], [(1, 4)])
 
 
-def test_entries_come_in_order_and_in_the_ring_of_their_vcpu() -> None:
+def test_order_and_ring_of_entries() -> None:
+    """Entries are in the order of the stores, in the ring of the vCPU that made them."""
     model = rings()
     with pytest.raises(ContractViolation, match="lacks"):
         model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 4), (1, 3)])
@@ -140,7 +148,8 @@ def test_entries_come_in_order_and_in_the_ring_of_their_vcpu() -> None:
         model.harvested(0, 1, [(1, 4)])
 
 
-def test_a_harvest_may_be_partial_and_a_reset_takes_that_much() -> None:
+def test_partial_harvest_and_its_reset() -> None:
+    """A reset frees as many entries as were harvested, also after a partial harvest."""
     model = rings()
     model.ran(0, 1, [(STORE, page) for page in range(4)], [(1, page) for page in range(4)])
     take(model, [(1, 0), (1, 1)])
@@ -152,8 +161,8 @@ def test_a_harvest_may_be_partial_and_a_reset_takes_that_much() -> None:
     take(model, [(1, 2), (1, 3), (1, 1)])
 
 
-def test_a_deleted_slot_may_take_the_mappings_of_others_along() -> None:
-    """A page that was writable may then be pushed once more, and not twice."""
+def test_zap_of_all_slots_by_a_deletion() -> None:
+    """When a slot is deleted, a writable page of another slot may be pushed once more, and not twice."""
     for pushed in ([], [(1, 3)]):
         model = rings()
         model.create(2, 64, logged=False)
@@ -164,7 +173,8 @@ def test_a_deleted_slot_may_take_the_mappings_of_others_along() -> None:
             store(model, 3, [(1, 3)])
 
 
-def test_a_moved_slot_is_mapped_anew() -> None:
+def test_moved_slot_is_mapped_again() -> None:
+    """A store to a page of a moved slot is pushed, although the page was writable before."""
     model = rings()
     store(model, 3, [(1, 3)])
     model.move(1)
@@ -172,7 +182,8 @@ def test_a_moved_slot_is_mapped_anew() -> None:
         store(model, 3, [])
 
 
-def test_what_filled_the_ring_may_be_pushed_again() -> None:
+def test_retried_store_of_a_full_ring() -> None:
+    """The store that filled a ring may be pushed again when it is retried."""
     for pushed in ([], [(1, 3)]):
         model = rings()
         store(model, 3, [(1, 3)])
@@ -181,7 +192,7 @@ def test_what_filled_the_ring_may_be_pushed_again() -> None:
 
 
 def test_entries_outlive_their_slot() -> None:
-    """They are harvested and reset as any other."""
+    """Entries of a deleted slot are harvested and reset as any other."""
     model = rings()
     store(model, 69, [(1, 69)])
     model.delete(1)

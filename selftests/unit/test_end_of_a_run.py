@@ -35,8 +35,8 @@ def shown(lines: list[Line]) -> list[str]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_every_cell_fits_into_80_columns() -> None:
-    """Whatever its values, its figures and its verdict; and no two cells look alike."""
+def test_cells_in_80_columns() -> None:
+    """Every cell has a row of its own in the table, at most 80 columns wide, whatever its figures."""
     names = (*DIMENSIONS, "vcpus")
     cells = [dict(zip(names, values, strict=True)) for values in product(*DIMENSIONS.values(), (1, 512))]
     figures = {"writes": 999_949_999_999, "seconds": 86_400.0, "verdict": "known bug, not seen", "reason": "a-bug " * 9}
@@ -51,13 +51,13 @@ def test_every_cell_fits_into_80_columns() -> None:
      (1_234_567, "1.2M"), (9_949_999, "9.9M"), (9_950_000, "10M"), (2_000_000_000, "2.0G"), (1_500_000_000_000, "1500G")],
 )  # fmt: skip
 def test_writes_in_a_few_characters(writes: int | None, text: str) -> None:
-    """A count of writes has four characters as far as that goes, rounded to its unit."""
+    """A count of writes has four characters where that is possible, rounded to its unit."""
     _, line = short_table([CELL | {"writes": writes, "seconds": 1.0, "verdict": "pass"}])
     assert str(line).split()[6] == text
 
 
-def test_the_short_table_has_what_was_tested() -> None:
-    """Cells that were not tested have no row in it; the long one names them, with their reasons and all figures."""
+def test_short_table_has_tested_cells() -> None:
+    """The short table has only tested cells; the long one has all, with reasons and all figures."""
     rows = [
         DONE | {"verdict": "pass", "reason": ""},
         CELL | {"verdict": "skipped", "reason": "no LA57"},
@@ -77,8 +77,8 @@ def test_the_short_table_has_what_was_tested() -> None:
     assert summary(rows) == "4 cells: 1 pass, 1 known bug, 1 skipped, 1 not run"
 
 
-def test_a_reason_is_shown_where_there_is_room() -> None:
-    """For all rows, or for none."""
+def test_reasons_only_where_they_fit() -> None:
+    """Reasons are in the short table if the terminal is wide enough for all of them."""
     bug = "pvm-ring-overflow-of-a-very-long-name"
     row = DONE | {"verdict": "known bug", "reason": bug}
     assert bug in str(short_table([row], 120)[1])
@@ -86,8 +86,8 @@ def test_a_reason_is_shown_where_there_is_room() -> None:
 
 
 @pytest.mark.parametrize(("width", "verbose", "long"), [(80, True, False), (200, False, False), (200, True, True)])
-def test_the_long_table_where_it_fits(width: int, verbose: bool, long: bool) -> None:
-    """It is shown if asked for by -v and no wider than the terminal; else the short one is."""
+def test_choice_of_the_long_table(width: int, verbose: bool, long: bool) -> None:
+    """The long table is shown with -v if it fits the terminal, else the short one."""
     lines = shown(table_for([DONE | {"verdict": "pass"}, CELL | {"verdict": "skipped"}], width, verbose))
     assert ("iterations" in lines[0]) == long
     assert len(lines) == 2
@@ -97,7 +97,7 @@ def test_the_long_table_where_it_fits(width: int, verbose: bool, long: bool) -> 
 
 
 def test_singular_and_plural() -> None:
-    """A noun agrees with its number, in lists and in the counts of verdicts too."""
+    """A noun agrees with its number, in lists and in counts of verdicts."""
     assert counted(1, "page") == "1 page"
     assert counted(0, "page") == "0 pages"
     assert counted(2, "entry", "entries") == "2 entries"
@@ -110,7 +110,7 @@ def test_singular_and_plural() -> None:
 
 
 def test_commands_and_paths_stay_whole() -> None:
-    """What is in parentheses gets a line of its own, and a word that is too long is not cut."""
+    """Text in parentheses has a line of its own where it fits none, and a long word is not split."""
     command = "(echo 513 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages)"
     path = "/" + "long" * 30
     lines = wrapped(
@@ -123,8 +123,8 @@ def test_commands_and_paths_stay_whole() -> None:
     assert wrapped("a " + "(too long for one line) " * 1 + "b", 12) == ["a (too long", "  for one", "  line) b"]
 
 
-def test_a_migration_is_a_line_of_a_terminal() -> None:
-    """Eight rounds fit, whatever they copied; the lines are in the order of their names."""
+def test_migration_is_one_line() -> None:
+    """A migration's eight rounds fit into a line of 80 columns, and the lines are sorted by name."""
     rounds = [{"copied": pages, "ms": 1234.5} for pages in (10216, 10216, 403, 180, 117, 120, 98, 55)]
     names = ["dirty-ring-plain, 2 vCPUs, sequential", "clear-log, 1 vCPU, random"]
     first, second = migration_lines([{"name": name, "verdict": "pass", "rounds": rounds} for name in names])
@@ -211,8 +211,8 @@ PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syn
         ),
     ],
 )  # fmt: skip
-def test_the_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: str) -> None:
-    """Each way to end has its verdict, and a text with the reason and the counts."""
+def test_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: str) -> None:
+    """Each outcome of a run has its verdict on the kernel, with the reason and the counts."""
     assert verdict_on_kernel(outcome) == (word, text)
 
 
@@ -226,7 +226,7 @@ def test_the_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: s
     ],
 )
 def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text: str) -> None:
-    """The kernel, its KVM, and this host or QEMU with its version."""
+    """A system is described by kernel, backend, and this host or QEMU with its version."""
     assert describe_system(host, machine) == text
 
 
@@ -264,7 +264,7 @@ def run(tmp_path: Path) -> Callable[..., str]:
 
 
 def read_all(descriptor: int) -> str:
-    """All that comes until the other side closes, which a pseudoterminal tells by EIO."""
+    """All output until the other side closes, which a pseudoterminal reports as EIO."""
     parts = []
     try:
         while part := os.read(descriptor, 1 << 16):
@@ -287,11 +287,11 @@ def read_all(descriptor: int) -> str:
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.log_modes("dirty-ring")
 @pytest.mark.slow
-def test_the_end_of_a_run(
+def test_output_at_the_end_of_a_run(
     run: Callable[..., str], terminal: bool, arguments: list[str],
     environment: dict[str, str], coloured: bool,
 ) -> None:  # fmt: skip
-    """A pass, a failure and a skip, the verdict below them all, and no line wider than the terminal but commands."""
+    """A run ends with table and verdict, coloured if wanted, and no line but a command is wider than the terminal."""
     output = run(*MIXED, *arguments, terminal=terminal, **environment)
     assert ("\x1b[31m\x1b[1mFAIL\x1b[0m" in output) == coloured
     assert ("\x1b[32mpass\x1b[0m" in output) == coloured
@@ -316,20 +316,20 @@ def test_the_end_of_a_run(
 
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.slow
-def test_a_broken_contract_comes_first(run: Callable[..., str]) -> None:
-    """What KVM did wrong, the test's own line, and the command; not the suite's way to it, unless that is asked for."""
+def test_violation_is_shown_first(run: Callable[..., str]) -> None:
+    """A failure shows the violation, the test's own line and the command; the library's frames only with --tb=long."""
     test = "selftests/interface/test_slots.py::test_logging_disabled_and_enabled[dirty-log]"
     output = run(test, terminal=False)
     report = output.partition("= FAILURES =")[2].splitlines()
     assert re.match(r"dirty-log: .*LOST", report[2]), output
     assert len(report[2 : report.index("")]) <= 2
-    assert re.search(r"^selftests/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
+    assert re.search(r"^selftests/interface/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
     assert "lib/dirty_tracking/tracked_vm.py" not in output
     assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
     assert "lib/dirty_tracking/tracked_vm.py" in run(test, "--tb=long", terminal=False)
 
 
-def test_own_tests_are_no_verdict_on_a_kernel(run: Callable[..., str]) -> None:
-    """A run of the suite's tests of itself alone has no verdict, and their counts."""
+def test_unit_tests_have_no_verdict(run: Callable[..., str]) -> None:
+    """A run of unit tests only has their counts, and no verdict on a kernel."""
     output = run("selftests/unit/test_uapi.py", "-q", terminal=False)
     assert re.search(r": no verdict: the suite's own tests: \d+ passed(, \d+ skipped)?$", output, re.MULTILINE), output

@@ -256,7 +256,12 @@ def test_mapped_memory_limits(suite: Suite, kind: int, name: str) -> None:
     assert "--test-mem: 1 GiB needs " in line
     assert f"MiB of memory, but {name} lets a process map 1000 MiB, " in line
     status = suite(
-        "selftests/memory/test_arming.py", *SIZES, "-k", "many_pages and dirty-log", "-rs", limit=rlimit(kind, 3 * GIB)
+        "selftests/memory/test_write_protection.py",
+        *SIZES,
+        "-k",
+        "many_pages and dirty-log",
+        "-rs",
+        limit=rlimit(kind, 3 * GIB),
     )
     assert status == 0, suite.output
     assert "1 passed, 1 skipped" in suite.output

@@ -61,8 +61,8 @@ def kinds(found: Sequence[Violation]) -> list[Kind]:
     return [violation.kind for violation in found]
 
 
-def test_rules_cited_and_rules_in_the_contract() -> None:
-    """Each number that lib/ cites is one of docs/contract.md, and each of these is cited."""
+def test_rules_cited_and_documented() -> None:
+    """Each rule number that lib/ cites is in docs/contract.md, and each one there is cited."""
     root = Path(__file__).resolve().parent.parent.parent
     cited = {
         number for path in (root / "lib").rglob("*.py") for number in re.findall(r"\b[RE]\d{1,2}\b", path.read_text())
@@ -75,36 +75,39 @@ def test_rules_cited_and_rules_in_the_contract() -> None:
 # --- one collection after the other ---------------------------------------------------------------------------------------
 
 
-def test_exactly_what_was_written() -> None:
+def test_exact_report_has_no_violation() -> None:
+    """A collection of exactly the written pages has no violation."""
     assert not Run([3, 1, 4, 1]).stopped([1, 3, 4], before=4)
 
 
-def test_a_missing_page_is_lost() -> None:
+def test_missing_page_is_lost() -> None:
+    """A page that was written and is in no collection is LOST."""
     (found,) = Run([3, 1, 4]).stopped([1, 3], before=3)
     assert (found.kind, found.pages, found.rule) == (Kind.LOST, (4,), "R1")
 
 
-def test_an_extra_page_is_spurious() -> None:
+def test_extra_page_is_spurious() -> None:
+    """A page that was reported and not written is SPURIOUS."""
     (found,) = Run([3, 1, 4, 5, 9]).stopped([1, 3, 4, 9], before=3)
     assert (found.kind, found.pages, found.rule) == (Kind.SPURIOUS, (9,), "R3")
 
 
-def test_a_page_beyond_the_slot() -> None:
-    """A bit in the tail of the last word, or an offset that the slot does not have."""
+def test_page_beyond_the_slot() -> None:
+    """A bit in the tail of the last word, or an offset beyond the slot, is a BAD_OFFSET."""
     (found,) = Run([3, 1]).stopped([3, NPAGES], before=1)
     assert (found.kind, found.pages, found.rule) == (Kind.BAD_OFFSET, (NPAGES,), "R7")
 
 
-def test_a_write_in_flight_may_be_reported() -> None:
-    """And must be once it is done: the exemption covers the one write after the published ones, at that collection only."""
+def test_write_in_flight_may_be_reported() -> None:
+    """One write after the published ones may be reported, and must be reported once it is done."""
     run = Run([3, 1, 4, 5])
     assert not run.stopped([3, 1, 4], before=2)
     assert kinds(run.stopped([5], before=4)) == [Kind.LOST]  # page 4: its write was not done before
     assert kinds(Run([3, 1, 4, 5]).stopped([3, 1, 5], before=2)) == [Kind.SPURIOUS]
 
 
-def test_a_write_during_a_collection() -> None:
-    """Writes between the two counts of a running collection are in it or in the next, but not in neither."""
+def test_write_during_a_collection() -> None:
+    """A write during a running collection is in that one or in the next."""
     for first, second in (([3, 1], [4, 5]), ([3, 1, 4], [5]), ([3, 1, 4, 5], [4])):
         run = Run([3, 1, 4, 5, 9])
         assert not run.running(first, 2, 3)
@@ -114,20 +117,20 @@ def test_a_write_during_a_collection() -> None:
     assert kinds(run.stopped([5], before=4)) == [Kind.LOST]
 
 
-def test_a_write_is_not_reported_twice() -> None:
-    """What was written before the last collection began may not come again."""
+def test_write_is_not_reported_twice() -> None:
+    """A write before the last collection began that is reported again is SPURIOUS."""
     run = Run([3, 1, 4, 5, 9])
     assert not run.running([3, 1], 2, 3)
     assert kinds(run.stopped([3, 4, 5], before=4)) == [Kind.SPURIOUS]
 
 
-def test_a_running_collection_that_lacks_a_page() -> None:
-    """It may not miss what was written before it began."""
+def test_page_lost_by_a_running_collection() -> None:
+    """A write before a running collection began that it does not report is LOST."""
     assert kinds(Run([3, 1, 4, 5]).running([3], 2, 3)) == [Kind.LOST]
 
 
 def test_initially_set_requires_each_page_once() -> None:
-    """The first collection reports all pages, the second only what was written."""
+    """With KVM_DIRTY_LOG_INITIALLY_SET the first collection has all pages, and the second only written ones."""
     (found,) = Run([3, 1, 4, 9], initially_set=True).running(range(1, NPAGES), 1, 1)
     assert (found.kind, found.pages, found.rule) == (Kind.LOST, (0,), "R2")
     run = Run([3, 1, 4, 9], initially_set=True)
@@ -136,26 +139,28 @@ def test_initially_set_requires_each_page_once() -> None:
     assert kinds(run.stopped([4, 3], before=3)) == [Kind.SPURIOUS]
 
 
-def test_a_page_absent_at_first_is_reported_once() -> None:
-    """Also where it was written too."""
+def test_missing_initial_page_is_one_violation() -> None:
+    """An initially dirty page that is not reported is one violation, also if it was written."""
     (found,) = Run([0, 1, 4, 9], initially_set=True).stopped(range(1, NPAGES), before=1)
     assert (found.kind, found.pages, found.rule) == (Kind.LOST, (0,), "R2")
 
 
-def test_one_bitmap_reports_for_all_vcpus() -> None:
+def test_bitmap_of_several_vcpus() -> None:
+    """A bitmap has the writes of all vCPUs, and a missing one is LOST by the vCPU that made it."""
     run = Run([3, 1], [4, 5])
     assert not run.collect([[3, 4]], [1, 1], [1, 1], [True, True])
     (found,) = run.collect([[1]], [2, 2], [2, 2], [True, True])
     assert (found.kind, found.vcpu, found.pages) == (Kind.LOST, 1, (5,))
 
 
-def test_a_ring_reports_for_its_own_vcpu_only() -> None:
+def test_ring_has_its_own_vcpus_writes() -> None:
+    """A page in the ring of a vCPU that did not write it is SPURIOUS."""
     found = Run([3, 1], [4, 5], ring=True).collect([[4], [3]], [1, 1], [1, 1], [True, True])
     assert [(one.kind, one.vcpu) for one in found] == [(Kind.SPURIOUS, 0), (Kind.SPURIOUS, 1)]
 
 
-def test_a_page_of_two_vcpus_is_in_one_ring() -> None:
-    """Either ring will do: the second store to a page that is writable already makes no entry."""
+def test_page_of_two_vcpus_in_one_ring() -> None:
+    """A page that two vCPUs wrote must be in either ring, as only the store that makes it writable is pushed."""
     for first, second in (([3, 1], []), ([1], [3])):
         assert not Run([3, 1], [3], ring=True).collect([first, second], [2, 1], [2, 1], [True, True])
     found = Run([3, 1, 9], [3, 8], ring=True).collect([[1, 9], []], [2, 1], [2, 1], [True, True])
@@ -174,8 +179,8 @@ def test_a_page_of_two_vcpus_is_in_one_ring() -> None:
         ([3, 1], 2, {"gap": 7}, ["R9"]),
     ],
 )
-def test_ring_entries(pages: list[int], before: int, named: dict[str, Any], expected: list[str]) -> None:
-    """Slot, number and order of entries, and the number that KVM reset."""
+def test_violations_of_ring_entries(pages: list[int], before: int, named: dict[str, Any], expected: list[str]) -> None:
+    """Repeated entries, entries of other slots, wrong reset counts and gaps are violations of their rules."""
     found = Run([3, 1, 3, 9], ring=True).stopped(pages, before, **named)
     assert [violation.rule for violation in found] == expected
 
@@ -185,8 +190,8 @@ def test_ring_entries(pages: list[int], before: int, named: dict[str, Any], expe
     [([5], False, []), ([], False, [Kind.DUPLICATE]), ([5], True, [Kind.DUPLICATE])],
     ids=["reset", "not-in-the-other-ring", "not-in-flight"],
 )
-def test_two_entries_where_another_vcpus_is_reset(others: list[int], exact: bool, expected: list[Kind]) -> None:
-    """A write in flight may be logged again when another entry of its page is reset."""
+def test_two_entries_by_another_vcpus_reset(others: list[int], exact: bool, expected: list[Kind]) -> None:
+    """A write in flight may be logged again when another vCPU's entry of its page is reset."""
     run = Run([3, 5, 1, 1], [5, 2, 2, 2], ring=True)
     before = [1, len(others)]
     assert not run.collect([[3], others], before, before, [exact, exact])
@@ -195,15 +200,15 @@ def test_two_entries_where_another_vcpus_is_reset(others: list[int], exact: bool
 
 
 @pytest.mark.parametrize(("reset", "right"), [([5, 1], True), ([1, 2], False)])
-def test_two_entries_where_its_own_is_reset(reset: list[int], right: bool) -> None:
-    """The page was in the ring that was reset while its next write was in flight: that may have two entries."""
+def test_two_entries_by_its_own_reset(reset: list[int], right: bool) -> None:
+    """A write in flight may be logged again when its own vCPU's entry of the page is reset."""
     run = Run([*reset, 5, 2], ring=True)
     assert not run.collect([reset], [2], [2], [False])
     assert kinds(run.collect([[5, 5]], [3], [3], [True])) == ([] if right else [Kind.DUPLICATE])
 
 
-def test_a_write_not_published_for_several_collections() -> None:
-    """The vCPU stays between store and publication for several collections: a report in any will do, but one must be."""
+def test_write_unpublished_for_long() -> None:
+    """A write that is not published for several collections must be reported in one of them."""
     for reports in ([[3, 1, 4], [], [], [5]], [[3, 1], [4], [], [5]], [[3, 1], [], [4], [5]], [[3, 1], [], [], [4, 5]]):
         run = Run([3, 1, 4, 5, 9])
         counts = [(2, 2), (2, 2), (2, 2), (4, 4)]
@@ -218,30 +223,30 @@ def test_a_write_not_published_for_several_collections() -> None:
     assert (found.kind, found.pages) == (Kind.LOST, (4,))
 
 
-def test_a_page_that_a_kicked_vcpu_is_about_to_write() -> None:
-    """VCPU 0 has written page 5, which is not reported, while vCPU 1 was about to write it: what that has to log is logged."""
+def test_page_that_a_kicked_vcpu_writes_next() -> None:
+    """A page is LOST if it was written and only a kicked vCPU was about to write it too."""
     (found,) = Run([5, 1, 1], [5, 3, 1]).collect([[]], [1, 0], [1, 0], [True, False])
     assert (found.kind, found.vcpu, found.pages) == (Kind.LOST, 0, (5,))
 
 
-def test_an_early_report_of_a_stopped_vcpu_does_not_count() -> None:
-    """What was in flight and reported while it waited with a full ring must be reported again when it is done later."""
+def test_early_report_of_a_stopped_vcpu() -> None:
+    """A write that was reported before a stopped vCPU made it must be reported again."""
     run = Run([3, 1, 4, 5, 9])
     assert not run.stopped([3, 1, 4], before=2)  # exact: write 2 was reported but not done
     assert not run.running([], 2, 2)
     assert kinds(run.running([5], 4, 4)) == [Kind.LOST]
 
 
-def test_an_early_report_of_a_vcpu_that_stops_later_does_not_count() -> None:
-    """Write 2 was in flight and reported; the next collection shows that it was not made, so its page must come again."""
+def test_early_report_before_a_vcpu_stops() -> None:
+    """A write in flight that was reported, and that a later stop shows was not made, must be reported again."""
     run = Run([3, 1, 4, 5, 9])
     assert not run.running([3, 1, 4], 2, 2)
     assert not run.stopped([], before=2)
     assert kinds(run.running([5], 4, 4)) == [Kind.LOST]
 
 
-def test_violations_in_words_of_the_field() -> None:
-    """Singular and plural, and which writes a collection was to report."""
+def test_text_of_a_violation() -> None:
+    """A violation's text has iteration, collection, slot, vCPU, rule, pages and the writes concerned."""
     run = Run([3, 1, 4])
     (first,) = run.stopped([], before=1)
     (second,) = run.stopped([], before=3)
@@ -293,8 +298,8 @@ def judged(ledger: Ledger, *events: Event) -> list[Kind]:
     return kinds(Judge(ledger).verify())
 
 
-def test_a_write_that_an_overlapping_collection_has() -> None:
-    """Two collections at once: the second one lacks what the first one took, and that is right."""
+def test_write_in_an_overlapping_collection() -> None:
+    """A collection may lack a write that an overlapping one reported."""
     assert not judged(
         line(),
         collection(2, 5, 4, 8, [0, 1, 2, 3, 4]),
@@ -303,18 +308,20 @@ def test_a_write_that_an_overlapping_collection_has() -> None:
     )
 
 
-def test_a_write_after_the_collection_that_has_its_page() -> None:
-    """Page 0 is in the first, but was written again since (write 64), and is not in the last."""
+def test_rewrite_after_a_collection() -> None:
+    """A page that was written again after a collection reported it must be in the next one."""
     first = collection(2, 3, 60, 60, [*range(60)])
     assert judged(line(), first, collection(4, 5, 66, 66, [1, 60, 61, 62, 63], exact=True)) == [Kind.LOST]
 
 
-def test_a_page_of_a_complete_collection_comes_again() -> None:
+def test_repeated_page_is_spurious() -> None:
+    """A page is SPURIOUS if a complete collection had it and it was not written since."""
     first = collection(2, 3, 4, 4, [0, 1, 2, 3])
     assert judged(line(), first, collection(4, 5, 5, 5, [3, 4], exact=True)) == [Kind.SPURIOUS]
 
 
-def test_a_page_that_a_partial_collection_left() -> None:
+def test_page_left_by_a_partial_collection() -> None:
+    """A page that a partial collection left may be in the next one."""
     first = collection(2, 3, 4, 4, [0, 1], complete=False)
     assert not judged(line(), first, collection(4, 5, 5, 5, [2, 3, 4], exact=True))
 
@@ -324,24 +331,24 @@ def test_a_page_that_a_partial_collection_left() -> None:
     [(False, [3, 5], []), (True, [3, 5], [Kind.LOST]), (False, [3], [Kind.LOST, Kind.LOST])],
     ids=["later", "kicked", "never"],
 )
-def test_a_page_that_another_vcpu_is_about_to_log(kicked: bool, last: list[int], expected: list[Kind]) -> None:
-    """It may be in the next collection instead, unless the vCPUs were kicked out of their guests before the first."""
+def test_page_that_another_vcpu_logs_later(kicked: bool, last: list[int], expected: list[Kind]) -> None:
+    """A page that another vCPU is about to log may be in the next collection, unless all vCPUs were kicked."""
     first = of_both(2, [2, 0], [[3]], exact=False, kicked=kicked)
     last = [page for page in last if page != 3]
     assert judged(two(ring=False), first, of_both(4, [2, 1], [last], exact=True)) == expected
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_two_entries_where_a_page_is_protected_again(reset: bool) -> None:
-    """Here because another vCPU's entry of the page was reset meanwhile."""
+def test_two_entries_by_write_protection(reset: bool) -> None:
+    """A write in flight may have two entries if its page was write-protected again meanwhile."""
     first, second = ([[3], [5]], [[5, 5], []]) if reset else ([[3], []], [[5, 5], [5]])
     harvests = of_both(2, [1, int(reset)], first, exact=False), of_both(4, [2, 1], second, exact=True)
     assert judged(two(ring=True), *harvests) == ([] if reset else [Kind.DUPLICATE])
 
 
 @pytest.mark.parametrize(("page", "zapped"), [(2, True), (2, False), (1, True)])
-def test_two_entries_where_page_tables_are_zapped(page: int, zapped: bool) -> None:
-    """Write 2, to page 2, was in flight as a slot was deleted; that to page 1 was done."""
+def test_two_entries_by_a_zap(page: int, zapped: bool) -> None:
+    """A write that was in flight as page tables were zapped may have two entries; one that was done may not."""
     zaps = [ZapAll(2, 3, [2], [2], [False])] if zapped else []
     found = judged(line(ring=True), *zaps, collection(4, 5, 4, 4, sorted([0, 1, 2, 3, page]), exact=True))
     assert found == ([] if (page, zapped) == (2, True) else [Kind.DUPLICATE])
@@ -356,10 +363,10 @@ def test_two_entries_where_page_tables_are_zapped(page: int, zapped: bool) -> No
     ],
     ids=["no-harvest", "in-flight-in-the-harvest", "done-before-the-harvest"],
 )
-def test_a_harvest_ends_the_reasons_before_it(
+def test_harvest_ends_earlier_reasons(
     harvest: tuple[int, list[int]] | None, last: tuple[int, list[int]], right: bool
 ) -> None:
-    """Write 2, in flight as a slot was deleted, may have two entries; write 66, to the same page, has one."""
+    """A zap before a harvest is no reason for two entries of a write that was made after it."""
     harvests = [collection(4, 5, harvest[0], harvest[0], harvest[1])] if harvest is not None else []
     zap = ZapAll(2, 3, [2], [2], [False])
     found = judged(line(ring=True), zap, *harvests, collection(6, 7, last[0], last[0], last[1], exact=True))
@@ -367,8 +374,8 @@ def test_a_harvest_ends_the_reasons_before_it(
 
 
 @pytest.mark.parametrize("how", ["exact", "kicked"])
-def test_a_harvest_that_waited_ends_all_reasons(how: str) -> None:
-    """What the vCPU had to log was in the harvest: it was out of its guest, or was kicked out of it."""
+def test_exact_harvest_ends_all_reasons(how: str) -> None:
+    """A zap is no reason for two entries after a harvest for which the vCPU had left its guest."""
     harvest = collection(4, 5, 2, 2, [0, 1], exact=how == "exact")
     harvest.kicked = how == "kicked"
     last = collection(6, 7, 3, 3, [2, 2], exact=True)
@@ -377,14 +384,14 @@ def test_a_harvest_that_waited_ends_all_reasons(how: str) -> None:
 
 @pytest.mark.parametrize(("reported", "right"), [(range(32, 64), True), (range(32, 63), False)])
 def test_all_pages_are_dirty_until_collected(reported: range, right: bool) -> None:
-    """The first half was collected by itself; then all, of which the second half has to be there still."""
+    """With KVM_DIRTY_LOG_INITIALLY_SET pages stay dirty until a collection of their range."""
     half = Collection(2, 3, [0], [0], [True], 0, 32, [[*range(32)]])
     found = judged(line(initially_set=True), half, collection(4, 5, 0, 0, [*reported], exact=True))
     assert found == ([] if right else [Kind.LOST])
 
 
-def test_required_pages_are_the_collections_own() -> None:
-    """Pages of another slot do not count."""
+def test_required_pages_of_one_slot() -> None:
+    """A collection requires no pages of other slots."""
     ledger = Ledger([LINE], [SlotPages(1, 0, 32), SlotPages(2, 32, 64)], per_vcpu=False, initially_set=False)
     ledger.record(Toggle(0, 1, [0], [0], [True], 2, on=True))
     ledger.record(Collection(2, 3, [8], [8], [True], 32, 64, [[]]))
@@ -394,8 +401,8 @@ def test_required_pages_are_the_collections_own() -> None:
 
 
 @pytest.mark.parametrize(("entries", "right"), [(3, True), (4, False)])
-def test_an_entry_for_each_that_is_reset(entries: int, right: bool) -> None:
-    """The ring had page 1 twice, as one entry was left from before logging was disabled and enabled; write 65 meets both."""
+def test_one_entry_per_reset_entry(entries: int, right: bool) -> None:
+    """A write in flight may have as many entries as entries of its page were reset, and one more."""
     found = judged(
         line(ring=True),
         Toggle(2, 3, [2], [2], [True], SLOT, on=False),
@@ -406,15 +413,15 @@ def test_an_entry_for_each_that_is_reset(entries: int, right: bool) -> None:
     assert found == ([] if right else [Kind.DUPLICATE])
 
 
-def test_a_collection_is_no_reason_for_its_own_entries() -> None:
-    """They are reset afterwards: page 2 has one write, and three entries in the same collection."""
+def test_own_reset_is_no_reason() -> None:
+    """The reset of a collection is no reason for repeated entries in that same collection."""
     harvests = collection(2, 3, 2, 4, [0, 1, 2, 2, 2]), collection(4, 5, 4, 4, [3], exact=True)
     assert judged(line(ring=True), *harvests) == [Kind.DUPLICATE]
 
 
 @pytest.mark.parametrize("overlapped", [True, False])
-def test_a_reset_beside_a_harvest_is_a_reason(overlapped: bool) -> None:
-    """Ring 1's entry of page 5 is reset by another thread before ring 0 is read: vCPU 0 logs its write in flight again."""
+def test_reset_beside_a_harvest(overlapped: bool) -> None:
+    """Another thread's reset during a harvest is a reason for a repeated entry in it."""
     resets = [Reset(3, 4, 0)] if overlapped else []
     harvest = Collection(2, 5, [1, 1], [2, 1], [False, False], 0, 64, [[3, 5, 5], [5]], reset=4)
     found = judged(two(ring=True), *resets, harvest, of_both(6, [2, 1], [[], []], exact=True))
@@ -422,7 +429,8 @@ def test_a_reset_beside_a_harvest_is_a_reason(overlapped: bool) -> None:
 
 
 @pytest.mark.parametrize(("on", "refused", "kind"), [(True, True, Kind.LOST), (False, False, Kind.SPURIOUS)])
-def test_a_bitmap_while_logging_is_enabled_only(on: bool, refused: bool, kind: Kind) -> None:
+def test_bitmap_only_with_logging_enabled(on: bool, refused: bool, kind: Kind) -> None:
+    """GET fails if and only if dirty logging is disabled; else it is a violation of R4."""
     ledger = Ledger([LINE], [LINE_SLOT], per_vcpu=False, initially_set=False)
     ledger.record(Toggle(0, 1, [0], [0], [True], SLOT, on=on))
     ledger.record(Collection(2, 3, [0], [0], [True], 0, 64, [[]], refused=refused))
@@ -431,8 +439,8 @@ def test_a_bitmap_while_logging_is_enabled_only(on: bool, refused: bool, kind: K
 
 
 @pytest.mark.parametrize(("counts", "right"), [((3, 1), True), ((2, 1), False), ((3, 2), False)])
-def test_reset_together_what_was_harvested_together(counts: tuple[int, int], right: bool) -> None:
-    """The counts are compared where no operation is in progress: of two that overlap, and of the third by itself."""
+def test_reset_counts_of_overlapping_threads(counts: tuple[int, int], right: bool) -> None:
+    """Reset counts are compared with harvested entries as sums of all operations that overlap."""
     first, second = collection(2, 4, 2, 2, [0, 1]), collection(3, 6, 2, 3, [2])
     third = collection(9, 10, 4, 4, [3], exact=True)
     first.reset, second.reset, third.reset = counts[0], 0, counts[1]
@@ -441,21 +449,22 @@ def test_reset_together_what_was_harvested_together(counts: tuple[int, int], rig
 
 
 @pytest.mark.parametrize(("start", "expected"), [(3, []), (6, [Kind.RESET_COUNT, Kind.RESET_COUNT])])
-def test_the_count_of_a_reset_beside_a_harvest(start: int, expected: list[Kind]) -> None:
-    """It counts where it overlaps the harvest, and not afterwards: then there was nothing left to reset."""
+def test_count_of_a_reset_beside_a_harvest(start: int, expected: list[Kind]) -> None:
+    """The count of a reset that overlaps a harvest belongs to it; a later one has nothing left to reset."""
     harvest = collection(2, 5, 2, 2, [0, 1], exact=True)
     harvest.reset = 0
     assert judged(line(ring=True), harvest, Reset(start, start + 1, 2)) == expected
 
 
-def test_wrong_counts_do_not_make_up_for_each_other() -> None:
+def test_wrong_counts_do_not_cancel_out() -> None:
+    """Two wrong reset counts are two violations, although their sum is right."""
     first, second = collection(2, 3, 2, 2, [0, 1]), collection(4, 5, 4, 4, [2, 3], exact=True)
     first.reset, second.reset = 1, 3
     assert judged(line(ring=True), first, second) == [Kind.RESET_COUNT, Kind.RESET_COUNT]
 
 
-def test_each_verification_judges_what_is_new() -> None:
-    """Whether all is verified after each collection or at the end, the same is found."""
+def test_incremental_verification() -> None:
+    """The violations are the same whether the ledger is verified after each collection or at the end."""
     events = [
         collection(2, 3, 4, 4, [0, 1, 2, 3], exact=True),
         collection(4, 5, 6, 7, [4, 5, 6]),
@@ -482,8 +491,8 @@ def memory_check(*streams: Sequence[int]) -> tuple[MemoryCheck, memoryview]:
     return MemoryCheck(NPAGES, [WriteStream(array("I", pages), 0) for pages in streams], words), words
 
 
-def test_memory_holds_the_last_write_of_each_vcpu() -> None:
-    """Every page of every vCPU's column is compared, written or not."""
+def test_memory_has_the_last_writes() -> None:
+    """Every page of each vCPU's column is compared with its last write, or with 0 if there was none."""
     check, words = memory_check([3, 1, 3], [3, 1])
     words[3 * WORDS_PER_PAGE], words[1 * WORDS_PER_PAGE], words[3 * WORDS_PER_PAGE + 1] = 3, 2, 1
     assert not check.check(1, [3, 1])
@@ -493,15 +502,16 @@ def test_memory_holds_the_last_write_of_each_vcpu() -> None:
     assert "page 9 expected 0x0 found 1 (iteration 1)" in found.detail
 
 
-def test_a_write_in_memory_that_is_not_published() -> None:
-    """A vCPU stopped between its store and the publication has done one write more than it says."""
+def test_unpublished_write_in_memory() -> None:
+    """A write that is in memory and not published yet counts as done."""
     check, words = memory_check([3, 1, 4])
     assert check.done(0, 1) == 1
     words[1 * WORDS_PER_PAGE] = 2
     assert check.done(0, 1) == 2
 
 
-def test_the_last_write_and_the_last_report_of_a_page() -> None:
+def test_last_write_and_report_of_a_page() -> None:
+    """A page's history has its last write, with vCPU and iteration, and its last report."""
     check, words = memory_check([3, 1])
     words[3 * WORDS_PER_PAGE] = 1
     check.check(1, [1])
@@ -539,8 +549,8 @@ def toy_run(mode: str, work: str, seed: int, fault: Fault | None = None) -> list
 
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_sound_toy_kvm(mode: str, work: str) -> None:
-    """Its steps are as small as the kernel's, so that writes are in flight, and nothing is found all the same."""
+def test_toy_kvm_without_a_fault(mode: str, work: str) -> None:
+    """A correct toy KVM, whose steps are as small as the kernel's, has no violation."""
     for seed in range(80):
         assert not toy_run(mode, work, seed), f"seed {seed}"
 
@@ -549,8 +559,8 @@ def test_a_sound_toy_kvm(mode: str, work: str) -> None:
     ("mode", "fault"),
     [(mode, fault) for mode in MODES for fault in (*FAULTS, *(RING_FAULTS if mode == "dirty-ring" else ()))],
 )
-def test_a_broken_toy_kvm(mode: str, fault: str) -> None:
-    """Each fault in the last collection is found, whatever came before it."""
+def test_toy_kvm_with_a_fault(mode: str, fault: str) -> None:
+    """Each fault in the last collection of a toy KVM is a violation."""
     planted = 0
     for seed in range(8):
         for work in WORK:

@@ -230,7 +230,7 @@ def test_kvm_parameters() -> None:
     parameters = parse_parameters(" kvm.tdp_mmu=0  kvm-amd.npt=1 ")
     assert parameters == {"kvm.tdp_mmu": "0", "kvm_amd.npt": "1"}
     check_parameters(parameters, modules, "kvm_amd")
-    check_parameters({"kvm.any": "1"}, modules[1:], "kvm_amd")  # built in: the booted kernel will tell
+    check_parameters({"kvm.any": "1"}, modules[1:], "kvm_amd")  # built in: the booted kernel checks it
     with pytest.raises(CannotTest, match=r"no parameter nptt \(did you mean npt\?\)"):
         check_parameters({"kvm_amd.nptt": "1"}, modules, "kvm_amd")
     for text in ("kvm", "kvm.npt", "npt=1", "=", "kvm.=1"):

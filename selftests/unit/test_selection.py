@@ -29,7 +29,8 @@ CELL = Cell("dirty-log", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_keep_the_order_of_the_choices() -> None:
+def test_order_of_chosen_names() -> None:
+    """Values of an option are in the order of its choices, however they are given."""
     assert parse_names("--x", "c, a", ("a", "b", "c")) == ("a", "c")
 
 
@@ -37,7 +38,8 @@ def test_names_keep_the_order_of_the_choices() -> None:
     ("text", "size"),
     [("64M", 64 * MIB), ("1g", GIB), ("8K", 8 * KIB), ("0x2000", 8192), ("4096", 4096), ("2T", 2048 * GIB)],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_with_units(text: str, size: int) -> None:
+    """A size is a number, in any base, with an optional binary unit."""
     assert parse_size("--x", text) == size
 
 
@@ -78,14 +80,16 @@ def test_sizes(text: str, size: int) -> None:
         ),
     ],
 )
-def test_bad_values_get_one_clear_line(parse: object, message: str) -> None:
+def test_bad_values_of_options(parse: object, message: str) -> None:
+    """A bad value is an error of one line, with the option, the value and what is allowed."""
     with pytest.raises(SelectionError) as error:
         parse()  # type: ignore[operator]
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_test_memory_lies_at_the_top_with_the_backings_alignment() -> None:
+def test_place_of_test_memory() -> None:
+    """Test memory is at the top of the guest-physical addresses, aligned to the backing's page size."""
     limit = 1 << 46
     size = Settings().slot_size
     assert place_test_memory(Settings(), CELL, limit) == limit - size
@@ -102,12 +106,14 @@ def test_test_memory_lies_at_the_top_with_the_backings_alignment() -> None:
         ((1 << 46) - GIB, "ends beyond the guest-physical limit"),
     ],
 )
-def test_bad_offsets_are_told(offset: int, message: str) -> None:
+def test_bad_offsets_of_test_memory(offset: int, message: str) -> None:
+    """An offset that is unaligned, in the guest's own memory or beyond the limit is an error that says so."""
     with pytest.raises(ValueError, match=message):
         place_test_memory(Settings(phys_offset=offset), CELL, 1 << 46)
 
 
-def test_memory_beyond_the_address_space_is_told() -> None:
+def test_too_much_test_memory() -> None:
+    """Test memory that does not fit into the guest-physical addresses is an error."""
     with pytest.raises(ValueError, match="runs into the guest's own memory"):
         place_test_memory(Settings(test_mem=1 << 36), CELL, 1 << 36)
 
@@ -117,8 +123,8 @@ def test_memory_beyond_the_address_space_is_told() -> None:
 
 @pytest.mark.parametrize("vcpus", [(1,), (1, 2)])
 @pytest.mark.parametrize("left_out", [(), ("stop",), ("guest_mode", "backing"), ("log_mode", "density")])
-def test_each_value_meets_each_other(left_out: tuple[str, ...], vcpus: tuple[int, ...]) -> None:
-    """The default matrix has every pair of values of any two dimensions, also when some dimensions are pinned."""
+def test_default_matrix_is_pairwise(left_out: tuple[str, ...], vcpus: tuple[int, ...]) -> None:
+    """The default matrix has every pair of values of any two dimensions, also if some dimensions are pinned."""
     dimensions = {name: values[:1] if name in left_out else values for name, values in DIMENSIONS.items()}
     every = {**dimensions, "vcpus": vcpus}
     cells = pairwise_matrix(every)
@@ -128,13 +134,15 @@ def test_each_value_meets_each_other(left_out: tuple[str, ...], vcpus: tuple[int
         assert met == {(one, two) for one in every[first] for two in every[second]}
 
 
-def test_the_full_matrix_is_the_product() -> None:
+def test_full_matrix_is_the_product() -> None:
+    """The full matrix has each combination of values once."""
     every = {**DIMENSIONS, "vcpus": (1, 2)}
     cells = full_matrix(every)
     assert len(set(cells)) == len(cells) == 5 * 6 * len(BACKINGS) * len(STOPS) * len(DENSITIES) * 2
 
 
-def test_the_repeat_command_names_the_cell_and_what_is_not_default() -> None:
+def test_command_that_reproduces_a_cell() -> None:
+    """The command that reproduces a cell has the cell, the seed, and all settings that are not the default."""
     command = cell_command("pytest --kernel=x", CELL, Settings(iterations=7, phys_offset=1 << 32, seed=5))
     assert command == (
         "pytest --kernel=x selftests/matrix/test_dirty_log.py --log-mode dirty-log --guest-mode 48bit-4k --backing anonymous"
@@ -166,8 +174,8 @@ def read(folder: Path, text: str) -> tuple[known_bugs.KnownBug, ...]:
     return known_bugs.load(path)
 
 
-def test_the_list_in_the_repository_is_sound() -> None:
-    """It can be read, and has an entry that must show every time."""
+def test_known_bugs_file_is_valid() -> None:
+    """known_bugs.toml has unique ids, each with summary and evidence, and a bug that always shows."""
     bugs = known_bugs.load()
     assert len({bug.id for bug in bugs}) == len(bugs) > 0
     assert any(bug.always and bug.tests for bug in bugs)
@@ -185,12 +193,14 @@ def test_the_list_in_the_repository_is_sound() -> None:
         (replace(HOST, parameters={}), False),
     ],
 )
-def test_a_known_bug_is_bound_to_its_conditions(tmp_path: Path, host: Host, applies: bool) -> None:
+def test_conditions_of_a_known_bug(tmp_path: Path, host: Host, applies: bool) -> None:
+    """A known bug applies only with its backend, kernels and module parameters."""
     (bug,) = read(tmp_path, ENTRY)
     assert bug.on(host) is applies
 
 
-def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
+def test_cells_and_kinds_of_a_known_bug(tmp_path: Path) -> None:
+    """A known bug concerns its cells only, and explains only its kinds of violations."""
     (bug,) = read(tmp_path, ENTRY)
     assert bug.concerns("test_dirty_log", replace(CELL, log_mode="dirty-ring"))
     assert not bug.concerns("test_dirty_log", CELL)
@@ -207,4 +217,5 @@ def test_a_known_bug_covers_its_cells_and_findings_only(tmp_path: Path) -> None:
     ("release", "numbers"), [("6.12.117+deb12-amd64", (6, 12, 117)), ("7.2-rc1", (7, 2)), ("6.1.0-56-cloud", (6, 1, 0))]
 )
 def test_release_numbers(release: str, numbers: tuple[int, ...]) -> None:
+    """The version numbers of a kernel release are those before any suffix."""
     assert version_numbers(release) == numbers

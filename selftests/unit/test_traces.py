@@ -56,22 +56,22 @@ def verdicts() -> list[tuple[str, Found, Found]]:
     return result
 
 
-def test_sound_runs(verdicts: list[tuple[str, Found, Found]]) -> None:
-    """Nothing is found in them."""
+def test_traces_of_sound_runs(verdicts: list[tuple[str, Found, Found]]) -> None:
+    """The recorded traces of sound runs have no violation."""
     sound = [(name, now) for name, then, now in verdicts if not then]
     assert len(sound) >= 50
     assert [(name, now) for name, now in sound if now] == []
 
 
-def test_falsified_runs(verdicts: list[tuple[str, Found, Found]]) -> None:
-    """All that was found in them once is found, each page of it."""
+def test_traces_of_falsified_runs(verdicts: list[tuple[str, Found, Found]]) -> None:
+    """The recorded traces of falsified runs still have every violation, of each page, that they once had."""
     falsified = [(name, then, now) for name, then, now in verdicts if then]
     assert len(falsified) >= 40
     assert [(name, then - now) for name, then, now in falsified if then - now] == []
 
 
-def test_a_ledger_is_dumped_while_it_is_recorded() -> None:
-    """What was recorded before and what is afterwards comes out as it was."""
+def test_ledger_dump_round_trip() -> None:
+    """A ledger that is dumped while events are recorded is loaded again with all of them."""
     (_, ledger), *_ = traces()
     file = io.StringIO()
     ledger.dump(file)

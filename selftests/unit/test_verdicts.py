@@ -122,7 +122,7 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["alone", "xdist"])
 def test_known_bugs_of_any_test(run: Callable[..., Run], workers: list[str]) -> None:
-    """Each bug that names the test counts, and has to explain all kinds; one that always shows has to show."""
+    """A known bug that names a test has to explain all kinds of its violations, and to show if it always does."""
     done = run(*workers)
     assert done.results_of("test_lost", "test_lost_in_setup", "test_lost_and_more") == [
         ("known bug", "second-bug"), ("known bug", "third-bug"), ("FAIL", ""),
@@ -141,8 +141,8 @@ def test_no_known_bugs(run: Callable[..., Run]) -> None:
     ]  # fmt: skip
 
 
-def test_the_report_of_a_violation(run: Callable[..., Run]) -> None:
-    """What was wrong, the test's evidence, where it ran, and the command; the same in a file, for known bugs too."""
+def test_report_of_a_violation(run: Callable[..., Run]) -> None:
+    """A violation's report has evidence, environment and command, in text and JSON, also of a known bug."""
     done = run("--no-known-bugs", "--seed=7", "-k", "test_lost and not setup and not more")
     report = done.output.partition("= FAILURES =")[2]
     assert re.search(r"^a write: slot 1: LOST \(written but not reported\): page 3$", report, re.MULTILINE)
@@ -160,7 +160,7 @@ def test_the_report_of_a_violation(run: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize("required", [False, True])
 def test_skips_of_tests_on_kvm(run: Callable[..., Run], required: bool) -> None:
-    """They are failures under --require-kvm, known bugs and other tests' skips are not."""
+    """With --require-kvm, skips of tests on KVM are failures; known bugs and other skips are not."""
     done = run(*["--require-kvm"] * required)
     names = ("test_lacks_something", "test_that_may_harm", "test_one_mode", "test_some_modes[dirty-ring]")
     assert {verdict for verdict, _ in done.results_of(*names)} == {"FAIL" if required else "skipped"}, done.output
@@ -170,7 +170,7 @@ def test_skips_of_tests_on_kvm(run: Callable[..., Run], required: bool) -> None:
 
 
 def test_cases_of_log_modes(run: Callable[..., Run]) -> None:
-    """A test has a case for each mode that its marker names; where that is one, the id does not have it."""
+    """A test has a case for each mode that its marker names, and a single mode is not in the id."""
     done = run("--collect-only", "-q", "-m", "log_modes and kvm")
     cases = re.findall(r"^\S*::(\S+)$", done.output, re.MULTILINE)
     assert cases == [

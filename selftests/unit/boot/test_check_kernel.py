@@ -213,11 +213,11 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
 
     test_kill_matrix.py has the tests that this host's KVM can run.
     """
-    statistics = "selftests/unit/mutants/test_arming_can_fail.py::test_falsified_statistics"
+    statistics = "selftests/unit/mutants/test_write_protection_can_fail.py::test_falsified_statistics"
     done = check_kernel(
         kernel.image, statistics, PLANTED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
-        "selftests/memory/test_arming.py::test_prefaulted_pages_are_logged",
+        "selftests/memory/test_write_protection.py::test_prefaulted_pages_are_logged",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
         "--kvm-params=kvm_amd.npt=1",
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Falsifying what KVM answered, between the ioctl and the library."""
+"""Falsified answers of KVM, between the ioctl and the library."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def falsify_bitmaps(patch: pytest.MonkeyPatch, fault: Callable[[Vm, int, bytearr
     patch.setattr(Vm, "get_dirty_log", falsified)
 
 
-# The same as a plugin for a run in a process of its own: every page that was written is lost
+# The same as a plugin for a run in a process of its own: every written page is lost
 LOSING_PLUGIN = """
 from kvm_util.vm import Vm
 honest = Vm.get_dirty_log

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""From this test on KVM is a mutant, in the bodies of all other tests of the session.
+"""Plant a mutant for the bodies of all later tests of the session.
 
 test_check_kernel.py and record.py name it before the tests that are to fail. Nothing collects it unless it is named. It is a
-test, and not an option, so that it goes along into a booted kernel.
+test, and not an option, so that it works in a booted kernel too.
 """
 
 from collections.abc import Iterator
@@ -31,4 +31,5 @@ class Planted:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted(pytestconfig: pytest.Config, name: str) -> None:
+    """The named mutant is planted for all tests that run after this one."""
     pytestconfig.pluginmanager.register(Planted(MUTANTS[name]))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Run the contract tests against mutants, and hold what they kill to the kill matrix, which may only grow.
+"""Run the contract tests against mutants, and compare their kills with the kill matrix, which may only grow.
 
-A kill is new when two runs with different seeds made it, and lost when two did not: what depends on how threads interleave
-is not recorded.
+A kill is new if two runs with different seeds made it, and lost if two did not: a kill that depends on how threads
+interleave is not recorded.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from selftests.unit.mutants.kill_matrix import (
 PLANTED = "selftests/unit/mutants/planted.py::test_planted"
 # The others differ from these only in how they are enabled.
 MODES = ("dirty-log", "clear-log", "dirty-ring")
-# Runs of minutes under some mutants; test_checks_can_fail.py plants more faults in the same run.
+# These run for minutes under some mutants; test_checks_can_fail.py plants more faults in the same run.
 ELSEWHERE = ("test_dirty_log.py", "test_known_bugs.py")
-# Tests with writer threads, which would wait a minute each for what some mutants never do
+# Tests with writer threads, each of which would wait a minute for what never comes under some mutants
 WRITERS = ("test_concurrency.py", "test_interrupted_reset.py", "test_migration.py", "test_ring_concurrency.py")
 SIZES = ("--test-mem=64M", "--iterations=8", "--ring-count=4096")
 _TIMEOUT = 3600
@@ -44,7 +44,7 @@ _TIMEOUT = 3600
 class Runner:
     """Runs the contract tests in :data:`MODES`, with pytest's *options*.
 
-    :ivar backend: KVM's vendor module, and with *release* the kernel: where the last run was
+    :ivar backend: KVM's vendor module in the last run, and *release*: the kernel's release
     """
 
     def __init__(self, options: Sequence[str] = (), workers: int = 1) -> None:
@@ -53,7 +53,7 @@ class Runner:
         self._workers = workers
 
     def run(self, mutant: str | None, seed: int) -> Verdicts:
-        """The verdict on each case under *mutant*, or on the KVM that is there.
+        """The verdict on each case under *mutant*, or on unchanged KVM.
 
         :raises RuntimeError: the run did not come to its end
         """
@@ -79,9 +79,9 @@ class Runner:
         return verdicts
 
     def kills(self, mutants: Sequence[str], recorded: Kills, twice_if_new: bool) -> tuple[Kills, Kills, set[Case]]:
-        """Run *mutants*, and those twice of which a kill is lost.
+        """Run *mutants*; those of which a kill is lost run twice.
 
-        :param twice_if_new: also those of which a kill is new
+        :param twice_if_new: those with a new kill run twice too
         :returns: the kills lost and made, as by :func:`compare`, and the cases that ran under any of the mutants
         """
         runs = {mutant: [verdicts] for mutant, verdicts in zip(mutants, self._run_all(mutants, 1), strict=True)}
@@ -102,7 +102,7 @@ class Runner:
 
 
 def _verdicts(junit: Path) -> dict[Case, str]:
-    """Each case's verdict; one that did not come to its own body was skipped."""
+    """Each case's verdict; a case whose own body did not run was skipped."""
     words = {"failure": "failed", "error": "skipped", "skipped": "skipped"}
     verdicts: dict[Case, str] = {}
     for test in ElementTree.parse(junit).getroot().iter("testcase"):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Real runs on real KVM whose answers are falsified between the ioctl and the judge: each fault is caught.
+"""Runs on real KVM whose answers are falsified between the ioctl and the judge: each fault is a violation.
 
-A fault is planted once the run is under way (:data:`ARMED`), and the iterations until it is caught are printed at the end
-of the test run.
+A fault is planted after :data:`SOUND_ITERATIONS`, and the iterations until it is found are printed at the end of the run.
 """
 
 import random
@@ -28,7 +27,7 @@ from kvm_util.vm import Vm
 from selftests.unit.mutants.faults import falsify_bitmaps
 
 ITERATIONS = 80
-ARMED = 2  # complete iterations before a fault is planted
+SOUND_ITERATIONS = 2  # complete iterations before a fault is planted
 SETTINGS = Settings(iterations=ITERATIONS, interval=2.0, ring_count=1024, test_mem=8 * MIB, seed=1)
 
 
@@ -50,8 +49,8 @@ class Planter:
     seen: int = 0
 
     @property
-    def armed(self) -> bool:
-        return self.run.figures.iterations >= ARMED
+    def ready(self) -> bool:
+        return self.run.figures.iterations >= SOUND_ITERATIONS
 
     def plant(self) -> None:
         self.planted = self.planted or self.run.figures.iterations + 1
@@ -60,14 +59,14 @@ class Planter:
     def fresh(self) -> bool:
         """Whether a fault that is planted once has to be planted now.
 
-        Only while the vCPUs are stopped: of a write that is made during a reap, a report in the next one is right too.
+        Only while the vCPUs are stopped: a write during a collection may also be reported by the next one.
         """
-        return self.armed and self.planted is None and self.run.all_stopped()
+        return self.ready and self.planted is None and self.run.all_stopped()
 
     def is_ten_thousandth(self) -> bool:
         """Count one more reported page; the fault counts as planted from the first on.
 
-        It strikes while the vCPUs are stopped only: of a write that is made during a reap, a later report is right too.
+        It has an effect only while the vCPUs are stopped: a write during a collection may also be reported later.
         """
         self.plant()
         self.seen += 1
@@ -142,7 +141,7 @@ def set_a_tail_bit(planter: Planter, bitmap: bytearray) -> None:
 
 
 def lose_one_in_ten_thousand(planter: Planter, bitmap: bytearray) -> None:
-    for page in set_pages(bitmap) if planter.armed else ():
+    for page in set_pages(bitmap) if planter.ready else ():
         if planter.is_ten_thousandth():
             flip(bitmap, page)
 
@@ -153,7 +152,7 @@ BITMAP_FAULTS = [
 ]  # fmt: skip
 
 
-# --- faults in what CLEAR is asked: as a KVM would fail that clears other pages than it was told ------------------------
+# --- faults in the mask of CLEAR: as a KVM would fail that clears other pages than the mask has ---------------------------
 
 
 def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
@@ -167,7 +166,7 @@ def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
 
 def clear_everything(planter: Planter, bitmap: bytearray) -> None:
     """Also the pages that were written after GET and so were never reported; late enough that there are some."""
-    if planter.armed and not planter.run.all_stopped():
+    if planter.ready and not planter.run.all_stopped():
         time.sleep(0.005)
         bitmap[:] = b"\xff" * len(bitmap)
         planter.plant()
@@ -194,7 +193,7 @@ def lose_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entri
 
 
 def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
-    """As often as the page was ever written: each write since the last reap may have an entry of its own."""
+    """As often as the page was ever written: each write since the last collection may have an entry of its own."""
     if planter.fresh and pages:
         at = planter.draw.randrange(len(pages))
         again = planter.run.streams[0].between(0, planter.run.published()[0] + 1).tolist().count(pages[at])
@@ -251,7 +250,7 @@ def entry_too_late(planter: Planter, slots: list[int], pages: list[int]) -> Entr
 
 
 def lose_one_entry_in_ten_thousand(planter: Planter, slots: list[int], pages: list[int]) -> Entries:
-    if not planter.armed:
+    if not planter.ready:
         return slots, pages
     kept = [at for at in range(len(pages)) if not planter.is_ten_thousandth()]
     return [slots[at] for at in kept], [pages[at] for at in kept]
@@ -306,11 +305,11 @@ def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpu
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.parametrize("fault", BITMAP_FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.mutants
-def test_a_false_bitmap_is_caught(
+def test_false_bitmap_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
 ) -> None:  # fmt: skip
-    """What KVM_GET_DIRTY_LOG filled is changed before the log mode reads it."""
+    """Each way to falsify the bitmap of KVM_GET_DIRTY_LOG has its kind of violation."""
     with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
         falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(planter, bitmap))
 
@@ -318,11 +317,11 @@ def test_a_false_bitmap_is_caught(
 @pytest.mark.log_modes("clear")
 @pytest.mark.parametrize("fault", CLEAR_FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.mutants
-def test_a_wrong_clear_is_caught(
+def test_wrong_clear_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, bytearray], None],
 ) -> None:  # fmt: skip
-    """KVM_CLEAR_DIRTY_LOG is asked for other pages than the log mode asked for."""
+    """A KVM_CLEAR_DIRTY_LOG of other pages than requested is a violation."""
     clear_dirty_log = Vm.clear_dirty_log
     with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
 
@@ -337,11 +336,11 @@ def test_a_wrong_clear_is_caught(
 @pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("fault", RING_FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.mutants
-def test_false_ring_entries_are_caught(
+def test_false_ring_entries_are_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Planter, list[int], list[int]], Entries],
 ) -> None:  # fmt: skip
-    """What was harvested is changed before the log mode gets it."""
+    """Each way to falsify harvested ring entries has its kind of violation."""
     harvest = DirtyRing.harvest
     with caught(kvm, request, log_mode, EXPECTED[fault]) as planter:
         monkeypatch.setattr(DirtyRing, "harvest", lambda ring: fault(planter, *harvest(ring)))
@@ -349,10 +348,10 @@ def test_false_ring_entries_are_caught(
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_rings_of_two_vcpus_mixed_up_are_caught(
+def test_entry_in_the_wrong_ring_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
-    """The first vCPU is given an entry of the second one's ring, of a page that it did not write itself."""
+    """A ring entry of a page that only another vCPU wrote is SPURIOUS."""
     with caught(kvm, request, log_mode, Kind.SPURIOUS, vcpus=2) as planter:
         collect = planter.run.mode.collect
 
@@ -374,10 +373,10 @@ def test_rings_of_two_vcpus_mixed_up_are_caught(
 @pytest.mark.log_modes("ring")
 @pytest.mark.parametrize("wrong_by", [-1, 1])
 @pytest.mark.mutants
-def test_a_wrong_reset_count_is_caught(
+def test_wrong_reset_count_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str, wrong_by: int
 ) -> None:
-    """KVM_RESET_DIRTY_RINGS says one entry more or less than it took."""
+    """A KVM_RESET_DIRTY_RINGS that returns one entry more or less than it reset is a violation."""
     reset_dirty_rings = Vm.reset_dirty_rings
     with caught(kvm, request, log_mode, Kind.RESET_COUNT) as planter:
 
@@ -393,15 +392,15 @@ def test_a_wrong_reset_count_is_caught(
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_a_reset_that_does_nothing_is_caught(
+def test_reset_without_effect_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
-    """KVM takes no entry back, again and again; the calls are not repeated for ever."""
+    """A KVM_RESET_DIRTY_RINGS that resets nothing is a violation, and is not repeated forever."""
     reset_dirty_rings = Vm.reset_dirty_rings
     with caught(kvm, request, log_mode, Kind.RESET_COUNT) as planter:
 
         def falsified(vm: Vm) -> int:
-            if not planter.armed:
+            if not planter.ready:
                 return reset_dirty_rings(vm)
             planter.plant()
             return 0
@@ -410,10 +409,10 @@ def test_a_reset_that_does_nothing_is_caught(
 
 
 @pytest.mark.mutants
-def test_a_wrong_value_in_memory_is_caught(
+def test_wrong_value_in_memory_is_found(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
-    """One page goes back to an older value, as if a write had been lost with its report in place."""
+    """A page with an older value, as if a reported write had been lost, is a violation."""
     check = MemoryCheck.check
     with caught(kvm, request, log_mode, Kind.VALUE) as planter:
 
@@ -428,10 +427,10 @@ def test_a_wrong_value_in_memory_is_caught(
 
 
 @pytest.mark.mutants
-def test_a_page_lost_while_the_vcpu_runs_is_caught(
+def test_page_lost_in_a_running_collection(
     kvm: Kvm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, log_mode: str
 ) -> None:
-    """A running reap lacks a page whose write was done well before it began."""
+    """A page is LOST if a collection lacks it that ran beside the vCPU and began after the write."""
     with caught(kvm, request, log_mode, Kind.LOST) as planter:
         collect = planter.run.mode.collect
         seen = [0]  # writes that the collection before may have reported
@@ -440,7 +439,7 @@ def test_a_page_lost_while_the_vcpu_runs_is_caught(
             written = planter.run.published()[0] - 50  # the collection's own count was taken a moment ago
             report = collect(vm, kick, **options)
             since, seen[0] = seen[0], planter.run.published()[0] + 1
-            if planter.armed and planter.planted is None and kick is not None and not planter.run.all_stopped():
+            if planter.ready and planter.planted is None and kick is not None and not planter.run.all_stopped():
                 long_done = set(planter.run.streams[0].between(since, max(since, written)))
                 (source,) = report.sources
                 page = next((page for page in source.offsets if page in long_done), None)
@@ -454,15 +453,15 @@ def test_a_page_lost_while_the_vcpu_runs_is_caught(
         monkeypatch.setattr(planter.run.mode, "collect", falsified)
 
 
-def test_the_same_run_without_a_fault_is_right(kvm: Kvm, log_mode: str) -> None:
-    """What the tests above catch is the fault."""
+def test_run_without_a_fault_passes(kvm: Kvm, log_mode: str) -> None:
+    """A run without a planted fault passes in each log mode."""
     cell = Cell(log_mode, "48bit-4k", "anonymous", "forced", "sparse", 2)
     with DirtyLogRun(kvm, cell, SETTINGS) as run:
         assert run.run().iterations == ITERATIONS
 
 
-def test_every_kind_of_finding_is_expected_somewhere() -> None:
-    """A new kind of finding needs a test that shows it; two are shown in files of their own, OTHER has none in the matrix."""
+def test_each_kind_of_violation_has_a_fault() -> None:
+    """Each kind of violation is the expected one of a planted fault, here or in test_runs_end_well.py."""
     here = {*EXPECTED.values(), Kind.RESET_COUNT, Kind.VALUE}
     stuck = {Kind.STUCK, Kind.GAP}  # test_runs_end_well.py: test_ring_that_stays_full
     assert here | stuck == set(Kind) - {Kind.OTHER}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The checks of concurrent collections and of migrations can fail: real KVM's answers are falsified, and that is found."""
+"""The checks of concurrent collections and of migrations fail when an answer of real KVM is falsified."""
 
 import random
 import threading
@@ -57,7 +57,7 @@ def one_round(of: Collectors) -> None:
 
 
 def write_more(vm: WritersVm, count: int) -> None:
-    """Let the stopped vCPUs write so much more, or until a ring is full."""
+    """Let the stopped vCPUs make *count* more writes, or write until a ring is full."""
     goal = sum(vm.writers.published()) + count
     vm.writers.let_go()
     vm.writers.wait(lambda: sum(vm.writers.published()) >= goal or vm.writers.any_ring_full(), "writing")
@@ -89,10 +89,11 @@ def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
 @pytest.mark.parametrize("fault", [drop_the_last, drop_bits_all_the_time], ids=lambda fault: fault.__name__)
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.mutants
-def test_a_bitmap_that_lacks_pages(
+def test_bitmap_without_some_pages(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: Callable[[Collectors, bytearray], None],
 ) -> None:  # fmt: skip
+    """Pages that are missing in the last bitmap, or in all, are LOST."""
     check_fails(
         kvm, log_mode, lambda of: falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(of, bitmap)), "LOST"
     )
@@ -100,8 +101,8 @@ def test_a_bitmap_that_lacks_pages(
 
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.mutants
-def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """The last page of the second slot, which nobody writes."""
+def test_bitmap_with_an_extra_page(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """A page that no vCPU writes and that is in a bitmap is SPURIOUS."""
 
     def add_its_last_page(_vm: Vm, slot: int, bitmap: bytearray) -> None:
         if slot == 2:
@@ -112,8 +113,8 @@ def test_a_bitmap_with_a_page_too_many(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.log_modes("clear-log", "clear-log-unset")
 @pytest.mark.mutants
-def test_a_clear_of_more_than_was_asked(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """Pages written between GET and CLEAR lose their bits, and no GET has told of them."""
+def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """Pages that are written between GET and CLEAR, and that CLEAR clears beyond its mask, are LOST."""
     honest = Vm.clear_dirty_log
     with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
         of = Collectors(vm)
@@ -143,10 +144,11 @@ RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
 @pytest.mark.parametrize("fault", RING_FAULTS.values(), ids=list(RING_FAULTS))
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_a_falsified_ring(
+def test_falsified_ring_entries(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
     fault: tuple[Callable[[Taken], Taken], str],
 ) -> None:  # fmt: skip
+    """Missing, extra and misplaced ring entries are violations."""
     falsified, match = fault
     honest = DirtyRing.harvest
     check_fails(
@@ -160,7 +162,7 @@ def test_a_falsified_ring(
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
 def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """Nothing is lost, but the first vCPU's ring has what the second one wrote, and the other way round."""
+    """Entries in the ring of a vCPU that did not write their pages are SPURIOUS."""
     harvest, reset_up_to = SharedRings.harvest, SharedRings.reset_up_to
 
     def falsify(_of: Collectors) -> None:
@@ -173,8 +175,8 @@ def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("answer", ["nothing", "all"])
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, answer: str) -> None:
-    """Whether KVM says that it took nothing, or all."""
+def test_reset_without_effect(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, answer: str) -> None:
+    """A reset that leaves harvested entries is a violation, whatever count it returns."""
     monkeypatch.setattr(shared_rings, "HANG_TIMEOUT", 0.5)
 
     def falsify(of: Collectors) -> None:
@@ -192,7 +194,8 @@ def test_a_reset_that_is_not_made(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log
 @pytest.mark.parametrize("wrong_by", [-1, 1])
 @pytest.mark.log_modes("dirty-ring")
 @pytest.mark.mutants
-def test_a_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by: int) -> None:
+def test_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by: int) -> None:
+    """A reset that returns one entry more or less than it reset is a violation."""
     honest = Vm.reset_dirty_rings
     check_fails(
         kvm, "dirty-ring", lambda _of: monkeypatch.setattr(Vm, "reset_dirty_rings", lambda vm: honest(vm) + wrong_by),
@@ -201,7 +204,8 @@ def test_a_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by
 
 
 @pytest.mark.mutants
-def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """Dirty logging that stays disabled when it is enabled loses writes, or has no bitmap."""
 
     def falsify(of: Collectors) -> None:
         for area in of.vm.areas:
@@ -214,7 +218,8 @@ def test_tracking_that_is_not_switched_on(kvm: Kvm, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.mutants
-def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+def test_logging_that_stays_enabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """Dirty logging that stays enabled when it is disabled reports pages, or has a bitmap."""
 
     def falsify(of: Collectors) -> None:
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
@@ -227,8 +232,8 @@ def test_tracking_that_is_not_switched_off(kvm: Kvm, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.mutants
-def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although another worker does not end in time then."""
+def test_first_failure_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first worker's failure is the one reported, although another worker does not end in time after it."""
     monkeypatch.setattr(writers, "_JOIN_TIMEOUT", 0.2)
     began, over = threading.Event(), threading.Event()
 
@@ -254,8 +259,8 @@ def test_what_failed_first_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.log_modes("dirty-ring")
 @pytest.mark.mutants
-def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was marked could be taken back by another thread's reset, and come again in the same harvest."""
+def test_harvest_reads_before_it_marks(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harvest marks no entry before it has read all: another thread's reset could free it meanwhile."""
     monkeypatch.setattr(dirty_ring, "_CHUNK", 16)
     read_chunk = DirtyRing._read_chunk
     marked: list[int] = []
@@ -275,8 +280,8 @@ def test_a_harvest_marks_nothing_before_all_is_read(kvm: Kvm, monkeypatch: pytes
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_a_ring_that_repeats_its_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """Of real KVM, all that vCPU 0's ring has, twice."""
+def test_ring_with_repeated_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """Ring entries that are returned twice are DUPLICATE."""
     honest = SharedRings.harvest
 
     def falsified(rings: SharedRings, vcpu: int, most: int | None = None) -> Any:
@@ -290,7 +295,7 @@ def test_a_ring_that_repeats_its_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPat
 
 
 class CopiesTooEarly(Migration):
-    """Copies the pages as they were before they are tracked anew: a write in between is in no round."""
+    """Copies the pages as they were before they are write-protected again: a write in between is in no round."""
 
     def transfer(self, stopped: bool) -> tuple[int, Pages]:
         early = {slot: bytes(memslot.memory.view) for slot, memslot in self.vm.vm.memslots.items()}
@@ -321,7 +326,8 @@ def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
 
 
 @pytest.mark.mutants
-def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> None:
+def test_copy_before_write_protection(kvm: Kvm, log_mode: str) -> None:
+    """A migration that copies pages before they are write-protected again ends with a wrong copy."""
     migrate(kvm, log_mode)
     with pytest.raises(ContractViolation, match="the copy differs from the source"):
         migrate(kvm, log_mode, CopiesTooEarly)
@@ -329,7 +335,8 @@ def test_a_copy_before_the_pages_are_tracked_anew(kvm: Kvm, log_mode: str) -> No
 
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.mutants
-def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+def test_migration_without_some_pages(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """A migration whose bitmaps lack written pages ends with a wrong copy."""
 
     def empty_the_first_ones(_vm: Vm, slot: int, bitmap: bytearray) -> None:
         if slot == 1:
@@ -342,8 +349,8 @@ def test_a_migration_whose_bitmaps_lack_a_page(kvm: Kvm, monkeypatch: pytest.Mon
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_a_migration_whose_ring_lacks_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """The count of what was reset tells."""
+def test_migration_without_ring_entries(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """A migration that harvests fewer entries than are reset fails by the reset count."""
     honest = DirtyRing.harvest
     monkeypatch.setattr(DirtyRing, "harvest", lambda ring, most=None: tuple(part[1:] for part in honest(ring, most)))
     with pytest.raises(ContractViolation, match=r"harvested \d+, reset \d+"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Each contract test can fail: it kills a mutant (mutants/catalogue.py), as the kill matrix has it."""
+"""Each contract test can fail: it kills a mutant (mutants/catalogue.py), as the kill matrix records."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from selftests.unit.mutants.kill_matrix import (
 )
 from selftests.unit.mutants.record import ELSEWHERE, MODES, WRITERS, Runner
 
-# What no answer of GET, CLEAR, RESET or an error can make fail, and what does
+# Tests that no answer of GET, CLEAR or RESET and no errno can fail, and what can
 OTHERWISE = {
     "test_ring_offset_is_beyond_kvm_run": "compares two numbers",
     "test_smallest_ring_size": "KVM_ENABLE_CAP answers",
@@ -44,7 +44,7 @@ def matrix() -> KillMatrix:
 
 
 def test_each_test_kills_a_mutant(kvm: Kvm, matrix: KillMatrix) -> None:
-    """A few mutants do that each test kills one of, as recorded; `make kill-matrix` runs all of them."""
+    """Each contract test fails under at least one of a few mutants that together cover the recorded kills."""
     runner = Runner()
     lost, made, ran = runner.kills(matrix.cover(MODES), matrix.kills, twice_if_new=False)
     assert not lost, "kills that are recorded, and lost"
@@ -54,27 +54,29 @@ def test_each_test_kills_a_mutant(kvm: Kvm, matrix: KillMatrix) -> None:
 
 
 def test_each_recorded_test_exists(matrix: KillMatrix) -> None:
-    """A renamed test is to be renamed in kill_matrix.txt; with a test that is taken out goes its line."""
+    """Each test in kill_matrix.txt exists under that name."""
     assert matrix.gone("", ()) == []
 
 
 def test_only_exempt_tests_kill_nothing(matrix: KillMatrix) -> None:
+    """Each recorded test kills a mutant, except those that are listed with a reason."""
     assert {case.function for case, mutants in matrix.kills.items() if not mutants} <= OTHERWISE.keys()
 
 
-def test_each_name_of_a_contract_test_is_one_functions() -> None:
-    """The matrix knows tests by their names alone, so that they can be moved."""
+def test_names_of_contract_tests_are_unique() -> None:
+    """No two contract tests have the same name, so that the kill matrix need not know their files."""
     functions = contract_functions()
     assert [name for name in set(functions) if functions.count(name) > 1] == []
 
 
 def test_no_exemption_is_stale() -> None:
+    """Each exempt test and each file that is left out exists."""
     assert OTHERWISE.keys() <= set(contract_functions())
     assert {*ELSEWHERE, *WRITERS} <= {path.name for path in contract_files()}
 
 
 def test_each_mutant_is_killed(matrix: KillMatrix) -> None:
-    """One that survives all tests is a bug that the suite does not find, or none."""
+    """Each mutant of the catalogue is killed by at least one test."""
     assert set().union(*matrix.kills.values()) == MUTANTS.keys()
 
 
@@ -89,11 +91,13 @@ def test_each_mutant_is_killed(matrix: KillMatrix) -> None:
         ("test_x[a-clear-log-b]", Case("test_x[a-b]", "clear-log")),
     ],
 )
-def test_the_mode_among_the_parameters(name: str, case: Case) -> None:
+def test_log_mode_in_a_test_id(name: str, case: Case) -> None:
+    """The log mode is separated from a test's other parameters, wherever it is in the id."""
     assert case_of(name) == case
 
 
-def test_the_file_is_read_as_it_is_written() -> None:
+def test_kill_matrix_file_round_trip() -> None:
+    """A kill matrix that is read and written again is the same text."""
     matrix = KillMatrix.load(TEXT)
     assert matrix.kills[A] == {"page-lost", "page-added"}
     assert matrix.kills[B] == {"wrong-errno"}
@@ -101,13 +105,14 @@ def test_the_file_is_read_as_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("line", ["test_c: no-such-mutant", "test_c", "== recorded on kvm_one"])
-def test_what_is_no_kill_matrix(line: str) -> None:
+def test_invalid_kill_matrix_lines(line: str) -> None:
+    """A line that is no heading, or names no mutant, is an error that quotes it."""
     with pytest.raises(ValueError, match=line):
         KillMatrix.load(f"{TEXT}{line}\n")
 
 
-def test_a_kill_is_added_once() -> None:
-    """What another backend has recorded is not recorded again."""
+def test_kills_are_added_once() -> None:
+    """Kills that any backend has recorded are not recorded again."""
     matrix = KillMatrix.load(TEXT)
     assert matrix.add("kvm_two", "6.3", {A: {"page-lost"}, B: set()}) == []
     assert matrix.releases["kvm_two"] == "6.2"
@@ -117,8 +122,8 @@ def test_a_kill_is_added_once() -> None:
     assert matrix.releases["kvm_two"] == "6.3"
 
 
-def test_what_is_lost_and_what_is_made() -> None:
-    """Lost is what no run made, made is what all did, and a test that did not run says nothing."""
+def test_lost_and_made_kills() -> None:
+    """A kill is lost if no run made it, and made if all runs did; a test that was skipped counts for neither."""
     recorded = {A: {"page-lost"}, B: {"page-lost"}}
     assert compare(recorded, {"page-lost": [{A: "passed", B: "skipped"}]}) == ({A: {"page-lost"}}, {})
     assert compare(recorded, {"page-lost": [{A: "passed", B: "failed"}, {A: "failed", B: "failed"}]}) == (
@@ -128,8 +133,8 @@ def test_what_is_lost_and_what_is_made() -> None:
     assert compare({}, {"page-lost": [{A: "passed"}]}) == ({}, {})
 
 
-def test_the_cover_is_small() -> None:
-    """Each case kills one of the mutants chosen, if it kills any that is recorded."""
+def test_cover_of_recorded_kills() -> None:
+    """The mutants chosen are few, and each case that kills any mutant kills one of them."""
     matrix = KillMatrix.load(TEXT)
     assert len(matrix.cover(MODES)) == 2
     matrix.sections["kvm_one"][B] = {"page-lost", "page-moved"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The checks of test_arming.py and test_huge_pages.py can fail: each falsified answer of real KVM is told."""
+"""The checks of test_write_protection.py and test_huge_pages.py fail when an answer of real KVM is falsified."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB
 from kvm_util.vm import Vm
-from selftests.memory import test_arming, test_huge_pages
+from selftests.memory import test_huge_pages, test_write_protection
 
 SLOT = test_huge_pages.SLOT
 RING_MODES = [name for name, mode in LOG_MODES.items() if mode.uses_ring]
@@ -37,7 +37,7 @@ def vm_for(kvm: Kvm, mode: str) -> TrackedVm:
 
 
 def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | None], first: int = 0) -> None:
-    """Have each reported page of the slot go through *change*, from report *first* on: another page, or None for none."""
+    """Replace each reported page by what *change* returns, or drop it if that is None; from report *first* on."""
     honest_get, honest_harvest = Vm.get_dirty_log, DirtyRing.harvest
     reports = [0]
 
@@ -66,9 +66,10 @@ def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | Non
 
 @pytest.mark.parametrize("page", [EDGE - 1, EDGE, EDGE + 511, EDGE + 512, LAYOUT.npages - 1])
 @pytest.mark.mutants
-def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
+def test_report_off_by_one_at_huge_page_edge(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str, page: int
 ) -> None:
+    """A page at the edge of a huge page that is reported as the next one fails the test of huge pages."""
     with vm_for(kvm, log_mode) as vm:
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, tracked=False)
         falsify_reports(monkeypatch, lambda found: found + 1 if found == page else found)
@@ -80,7 +81,7 @@ def test_a_report_one_page_off_at_the_edge_of_a_huge_page(
 @pytest.mark.parametrize("first", [2, 9])
 @pytest.mark.log_modes("bitmap")
 @pytest.mark.mutants
-def test_a_page_that_is_not_armed(
+def test_page_left_writable(
     kvm: Kvm,
     monkeypatch: pytest.MonkeyPatch,
     chance: random.Random,
@@ -88,27 +89,28 @@ def test_a_page_that_is_not_armed(
     first: int,
     page: int,
 ) -> None:
-    """From the beginning, or from some collection on."""
+    """A page that is not write-protected, from the start or from a later collection on, is LOST."""
     with vm_for(kvm, log_mode) as vm:
         falsify_reports(monkeypatch, lambda found: None if found == page else found, first)
         with pytest.raises(ContractViolation, match="LOST"):
-            test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
+            test_write_protection.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
 @pytest.mark.log_modes("ring")
 @pytest.mark.mutants
-def test_an_entry_of_a_neighbour(
+def test_entry_of_the_next_page(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, chance: random.Random, log_mode: str
 ) -> None:
+    """A ring entry that names a page's neighbour makes the page LOST."""
     with vm_for(kvm, log_mode) as vm:
         falsify_reports(monkeypatch, lambda found: 62 if found == 63 else found)
         with pytest.raises(ContractViolation, match=r"LOST.*: page 63"):
-            test_arming.check_slot(vm, FIRST_GPA, NPAGES, chance)
+            test_write_protection.check_slot(vm, FIRST_GPA, NPAGES, chance)
 
 
 @pytest.mark.mutants
-def test_a_vcpu_whose_writes_are_not_seen(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
-    """The second one does not write, as if its translation had stayed writable."""
+def test_stale_translation_of_a_vcpu(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
+    """A vCPU whose writes are never logged, as by a stale writable translation, fails the test of TLB flushes."""
     honest = TrackedVm.write
 
     def write(vm: TrackedVm, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
@@ -117,12 +119,12 @@ def test_a_vcpu_whose_writes_are_not_seen(kvm: Kvm, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(TrackedVm, "write", write)
     with vm_for(kvm, log_mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
-        test_arming.test_tlb_flush_reaches_every_vcpu(vm, thorough=False)
+        test_write_protection.test_tlb_flush_reaches_every_vcpu(vm, thorough=False)
 
 
 @pytest.fixture
 def skipping_clear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLEAR is not passed on for the first page of its mask."""
+    """CLEAR skips the first page of its mask."""
     honest = Vm.clear_dirty_log
 
     def clear(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
@@ -136,18 +138,18 @@ def skipping_clear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLEAR clears, and the last page of its mask is not tracked from then on."""
+def unprotecting_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLEAR does not write-protect the last page of its mask: later writes to it are not logged."""
     honest_clear, honest_get = Vm.clear_dirty_log, Vm.get_dirty_log
-    unarmed: list[int] = []
+    unprotected: list[int] = []
 
     def clear(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
         honest_clear(vm, slot, bitmap, first_page, num_pages)
-        unarmed[:] = [first_page + page for page in range(num_pages) if bitmap[page // 8] >> page % 8 & 1][-1:]
+        unprotected[:] = [first_page + page for page in range(num_pages) if bitmap[page // 8] >> page % 8 & 1][-1:]
 
     def get(vm: Vm, slot: int, bitmap: bytearray) -> None:
         honest_get(vm, slot, bitmap)
-        for page in unarmed:
+        for page in unprotected:
             bitmap[page // 8] &= ~(1 << page % 8)
 
     monkeypatch.setattr(Vm, "clear_dirty_log", clear)
@@ -155,18 +157,18 @@ def unarmed_clear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unarmed_clear", r"LOST .*: pages? \d")]
+    ("fault", "message"), [("skipping_clear", "SPURIOUS"), ("unprotecting_clear", r"LOST .*: pages? \d")]
 )
 @pytest.mark.log_modes("clear-log-unset")
 @pytest.mark.mutants
-def test_a_clear_that_leaves_out_a_page(
+def test_clear_that_skips_a_page(
     kvm: Kvm,
     request: pytest.FixtureRequest,
     chance: random.Random,
     fault: str,
     message: str,
 ) -> None:
-    """Anywhere, and at each mask around the edge of a huge page."""
+    """A CLEAR that skips a page of its mask fails, anywhere and with each mask at a huge page's edge."""
     with vm_for(kvm, "clear-log-unset") as vm:
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages)
         test_huge_pages.check_clear(vm, [EDGE], "sound")
@@ -177,11 +179,11 @@ def test_a_clear_that_leaves_out_a_page(
         vm.remove_slot(SLOT)
         vm.add_slot(SLOT, LAYOUT.gpa, NPAGES)
         with pytest.raises(ContractViolation, match=message):
-            test_arming.check_clear(vm, chance, "falsified")
+            test_write_protection.check_clear(vm, chance, "falsified")
 
 
-def test_masks_around_an_edge_are_of_both_kinds() -> None:
-    """Some end on a huge page's first page, and some do not; at the beginning of a word none can."""
+def test_masks_at_a_huge_page_edge() -> None:
+    """Some masks end on a huge page's first page and some do not; at the start of a word none can."""
     kinds = [
         [test_huge_pages.ends_on_first_page(mask, edge) for mask in test_huge_pages.masks_at(edge)]
         for edge in (511, 512)
@@ -191,7 +193,8 @@ def test_masks_around_an_edge_are_of_both_kinds() -> None:
 
 
 @pytest.mark.parametrize("found", [MappingSizes(600, 1, 0), MappingSizes(600, 3, 0), MappingSizes(2, 0, 2)], ids=str)
-def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
+def test_wrong_number_of_huge_pages(found: MappingSizes) -> None:
+    """More or fewer huge mappings than expected are a violation."""
     test_huge_pages.check_huge(MappingSizes(600, 2, 0), 2 * MIB, 2, "sound")
     with pytest.raises(ContractViolation, match="2 mappings of 2 MiB expected, found"):
         test_huge_pages.check_huge(found, 2 * MIB, 2, "falsified")
@@ -203,7 +206,7 @@ def test_a_wrong_number_of_huge_pages(found: MappingSizes) -> None:
 def test_falsified_statistics(
     make_huge_vm: Any, open_stats: Any, host: Host, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """One huge page more than there is, each time that the statistics are looked at."""
+    """One huge page too many in any of KVM's statistics fails the test of huge pages."""
     honest, calls = MappingSizes.read, [0]
 
     def falsified(stats: BinaryStats) -> MappingSizes:
@@ -222,7 +225,7 @@ make_huge_vm, open_stats = test_huge_pages.make_huge_vm, test_huge_pages.open_st
 
 @pytest.mark.parametrize(("shift", "size", "expected"), [(0, 2 * MIB, 3), (1, 2 * MIB, 2), (0, GIB, 0)])
 def test_huge_pages_of_a_slot(kvm: Kvm, shift: int, size: int, expected: int) -> None:
-    """Those that lie in it as a whole, at addresses that are multiples of their size."""
+    """The huge pages of a memslot lie in it as a whole, at gpas that are multiples of their size."""
     with vm_for(kvm, "dirty-log") as vm:
         memslot = vm.add_slot(SLOT, FIRST_GPA + shift * PAGE, LAYOUT.npages)
         found = huge_pages(memslot, size)

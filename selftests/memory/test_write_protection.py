@@ -134,7 +134,7 @@ def test_slot_with_many_pages(vm: TrackedVm, draw: random.Random, npages: int) -
         vm.assert_dirty("sparse writes", {SLOT: pages})
 
 
-def test_rearm_of_pages_at_any_distance(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+def test_write_protection_at_any_distance(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
     """Pages that are reported together, at any distance and in any order, are all write-protected again."""
     npages = 300
     vm.add_slot(SLOT, FIRST_GPA + 5 * PAGE, npages)
@@ -179,8 +179,8 @@ def test_tlb_flush_reaches_every_vcpu(vm: TrackedVm, thorough: bool) -> None:
 
 
 @pytest.mark.log_modes("clear")
-def test_clear_rearms_exactly_its_mask(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
-    """CLEAR cleans and write-protects the pages of its mask, of any shape and in any range, and leaves all others dirty."""
+def test_clear_protects_exactly_its_mask(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+    """CLEAR cleans and write-protects the pages of its mask, in any range, and leaves all others dirty."""
     for shift in SHIFTS + MORE_SHIFTS if thorough else SHIFTS:
         for npages in (1, 64, 200):
             vm.add_slot(SLOT, FIRST_GPA + shift * PAGE, npages)
