@@ -30,13 +30,13 @@ DENSITIES = {
     "dense-random": Density("random", sparse=False),
 }
 
-# Pages beyond the asked-for size, so that the last word of a bitmap is a partial one, as in the C test
+# Pages added to the size that the user asked for, so that the last word of a bitmap is a partial one, as in the C test
 EXTRA_PAGES = 3
-# Writes that each vCPU makes at least in an iteration, however slow the machine (kernel commit 73eaa2aa14b7)
+# The least number of writes of each vCPU in an iteration, however slow the machine (kernel commit 73eaa2aa14b7)
 MIN_WRITES = 256
-# The word of each vCPU in a page: 4096 / 8
+# Each vCPU has a word of each page: 4096 / 8
 MAX_VCPUS = 512
-# A vCPU that has written nothing for so long, in seconds, while it should, hangs.
+# A vCPU that should write and has written nothing for this many seconds hangs.
 HANG_TIMEOUT = 60.0
 
 
@@ -58,10 +58,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a run share; the defaults are the C test's.
+    """The settings that all cells of a run share; the defaults are the C test's.
 
     :ivar iterations: how many times the memory is verified
-    :ivar interval: how long the guest runs in an iteration at least, in milliseconds
+    :ivar interval: the least time that the guest runs in an iteration, in milliseconds
     :ivar ring_count: entries of a dirty ring
     :ivar test_mem: size of the test memory in bytes; three pages are added
     :ivar phys_offset: guest-physical address of the test memory; None for the top of the address space

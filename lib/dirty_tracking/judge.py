@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The rules of dirty logging, applied to a ledger: what must be reported, what may be, and how often.
 
-The rules and the exemptions have their numbers from docs/contract.md, which gives each one's source in the kernel. They hold
-for memory that the host leaves where it is (``opt_out_of_numa_balancing()`` of lib/kvm_util/host.py).
+The numbers of rules and exemptions are those of docs/contract.md, which has the source of each in the kernel. They hold
+for memory whose mapping the host does not change (``opt_out_of_numa_balancing()`` of lib/kvm_util/host.py).
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from kvm_util.wording import counted
 _SHOWN = 8
 _NEVER = 1 << 62
 
-# A vCPU's writes from an index on, up to another one
+# The writes of a vCPU from an index up to, and without, another one
 Span = tuple[int, int]
 
 
@@ -25,8 +25,8 @@ Span = tuple[int, int]
 class _SlotState:
     """What is known of one memslot.
 
-    :ivar collections: all that the rules still need
-    :ivar judged: the complete ones of them that were judged
+    :ivar collections: those that the rules still need
+    :ivar judged: those of them that are complete and judged
     :ivar deferred: writes that a later collection still has to report (E2): the last one of each vCPU to a page
     """
 
@@ -47,7 +47,7 @@ class _SlotState:
         return next((toggle for toggle in reversed(self.toggles) if toggle.on and toggle.end < one.start), None)
 
     def toggled_during(self, one: Event) -> bool:
-        """Whether dirty logging was being enabled or disabled during *one*."""
+        """Whether dirty logging was enabled or disabled at the same time as *one*."""
         return any(toggle.overlaps(one) for toggle in self.toggles)
 
     def update_spans(self, vcpus: range) -> None:
@@ -61,8 +61,8 @@ class _SlotState:
     def _spans(self, vcpu: int, on: bool) -> Iterator[Span]:
         for index, toggle in enumerate(self.toggles):
             if toggle.on == on:
-                # Writes during the call may be logged or not (E7). The one in flight at its end may have been made meanwhile,
-                # or, where dirty logging is off then, have been logged before it is made (E1).
+                # Writes during the call may be logged or not (E7). So may the write in flight at its end: it may have been
+                # made during the call, or, if that disabled dirty logging, have been logged before it is made (E1).
                 in_flight = not (on and toggle.exact[vcpu])
                 end = self.toggles[index + 1].before[vcpu] if index + 1 < len(self.toggles) else _NEVER
                 yield toggle.after[vcpu] + in_flight, end
@@ -99,10 +99,10 @@ class Judge:
         self._found: list[Violation] = []
 
     def verify(self) -> list[Violation]:
-        """Verify what was recorded since the last call; returns what was wrong, in the order of time.
+        """Verify what was recorded since the last call; returns the violations in the order of their collections.
 
-        No operation may be in progress. So that no write is missed, the last collections must be complete, with all vCPUs out
-        of KVM_RUN.
+        No operation may be in progress. A missing write is found for certain only if the last collections are complete, with
+        all vCPUs out of KVM_RUN.
         """
         events = self._ledger.take()
         collections = [event for event in events if isinstance(event, Collection)]
@@ -148,7 +148,7 @@ class Judge:
         absent = self._absent_at_first(one, state, enabled, scope)
         if absent:
             self._find("R2", Kind.LOST, one, state, None, absent, ": all pages are dirty at first")
-        # Of a bitmap, what was not collected before dirty logging was disabled is gone (E5).
+        # Disabling dirty logging discards the pages of a bitmap that were not collected (E5).
         bitmap_since = enabled if not self._ledger.per_vcpu else None
         deferred = {key: write for key, write in state.deferred.items() if key[1] not in scope}
         for vcpu in self._vcpus:
@@ -174,8 +174,8 @@ class Judge:
         self, one: Collection, state: _SlotState, vcpu: int, missing: set[int], spans: Sequence[Span],
         owed: dict[int, int], deferred: dict[tuple[int, int], int],
     ) -> set[int]:  # fmt: skip
-        """Those of the *missing* pages that are not elsewhere; *deferred* gets those that may still come."""
-        # Of each page the last write is enough: what reports that one reports those before.
+        """Those of the *missing* pages that no other collection reports; *deferred* gets those that a later one may report."""
+        # The last write to each page is enough: a report of that one covers those before it.
         writes = {page: write for page, write in owed.items() if page in missing}
         for first, end in spans:
             writes |= self._ledger.streams[vcpu].last_writes(missing, first, end)
@@ -189,7 +189,7 @@ class Judge:
         return writes.keys() - later
 
     def _last_write_by(self, other: Collection, vcpu: int, state: _SlotState) -> int:
-        """The last write that may have been made by the end of *other*, so that *other*'s report may be its report."""
+        """The last write that *other* may report: that may have been made by the end of *other*."""
         write = other.after[vcpu]
         if other.exact[vcpu]:
             return write - 1
@@ -206,7 +206,7 @@ class Judge:
         )
 
     def _absent_at_first(self, one: Collection, state: _SlotState, enabled: Toggle | None, scope: range) -> set[int]:
-        """The pages that no collection has reported since dirty logging was enabled, if *one* had to be the last to do so."""
+        """The pages that no collection has reported since dirty logging was enabled, if *one* was the last that could (R2)."""
         if enabled is None or not self._ledger.initially_set:
             return set()
         if any(last.start > enabled.end and last.covers(one) for last in state.judged):
@@ -256,7 +256,7 @@ class Judge:
         excess = set()
         for page, count in counts.items():
             more = count - writes[page] * each
-            # Seldom; to look for the reasons takes long.
+            # This is rare, and looking for reasons is slow.
             if more > 0 and more > self._times_protected_in_flight(one, state, vcpu, page) * each:
                 excess.add(page)
         if excess:
@@ -265,9 +265,9 @@ class Judge:
     def _times_protected_in_flight(self, one: Collection, state: _SlotState, vcpu: int, page: int) -> int:
         """How often the page may have been write-protected again while *vcpu*'s write to it was in flight (E3).
 
-        What was logged before the last complete collection is in that one: what happened before it is no reason for a second
-        entry after it. Unless the write was in flight all the time and its first entry still to be logged: where vCPUs are
-        not kicked no harvest waits for it (E2).
+        What was logged before the last complete collection is in that one, so events before it are no reason for a second
+        entry after it. The exception is a write that was in flight all the time and whose first entry was not logged yet:
+        unless vCPUs are kicked, no harvest waits for it (E2).
         """
         earlier = [last for last in state.judged if last.end < one.start]
         since = 0
@@ -296,7 +296,7 @@ class Judge:
         return any(other.overlaps(one) for other in others if other is not one)
 
     def _pages_still_set(self, one: Collection, state: _SlotState) -> Set[int] | range:
-        """The pages that may be dirty since dirty logging was enabled, and have not been cleared since (E6)."""
+        """The pages that may be dirty because dirty logging was enabled, and were not cleared after that (E6)."""
         if not self._ledger.initially_set:
             return set()
         enabled = state.last_enabled(one)
@@ -312,11 +312,11 @@ class Judge:
     # --- R4, R6 to R9: answers, entries and counts -------------------------------------------------------------------------
 
     def _is_answered(self, one: Collection, state: _SlotState) -> bool:
-        """Whether KVM gave a bitmap; a violation where that does not fit to dirty logging's being enabled or not (R4)."""
+        """Whether KVM returned a bitmap; a violation if it did although dirty logging was disabled, or the reverse (R4)."""
         before = [toggle for toggle in state.toggles if toggle.end < one.start]
         enabled = bool(before) and before[-1].on
         if one.refused == enabled and not state.toggled_during(one):
-            answer, state_text = ("ENOENT", "on") if one.refused else ("a bitmap", "off")
+            answer, state_text = ("ENOENT", "enabled") if one.refused else ("a bitmap", "disabled")
             detail = f"KVM answered with {answer} while dirty logging was {state_text}"
             kind = Kind.LOST if one.refused else Kind.SPURIOUS
             self._add("R4", kind, detail, one, state.pages.slot)

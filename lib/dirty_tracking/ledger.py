@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The ledger of one VM: what was collected, reset, switched and zapped, when, and how many writes each vCPU had done then.
+"""The ledger of one VM: collections, resets, toggles and zaps, each with its time and the writes of each vCPU until then.
 
-Any thread may record. judge.py verifies what was recorded; docs/contract.md has the rules. As lines of JSON a ledger is a
-trace, which can be verified on any machine.
+Any thread may record. judge.py verifies what was recorded; docs/contract.md has the rules. A ledger that is dumped as lines
+of JSON is a trace, which can be verified on any machine.
 """
 
 import json
@@ -17,10 +17,10 @@ from typing import Any, TextIO
 from dirty_tracking.write_stream import WriteStream
 from kvm_util.wording import counted
 
-# How many collections back the history of a page goes
+# How many collections the history of a page covers
 _REMEMBERED = 64
 
-# The slot and the offset that a report names
+# A slot and an offset, as a report has them
 Entry = tuple[int, int]
 
 
@@ -50,7 +50,7 @@ class Event:
     end: int = 0
 
     def overlaps(self, other: "Event") -> bool:
-        """Whether there is a moment at which both last."""
+        """Whether the two overlap in time."""
         return self.start < other.end and other.start < self.end
 
 
@@ -96,13 +96,13 @@ class Collection(Counted):
     """The pages *first* to *last* - 1 were collected: reported, and write-protected again.
 
     :ivar reported: page numbers from each source: one bitmap for all vCPUs, or one ring per vCPU, in the ring's order
-    :ivar strays: what was reported and is no page of a slot of the ledger: the source, the slot and the offset
+    :ivar strays: source, slot and offset of what was reported and is no page of the ledger's slots
     :ivar reset: how many entries KVM says that it reset, in all calls of this collection
-    :ivar behind_gap: of each ring, how many dirty entries lie behind one that is not; empty where nobody looked
+    :ivar behind_gap: for each ring, how many dirty entries are behind one that is not dirty; empty if that was not checked
     :ivar complete: whether it asked for all that was logged when it began
     :ivar refused: KVM_GET_DIRTY_LOG failed with ENOENT
     :ivar kicked: each vCPU left KVM_RUN between *start* and the moment at which KVM was asked
-    :ivar iteration: the iteration of the run, counted from 1; 0 where a test has none
+    :ivar iteration: the iteration of the run, counted from 1; 0 if the test has no iterations
     :ivar number: its number in the ledger, counted from 1
     """
 
@@ -119,7 +119,7 @@ class Collection(Counted):
     number: int = 0
 
     def add(self, pages: list[int], strays: Iterable[Entry]) -> None:
-        """Add what the next source reported: page numbers, and entries that name no page of the ledger's."""
+        """Add what the next source reported: page numbers, and entries that are no page of the ledger."""
         self.strays += ((len(self.reported), slot, offset) for slot, offset in strays)
         self.reported.append(pages)
 
@@ -155,7 +155,7 @@ class Ledger:
     :param initially_set: whether all pages are dirty when dirty logging is enabled (KVM_DIRTY_LOG_INITIALLY_SET)
     :param entries_per_write: how many ring entries one write may make: 2 with PML
     :ivar collections: how many were recorded
-    :ivar harvested: how many pages or ring entries they brought
+    :ivar harvested: how many pages or ring entries they had in all
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Ledger:
             return self._clock
 
     def record(self, event: Event) -> None:
-        """Record what has ended."""
+        """Record *event*, which has ended."""
         with self._lock:
             if isinstance(event, Collection):
                 self.collections += 1
@@ -207,7 +207,7 @@ class Ledger:
         return events
 
     def page_numbers(self, slot: int, offsets: list[int]) -> tuple[list[int], list[Entry]]:
-        """The numbers of a slot's pages, and the entries that name a page that there is not.
+        """The numbers of a slot's pages, and the entries whose page does not exist.
 
         >>> slots = [SlotPages(1, 0, 8), SlotPages(2, 8, 12)]
         >>> Ledger([], slots, per_vcpu=False, initially_set=False).page_numbers(2, [0, 3, 4])
@@ -234,14 +234,14 @@ class Ledger:
         return numbers, strays
 
     def last_report(self, page: int) -> str:
-        """In which collection *page* was reported last, as far as they were verified."""
+        """In which verified collection *page* was last reported."""
         for number, iteration, pages in reversed(self._recent):
             if page in pages:
                 return f"last reported in collection {number}" + (f" (iteration {iteration})" if iteration else "")
         return f"not reported in the last {counted(len(self._recent), 'collection')}"
 
     def dump(self, file: TextIO) -> None:
-        """Write what is recorded to *file*, and what will be as soon as it is."""
+        """Write what is recorded to *file*, and later events as they are recorded."""
         header = {
             "streams": [{"pages": stream.pages.tolist(), "loop": stream.loop} for stream in self.streams],
             "slots": [asdict(one) for one in self.slots],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The sizes of the pages with which KVM maps a VM's memory: what its statistics say, and what a memslot allows."""
+"""The page sizes with which KVM maps a VM's memory: by its statistics, and as a memslot allows."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class MappingSizes:
 def huge_pages(memslot: Memslot, size: int) -> list[range]:
     """The huge pages of *size* bytes that lie in *memslot* as a whole, each as the range of its page numbers in the slot.
 
-    KVM maps no huge page that a slot has a part of only (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
+    KVM maps no huge page of which only a part is in the slot (``kvm_alloc_memslot_metadata()``, arch/x86/kvm/x86.c).
     """
     end = align_down(memslot.gpa + memslot.memory.size, size)
     first = (align_up(memslot.gpa, size) - memslot.gpa) // arch.PAGE_SIZE

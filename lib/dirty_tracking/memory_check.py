@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The memory of a slot against what the vCPUs wrote to it: each vCPU has a word of its own in every page."""
+"""Compares a slot's memory with what the vCPUs wrote to it: each vCPU has a word of its own in every page."""
 
 from array import array
 from bisect import bisect_left
@@ -28,7 +28,7 @@ class MemoryCheck:
         self._iteration_ends: list[list[int]] = [[] for _ in streams]
 
     def done(self, vcpu: int, published: int) -> int:
-        """How many writes *vcpu*, out of its guest, has done: *published*, and one more when its value is in memory."""
+        """How many writes *vcpu*, out of its guest, has done: *published*, and one more if its value is in memory."""
         next_page = self._streams[vcpu].between(published, published + 1)[0]
         return published + (self._words[next_page * WORDS_PER_PAGE + vcpu] == published + 1)
 
@@ -42,7 +42,7 @@ class MemoryCheck:
                 expected[page] = value
             self._checked_writes[vcpu] = done[vcpu]
             self._iteration_ends[vcpu].append(done[vcpu])
-            # Comparing two views of 64-bit words is a loop in C that makes no copy: as fast as memory is.
+            # Comparing two views of 64-bit words is a loop in C without a copy: as fast as memory allows.
             actual = self._words[vcpu::WORDS_PER_PAGE]
             if actual != memoryview(expected):
                 wrong = [page for page in range(self._npages) if actual[page] != expected[page]]
@@ -55,7 +55,7 @@ class MemoryCheck:
         return found
 
     def last_writes(self, page: int) -> str:
-        """Who wrote *page* last, and when, as far as the checks got."""
+        """Which vCPU wrote *page* last, and in which iteration, up to the last check."""
         writes = [
             f"write {column[page]} of vCPU {vcpu} (iteration {self._iteration_of(vcpu, column[page])})"
             for vcpu, column in enumerate(self._expected)
@@ -68,7 +68,7 @@ class MemoryCheck:
         return f"{value} (iteration {iteration})" if iteration else f"{value:#x}"
 
     def _iteration_of(self, vcpu: int, value: int) -> int:
-        """The iteration in which *vcpu* wrote *value*; 0 when it did not yet."""
+        """The iteration in which *vcpu* wrote *value*; 0 if it has not yet."""
         ends = self._iteration_ends[vcpu]
         index = bisect_left(ends, value)
         return index + 1 if value and index < len(ends) else 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Pre-copy live migration as a VMM does it: all memory, again and again what KVM reports, and the rest when all is stopped.
+"""Pre-copy live migration as a VMM does it: all memory, then what KVM reports, in rounds, and the rest with vCPUs stopped.
 
-What is reported is write-protected again (CLEAR, reset, or GET itself) **before** the pages are read while the vCPUs run: a
-write in between then is reported again (api.rst 8.29; the same holds for a bitmap).
+Reported pages are write-protected again (by GET, CLEAR or RESET) **before** they are copied while the vCPUs run, so that a
+write in between is reported again (api.rst 8.29; the same holds for a bitmap).
 """
 
 import mmap
@@ -19,7 +19,7 @@ from dirty_tracking.writers_vm import WritersVm
 from kvm_util.wording import counted
 
 _SHOWN = 8
-# How many writes each vCPU makes in a round, at least
+# The least number of writes of each vCPU in a round
 _WRITES = 128
 
 # Pages by slot
@@ -30,9 +30,9 @@ Pages = dict[int, set[int]]
 class Round:
     """One round of a migration.
 
-    :ivar reported: what KVM reported: bits, or ring entries
-    :ivar copied: different pages among them
-    :ivar remaining: pages written since, when the copy was made: what the next round will find at least; slot 0 not counted
+    :ivar reported: how many bits or ring entries KVM reported
+    :ivar copied: how many different pages were copied
+    :ivar remaining: pages written after the copy, which the next round has to report; without slot 0
     :ivar writes: the guest's writes to test memory during the round
     :ivar ms: how long it took
     """
@@ -46,11 +46,11 @@ class Round:
 
 
 class Migration:
-    """Copies the memory of *vm*, all slots of it, while its vCPUs run.
+    """Copies all memslots of *vm* while its vCPUs run.
 
     :ivar copies: the copied memory, by slot
-    :param enough: stop the vCPUs when a round copied no more than so many pages
-    :param most_rounds: or after so many rounds
+    :param enough: stop the vCPUs after a round that copied no more than this many pages
+    :param most_rounds: or after this many rounds
     """
 
     def __init__(self, vm: WritersVm, enough: int, most_rounds: int) -> None:
@@ -82,7 +82,7 @@ class Migration:
         return self.rounds
 
     def verify(self) -> None:
-        """Compare the copy with the source (R12), and verify what was reported.
+        """Compare the copy with the source (R12), and verify the collections.
 
         :raises ContractViolation: a page is different, or a report broke a rule
         """
@@ -107,9 +107,9 @@ class Migration:
         return [asdict(one) for one in self.rounds]
 
     def collect(self, stopped: bool) -> tuple[int, Pages]:
-        """Take what KVM reports, and have it write-protect these pages again; returns how much it was, and the pages.
+        """Collect, which write-protects the reported pages again; returns how many bits or entries there were, and the pages.
 
-        What names no page of the VM is in the ledger only.
+        What is no page of the VM is in the ledger only.
         """
         slots = self.recorder.ledger.slots
         if self.vm.mode.uses_ring:
@@ -122,7 +122,7 @@ class Migration:
         return sum(one.harvested for one in collections), pages
 
     def _collect(self, slots: Sequence[SlotPages], stopped: bool) -> Collection:
-        """Collect the pages of *slots*: of one where the mode has bitmaps."""
+        """Collect the pages of *slots*; in a mode with bitmaps that is one slot."""
         recorder = self.recorder
         with recorder.collecting(slots[0].first, slots[-1].end, stopped) as one:
             kick = None if stopped else self.vm.writers.kick_running
@@ -138,7 +138,7 @@ class Migration:
                 copy[where] = bytes(source[where])
 
     def close(self) -> None:
-        """Give the copy's memory back."""
+        """Free the memory of the copies."""
         for copy in self.copies.values():
             copy.close()
 
@@ -149,7 +149,7 @@ class Migration:
         return reported, pages
 
     def _transmit(self, writes: list[int]) -> None:
-        """Take the time that it takes to send the pages: until each vCPU has made some writes since *writes*."""
+        """Wait as for the pages to be sent: until each vCPU has made some writes since *writes*."""
         writers = self.vm.writers
 
         def written() -> bool:

@@ -49,8 +49,8 @@ class LogMode(ABC):
     """One logging mode of one VM.
 
     :ivar uses_ring: whether each vCPU reports through a ring of its own
-    :ivar manual: whether KVM_GET_DIRTY_LOG alone clears nothing, and KVM_CLEAR_DIRTY_LOG does
-    :ivar initially_set: whether every page counts as dirty until it was collected once
+    :ivar manual: whether KVM_GET_DIRTY_LOG only reports, and KVM_CLEAR_DIRTY_LOG clears
+    :ivar initially_set: whether every page is dirty when dirty logging is enabled
     :param ring_entries: entries of each vCPU's ring, a power of two; for the modes with rings
     """
 
@@ -65,11 +65,11 @@ class LogMode(ABC):
     @classmethod
     @abstractmethod
     def supported(cls, kvm: Kvm) -> str | None:
-        """Why this KVM does not have the mode; None when it has."""
+        """Why this KVM does not support the mode; None if it does."""
 
     @classmethod
     def largest_ring(cls, kvm: Kvm) -> int:
-        """The most entries of a ring that this KVM takes; 0 in modes without rings."""
+        """The largest number of entries that this KVM accepts for a ring; 0 in modes without rings."""
         return 0
 
     def create_vm_done(self, vm: Vm) -> None:
@@ -87,11 +87,11 @@ class LogMode(ABC):
         always_kick: bool = False,
         slots: Iterable[int] | None = None,
     ) -> DirtyReport:
-        """Take from KVM what it reports for the VM, and have it write-protect the reported pages again.
+        """Collect what KVM reports for the VM, and have it write-protect the reported pages again.
 
-        :param kick: makes every running vCPU leave the guest once, and waits until it did; None when no vCPU is running.
-            It is called where :meth:`flush_cpu_logs` says so
-        :param always_kick: call *kick* anywhere. Then a store that KVM made possible before the collection, and had not
+        :param kick: makes every running vCPU leave the guest once, and waits for that; None if no vCPU is running. It is
+            called if :meth:`flush_cpu_logs` needs it
+        :param always_kick: call *kick* always. Then a page that KVM made writable before the collection, and had not
             logged yet (``fast_pf_fix_direct_spte()``, arch/x86/kvm/mmu/mmu.c), is in the report
         :param slots: the memslots whose bitmaps are to be collected; None for all that have dirty logging enabled. Rings
             are harvested whatever the memslots of their entries
@@ -108,12 +108,12 @@ class LogMode(ABC):
         """As :meth:`collect`, after the kick."""
 
     def flush_cpu_logs(self, kick: Callable[[], None]) -> None:
-        """Have what the CPUs have logged into buffers of their own (PML) reach KVM's bitmaps and rings.
+        """Flush the CPUs' own log buffers (PML) to KVM's bitmaps and rings.
 
-        That takes an exit of the vCPU. Neither a harvest nor KVM_GET_DIRTY_LOG waits for one: the latter only sends the
-        vCPUs an interrupt (``kvm_arch_sync_dirty_log()``, arch/x86/kvm/x86.c). So running vCPUs are kicked; they go on
-        at once, and run while the pages are collected. Without PML the vCPUs stay in their guests, with the translations
-        that they have.
+        A vCPU flushes its buffer when it exits. Neither a harvest nor KVM_GET_DIRTY_LOG waits for that: the latter only
+        sends the vCPUs an interrupt (``kvm_arch_sync_dirty_log()``, arch/x86/kvm/x86.c). So running vCPUs are kicked; they
+        continue at once, and run while the pages are collected. Without PML the vCPUs are not disturbed, and keep their
+        TLB entries.
         """
         if self.has_cpu_logs:
             kick()
@@ -126,7 +126,7 @@ class LogMode(ABC):
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:
         """Decide what it means that KVM_RUN returned *code*; on the vCPU's thread.
 
-        :raises GuestError: the guest or KVM did what no test asked for
+        :raises GuestError: an exit that no test expects
         """
         if code:
             return AfterRun.KICKED
@@ -136,7 +136,7 @@ class LogMode(ABC):
 
 
 class BitmapMode(LogMode):
-    """KVM_GET_DIRTY_LOG alone: it reports the pages and clears them in one step."""
+    """KVM_GET_DIRTY_LOG alone, which reports and clears the pages in one step."""
 
     name = "dirty-log"
 
@@ -154,7 +154,7 @@ class BitmapMode(LogMode):
         return DirtyReport([bitmaps])
 
     def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
-        """Clear what *bitmap* reports of memslot *slot*, where KVM_GET_DIRTY_LOG has not done it."""
+        """Clear the pages of *bitmap* in memslot *slot*, if KVM_GET_DIRTY_LOG has not done that."""
 
 
 class ClearLogMode(BitmapMode):
@@ -245,7 +245,7 @@ LOG_MODES: dict[str, type[LogMode]] = {
 
 
 def ring_accepted(kvm: Kvm, entries: int, mode: type[LogMode] = RingMode) -> bool:
-    """Whether this KVM takes a ring of *entries* entries in *mode*."""
+    """Whether this KVM accepts a ring of *entries* entries in *mode*."""
     with kvm.create_vm() as vm:
         try:
             mode(entries).create_vm_done(vm)

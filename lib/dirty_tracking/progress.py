@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""How far the cell is that runs in this process, for whoever wants to show it."""
+"""The progress of the cell that runs in this process, for a listener that shows it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ _EVERY = 0.25  # seconds between two steps
 class Step:
     """A point in the run of a cell.
 
-    :ivar iteration: the one that is under way, from 1 on
+    :ivar iteration: the current one, counted from 1
     :ivar iterations: how many there will be
     :ivar writes: those of all vCPUs so far
-    :ivar left: the seconds that the run will take yet, by its pace so far; None at first
+    :ivar left: the remaining seconds, by the pace so far; None at first
     """
 
     iteration: int
@@ -24,12 +24,12 @@ class Step:
     left: float | None
 
 
-# Called with each step, on the main thread; whoever shows a run sets it.
+# Called with each step, on the main thread; set by what shows the progress
 listener: Callable[[Step], None] | None = None
 
 
 class Meter:
-    """Follows the run of a cell, and hands its steps to the listener.
+    """Follows the run of a cell, and calls the listener with its steps.
 
     :param interval: how long an iteration lasts at least, in seconds
     """
@@ -37,9 +37,9 @@ class Meter:
     def __init__(self, iterations: int, interval: float) -> None:
         self._iterations = iterations
         self._iteration = 0
-        self._each = interval  # how long an iteration takes; the first one, which writes every page, does not count
+        self._each = interval  # seconds per iteration, without the first one, which writes every page
         self._second = self._began = 0.0
-        self._told = time.monotonic()
+        self._last_step = time.monotonic()
         self._from: Sequence[int] = ()
         self._goals: Sequence[int] = ()
 
@@ -56,8 +56,8 @@ class Meter:
     def read(self, writes: Callable[[], Sequence[int]]) -> None:
         """Make a step, unless one was made a moment ago."""
         now = time.monotonic()
-        if listener is not None and now - self._told >= _EVERY:
-            self._told = now
+        if listener is not None and now - self._last_step >= _EVERY:
+            self._last_step = now
             done = writes()
             listener(Step(self._iteration, self._iterations, sum(done), self._left(now, done)))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Recording the dirty-log operations of a VM whose vCPUs write, and judging them."""
+"""Records the dirty-log operations of a VM whose vCPUs write, for the judge."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,9 +30,9 @@ class Recorder:
 
     @contextmanager
     def recording(self, event: CountedEvent, exact: bool | list[bool]) -> Iterator[CountedEvent]:
-        """Record *event*, which lasts as long as the context, if that ends well.
+        """Record *event*, which lasts as long as the context, unless that raises.
 
-        :param exact: whether all vCPUs, or which of them, are out of KVM_RUN
+        :param exact: whether all vCPUs are out of KVM_RUN, or that for each vCPU
         """
         event.exact = [exact for _ in self._writers.threads] if isinstance(exact, bool) else exact
         event.start, event.before = self.ledger.now(), self._writers.published()
@@ -50,7 +50,7 @@ class Recorder:
             (enable_dirty_logging if on else disable_dirty_logging)(vm, slot)
 
     def add(self, one: Collection, report: DirtyReport) -> None:
-        """Add all that *report* has to the collection *one*."""
+        """Add everything in *report* to the collection *one*."""
         for source in report.sources:
             one.add(*self.ledger.entry_numbers(source.slots, source.offsets))
         one.reset = report.reset

@@ -16,11 +16,11 @@ _WORDS = ENTRY_SIZE // 4  # 32-bit words per entry: flags, slot, and the two hal
 _QUADS = ENTRY_SIZE // 8
 _CHUNK = 4096
 
-# How many KVM_RESET_DIRTY_RINGS in a row may reset nothing before what is left counts as refused. Since Linux 6.17
-# (commit 49005a2a3d2a) a pending signal ends the call early, with the entries that it had reset until then, which may be
-# none; so many in a row do not meet one each, not even where other threads send signals all the time.
+# How many KVM_RESET_DIRTY_RINGS in a row may reset nothing before the rest counts as not reset. Since Linux 6.17 (commit
+# 49005a2a3d2a) a pending signal ends the call early, possibly before it has reset any entry; but not this many in a row,
+# even if other threads send signals all the time.
 _IDLE_RESETS = 1000
-# How many calls there may be in all: a KVM that says it reset something, and did not, must not be asked for ever.
+# How many calls there may be in all, so that a KVM that returns a count and resets nothing ends the loop too
 _MOST_RESETS = 100_000
 
 # The slots and the offsets of entries, in the ring's order
@@ -30,12 +30,12 @@ Entries = tuple[list[int], list[int]]
 class DirtyRing:
     """The ring that is mapped at *memory*, all of it.
 
-    An entry belongs to KVM until its flags say DIRTY, and to user space from then on until it says RESET. Flags are read
+    An entry belongs to KVM until its flags are DIRTY, and then to user space until they have RESET. Flags are read
     before the rest of an entry, and RESET is written after it: with total store order that is the acquire and release
     that the protocol demands, since each step below is a call of its own that the interpreter does not reorder.
 
     :ivar entries: how many entries the ring has room for
-    :ivar next: position of the next entry to be harvested, counted from the first that there ever was
+    :ivar next: position of the next entry to harvest, counted from the first entry ever pushed
     :ivar mark: the flags that mark an entry as harvested: RESET, with or without DIRTY ("1X" in api.rst 8.29)
     """
 
@@ -65,11 +65,11 @@ class DirtyRing:
         return ring
 
     def peek(self) -> Entries:
-        """The dirty entries that this has not returned yet, and that are not harvested; they stay where they are."""
+        """The dirty entries that are not harvested, and that no earlier call returned; the ring is not changed."""
         slots: list[int] = []
         offsets: list[int] = []
         self._seen = max(self._seen, self.next)
-        # No further than once around the ring: a full one is dirty all over.
+        # At most once around the ring: in a full one all entries are dirty.
         while count := self._read_chunk(self._seen, self.next + self.entries - self._seen, slots, offsets):
             self._seen += count
         return slots, offsets
@@ -77,8 +77,8 @@ class DirtyRing:
     def harvest(self, most: int | None = None) -> Entries:
         """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets.
 
-        None is marked before all are read: another thread's KVM_RESET_DIRTY_RINGS may reset it at once, and an entry that
-        came because of that belongs to the next harvest.
+        All are read before any is marked: another thread's KVM_RESET_DIRTY_RINGS may reset a marked entry at once, and an
+        entry that is pushed in its place belongs to the next harvest.
         """
         slots: list[int] = []
         offsets: list[int] = []
@@ -95,7 +95,7 @@ class DirtyRing:
         return slots, offsets
 
     def _read_chunk(self, position: int, most: int, slots: list[int], offsets: list[int]) -> int:
-        """Read what is dirty between *position* and the end of its chunk; returns how many entries that were."""
+        """Read the dirty entries from *position* to the end of its chunk; returns how many there were."""
         first = position % self.entries
         room = min(_CHUNK, self.entries - first, most)
         flags = self._words[first * _WORDS : (first + room) * _WORDS : _WORDS].tobytes()
@@ -110,24 +110,24 @@ class DirtyRing:
         return count
 
     def entry(self, number: int) -> uapi.kvm_dirty_gfn:
-        """The memory of the ring's entry *number*, counted from the first that there ever was."""
+        """The memory of entry *number*, counted from the first entry ever pushed."""
         return uapi.kvm_dirty_gfn.from_address(self.address + number % self.entries * ENTRY_SIZE)
 
     def is_harvested(self, number: int) -> bool:
-        """Whether the entry *number* is marked as harvested, and not KVM's again yet."""
+        """Whether entry *number* is marked as harvested and not reset yet."""
         return bool(self.entry(number).flags & uapi.KVM_DIRTY_GFN_F_RESET)
 
     def not_reset(self) -> int:
-        """How many of the entries harvested since the last call are not KVM's again; to be called after a reset."""
+        """How many of the entries that were harvested since the last call a reset has left; call it after the reset."""
         left = sum(1 for number in range(self._reset_to, self.next) if self.entry(number).flags)
         self._reset_to = self.next
         return left
 
     def dirty_behind_gap(self) -> int:
-        """How many entries are dirty although the next one is not, which KVM's in-order writing rules out.
+        """How many entries are dirty although the next one to harvest is not: KVM pushes in order, so there should be none.
 
-        Right after :meth:`harvest`, with the vCPU stopped, any such entry lies behind a gap: KVM went on writing past
-        the place that user space has to wait at.
+        Call it right after :meth:`harvest`, with the vCPU stopped: each dirty entry is then behind a gap, and a harvest in
+        order does not reach it.
         """
         flags = self._words[::_WORDS].tobytes()
         return memoryview(flags).cast("I").tolist().count(uapi.KVM_DIRTY_GFN_F_DIRTY)
@@ -140,10 +140,10 @@ class DirtyRing:
 
 
 def reset_until(reset: Callable[[], int], done: Callable[[int], bool]) -> int:
-    """Call *reset* (KVM_RESET_DIRTY_RINGS) until all is reset, or no call after the other helps.
+    """Call *reset* (KVM_RESET_DIRTY_RINGS) until all is reset, or many calls in a row reset nothing.
 
     :param done: whether all is reset, given how many entries the calls have reset so far
-    :returns: that number in the end
+    :returns: how many entries all calls have reset
     """
     total, idle = 0, 0
     for _ in range(_MOST_RESETS):

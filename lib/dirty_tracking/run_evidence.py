@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a run of the matrix adds to the report of a violation: its figures, the histories of wrong pages, a map of the slot."""
+"""What a run of the matrix adds to the report of a violation: figures, history of the wrong pages, a map of the slot."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,16 +12,17 @@ _FIRST_PAGES = 8
 _MAP_COLUMNS = 64
 _MAP_ROWS = 8
 
-# How the map marks a part of the slot; the first that applies wins.
+# The marks of the map; the first kind that a part of the slot has decides.
 _MARKS = ((Kind.LOST, "L"), (Kind.VALUE, "V"), (Kind.SPURIOUS, "S"), (Kind.DUPLICATE, "D"))
 
 
 @dataclass
 class Figures:
-    """What a run counted; it grows while the run lasts, so that a failed run has its figures too.
+    """The counts of a run, updated while it lasts, so that a failed run has figures too.
 
     :ivar dirty: pages reported, summed over the iterations
     :ivar clean: pages not reported, summed over the iterations
+    :ivar reaps: collections; the name is part of results.json
     """
 
     iterations: int = 0
@@ -38,7 +39,7 @@ class RunEvidence:
     """The evidence of a run.
 
     :ivar npages: the size of the slot
-    :ivar history: the line about a page of the slot: what wrote and what reported it
+    :ivar history: returns a line about a page of the slot: its last write and its last report
     """
 
     violations: Sequence[Violation]
@@ -68,7 +69,7 @@ class RunEvidence:
         }
 
     def slot_map(self) -> list[str]:
-        """The slot as a few lines of text, each character a run of pages: what is wrong there, or ``.`` for nothing."""
+        """The slot as a few lines of text, each character for a range of pages: the mark of a violation, or ``.``."""
         per_mark = -(-self.npages // (_MAP_COLUMNS * _MAP_ROWS))
         marks = ["."] * -(-self.npages // per_mark)
         for kind, mark in reversed(_MARKS):

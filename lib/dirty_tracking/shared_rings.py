@@ -26,7 +26,7 @@ class SharedRings:
     def harvest(self, vcpu: int, most: int | None = None) -> tuple[list[int], list[int], int]:
         """Harvest entries of a ring, in order: all, or *most* at most.
 
-        :returns: their slots and offsets, and the position in the ring up to which it is harvested now
+        :returns: their slots and offsets, and the position up to which the ring is harvested after that
         """
         ring = self._rings[vcpu]
         with self._harvesting[vcpu]:
@@ -47,14 +47,14 @@ class SharedRings:
                 self._cond.notify_all()
 
     def reset_up_to(self, positions: Sequence[int]) -> int:
-        """Have every ring's entries up to these positions reset, and let KVM finish that; returns how many this reset.
+        """Reset every ring's entries up to these positions, and wait for other calls; returns how many this thread reset.
 
-        One call does, unless a signal ends it early: then it returns with what it had done until then (since Linux 6.17,
-        commit 49005a2a3d2a), and the rest is for the next. Entries may also be reset by another thread's call. That one
-        flushes the TLBs only after it let go of the lock that makes the calls wait for each other
-        (``kvm_vm_ioctl_reset_dirty_pages()``, virt/kvm/kvm_main.c), so it has to have returned too.
+        One call is enough, unless a signal ends it early (since Linux 6.17, commit 49005a2a3d2a): then the next call resets
+        the rest. Entries may also be reset by another thread's call. That one flushes the TLBs only after it has released
+        the lock that serializes the calls (``kvm_vm_ioctl_reset_dirty_pages()``, virt/kvm/kvm_main.c), so it has to have
+        returned too.
 
-        :raises ContractViolation: harvested entries are left, in spite of all calls (R8)
+        :raises ContractViolation: harvested entries are left after all calls (R8)
         """
         deadline = time.monotonic() + HANG_TIMEOUT
         count = calls = 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The order in which a vCPU writes the pages of the test memory, known to the host in full.
+"""The order in which a vCPU writes the pages of the test memory, which the host knows completely.
 
 A stream is an endless sequence of page numbers: a head, then a loop. The guest reads it as a table of addresses; the host
-names the page of any write by the write's index.
+finds the page of any write by the write's index.
 """
 
 import random
@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 
-# Random writes before the stream repeats itself: as many as there are pages, but within these bounds. The C test makes
-# 31 * 1024 in a run on slow and fast machines alike.
+# Random writes before the stream repeats: as many as there are pages, within these bounds. The C test makes 31 * 1024 in a
+# run, however fast the machine is.
 _MIN_RANDOM_WRITES, _MAX_RANDOM_WRITES = 1 << 14, 1 << 18
 
 
@@ -39,7 +39,7 @@ class WriteStream:
         return result
 
     def written(self, first: int, end: int) -> "array[int]":
-        """The pages of writes *first* to *end* - 1, without those of the loop's earlier rounds: the last one has them all."""
+        """The pages of writes *first* to *end* - 1, without the loop's rounds but the last, which has all their pages."""
         pages = array("I")
         for start, stop in self._without_rounds(first, end):
             pages += self.between(start, stop)
@@ -102,6 +102,6 @@ def sweep_length(npages: int, vcpus: int) -> int:
 
 
 def _random_pages(draw: random.Random, npages: int, count: int) -> "array[int]":
-    # Scaling 32 random bits is fast and, over less than 2^32 pages, even to within one part in 2^32 / npages.
+    # Scaling 32 random bits is fast; for less than 2^32 pages it is uniform to one part in 2^32 / npages.
     bits = memoryview(draw.randbytes(4 * count)).cast("I")
     return array("I", [value * npages >> 32 for value in bits])

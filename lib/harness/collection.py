@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: the cases of each test, by the matrix and by log mode, and what is known of a test before it runs."""
+"""Plugin: the cases of each test, by cell and by log mode, and the markers and properties of each test."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from dirty_tracking.modes import LOG_MODES
 from harness.kernel_options import OWN_TESTS
 from harness.run_state import PLAN
 
-# Log modes that share a mechanism, as the marker log_modes names them
+# Groups of log modes that the marker log_modes accepts
 _GROUPS = {
     "ring": [name for name, mode in LOG_MODES.items() if mode.uses_ring],
     "bitmap": [name for name, mode in LOG_MODES.items() if not mode.uses_ring],
@@ -20,7 +20,7 @@ _GROUPS = {
 
 
 def log_modes_of(node: Any) -> list[str]:
-    """The log modes that a test is for, in the order of its marker ``log_modes``; all of them without one."""
+    """The log modes of a test, in the order of its marker ``log_modes``; all of them without one."""
     marker = node.get_closest_marker("log_modes")
     names = list(LOG_MODES) if marker is None else [one for name in marker.args for one in _GROUPS.get(name, [name])]
     for name in names:
@@ -33,7 +33,7 @@ def log_modes_of(node: Any) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a case of each cell, or of each log mode; a test for a single log mode has one case, without it in its id."""
+    """Make a case of each cell, or of each log mode; a single log mode is not in the test's id."""
     if "planned_cell" in metafunc.fixturenames:
         planned = metafunc.config.stash[PLAN]
         metafunc.parametrize("planned_cell", planned, ids=[str(one.cell) for one in planned])
@@ -60,7 +60,7 @@ def cell_of(item: pytest.Item) -> Cell | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before ``-m`` selects: mark the tests that use KVM; and say in each report what the test is."""
+    """Mark the tests that use KVM, before ``-m`` selects, and add each test's cell to its report."""
     for item in items:
         on_kvm = "kvm" in getattr(item, "fixturenames", ())
         if on_kvm:

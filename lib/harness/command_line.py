@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The suite's options of pytest: what they are, what they say, and whether that can be done."""
+"""The suite's options of pytest: their definitions, their values, and checks of these."""
 
 import argparse
 import os
@@ -37,9 +37,9 @@ from kvm_util.host_limits import MIB, Limit
 from kvm_util.kvm import DEFAULT_DEVICE
 from runner.errors import CannotTest
 
-_MOST_WORKERS = 1024  # that anyone may ask for
+_MOST_WORKERS = 1024
 _MOST_ITERATIONS = 1_000_000  # some days
-# Options of pytest's that show something and run no tests
+# Options of pytest that show something and run no tests
 _ONLY_SHOW = ("help", "version", "collectonly", "showfixtures", "show_fixtures_per_test", "markers", "cacheshow")
 # How the options that make the settings of a run are read
 SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
@@ -53,7 +53,7 @@ SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
 
 
 class _NoWorkers(argparse.Action):
-    """Option -n where xdist, which has it, was not loaded: pytest would call it an unrecognized argument."""
+    """Option -n if xdist is not loaded: pytest would only report an unrecognized argument."""
 
     def __call__(self, *_: object) -> NoReturn:
         loads = "it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
@@ -114,15 +114,15 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     if not pluginmanager.hasplugin("xdist") and (
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ or not find_spec("xdist")
     ):
-        # Only this method takes lowercase letters, of which -n is one; xdist calls it too.
+        # Only this method accepts a lowercase letter as -n; xdist calls it too.
         group._addoption("-n", action=_NoWorkers, help="(xdist is not loaded)")
     add_kernel_options(parser.getgroup("kernel", "KVM dirty-page tracking: another kernel, booted in QEMU"))
 
 
 def check_options(config: pytest.Config) -> None:
-    """Check all that can be checked of the options before anything else is done.
+    """Check the options as far as possible without KVM.
 
-    :raises SelectionError: a value is wrong, or an option does not go with the others
+    :raises SelectionError: a value is wrong, or options exclude each other
     :raises OutputError: a file or folder of the run cannot be written
     """
     option = config.option
@@ -168,7 +168,7 @@ def check_options(config: pytest.Config) -> None:
 
 
 def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> None:
-    """Check that pytest's file is none of the run's."""
+    """Check that a file of pytest is none of the run's result files."""
     if option.results is not None:
         folder, file = seen_from(config, option.results), seen_from(config, path)
         if file in (folder, *(folder / taken for taken in FILES_OF_A_RUN)):
@@ -176,7 +176,7 @@ def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> No
 
 
 def _check_form(parameters: str) -> None:
-    # Imported here: in the other kernel, where this file is loaded too, each import costs emulated time.
+    # Imported here: the other kernel loads this file too, and each import costs emulated time.
     from runner.modules import parse_parameters
 
     try:
@@ -186,22 +186,22 @@ def _check_form(parameters: str) -> None:
 
 
 def _files(option: Any) -> dict[str, str | None]:
-    """By option, the files that pytest itself will write; its plugins for them may be off."""
+    """The files that pytest itself will write, by option; its plugins for them may be disabled."""
     return {"--junitxml": getattr(option, "xmlpath", None), "--log-file": getattr(option, "log_file", None)}
 
 
 def seen_from(config: pytest.Config, path: str) -> Path:
-    """A path as the user wrote it, seen from where the command runs."""
+    """A path of the user, relative to the folder in which the command runs."""
     return config.invocation_params.dir / Path(path).expanduser()
 
 
 def only_shows(option: Any) -> bool:
-    """Whether pytest is to show something, and to run no test."""
+    """Whether an option has pytest show something and run no test."""
     return any(getattr(option, name, None) for name in _ONLY_SHOW)
 
 
 def dimensions_of(option: Any) -> dict[str, tuple[Any, ...]]:
-    """The values that are asked for of each of the matrix's dimensions."""
+    """The selected values of each dimension of the matrix."""
     dimensions: dict[str, tuple[Any, ...]] = {
         name: values if (text := getattr(option, name)) is None else parse_names(option_name(name), text, values)
         for name, values in DIMENSIONS.items()
@@ -211,7 +211,7 @@ def dimensions_of(option: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def vcpus_of(option: Any) -> tuple[int, ...]:
-    """The numbers of vCPUs that are asked for."""
+    """The selected numbers of vCPUs."""
     return DEFAULT_VCPUS if option.vcpus is None else (parse_number("--vcpus", option.vcpus, 1),)
 
 
@@ -221,7 +221,7 @@ def soak_of(option: Any) -> int | None:
 
 
 def settings_of(option: Any) -> Settings:
-    """The settings that are asked for."""
+    """The settings of the run."""
     given = {
         name: parse(option_name(name), text)
         for name, parse in SETTING_PARSERS.items()

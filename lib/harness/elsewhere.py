@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Tests that run in another kernel: finding it, and the session that boots it.
+"""Tests that run in another kernel: finds the kernel, and prepares the session that boots it.
 
-What only this needs is imported where it is used: in the other kernel, where this file is loaded too, it would cost a second
-or two of emulated time.
+Imports that only this needs are local: the other kernel loads this file too, and there they would take a second or two of
+emulated time.
 """
 
 import shlex
@@ -45,9 +45,9 @@ def needs_kernel(option: Any) -> bool:
 
 
 def choose_kernel(config: pytest.Config) -> int | None:
-    """Find the kernel, and take the tests that run there out of this session's arguments.
+    """Find the kernel, and remove the tests that run there from this session's arguments.
 
-    :returns: the exit status of a run that cannot be; None to go on
+    :returns: the exit status if there is nothing to run; None to continue
     """
     option = config.option
     tests, here = split_tests(config)
@@ -68,7 +68,7 @@ def choose_kernel(config: pytest.Config) -> int | None:
         return CANNOT_TEST
     config.args = here
     if not here:
-        # One process in the kernel: emulated, two only get in each other's way.
+        # One process in the kernel: under emulation two would not be faster.
         if getattr(option, "numprocesses", None) and option.kernel != AUTO:
             say("-n is not used: one process runs the tests in the kernel")
         option.numprocesses, option.dist, option.tx = 0, "no", []
@@ -78,7 +78,7 @@ def choose_kernel(config: pytest.Config) -> int | None:
 
 
 def _find_target(option: Any) -> "Target":
-    """Find the kernel and the machine to run in, and take the sizes of emulation where none are given.
+    """Find the kernel and the machine to run in; under emulation, set the sizes that the user did not give.
 
     :raises CannotTest: something is missing or does not fit
     """
@@ -109,17 +109,17 @@ def _why_not_here(option: Any) -> str | None:
 
 
 def prepare_remote(config: pytest.Config) -> None:
-    """Have the tests run by a session in the kernel that was found."""
+    """Register the session that runs the tests in the kernel that was found."""
     from harness.remote import RemoteSession
 
     target = config.stash[TARGET]
     option = config.option
     results = Path(option.results)
-    # What is known of it before it was booted; the session in there sends the rest.
+    # What is known before the kernel boots; the session in it sends the rest.
     host = {"kernel": target.kernel.release, "backend": target.qemu.vendor, "parameters": target.parameters}
     facts = Facts(host, asdict(config.stash[SETTINGS]), [], str(target.qemu), machine=target.data)
     report = RunReport(results, facts)
-    # With auto the tests of this host may be all that was asked for.
+    # With auto it is no error if all selected tests run on this host.
     report.requires_kvm_tests, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
     options = options_in_kernel(
         option, [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What a failed test on KVM shows: what was wrong, where it ran, and the command that reproduces it."""
+"""The report of a failed test on KVM: violation, environment, and the command that reproduces it."""
 
 import os
 import shlex
@@ -13,16 +13,16 @@ from harness.version import suite_version
 from kvm_util.host import Host
 from kvm_util.wording import NO_BREAK, WIDTH, wrapped
 
-# Parameters that decide which of KVM's dirty-tracking paths run; the text report shows these, the JSON file has all.
-_TELLING_PARAMETERS = ("tdp_mmu", "eager_page_split", "npt", "ept", "pml", "ept_ad", "nx_huge_pages", "pvm_emul_batch")
+# Parameters that decide which code paths of KVM run; the text report has only these, the JSON file has all.
+_RELEVANT_PARAMETERS = ("tdp_mmu", "eager_page_split", "npt", "ept", "pml", "ept_ad", "nx_huge_pages", "pvm_emul_batch")
 
 
 def environment_lines(host: Host) -> list[str]:
     """Version of the suite, kernel, backend with the parameters that decide its code paths, and CPU."""
-    telling = [
-        f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _TELLING_PARAMETERS
+    relevant = [
+        f"{name}={value}" for name, value in host.parameters.items() if name.partition(".")[2] in _RELEVANT_PARAMETERS
     ]
-    backend = f"backend  {host.backend} ({', '.join(telling)})"
+    backend = f"backend  {host.backend} ({', '.join(relevant)})"
     return [suite_line(), f"kernel   {host.kernel}", *column(backend), f"cpu      {host.cpu}"]
 
 
@@ -32,7 +32,7 @@ def suite_line() -> str:
 
 
 def column(text: str) -> list[str]:
-    """A line that begins with a name of the left column, which is to stay empty where it needs more lines."""
+    """Wrap a line that begins with a name in the left column; later lines leave that column empty."""
     return wrapped(text, WIDTH, "", " " * 9)
 
 
@@ -86,7 +86,7 @@ class Context:
 
 
 def failure_data(violation: ContractViolation, context: Context) -> dict[str, Any]:
-    """All that is known of a violation, for the results folder, as plain data."""
+    """All data of a violation, for the results folder."""
     findings = [asdict(one) | {"kind": one.kind.name, "pages": list(one.pages)} for one in violation.violations]
     evidence = violation.evidence.data() if violation.evidence is not None else {}
     return {**asdict(context), "message": str(violation), "findings": findings, **evidence}

@@ -43,26 +43,26 @@ def host() -> Host:
 
 @pytest.fixture(scope="session")
 def thorough(pytestconfig: pytest.Config) -> bool:
-    """Whether tests that have a long form take it."""
+    """Whether tests that have a long form run it (--thorough)."""
     return bool(pytestconfig.option.thorough)
 
 
 @pytest.fixture(scope="session")
 def soak(pytestconfig: pytest.Config) -> int | None:
-    """For how many seconds a test that makes up what it does goes on; None for its usual number of rounds."""
+    """For how many seconds random operation sequences run (--soak); None for the usual number of rounds."""
     return soak_of(pytestconfig.option)
 
 
 @pytest.fixture(scope="session")
 def emulated_cpu(pytestconfig: pytest.Config) -> bool:
-    """Whether QEMU's TCG emulates the CPU of this kernel, and everything takes long."""
+    """Whether QEMU's TCG emulates the CPU of this kernel, so that everything is slow."""
     session = guest_session(pytestconfig)
     return session is not None and session.emulated
 
 
 @pytest.fixture(scope="session")
 def emulates(host: Host) -> bool:
-    """Whether this backend emulates each of a guest's instructions."""
+    """Whether this backend emulates each instruction of the guest."""
     return host.backend in EMULATING_BACKENDS
 
 
@@ -74,7 +74,7 @@ def draw(request: pytest.FixtureRequest, settings: Settings) -> random.Random:
 
 @pytest.fixture(scope="session")
 def kvm(settings: Settings, host: Host) -> Iterator[Kvm]:
-    """The open KVM device; a test that uses it counts as one that ran on KVM."""
+    """The open KVM device; a test that uses it counts as a test on KVM."""
     try:
         device = Kvm(settings.kvm_device)
     except KvmUnavailable as error:
@@ -88,7 +88,7 @@ def kvm(settings: Settings, host: Host) -> Iterator[Kvm]:
 
 @pytest.fixture
 def log_mode(request: pytest.FixtureRequest, kvm: Kvm) -> str:
-    """Each log mode that the test is for, by name: those of its marker ``log_modes``, else all; skips where KVM lacks it."""
+    """The name of each log mode of the marker ``log_modes``, or of all; skips if KVM does not support it."""
     name = getattr(request, "param", None) or log_modes_of(request.node)[0]
     if reason := LOG_MODES[name].supported(kvm):
         pytest.skip(reason)
@@ -104,7 +104,7 @@ def entries_in_order(host: Host) -> None:
 
 @pytest.fixture
 def cell(kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
-    """The cell to test; skips when the host lacks something for it."""
+    """The cell to test; skips if the host lacks something for it."""
     if planned_cell.missing:
         pytest.skip(planned_cell.missing)
     backing = BACKINGS[planned_cell.cell.backing]
@@ -114,17 +114,17 @@ def cell(kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
 
 @pytest.fixture(scope="session")
 def huge_page_pool() -> Callable[[], AbstractContextManager[None]]:
-    """Call it for a context in which no other test takes pages from the pools of huge pages."""
+    """Returns a context manager; while it lasts no other test uses the pools of huge pages."""
     return _huge_page_pool
 
 
 @contextmanager
 def _huge_page_pool() -> Iterator[None]:
-    """One test at a time: the pool holds enough for one, and xdist's workers share it."""
+    """One test at a time: the pool has enough pages for one, and xdist's workers share it."""
     lock = os.open("/sys/kernel/mm/hugepages", os.O_RDONLY)
     try:
-        # Without a deadline: whoever holds it ends, for each of its waits has one, and a dead process holds nothing. To try
-        # again and again instead would be unfair to those who wait.
+        # Without a deadline: the holder ends in time, as each of its waits has a deadline, and a dead process holds no lock.
+        # Polling instead would be unfair to those that wait.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:

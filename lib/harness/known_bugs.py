@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The list of known kernel bugs, ``known_bugs.toml``: which of them concern a cell or a test on this host."""
+"""The list of known kernel bugs, ``known_bugs.toml``, and which of them concern a cell or a test on this host."""
 
 import re
 from collections.abc import Iterable, Sequence, Set
@@ -22,7 +22,7 @@ _VALUES = DIMENSIONS | {"vcpus": tuple(str(count) for count in range(1, MAX_VCPU
 
 @dataclass(frozen=True)
 class KnownBug:
-    """An entry of the list; the fields are described there."""
+    """An entry of the list, which describes the fields."""
 
     id: str
     summary: str
@@ -48,18 +48,18 @@ class KnownBug:
         )
 
     def concerns(self, test: str, cell: Cell | None = None) -> bool:
-        """Whether a test is one of those named, by the name of its function, or by the *cell* that it is."""
+        """Whether the entry has a test, by the name of its function, or the *cell* of the test."""
         return test in self.tests or (cell is not None and self._names(cell))
 
     def _names(self, cell: Cell) -> bool:
         return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
     def explains(self, kinds: Set[Kind]) -> bool:
-        """Whether the bug causes all of these *kinds* of violations, and one of them is a mark of this bug."""
+        """Whether the bug causes all of these *kinds* of violations, and at least one is among those it needs."""
         return kinds <= self.findings and bool(kinds & self.needs)
 
     def explains_log(self, titles: Sequence[str]) -> bool:
-        """Whether a report in the kernel's log is one that the bug causes, by all of its titles; without one it is not."""
+        """Whether the bug causes a report in the kernel's log: each of its titles matches, and there is at least one."""
         return bool(titles) and all(any(re.search(pattern, title) for pattern in self.log) for title in titles)
 
 
@@ -67,7 +67,7 @@ class KnownBug:
 def load(path: Path = PATH) -> tuple[KnownBug, ...]:
     """Read the list, once in a process.
 
-    :raises TomlError: it cannot be read, or an entry says something that is not understood, or names what does not exist
+    :raises TomlError: it cannot be read, or an entry has an unknown field, a wrong value, or a test that does not exist
     """
     file = TomlFile(path)
     for name in file.data:
@@ -81,18 +81,18 @@ def load(path: Path = PATH) -> tuple[KnownBug, ...]:
         entry = _Entry(file, number, values)
         bug = entry.parse()
         if bug.id in bugs:
-            raise entry.error("id", "an entry before has the same")
+            raise entry.error("id", "an earlier entry has the same")
         bugs[bug.id] = bug
     return tuple(bugs.values())
 
 
 def on_host(host: Host) -> list[KnownBug]:
-    """The bugs that *host* has."""
+    """The bugs whose conditions *host* meets."""
     return [bug for bug in load() if bug.on(host)]
 
 
 class _Entry:
-    """An entry of *file* as it was written, the *number*-th."""
+    """The entry *number* of *file*, as it is written there."""
 
     def __init__(self, file: TomlFile, number: int, values: dict[str, Any]) -> None:
         self._file = file
@@ -100,7 +100,7 @@ class _Entry:
         self._values = values
 
     def error(self, key: str, text: str) -> TomlError:
-        """What is wrong with field *key*."""
+        """The error about field *key*."""
         name = self._values.get("id")
         bug = f"bug {name!r}" if isinstance(name, str) else f"bug {self._number + 1} of the list"
         return self._file.error(f"{bug}: {key}: {text}", key, "bug", self._number)
@@ -214,7 +214,7 @@ class _Entry:
 
 @cache
 def _test_names() -> frozenset[str]:
-    """The names of the test functions that a bug can concern: those of the contract, not the suite's tests of itself."""
+    """The names of the test functions that a bug can concern: the contract tests, without the unit tests."""
     folder = ROOT / "selftests"
     files = [path for path in folder.rglob("test_*.py") if not path.is_relative_to(folder / "unit")]
     definition = re.compile(r"^\s*def (test_\w+)", re.MULTILINE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: tests that cannot run here are skipped, for what the host lacks says nothing about KVM."""
+"""Plugin: skips tests that cannot run here: what the host lacks is no verdict on KVM."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -34,9 +34,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 @contextmanager
 def _host_limits_excused(item: pytest.Item) -> Iterator[None]:
-    """Skip a test on KVM from which the host withholds what it needs.
+    """Skip a test on KVM that hits a limit of the host.
 
-    An error that came as a signal ended the test is none of its own either.
+    An error because a signal interrupted the test is no failure of the test either.
     """
     try:
         yield

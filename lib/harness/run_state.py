@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the plugins know of a run; each value is kept in the stash of pytest's config."""
+"""What the plugins share about a run, in the stash of pytest's config."""
 
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,14 @@ from harness.selection import PlannedCell
 if TYPE_CHECKING:
     from runner.target import Target
 
-# The cells of the matrix; empty where the tests run in another kernel
+# The cells of the matrix; empty if the tests run in another kernel
 PLAN = pytest.StashKey[list[PlannedCell]]()
 SETTINGS = pytest.StashKey[Settings]()
 INTERRUPTION = pytest.StashKey[Interruption]()
-# The other kernel and its machine, and the tests to run there; absent where all tests run on this host
+# The other kernel with its machine, and the tests to run there; absent if all tests run on this host
 TARGET: "pytest.StashKey[Target]" = pytest.StashKey()
 REMOTE_TESTS = pytest.StashKey[list[str]]()
-# Why --kernel auto found no other kernel; absent where none was needed
+# Why --kernel auto found no other kernel; absent if none was needed
 NO_LOCAL_KERNEL = pytest.StashKey[str]()
 
 

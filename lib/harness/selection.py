@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The user's selection of cells and settings: parsing, checking against this host, and planning the cells of a run."""
+"""The user's selection of cells and settings: parses it, checks it on this host, and plans the cells of a run."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_VCPUS = (1, 2)
 
-# Memory of a worker apart from the guest's: interpreter, tables, the judge's sets (measured: below 120 MiB for 1 GiB)
+# Memory of a worker without the guest's: interpreter, tables, the judge's sets (measured: below 120 MiB for 1 GiB)
 _WORKER_MEMORY = 150 * MIB
 _HOUR = 3_600_000  # in milliseconds
 _UNITS = {"k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
@@ -139,7 +139,7 @@ def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
 
     :param vcpus: number of vCPUs of the largest VM
     :param workers: number of cells that run at the same time
-    :raises SelectionError: a value that no KVM accepts, or more memory or threads than the host grants
+    :raises SelectionError: a value that no KVM accepts, or more memory or threads than the host allows
     """
     check_values(settings, vcpus)
     check_memory(settings, vcpus, workers, [*memory_limits(), *overcommit_limits()])
@@ -220,9 +220,9 @@ def _check_ring_count(kvm: Kvm, mode: type[LogMode], count: int) -> None:
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:
-    """The cells of a run: those of the values that this host supports, and one for each other value with what is missing.
+    """The cells of a run: of the values that this host supports, and one for each other value, with the reason.
 
-    :param kvm: None if KVM cannot be used: all values count as supported, and each cell will report that itself
+    :param kvm: None if KVM cannot be used; then all values count as supported, and each cell is skipped with the reason
     :param full: all combinations of the values; otherwise a pairwise selection
     """
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: what a session needs before it collects: settings, the plan of the matrix, and the plugins that follow a run."""
+"""Plugin: prepares a session before collection: settings, the plan of the matrix, and the plugins that observe the run."""
 
 import os
 import random
@@ -68,13 +68,13 @@ def _prepare(config: pytest.Config) -> None:
 
 
 def _prepare_worker(config: pytest.Config) -> None:
-    """A worker runs the controller's plan: what is free on the host may have changed since, and all must agree."""
+    """A worker uses the controller's plan: free memory may have changed since, and all workers need the same plan."""
     option, controller = config.option, config.workerinput  # type: ignore[attr-defined]
     option.seed, option.results = controller["seed"], controller["results"]
     config.stash[SETTINGS] = settings_of(option)
     config.stash[PLAN] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
     _watch_kernel_log(config, None)
-    with suppress(KeyError, OSError):  # a controller that is elsewhere does without
+    with suppress(KeyError, OSError):  # not where the controller is on another machine
         config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
 
 
@@ -93,7 +93,7 @@ def _prepare_here(config: pytest.Config) -> None:
             check_with_kvm(kvm, settings, dimensions)
             planned = plan(kvm, settings, dimensions, option.full)
     except KvmUnavailable:
-        planned = plan(None, settings, dimensions, option.full)  # the kvm fixture will say why, test by test
+        planned = plan(None, settings, dimensions, option.full)  # each test skips with the reason, by the fixture kvm
     config.stash[PLAN] = planned
     facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
     report = RunReport(Path(option.results), facts)
@@ -110,9 +110,9 @@ def _prepare_here(config: pytest.Config) -> None:
 
 
 def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
-    """Watch the kernel's log: in each process for its tests, and in the first for the whole run.
+    """Watch the kernel's log: in each process for its tests, and in the controller for the whole run.
 
-    :returns: why it cannot be watched; None when it is
+    :returns: why it cannot be watched; None if it is
     """
     bugs = [] if config.option.no_known_bugs else known_bugs.on_host(this_host())
 
@@ -131,7 +131,7 @@ def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Give a new xdist worker what the controller decided."""
+    """Pass the controller's decisions to a new xdist worker."""
     config = node.config
     plan_data = [(asdict(planned.cell), planned.missing) for planned in config.stash[PLAN]]
     node.workerinput |= {"seed": config.option.seed, "results": config.option.results, "plan": plan_data}
@@ -140,9 +140,9 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """``-n auto``: a worker per CPU, but no more than there are memory and threads for; 0 is none but this process."""
+    """``-n auto``: a worker per CPU, limited by memory and threads; 0 for no workers, only this process."""
     try:
         most = workers_here(settings_of(config.option), max(vcpus_of(config.option)))
         return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, most)
     except (SelectionError, HostLimit, OSError):
-        return 0  # pytest_configure will say what is wrong
+        return 0  # pytest_configure reports what is wrong

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: the suite's options, and what is decided from them before anything else: which kernel, and where results go."""
+"""Plugin: the suite's options, and what they decide first: the kernel to test, and the results folder."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Find the kernel to run the tests in, if it is another one: before xdist and junitxml look at the options."""
+    """Find the other kernel to test, if there is one, before xdist and junitxml read the options."""
     option = config.option
     _read_known_bugs(option)
     if is_worker(config):
@@ -64,7 +64,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 def _read_known_bugs(option: Any) -> None:
-    """Read the list of known bugs while a mistake in it costs nothing yet; it stays in memory."""
+    """Read the list of known bugs early, so that a mistake in it ends the run before any test; the list is cached."""
     if not option.no_known_bugs:
         try:
             known_bugs.load()
@@ -73,7 +73,7 @@ def _read_known_bugs(option: Any) -> None:
 
 
 def make_results(config: pytest.Config, label: str) -> None:
-    """Settle where the result files go, and make the folder.
+    """Choose the results folder, and make it.
 
     :raises OutputError: it cannot be made
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: what a run shows at its beginning and at its end."""
+"""Plugin: the header of a run, and the verdict at its end."""
 
 from collections.abc import Generator
 
@@ -33,7 +33,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     report = _run_report(session.config)
     if report is not None and getattr(session.config.option, "xmlpath", None):
         from harness.junit_file import (
-            guard_junit_file,  # in a booted kernel it is not needed, and its import takes long
+            guard_junit_file,  # slow to import, and not needed in a booted kernel
         )
 
         guard_junit_file(session.config, report)
@@ -41,7 +41,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A selection that selects nothing is a mistake in it, and no verdict."""
+    """A selection that matches no test is a usage error, and no verdict."""
     report = _run_report(session.config)
     here = TARGET not in session.config.stash
     if report is not None and here and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -53,7 +53,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> Generator[None, None, None]:
-    """After all that there is to say comes the verdict on the kernel."""
+    """The verdict on the kernel comes last."""
     yield
     report = _run_report(config)
     if report is not None and not config.option.collectonly:
@@ -61,6 +61,6 @@ def pytest_terminal_summary(
 
 
 def _run_report(config: pytest.Config) -> RunReport | None:
-    """What follows the run; a worker of xdist has none."""
+    """The report of this run; None in a worker of xdist."""
     report: RunReport | None = config.pluginmanager.get_plugin("run-report")
     return report

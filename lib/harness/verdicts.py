@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: how a test on KVM ends. A violation of the contract is a known bug, or a failure with its report.
+"""Plugin: the verdict on a test on KVM. A violation of the contract is a known bug, or a failure with a report.
 
-This is the only place that makes a verdict of a violation; a test raises ContractViolation, and knows nothing of known bugs.
+Only this plugin turns a violation into a verdict: tests raise ContractViolation, and do not depend on known bugs.
 """
 
 import os
@@ -31,13 +31,13 @@ from kvm_util.wording import wrapped
 from runner import ROOT
 from runner.guest_session import guest_session
 
-_FINDINGS = 4  # that the run's summary may show of a known bug
+_FINDINGS = 4  # violations of a known bug that the run's summary shows
 _figures_key = pytest.StashKey[Figures]()
 
 
 @pytest.fixture
 def record_figures(request: pytest.FixtureRequest) -> Callable[[Figures], None]:
-    """Call it with the figures of a run, for the results: they are taken when the test ends, however it ends."""
+    """Returns a function that adds a run's figures to the results, as they are when the test ends, however it ends."""
 
     def record(figures: Figures) -> None:
         request.node.stash[_figures_key] = figures
@@ -49,7 +49,7 @@ def record_figures(request: pytest.FixtureRequest) -> Callable[[Figures], None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Judge a test on KVM, and say of each failure where it was, and how to reproduce it."""
+    """Make the verdict on a test on KVM, and add environment and command to each failure."""
     if not item.get_closest_marker("kvm"):
         return (yield)
     if call.when == "call" and _figures_key in item.stash:
@@ -72,9 +72,9 @@ def pytest_runtest_makereport(
 
 
 def _judge_violation(item: pytest.Item, call: pytest.CallInfo[None], error: ContractViolation) -> bool:
-    """Make a known bug of a violation if one explains it, else a failure.
+    """Turn a violation into a known bug if one explains it, else into a failure.
 
-    :returns: whether the failure has all its report already
+    :returns: whether the failure's report is complete already
     """
     context = _context(item)
     try:
@@ -93,7 +93,7 @@ def _judge_violation(item: pytest.Item, call: pytest.CallInfo[None], error: Cont
 
 
 def _judge_pass(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """A known bug that shows each time has to show."""
+    """Fail a passed test if it has a known bug that should always show."""
     bugs = _known_bugs_of(item)
     if always := next((bug for bug in bugs if bug.always), None):
         text = f"known bug {always.id} did not show: is it fixed? Then its entry in known_bugs.toml has to go"
@@ -103,7 +103,7 @@ def _judge_pass(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
 
 
 def _known_bugs_of(item: pytest.Item) -> list[KnownBug]:
-    """The known bugs of this kernel that the test is named for."""
+    """The known bugs of this kernel that concern the test."""
     if item.config.option.no_known_bugs or item.config.option.runxfail:
         return []
     test, cell = getattr(item, "originalname", item.name), cell_of(item)
@@ -114,7 +114,7 @@ def _known_bugs_of(item: pytest.Item) -> list[KnownBug]:
 
 
 def _end_with(call: pytest.CallInfo[None], outcome: BaseException) -> None:
-    """Have pytest see *outcome* as what ended the test, where the test's own error did."""
+    """Replace the exception that ended the test by *outcome*, with the same traceback."""
     trace = call.excinfo.value.__traceback__ if call.excinfo is not None else None
     if trace is not None:
         call.excinfo = pytest.ExceptionInfo.from_exception(outcome.with_traceback(trace))
@@ -126,7 +126,7 @@ def _end_with(call: pytest.CallInfo[None], outcome: BaseException) -> None:
 
 
 def _keep(item: pytest.Item, data: dict[str, Any]) -> None:
-    """Write what is known of a violation into the results folder, on the host that booted this kernel if one did."""
+    """Write the data of a violation into the results folder, of the host that booted this kernel if there is one."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in item.name)
     stream: ReportStream | None = item.config.pluginmanager.get_plugin("report-stream")
     if stream is not None:
@@ -141,21 +141,21 @@ def _context(item: pytest.Item) -> Context:
         command = cell_command(_command_of(item.config), cell, settings)
     else:
         option = copy(item.config.option)
-        option.seed = dict(item.user_properties).get("seed", option.seed)  # a test may know a better one than the run's
+        option.seed = dict(item.user_properties).get("seed", option.seed)  # a test may have a seed of its own
         arguments = [item.nodeid, *options_given(option, [*SETTING_PARSERS, "kvm_device", "soak"])]
         command = f"{_command_of(item.config)} {shlex.join(arguments)}"
     return Context(this_host(), settings, item.nodeid, command, cell)
 
 
 def _command_of(config: pytest.Config) -> str:
-    """The command that runs pytest in this kernel again, with the options that have no value."""
+    """The command that runs pytest in this kernel again, with the options without a value."""
     session = guest_session(config)
     command = this_pytest() if session is None else session.reproduce_command
     return " ".join([command, *flags_given(config.option, ["thorough", "require_kvm", "no_known_bugs"])])
 
 
 def _failure_text(error: ContractViolation, context: Context) -> str:
-    """What KVM did wrong, the test's own lines that found it, and all that is known; ``--tb=long`` shows the suite's lines."""
+    """The violations, the test's own lines, environment and evidence; ``--tb=long`` shows the library's frames."""
     frames = [
         f"{os.path.relpath(frame.filename, ROOT)}:{frame.lineno}: in {frame.name}\n    {frame.line}"
         for frame in traceback.extract_tb(error.__traceback__)
@@ -169,10 +169,10 @@ def _failure_text(error: ContractViolation, context: Context) -> str:
 def pytest_report_teststatus(
     report: pytest.CollectReport | pytest.TestReport,
 ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
-    """Known bugs by their name, in the progress lines and the count at the end."""
+    """Show known bugs as such in the progress lines and in the count at the end."""
     if isinstance(report, pytest.TestReport) and (report.when == "call" or hasattr(report, "wasxfail")):
         outcome, _ = verdict(report, dict(report.user_properties))
         if outcome.startswith("known bug"):
-            # pytest's count at the end has commas of its own, and no plurals.
+            # pytest's count at the end has its own commas, and no plurals.
             return f"with a {outcome.replace(',', '')}", "k", (outcome.upper(), {"yellow": True})
     return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Several vCPUs write while several threads collect, clear, reset and switch tracking: no write is ever lost.
+"""Several vCPUs write while several threads collect, clear, reset and toggle dirty logging: no write is lost.
 
-After each round all vCPUs are stopped, what is left is collected, and everything that was collected is held to what each vCPU
-is known to have written, and when (lib/dirty_tracking/judge.py).
+After each round all vCPUs are stopped, the rest is collected, and the judge compares all collections with what each vCPU is
+known to have written, and when (lib/dirty_tracking/judge.py).
 """
 
 import random
@@ -32,9 +32,9 @@ Shapes = Sequence[tuple[int, str]]
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
 # Two huge pages and a part of one
 HUGE_SHAPES = [(2 * 512 + 9, "anonymous_thp")]
-# Fewer than the slots have pages: rings fill. With PML this is too small for KVM, and its smallest one is taken
+# Fewer entries than the slots have pages, so that rings fill. With PML this is too small, and KVM's smallest ring is used
 RING = 512
-# Before a vCPU's writes repeat themselves; a multiple of the guest's batch
+# How many writes a vCPU makes before they repeat; a multiple of the guest's batch
 WRITES = 1024
 PAUSE = 400
 # A slot that no vCPU writes
@@ -43,7 +43,7 @@ SHARINGS = ["same-pages", "own-pages", "same-few-pages"]
 
 
 def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteStream]:
-    """What the vCPUs write: all of them everything, each its share, or all the same few pages and now and then others."""
+    """What the vCPUs write: all of them all pages, each its own pages, or all of them a few pages and sometimes others."""
     result = []
     npages = sum(count for count, _ in shapes)
     for vcpu in range(vcpus):
@@ -60,7 +60,7 @@ def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteSt
 
 
 def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
-    """What one collector does: collections of all kinds that the mode has."""
+    """The operations of one collector: collections of all kinds that the mode has."""
     for _ in range(count):
         area = draw.choice(of.vm.areas)
         if of.rings is not None:
@@ -81,7 +81,7 @@ def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterato
 
 
 def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
-    """Switch the tracking of one slot after the other, on or off; *state* has which are on."""
+    """Toggle the dirty logging of random slots; *state* has those for which it is enabled."""
     for _ in range(count):
         area = draw.choice(of.vm.areas)
         state[area.slot] = not state.get(area.slot, False)
@@ -89,7 +89,7 @@ def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[in
 
 
 def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
-    """Another slot is made, tracked or not, moved and deleted; it always lies right behind a slot that vCPUs write."""
+    """Create, move and delete another slot, with or without dirty logging, right behind a slot that vCPUs write."""
     vm = of.vm.vm
     behind = [area.memslot.gpa + area.memslot.npages * PAGE for area in of.vm.areas]
 
@@ -104,7 +104,7 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
         vm.set_user_memory_region(OTHER_SLOT, gpa, memslot.memory, memslot.flags)
 
     def look() -> None:
-        """Nothing is reported of it; in a ring an entry would be one of a slot that is not known (collectors.py)."""
+        """Its bitmap is clean; a ring entry of it would be one of an unknown slot (collectors.py)."""
         if vm.memslots[OTHER_SLOT].flags and of.rings is None:
             bitmap = new_bitmap(OTHER_PAGES)
             vm.get_dirty_log(OTHER_SLOT, bitmap)
@@ -125,7 +125,7 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
 
 
 def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
-    """One round: each of *jobs* in a thread of its own; then what is left, and the check."""
+    """One round: each of *jobs* in a thread of its own; then the last collection, and the check."""
     workers = [
         Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
     ]
@@ -138,7 +138,7 @@ Writing = Callable[..., AbstractContextManager[Collectors]]
 
 @pytest.fixture
 def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
-    """Call it for a context with writers, stopped so far; it ends with the check that KVM had something to report."""
+    """Returns a context manager with started writers; at its end KVM must have had pages to report."""
     ring = max(RING, smallest_ring(kvm)) if LOG_MODES[log_mode].uses_ring else RING
 
     @contextmanager
@@ -158,7 +158,7 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
 
 
 def switch_all(of: Collectors, on: bool) -> None:
-    """Switch the tracking of all slots, with all vCPUs stopped."""
+    """Enable or disable dirty logging of all slots, with all vCPUs stopped."""
     for area in of.vm.areas:
         of.switch(area, on, stopped=True)
 
@@ -219,12 +219,14 @@ def test_huge_page_splits_beside_writers(
 
         for _ in range(rounds):
             huge = MappingSizes.read(stats).pages_2m
-            assert huge, "no huge page is mapped although the host has them and nothing is tracked"
+            assert huge, "dirty logging is disabled and the host has huge pages, but none is mapped"
             toggling = some_toggles(of, random.Random(draw.random()), count, {})
             work(of, draw, [toggling, collecting()])
             switch_all(of, on=True)
             work(of, draw, [collecting()])
-            assert MappingSizes.read(stats).pages_2m < huge, "pages that are tracked and were written are mapped huge"
+            assert MappingSizes.read(stats).pages_2m < huge, (
+                "pages with dirty logging that were written are mapped huge"
+            )
             switch_all(of, on=False)
             work(of, draw, [collecting()])
 
@@ -251,7 +253,7 @@ def test_slot_changes_without_zap_all(
 
 
 def change_slots(of: Collectors, draw: random.Random, thorough: bool) -> None:
-    """Change a slot and collect, at once."""
+    """Change a slot in one thread and collect in another."""
     rounds, count = (20, 30) if thorough else (1, 4)
     for _ in range(rounds):
         collecting = some_collections(of, random.Random(draw.random()), 2 * count)

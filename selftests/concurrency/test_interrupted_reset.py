@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM_RESET_DIRTY_RINGS that a signal ends early: what it took has to be tracked anew."""
+"""KVM_RESET_DIRTY_RINGS that a signal ends early: the pages of the entries that it reset are write-protected again."""
 
 import random
 import signal
@@ -11,7 +11,7 @@ from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
-# A full ring of 4096 entries, less what KVM keeps back for itself: a reset takes long enough to be met by a signal
+# Nearly all of a ring of 4096 entries, without the reserved ones, so that the reset lasts long enough for a signal
 SLOT, NPAGES = 1, 3500
 
 
@@ -27,33 +27,33 @@ def test_interrupted_reset_write_protects(
     with TrackedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20
-        met = 0
+        interruptions = 0
 
         def measured() -> int:
             start = time.perf_counter()
-            taken = reset()
+            count = reset()
             durations.append(time.perf_counter() - start)
-            return taken
+            return count
 
         def interrupted() -> int:
-            """The first one that takes back a harvest; the others take what that one left."""
-            nonlocal met
+            """The first reset of a harvest, with a signal; later calls reset the rest."""
+            nonlocal interruptions
             monkeypatch.setattr(vm.vm, "reset_dirty_rings", reset)
             previous = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
             signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 1) * min(durations))
             try:
-                taken = reset()
+                count = reset()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, previous)
-            met += taken < NPAGES
-            return taken
+            interruptions += count < NPAGES
+            return count
 
         for how, times in ((measured, 3), (interrupted, tries)):
             for _ in range(times):
                 vm.write(SLOT, *range(NPAGES))
                 monkeypatch.setattr(vm.vm, "reset_dirty_rings", how)
                 vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
-        # Before Linux 6.17 no signal ends it (49005a2a3d2a): there the test says that signals do no harm.
-        if not met and host.kernel_version >= (6, 17):
-            pytest.skip(f"a signal that meets KVM_RESET_DIRTY_RINGS: in {tries} tries none did, this host is too busy")
+        # Before Linux 6.17 no signal ends the call (49005a2a3d2a): there the test shows that signals do no harm.
+        if not interruptions and host.kernel_version >= (6, 17):
+            pytest.skip(f"none of {tries} signals interrupted KVM_RESET_DIRTY_RINGS: this host is too busy")

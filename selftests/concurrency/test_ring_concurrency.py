@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Dirty rings that fill, wrap around and are reset while vCPUs run, from several threads, and under storms of signals.
+"""Dirty rings that fill, wrap around and are reset while vCPUs run, from several threads, and with many signals.
 
-Each test is of the same form: all is held to what the vCPUs wrote (judge.py), each ring to its own vCPU's writes,
-and the sum of what KVM_RESET_DIRTY_RINGS took to what was harvested.
+In each test the judge compares each ring with its vCPU's writes, and the sum of KVM_RESET_DIRTY_RINGS' counts with the
+number of harvested entries.
 """
 
 import itertools
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.log_modes("ring")
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
 NPAGES = sum(count for count, _ in SHAPES)
 WRITES = 1024
-# With pages of 4 KiB none is smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
+# With pages of 4 KiB KVM accepts none smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
 SIZES = [1 << bit for bit in range(8, 17)]
-# More than all slots have pages
+# More entries than all slots have pages
 LARGE = 16384
 # The largest ring that the short form fills
 MOST_ENTRIES = 4096
-# Writes between two operations at most
+# The most writes between two operations
 PAUSE, STORM_PAUSE = 400, 20
 
 
@@ -39,8 +39,8 @@ def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[Write
     return [WriteStream(array("I", [draw.randrange(npages) for _ in range(WRITES)]), 0) for _ in range(vcpus)]
 
 
-def tracked(vm: WritersVm) -> Collectors:
-    """Start the vCPUs, and track all slots."""
+def started(vm: WritersVm) -> Collectors:
+    """Start the vCPUs, and enable dirty logging of all slots."""
     of = Collectors(vm)
     vm.start()
     for area in vm.areas:
@@ -65,7 +65,7 @@ def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operat
 
 @pytest.fixture(params=["smallest-ring", "large-ring"])
 def size(request: pytest.FixtureRequest, kvm: Kvm, log_mode: str) -> int:
-    """The entries of a ring that fills again and again, and of one that does not where the CPU makes the stores."""
+    """The entries of a ring that fills repeatedly, and of one that fills only if KVM emulates each store."""
     return LARGE if request.param == "large-ring" else smallest_ring(kvm)
 
 
@@ -75,7 +75,7 @@ def test_reset_from_another_thread(
     """No entry is lost or reported twice when one thread harvests and another one resets at any moment."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
     with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = tracked(vm)
+        of = started(vm)
         for _ in range(rounds):
             harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
             resetter = workers(of, draw, [itertools.repeat(of.reset)], STORM_PAUSE)
@@ -90,7 +90,7 @@ def test_two_threads_reset_at_once(
     """Threads that harvest and reset at once together reset as many entries as they harvested."""
     vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
     with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = tracked(vm)
+        of = started(vm)
         for _ in range(rounds):
             jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
             work_together(vm, workers(of, draw, jobs))
@@ -117,7 +117,7 @@ def in_a_storm(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, siz
     """Two threads harvest and reset while signals come to them, to the vCPUs' threads, or to both."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
     with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = tracked(vm)
+        of = started(vm)
         for _ in range(rounds):
             work_draws = [random.Random(draw.random()) for _ in range(2)]
             resetters = workers(of, draw, [harvests(of, one, count) for one in work_draws])
@@ -132,7 +132,7 @@ def in_a_storm(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, siz
 
 
 def fill(of: Collectors) -> None:
-    """Let the vCPU write until its ring is full, which it has to be before each page was written; the vCPU is stopped then."""
+    """Let the vCPU write until its ring is full, at the latest when all pages are written; then stop it."""
     writers = of.vm.writers
     goal = sum(writers.published()) + sum(len(stream.pages) for stream in writers.streams)
     writers.let_go()
@@ -160,7 +160,7 @@ def test_every_ring_size_wraps_around(
     pages.extend(range(-npages % 64))
     shapes = [(npages, "anonymous")]
     with WritersVm(kvm, log_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
-        of = tracked(vm)
+        of = started(vm)
         while of.ledger.harvested < laps * entries:
             before = of.ledger.harvested
             work_together(vm, workers(of, draw, [iter([of.harvest])], npages))

@@ -90,7 +90,7 @@ def test_duplicate_known_bug_id(tmp_path: Path) -> None:
     text = LIST.replace('id = "pvm-ring-overflow-always"', 'id = "pvm-ring-overflow"')
     path = write(tmp_path, "known_bugs.toml", text)
     second = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("id = ")][1]
-    with pytest.raises(TomlError, match=f":{second}: bug 'pvm-ring-overflow': id: an entry before has the same$"):
+    with pytest.raises(TomlError, match=f":{second}: bug 'pvm-ring-overflow': id: an earlier entry has the same$"):
         known_bugs.load(path)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A toy KVM that logs dirty pages in steps as small as the kernel's, and workers that take turns with its vCPUs by chance.
+"""A toy KVM that logs dirty pages in steps as small as the kernel's, and workers that alternate with its vCPUs at random.
 
-It stands in for no result about KVM: it makes ledgers, sound or with a planted fault, to try the judge on.
+Its results say nothing about KVM: it makes ledgers, sound or with a planted fault, to test the judge.
 """
 
 import random
@@ -15,24 +15,24 @@ from dirty_tracking.write_stream import WriteStream
 
 SLOTS = [SlotPages(1, 0, 24), SlotPages(2, 24, 40)]
 NPAGES = 40
-# Of each slot, pages that no vCPU writes
+# Pages of each slot that no vCPU writes
 UNWRITTEN = {22, 23, 39}
 _ENDED = object()
 MODES = ["dirty-log", "clear-log", "clear-log-unset", "dirty-ring"]
 
 
 class Phase(Enum):
-    """How far a vCPU is with its next write."""
+    """The progress of a vCPU's next write."""
 
     BEFORE = auto()
-    WRITABLE = auto()  # it has made the page writable, and not logged it yet
+    WRITABLE = auto()  # KVM has made the page writable and not logged it yet
     READY = auto()
-    STORED = auto()  # and not published
+    STORED = auto()  # but not published
 
 
 @dataclass
 class Vcpu:
-    """One vCPU; *done* counts its stores, *published* those that the host can know of."""
+    """One vCPU; *done* counts its stores, *published* those that the host knows."""
 
     id: int
     stream: WriteStream
@@ -44,9 +44,9 @@ class Vcpu:
 
 @dataclass
 class Fault:
-    """What a broken KVM does, to the last collection of a run.
+    """A fault in the last collection of a run.
 
-    :ivar planted: whether there was an occasion
+    :ivar planted: whether the run had an occasion for it
     """
 
     name: str
@@ -57,7 +57,7 @@ class Fault:
 class ToyKvm:
     """A VM with two slots, whose *mode* is one of MODES.
 
-    :ivar events: what happened, in the order of its end; None is a moment at which all may be verified
+    :ivar events: what happened, in the order of its end; None where everything so far can be verified
     """
 
     draw: random.Random
@@ -90,7 +90,7 @@ class ToyKvm:
     # --- the guest --------------------------------------------------------------------------------------------------------
 
     def step(self, vcpu: Vcpu) -> None:
-        """Let a vCPU get on by one step."""
+        """Let a vCPU make one step."""
         page = vcpu.stream.between(vcpu.done, vcpu.done + 1)[0]
         if vcpu.phase is Phase.BEFORE:
             vcpu.phase = Phase.READY
@@ -135,7 +135,7 @@ class ToyKvm:
         if vcpu.phase is Phase.STORED:
             vcpu.phase = Phase.BEFORE
 
-    # --- operations, as generators that yield wherever another thread may get in ---------------------------------------------
+    # --- operations, as generators that yield wherever another thread may run ------------------------------------------------
 
     def toggle(self, slot: SlotPages, on: bool, stopped: bool = False) -> Iterator[None]:
         """KVM_SET_USER_MEMORY_REGION with or without KVM_MEM_LOG_DIRTY_PAGES."""
@@ -157,7 +157,7 @@ class ToyKvm:
         self._end(event)
 
     def zap_all(self) -> Iterator[None]:
-        """Another slot is deleted."""
+        """Delete another slot, so that all SPTEs are zapped."""
         event = ZapAll(self.ledger.now(), 0, self._counts(), exact=self._exact(stopped=False))
         yield
         self._writable.clear()
@@ -181,12 +181,12 @@ class ToyKvm:
             harvested += pushed[:most]
             del pushed[:most]
             yield
-        # An entry that is harvested is reset by this call or by that of another thread, which has to have returned.
+        # A harvested entry is reset by this call, or by that of another thread, which has to have returned.
         event.reset = yield from self._reset_rings()
         self._end(event, last)
 
     def collect(self, slot: SlotPages, stopped: bool = False, last: bool = False) -> Iterator[None]:
-        """KVM_GET_DIRTY_LOG, and KVM_CLEAR_DIRTY_LOG where the mode has it, of all of the slot or a part."""
+        """KVM_GET_DIRTY_LOG, and KVM_CLEAR_DIRTY_LOG if the mode has it, of the whole slot or a part of it."""
         pages = slot.range
         if self.mode != "dirty-log" and not stopped and self.draw.random() < 0.5:
             first = self.draw.randrange(slot.first, slot.end)
@@ -227,7 +227,7 @@ class ToyKvm:
     # --- a run ------------------------------------------------------------------------------------------------------------
 
     def run(self, rounds: int, workers: Callable[["ToyKvm"], Sequence[Iterator[Iterator[None]]]]) -> None:
-        """Rounds of *workers* beside the vCPUs, each with a last collection of all, with all vCPUs stopped."""
+        """Rounds of *workers* beside the vCPUs, each with a last complete collection, with all vCPUs stopped."""
         for slot in SLOTS:
             self._finish(self.toggle(slot, on=True, stopped=True))
         for number in range(rounds):
@@ -239,7 +239,7 @@ class ToyKvm:
             self.events.append(None)
 
     def _plant(self, fault: Fault) -> None:
-        """Write more after all else, with no collection meanwhile, and falsify what the last one reports."""
+        """Write more at the end, without a collection meanwhile, and falsify the last report."""
         if fault.name == "ignored-on":
             for slot in SLOTS:
                 self._finish(self.toggle(slot, on=False, stopped=True))
@@ -280,7 +280,7 @@ class ToyKvm:
             self._settle(vcpu)
 
     def park(self) -> None:
-        """Let some vCPUs wait outside of their guests, as with a full ring."""
+        """Let some vCPUs wait outside KVM_RUN, as with a full ring."""
         for vcpu in self.vcpus:
             vcpu.parked = self.draw.random() < 0.4
             if vcpu.parked:
@@ -351,7 +351,7 @@ def falsify(fault: str, one: Collection, kvm: ToyKvm) -> None:
 
 
 def collectors(count: int, toggles: bool = False) -> Callable[[ToyKvm], list[Iterator[Iterator[None]]]]:
-    """Workers that collect whenever they like, and one that toggles, zaps, or resets."""
+    """Workers that collect at random moments, and one that toggles, zaps, or resets."""
 
     def collecting(kvm: ToyKvm) -> Iterator[Iterator[None]]:
         for _ in range(kvm.draw.randint(1, 4)):
@@ -376,7 +376,7 @@ def collectors(count: int, toggles: bool = False) -> Callable[[ToyKvm], list[Ite
 
 
 def one_collector(kvm: ToyKvm) -> list[Iterator[Iterator[None]]]:
-    """The matrix: one thread collects, whether the vCPUs run or some of them wait with a full ring."""
+    """As in the matrix: one thread collects while the vCPUs run, or some of them wait with a full ring."""
 
     def collecting() -> Iterator[Iterator[None]]:
         for _ in range(kvm.draw.randint(1, 4)):

@@ -214,7 +214,7 @@ def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
         for area in of.vm.areas:
             of.switch(area, on=True, stopped=True)
 
-    check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was on")
+    check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was enabled")
 
 
 @pytest.mark.mutants
@@ -227,7 +227,7 @@ def test_logging_that_stays_enabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, l
             of.switch(area, on=False, stopped=True)
 
     check_fails(
-        kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was off"
+        kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was disabled"
     )
 
 
