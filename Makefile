@@ -45,17 +45,17 @@ check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS
 matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
 	@$(VENV)/bin/python runner/kernel_matrix.py "$(MATRIX)" $(ARGS)
 
-unit: $(VENV)/run ## the suite's own tests that need no KVM, and are quick
+unit: $(VENV)/run ## the quick unit tests, which need no KVM
 	$(PYTEST) -n $(WORKERS) -m "not kvm and not boots and not mutants and not slow" selftests/unit $(ARGS)
 
-test: $(VENV)/dev lint ## lint, the KVM tests at small sizes, and the suite's own tests but those that are slow
+test: $(VENV)/dev lint ## lint, the KVM tests at small sizes, and the quick unit tests
 	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) -m "not unit or not (boots or mutants or slow)" $(ARGS)
 
-test-all: $(VENV)/dev lint ## everything: also planted faults, and the tests that boot a kernel
+test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, and those that boot a kernel
 	@$(FETCH) || echo "the tests that boot a kernel will not run"
 	$(PYTEST) -n $(WORKERS) --kernel auto $(SHORT) $(ARGS)
 
-kill-matrix: $(VENV)/run ## which test fails under which planted fault, held to what is recorded, which grows
+kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, to be there, or be copied, where no network is
