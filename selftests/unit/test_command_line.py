@@ -178,7 +178,7 @@ def test_path_as_a_separate_argument(suite: Suite, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", [1, 2])
-def test_closed_output(closed: int) -> None:
+def test_closed_output_streams(closed: int) -> None:
     """A closed stdout or stderr does not change the exit status."""
     command = [sys.executable, "-m", "runner.suite_pytest", "selftests/matrix/test_dirty_log.py", "-k", "nothing_like"]
     done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: os.close(closed), check=False)

@@ -413,7 +413,7 @@ def test_host_without_qemu(host_qemu: Path) -> None:
     assert (found.version, found.origin) == ("fetched", "this host has no qemu-of-the-test")
 
 
-def test_named_qemu(host_qemu: Path, tmp_path: Path) -> None:
+def test_qemu_named_by_option(host_qemu: Path, tmp_path: Path) -> None:
     """--qemu is used whatever its version; a program that is missing or no QEMU is one line."""
     install(host_qemu, SOUND)
     named = str(make_qemu(tmp_path / "named", UNSOUND))

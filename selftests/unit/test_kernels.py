@@ -224,7 +224,7 @@ def test_file_that_is_no_module(tmp_path: Path) -> None:
         kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd")
 
 
-def test_kvm_parameters() -> None:
+def test_parsed_kvm_parameters() -> None:
     """Parameters are parsed, a misspelt one gets a hint, and those of a built-in KVM are left to the booted kernel."""
     modules = [Module("kvm", b"", (), frozenset({"tdp_mmu"})), Module("kvm_amd", b"", (), frozenset({"npt"}))]
     parameters = parse_parameters(" kvm.tdp_mmu=0  kvm-amd.npt=1 ")
@@ -475,7 +475,7 @@ def test_table_of_several_runs() -> None:
     assert len(cross_table(["A"], [[one | {"verdict": "pass"}]])) == 2  # nothing to explain
 
 
-def test_table_of_tests() -> None:
+def test_table_of_test_functions() -> None:
     """The table has a line per function with its cases counted; tests that ran nowhere are named with the reason."""
 
     def row(test: str, verdict: str, reason: str = "") -> dict[str, str]:

@@ -133,7 +133,7 @@ def test_known_bugs_of_any_test(run: Callable[..., Run], workers: list[str]) -> 
     assert "known bug second-bug did not show: is it fixed? Then its entry in known_bugs.toml has to go" in done.output
 
 
-def test_no_known_bugs(run: Callable[..., Run]) -> None:
+def test_option_no_known_bugs(run: Callable[..., Run]) -> None:
     """Under --no-known-bugs each violation is a failure, and whatever passes has passed."""
     done = run("--no-known-bugs")
     assert done.results_of("test_lost", "test_lost_in_setup", "test_always", "test_sometimes") == [

@@ -36,10 +36,10 @@ Entries = tuple[list[int], list[int]]
 
 @dataclass
 class Planter:
-    """What a fault works with.
+    """The state of a fault in a run.
 
     :ivar planted: the iteration in which the fault first took effect
-    :ivar kept: what a fault holds back for later
+    :ivar kept: pages that a fault holds back for a later report
     """
 
     run: DirtyLogRun
@@ -134,7 +134,7 @@ def report_too_late(planter: Planter, bitmap: bytearray) -> None:
 
 
 def set_a_tail_bit(planter: Planter, bitmap: bytearray) -> None:
-    """A bit of the last word that no page belongs to."""
+    """A bit of the last word that is no page of the slot."""
     if planter.fresh:
         flip(bitmap, planter.run.memslot.npages)
         planter.plant()
@@ -156,7 +156,7 @@ BITMAP_FAULTS = [
 
 
 def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
-    """The page that is left is the one that the guest comes back to last: if it wrote it at once, the bit would be right."""
+    """The page left out is the one that the guest writes last: a page written at once would be dirty anyway."""
     if planter.fresh and (pages := set_pages(bitmap)):
         done = planter.run.published()[0]
         upcoming = planter.run.streams[0].between(done, done + 16384).tolist()
@@ -165,7 +165,7 @@ def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
 
 
 def clear_everything(planter: Planter, bitmap: bytearray) -> None:
-    """Also the pages that were written after GET and so were never reported; late enough that there are some."""
+    """Also the pages written after GET, which were never reported; after a pause, so that there are some."""
     if planter.ready and not planter.run.all_stopped():
         time.sleep(0.005)
         bitmap[:] = b"\xff" * len(bitmap)
@@ -179,7 +179,7 @@ CLEAR_FAULTS = [clear_all_but_one, clear_everything]
 
 
 def entries_of_their_own(pages: list[int]) -> list[int]:
-    """The positions of entries whose page has no other: of two, one may be lost without the page being lost."""
+    """The positions of entries whose page has only one: of two entries, one may be missing and the page not lost."""
     counts = Counter(pages)
     return [at for at, page in enumerate(pages) if counts[page] == 1]
 
@@ -286,18 +286,22 @@ EXPECTED: dict[Callable[..., Any], Kind] = {
 
 @contextmanager
 def caught(kvm: Kvm, request: pytest.FixtureRequest, mode: str, kind: Kind, vcpus: int = 1) -> Iterator[Planter]:
-    """Make a run of *mode*, let the body plant a fault, and expect the judge to find it as *kind*."""
+    """Start a run in *mode*, let the body plant a fault, and expect a violation of *kind*."""
     cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
     with DirtyLogRun(kvm, cell, SETTINGS) as run:
         planter = Planter(run)
         yield planter
         with pytest.raises(ContractViolation) as error:
             run.run()
-        assert planter.planted, "the fault was never planted: this failure is not its doing"
+        assert planter.planted, "the fault was never planted, so it did not cause this failure"
         assert kind in {finding.kind for finding in error.value.violations}
         iterations = error.value.violations[0].iteration - planter.planted + 1
         planted_fault = request.node.callspec.params.get("fault")
-        name = planted_fault.__name__ if planted_fault else request.node.originalname.removeprefix("test_")
+        name = (
+            planted_fault.__name__
+            if planted_fault
+            else request.node.originalname.removeprefix("test_").removesuffix("_is_found")
+        )
         request.node.user_properties += [("fault", name), ("fault_in", mode), ("caught_within", iterations)]
         assert 1 <= iterations <= 2 or "ten_thousand" in request.node.name
 
