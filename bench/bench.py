@@ -18,12 +18,13 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from dirty_tracking.cell import PAGE, Cell, Settings
+from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.judge import Judge
 from dirty_tracking.ledger import Collection, Ledger, SlotPages, Toggle
 from dirty_tracking.memory_check import WORDS_PER_PAGE, MemoryCheck
 from dirty_tracking.modes import enable_dirty_logging
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from kvm_util import guest_program, uapi
 from kvm_util.arch import current as arch

@@ -6,15 +6,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, NotEmulated, TrackedVm
+from dirty_tracking.scripted_vm import NotEmulated, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.kvm import Kvm
 from selftests.stores import SPARE_GVA, WRITTEN, MaxEntries, SkipUnemulated, add_loaded_slots
 
 
 @pytest.fixture
-def logged_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def logged_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with two logged memslots side by side; the guest has read all of their pages."""
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         add_loaded_slots(vm)
         yield vm
 
@@ -43,13 +44,13 @@ def max_entries(emulates: bool) -> MaxEntries:
     """How many entries a page may have in a ring for so many writes of one instruction.
 
     One, where the CPU does the writes: the first makes KVM map the page writable, and KVM does not see the others. KVM's
-    emulator pushes an entry for each (see TrackedVm.assert_dirty()).
+    emulator pushes an entry for each (see ScriptedVm.assert_dirty()).
     """
     return (lambda writes: writes) if emulates else lambda _writes: 1
 
 
 @pytest.fixture(params=[True, False], ids=["read-only", "not-present"])
-def boundary_gva(request: pytest.FixtureRequest, logged_vm: TrackedVm) -> int:
+def boundary_gva(request: pytest.FixtureRequest, logged_vm: ScriptedVm) -> int:
     """The gva behind the page at WRITTEN, where the guest's own page tables end or allow no writes."""
     logged_vm.map_at(SPARE_GVA - PAGE, FIRST_GPA + WRITTEN * PAGE, 1)
     if request.param:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
 from kvm_util.guest import GuestError
 
 SLOT, NEIGHBOUR = 1, 2
@@ -20,7 +21,7 @@ SkipUnemulated = Callable[[str], AbstractContextManager[None]]
 MaxEntries = Callable[[int], int]
 
 
-def add_loaded_slots(vm: TrackedVm) -> None:
+def add_loaded_slots(vm: ScriptedVm) -> None:
     """Add two logged memslots side by side, and have the guest read all of their pages."""
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
@@ -57,7 +58,7 @@ class Store:
         return max(1, self.count if self.name.startswith("rep_") else 1)
 
 
-def check_store_twice(vm: TrackedVm, store: Store, offset: int, pages: list[int], max_entries: int) -> None:
+def check_store_twice(vm: ScriptedVm, store: Store, offset: int, pages: list[int], max_entries: int) -> None:
     """*store* dirties *pages*, with at most *max_entries* ring entries each; a second one with another value does so too."""
     start = WRITTEN * PAGE + offset
 
@@ -71,14 +72,14 @@ def check_store_twice(vm: TrackedVm, store: Store, offset: int, pages: list[int]
         assert not store.exchanges or held() == value, f"memory holds {held():#x} after {store} of {value:#x}"
 
 
-def check_store_in_page(vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store) -> None:
+def check_store_in_page(vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store) -> None:
     """*store* at a page's beginning and at its very end."""
     for offset in (0, PAGE - store.size):
         with skip_unemulated(store.name):
             check_store_twice(vm, store, offset, [WRITTEN], max_entries(store.writes))
 
 
-def check_store_across_boundary(vm: TrackedVm, max_entries: MaxEntries, store: Store) -> None:
+def check_store_across_boundary(vm: ScriptedVm, max_entries: MaxEntries, store: Store) -> None:
     """*store* to two pages of a memslot, and to the last page of one memslot and the first page of the next."""
     most = max_entries(store.writes)
     check_store_twice(vm, store, PAGE - store.size // 2, [WRITTEN, WRITTEN + 1], most)
@@ -86,7 +87,7 @@ def check_store_across_boundary(vm: TrackedVm, max_entries: MaxEntries, store: S
     vm.assert_dirty(f"{store} across the end of a memslot", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, most)
 
 
-def check_faulting_store(vm: TrackedVm, skip_unemulated: SkipUnemulated, operation: Operation) -> None:
+def check_faulting_store(vm: ScriptedVm, skip_unemulated: SkipUnemulated, operation: Operation) -> None:
     """*operation* to a page that the guest's own page tables make read-only."""
     vm.guest.page_tables.map(SPARE_GVA, FIRST_GPA, NPAGES * PAGE, writable=False)
     before = bytes(vm.vm.memslots[SLOT].memory.view)
@@ -97,7 +98,7 @@ def check_faulting_store(vm: TrackedVm, skip_unemulated: SkipUnemulated, operati
 
 
 def check_fault_in_second_page(
-    vm: TrackedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
+    vm: ScriptedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
 ) -> None:
     """*operation* from the last bytes before *boundary_gva* to the page behind it, where it faults."""
     before = bytes(vm.vm.memslots[SLOT].memory.view)
@@ -112,7 +113,7 @@ def check_fault_in_second_page(
     assert not report.dirty(NEIGHBOUR), "KVM reports pages of the other memslot"
 
 
-def check_no_write(vm: TrackedVm, name: str) -> None:
+def check_no_write(vm: ScriptedVm, name: str) -> None:
     """The operation *name* on each page dirties none, and a later store is still logged."""
     vm.run(*(Operation(name, vm.address(SLOT, page)) for page in range(NPAGES)))
     vm.assert_dirty(name, {})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 # Executes a list of operations in memory. Each entry is the address of a routine below and its three arguments. The host
-# builds the lists from the routines' symbols (lib/dirty_tracking/tracked_vm.py).
+# builds the lists from the routines' symbols (lib/dirty_tracking/scripted_vm.py).
 
 	.include "guest.inc"
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A cell of the test matrix, the settings that all cells share, and where a cell's test memory goes."""
 
-import mmap
 from dataclasses import dataclass, fields
 
+from dirty_tracking.vm import PAGE
 from kvm_util.guest import program_slot_size
 from kvm_util.kvm import DEFAULT_DEVICE
 from kvm_util.memory import BACKINGS, GIB, align_down, size_text
-
-PAGE = mmap.PAGESIZE
 
 STOPS = {
     "cooperative": "the guest sees a flag after a batch of writes, and calls the host",

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dirty_tracking.cell import PAGE
 from dirty_tracking.ledger import Collection, SlotPages
 from dirty_tracking.recorder import Recorder
 from dirty_tracking.violations import ContractViolation, Kind, Violation
+from dirty_tracking.vm import PAGE
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.wording import counted
 

@@ -8,16 +8,17 @@ write to an absent slot, is skipped. So every list of steps is a valid sequence,
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from dirty_tracking.bitmap import bitmap_of
+from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.platform import reserved_entries, uses_pml
 from dirty_tracking.ring import reset_until
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.guest import GuestError
 from kvm_util.guest_program import assemble_all
@@ -37,7 +38,6 @@ SIZES = (70, 64, MOST_PAGES)
 # batch could overrun the ring's reserved entries (known_bugs.toml, pvm-ring-overflow).
 MOST_WRITES = 40
 
-_WORDS_OF_PAGE = PAGE // 8
 _DIRTY_AND_RESET = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 
 Pages = tuple[int, ...] | range
@@ -153,7 +153,7 @@ class ModelCheckedVm:
             self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)
         else:
             self.model = BitmapModel(log_mode.manual, log_mode.initially_set, self.emulates)
-        self.test_vm = TrackedVm(kvm, mode, VCPUS, entries)
+        self.test_vm = ScriptedVm(kvm, mode, VCPUS, entries)
         self.vm = self.test_vm.vm
         self.test_vm.map(FIRST_GPA, PLACES * MOST_PAGES)
         for ring in self.test_vm.rings:
@@ -216,7 +216,7 @@ class ModelCheckedVm:
         self.model.ran(vcpu, slot, left, self.new_entries(vcpu))
         if access is Access.STORE:
             words = self.vm.memslots[slot].memory.words
-            if wrong := [page for page in pages if words[page * _WORDS_OF_PAGE] != self._writes]:
+            if wrong := [page for page in pages if words[page * WORDS_PER_PAGE] != self._writes]:
                 detail = f"the stores did not reach pages {wrong} of its memory"
                 raise ContractViolation([Violation(Kind.VALUE, detail, slot, tuple(wrong), vcpu)])
 
@@ -298,9 +298,7 @@ class ModelCheckedVm:
     def __enter__(self) -> "ModelCheckedVm":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.test_vm.close()
 
 
@@ -433,7 +431,7 @@ class HostWrite(_Pages):
     def execute(self, vm: ModelCheckedVm) -> None:
         words = vm.vm.memslots[self.slot].memory.words
         for page in self.pages:
-            words[page * _WORDS_OF_PAGE + 1] += 1
+            words[page * WORDS_PER_PAGE + 1] += 1
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from dirty_tracking.cell import HANG_TIMEOUT, PAGE
+from dirty_tracking.cell import HANG_TIMEOUT
 from dirty_tracking.modes import LogMode
 from dirty_tracking.vcpu_thread import KICK_SIGNAL, State, VcpuHang, VcpuThread
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestVm

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from dirty_tracking.cell import PAGE
 from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSE, Writers
 from kvm_util.guest import PROGRAM_SLOT, GuestVm

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dirty_tracking.cell import DENSITIES, MAX_VCPUS, PAGE, STOPS, Cell, Settings, guest_data_size, place_test_memory
+from dirty_tracking.cell import DENSITIES, MAX_VCPUS, STOPS, Cell, Settings, guest_data_size, place_test_memory
 from dirty_tracking.modes import LOG_MODES, LogMode, ring_accepted, smallest_ring
 from dirty_tracking.ring import ENTRY_SIZE
+from dirty_tracking.vm import PAGE
 from harness.matrix import full_matrix, pairwise_matrix
 from kvm_util import uapi
 from kvm_util.arch import current as arch

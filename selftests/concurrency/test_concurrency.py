@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
-from dirty_tracking.cell import PAGE, Settings
+from dirty_tracking.cell import Settings
 from dirty_tracking.collectors import Collectors, Operation, Worker, work_together
 from dirty_tracking.mapping_sizes import MappingSizes
 from dirty_tracking.modes import LOG_MODES, smallest_ring
 from dirty_tracking.platform import uses_tdp
 from dirty_tracking.violations import Kind, violated
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util import uapi

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
@@ -24,7 +25,7 @@ def test_interrupted_reset_write_protects(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """KVM_RESET_DIRTY_RINGS that a signal ends write-protects the page of each entry that it has reset."""
-    with TrackedVm(kvm, "dirty-ring") as vm:
+    with ScriptedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         reset, durations, tries = vm.vm.reset_dirty_rings, [], 100 if thorough else 20
         interruptions = 0

@@ -11,7 +11,8 @@ import pytest
 
 from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.ring import ENTRY_SIZE
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.ioctl import errno_name, ioctl, raw_ioctl
@@ -49,15 +50,15 @@ def bare_vm(kvm: Kvm) -> Iterator[Vm]:
         yield vm
 
 
-def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
-    vm = TrackedVm(kvm, mode)
+def make_vm(kvm: Kvm, mode: str) -> ScriptedVm:
+    vm = ScriptedVm(kvm, mode)
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(UNLOGGED, FIRST_GPA + NPAGES * PAGE, 64, tracked=False)
+    vm.add_slot(UNLOGGED, FIRST_GPA + NPAGES * PAGE, 64, logged=False)
     return vm
 
 
 @pytest.fixture
-def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+def manual_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
     """A VM with manual protection, and a slot with and one without dirty logging."""
     if reason := LOG_MODES["clear-log-unset"].supported(kvm):
         pytest.skip(reason)
@@ -66,11 +67,11 @@ def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
 
 
 @pytest.fixture
-def ring_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+def ring_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
     """A VM with a vCPU, its dirty ring, and a slot with dirty logging."""
     if reason := LOG_MODES["dirty-ring"].supported(kvm):
         pytest.skip(reason)
-    with TrackedVm(kvm, "dirty-ring") as vm:
+    with ScriptedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         yield vm
 
@@ -110,7 +111,7 @@ CLEARS = [
 
 
 @pytest.mark.parametrize("clear", CLEARS, ids=lambda clear: clear.name.replace(" ", "-"))
-def test_clear_dirty_log_argument_checks(manual_vm: TrackedVm, clear: Clear) -> None:
+def test_clear_dirty_log_argument_checks(manual_vm: ScriptedVm, clear: Clear) -> None:
     """KVM_CLEAR_DIRTY_LOG checks its slot, range and bitmap, and a call that fails clears no bit."""
     manual_vm.write(SLOT, *range(NPAGES))
     mask = (ctypes.c_char * 64).from_buffer(bytearray(b"\xff" * 64))
@@ -149,7 +150,7 @@ def test_get_dirty_log_argument_checks(kvm: Kvm, log_mode: str, slot: int, expec
 
 
 @pytest.mark.parametrize("request_name", ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"])
-def test_get_and_clear_fail_in_ring_mode(ring_vm: TrackedVm, request_name: str) -> None:
+def test_get_and_clear_fail_in_ring_mode(ring_vm: ScriptedVm, request_name: str) -> None:
     """With dirty rings, GET and CLEAR fail with ENXIO before any other check, and the rings keep their entries."""
     structs = {"KVM_GET_DIRTY_LOG": uapi.kvm_dirty_log, "KVM_CLEAR_DIRTY_LOG": uapi.kvm_clear_dirty_log}
     ring_vm.write(SLOT, 7)
@@ -172,7 +173,7 @@ def test_reset_without_rings_is_einval(bare_vm: Vm) -> None:
     assert ioctl_result(bare_vm.fd, uapi.KVM_RESET_DIRTY_RINGS) == "EINVAL"
 
 
-def test_reset_of_empty_rings_returns_0(ring_vm: TrackedVm) -> None:
+def test_reset_of_empty_rings_returns_0(ring_vm: ScriptedVm) -> None:
     """KVM_RESET_DIRTY_RINGS returns 0 when the rings are empty."""
     assert ring_vm.vm.reset_dirty_rings() == 0
 
@@ -230,7 +231,7 @@ def test_ring_size_checks(kvm: Kvm, bare_vm: Vm, cap: int, size: int, expected: 
 
 def test_failed_enable_cap_has_no_effect(kvm: Kvm, log_mode: str) -> None:
     """A KVM_ENABLE_CAP that fails keeps the VM's rings or bitmaps, its manual protection and what is initially set."""
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, 3)
         cap = uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
@@ -296,7 +297,7 @@ def test_ring_with_bitmap_availability(bare_vm: Vm, kvm: Kvm) -> None:
         )
 
 
-def test_logging_toggles_in_ring_mode(ring_vm: TrackedVm) -> None:
+def test_logging_toggles_in_ring_mode(ring_vm: ScriptedVm) -> None:
     """With dirty rings, a memslot logs as its latest flags say, also when these are the flags that it already had."""
     for page, on in enumerate((True, False, False, True)):
         (enable_dirty_logging if on else disable_dirty_logging)(ring_vm.vm, SLOT)
@@ -351,7 +352,7 @@ REGIONS = [
 
 
 @pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.name.replace(" ", "-"))
-def test_memory_region_argument_checks(manual_vm: TrackedVm, region: Region) -> None:
+def test_memory_region_argument_checks(manual_vm: ScriptedVm, region: Region) -> None:
     """KVM_SET_USER_MEMORY_REGION checks its arguments, and neither success nor failure changes an existing slot's bitmap."""
     own = manual_vm.vm.memslots[UNLOGGED].memory
     manual_vm.vm.set_user_memory_region(UNLOGGED, FIRST_GPA + NPAGES * PAGE, own)
@@ -374,7 +375,7 @@ def test_memory_region_argument_checks(manual_vm: TrackedVm, region: Region) -> 
         memory.close()
 
 
-def test_create_vcpu_rejects_bad_ids_in_ring_mode(ring_vm: TrackedVm, kvm: Kvm) -> None:
+def test_create_vcpu_rejects_bad_ids_in_ring_mode(ring_vm: ScriptedVm, kvm: Kvm) -> None:
     """With dirty rings, KVM_CREATE_VCPU fails with EEXIST for an id in use and with EINVAL for one that is too high."""
     assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, 0) == "EEXIST"
     assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"

@@ -11,7 +11,8 @@ import pytest
 
 from dirty_tracking.bitmap import bitmap_of, new_bitmap, set_pages
 from dirty_tracking.modes import LOG_MODES
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm
@@ -26,15 +27,15 @@ GUARD_SIZE = 64
 PROT_NONE = 0  # <linux/mman.h>
 
 
-def make_vm(kvm: Kvm, mode: str) -> TrackedVm:
-    vm = TrackedVm(kvm, mode)
+def make_vm(kvm: Kvm, mode: str) -> ScriptedVm:
+    vm = ScriptedVm(kvm, mode)
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
     return vm
 
 
 @pytest.fixture
-def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+def manual_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
     """A VM with manual protection: GET only reports, CLEAR clears and write-protects."""
     if reason := LOG_MODES["clear-log-unset"].supported(kvm):
         pytest.skip(reason)
@@ -43,20 +44,20 @@ def manual_vm(kvm: Kvm) -> Iterator[TrackedVm]:
 
 
 @pytest.fixture
-def dirty_log_vm(kvm: Kvm) -> Iterator[TrackedVm]:
+def dirty_log_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
     """A VM without manual protection: GET reports, clears and write-protects."""
     with make_vm(kvm, "dirty-log") as vm:
         yield vm
 
 
-def test_get_clears_reported_bits(dirty_log_vm: TrackedVm) -> None:
+def test_get_clears_reported_bits(dirty_log_vm: ScriptedVm) -> None:
     """Without manual protection, GET clears the bits that it reports."""
     dirty_log_vm.write(SLOT, 3, 70)
     assert dirty_log_vm.read_bitmap(SLOT) == [3, 70]
     assert dirty_log_vm.read_bitmap(SLOT) == []
 
 
-def test_manual_protect_keeps_bits_until_clear(manual_vm: TrackedVm) -> None:
+def test_manual_protect_keeps_bits_until_clear(manual_vm: ScriptedVm) -> None:
     """With manual protection, bits stay set over any number of GETs until CLEAR clears them."""
     manual_vm.write(SLOT, 3, 70)
     assert [manual_vm.read_bitmap(SLOT) for _ in range(2)] == [[3, 70]] * 2
@@ -69,8 +70,8 @@ def test_manual_protect_keeps_bits_until_clear(manual_vm: TrackedVm) -> None:
 @pytest.mark.log_modes("clear-log")
 def test_initially_set_sets_each_page(kvm: Kvm) -> None:
     """With KVM_DIRTY_LOG_INITIALLY_SET, enabling dirty logging sets the bit of each page of the slot, and none beyond."""
-    with TrackedVm(kvm, "clear-log") as vm:
-        vm.add_slot(SLOT, FIRST_GPA, NPAGES, tracked=False)
+    with ScriptedVm(kvm, "clear-log") as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES, logged=False)
         vm.enable_dirty_logging(SLOT, assert_initial=False)
         assert vm.read_bitmap(SLOT) == ALL
         vm.vm.clear_dirty_log(SLOT, bitmap_of([0, 64], NPAGES), 0, NPAGES)
@@ -89,7 +90,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("first", "count"), RANGES)
-def test_clear_affects_only_its_range(manual_vm: TrackedVm, first: int, count: int) -> None:
+def test_clear_affects_only_its_range(manual_vm: ScriptedVm, first: int, count: int) -> None:
     """For each valid range, CLEAR clears and write-protects the pages in it, and the bits of the others stay set."""
     manual_vm.write(SLOT, *ALL)
     inside = list(range(first, first + count))
@@ -111,7 +112,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
-def test_clear_affects_only_its_mask(manual_vm: TrackedVm, mask: list[int]) -> None:
+def test_clear_affects_only_its_mask(manual_vm: ScriptedVm, mask: list[int]) -> None:
     """CLEAR clears and write-protects the pages in its mask, also for a vCPU that has cached their translations."""
     manual_vm.write(SLOT, *ALL)
     manual_vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, NPAGES), 0, NPAGES)
@@ -120,7 +121,7 @@ def test_clear_affects_only_its_mask(manual_vm: TrackedVm, mask: list[int]) -> N
     assert manual_vm.read_bitmap(SLOT) == ALL
 
 
-def test_clear_ignores_clean_and_absent_pages(manual_vm: TrackedVm) -> None:
+def test_clear_ignores_clean_and_absent_pages(manual_vm: ScriptedVm) -> None:
     """CLEAR ignores bits of its mask whose pages are clean or lie beyond the slot."""
     manual_vm.write(SLOT, 5, NPAGES - 1)
     mask = bitmap_of([6, 7], NPAGES)
@@ -130,7 +131,7 @@ def test_clear_ignores_clean_and_absent_pages(manual_vm: TrackedVm) -> None:
 
 
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
-def test_write_right_after_clear(manual_vm: TrackedVm, page: int) -> None:
+def test_write_right_after_clear(manual_vm: ScriptedVm, page: int) -> None:
     """A write right after a CLEAR of its page is reported."""
     for _ in range(20):  # a translation that stays writable for a moment loses a write only now and then
         manual_vm.write(SLOT, page)
@@ -138,7 +139,7 @@ def test_write_right_after_clear(manual_vm: TrackedVm, page: int) -> None:
         manual_vm.vm.clear_dirty_log(SLOT, bitmap_of([page], NPAGES), 0, NPAGES)
 
 
-def test_slots_have_separate_bitmaps(manual_vm: TrackedVm) -> None:
+def test_slots_have_separate_bitmaps(manual_vm: ScriptedVm) -> None:
     """Writes to one slot, and a CLEAR of it, do not change the bitmap of another."""
     manual_vm.write(SLOT, 1, NPAGES - 1)
     manual_vm.write(OTHER, 0, 2)
@@ -157,7 +158,7 @@ def test_get_writes_whole_words_only(kvm: Kvm, log_mode: str, npages: int) -> No
 
     With manual protection the kernel copies another bitmap than without (kvm_get_dirty_log_protect()).
     """
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, npages)
         vm.write(SLOT, 0, npages - 1)
         size = len(new_bitmap(npages))
@@ -169,7 +170,7 @@ def test_get_writes_whole_words_only(kvm: Kvm, log_mode: str, npages: int) -> No
         assert set(buffer[:GUARD_SIZE] + buffer[GUARD_SIZE + size :]) == {GUARD}
 
 
-def test_clear_does_not_change_its_mask(manual_vm: TrackedVm) -> None:
+def test_clear_does_not_change_its_mask(manual_vm: ScriptedVm) -> None:
     """CLEAR only reads the mask that user space passes."""
     manual_vm.write(SLOT, *ALL)
     mask = bitmap_of(ALL[::3], NPAGES)
@@ -194,7 +195,7 @@ def ones_before_unreadable_page() -> Iterator[int]:
         yield end
 
 
-def test_failed_get_keeps_bits_if_manual(manual_vm: TrackedVm) -> None:
+def test_failed_get_keeps_bits_if_manual(manual_vm: ScriptedVm) -> None:
     """With manual protection, a GET that fails with EFAULT loses no bit: the next GET reports them all."""
     manual_vm.write(SLOT, 9)
     request = uapi.kvm_dirty_log(slot=SLOT, dirty_bitmap=unmapped_address())
@@ -202,7 +203,7 @@ def test_failed_get_keeps_bits_if_manual(manual_vm: TrackedVm) -> None:
     assert manual_vm.read_bitmap(SLOT) == [9]
 
 
-def test_failed_get_still_write_protects(dirty_log_vm: TrackedVm) -> None:
+def test_failed_get_still_write_protects(dirty_log_vm: ScriptedVm) -> None:
     """Without manual protection, a GET that fails with EFAULT loses its bits, but write-protects their pages again.
 
     It clears the bits before it copies them to user space (kvm_get_dirty_log_protect()).
@@ -215,7 +216,7 @@ def test_failed_get_still_write_protects(dirty_log_vm: TrackedVm) -> None:
     assert dirty_log_vm.read_bitmap(SLOT) == [9, 10]
 
 
-def test_clear_with_unreadable_mask(manual_vm: TrackedVm) -> None:
+def test_clear_with_unreadable_mask(manual_vm: ScriptedVm) -> None:
     """A CLEAR that cannot read all of its mask fails with EFAULT and clears no bit."""
     manual_vm.write(SLOT, *ALL)
     # The kernel copies the whole mask before it clears the first bit.
@@ -228,7 +229,7 @@ def test_clear_with_unreadable_mask(manual_vm: TrackedVm) -> None:
 
 
 @pytest.mark.parametrize(("first", "count"), RANGES)
-def test_clear_dirty_log_copies_only_the_mask(manual_vm: TrackedVm, first: int, count: int) -> None:
+def test_clear_dirty_log_copies_only_the_mask(manual_vm: ScriptedVm, first: int, count: int) -> None:
     """CLEAR reads one bit for each page of its range, in whole words, and no memory behind them.
 
     Before Linux 5.2 it read a bit for each page of the slot ("KVM: Fix the bitmap range to copy during clear dirty").
@@ -241,7 +242,7 @@ def test_clear_dirty_log_copies_only_the_mask(manual_vm: TrackedVm, first: int, 
     assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in range(first, first + count)]
 
 
-def test_manual_protect_can_be_disabled(manual_vm: TrackedVm) -> None:
+def test_manual_protect_can_be_disabled(manual_vm: ScriptedVm) -> None:
     """After KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled with no bits set, GET clears what it reports (api.rst 7.18)."""
     manual_vm.write(SLOT, 3)
     assert [manual_vm.read_bitmap(SLOT) for _ in range(2)] == [[3]] * 2
@@ -252,7 +253,7 @@ def test_manual_protect_can_be_disabled(manual_vm: TrackedVm) -> None:
 
 
 @pytest.mark.log_modes("clear-log-unset")
-def test_manual_protect_can_be_enabled_late(dirty_log_vm: TrackedVm) -> None:
+def test_manual_protect_can_be_enabled_late(dirty_log_vm: ScriptedVm) -> None:
     """Manual protection that is enabled on a VM with slots, vCPUs and dirty pages loses no dirty page."""
     dirty_log_vm.write(SLOT, 3)
     dirty_log_vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL)
@@ -264,7 +265,7 @@ def test_manual_protect_can_be_enabled_late(dirty_log_vm: TrackedVm) -> None:
 
 
 @pytest.mark.log_modes("clear-log")
-def test_initially_set_affects_only_new_bitmaps(dirty_log_vm: TrackedVm) -> None:
+def test_initially_set_affects_only_new_bitmaps(dirty_log_vm: ScriptedVm) -> None:
     """Switching KVM_DIRTY_LOG_INITIALLY_SET on or off changes no bitmap of a slot whose dirty logging is enabled."""
     vm, cap = dirty_log_vm, uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     vm.write(OTHER, *ALL)
@@ -285,7 +286,7 @@ def test_initially_set_affects_only_new_bitmaps(dirty_log_vm: TrackedVm) -> None
     assert vm.read_bitmap(OTHER) == []
 
 
-def test_clear_without_manual_protect(dirty_log_vm: TrackedVm, kvm: Kvm) -> None:
+def test_clear_without_manual_protect(dirty_log_vm: ScriptedVm, kvm: Kvm) -> None:
     """CLEAR works wherever KVM has the capability for it, also when a VM has not enabled it (api.rst 4.117)."""
     if not kvm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
         pytest.skip("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")

@@ -13,7 +13,8 @@ import pytest
 from dirty_tracking.modes import LOG_MODES, smallest_ring
 from dirty_tracking.platform import reserved_entries
 from dirty_tracking.ring import ENTRY_SIZE, DirtyRing
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.host import Host
@@ -29,9 +30,9 @@ NPAGES = 1024
 
 
 @pytest.fixture
-def ring_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def ring_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with two vCPUs, their rings of 4096 entries, and two slots with dirty logging."""
-    with TrackedVm(kvm, log_mode, vcpus=2) as vm:
+    with ScriptedVm(kvm, log_mode, vcpus=2) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
         yield vm
@@ -47,7 +48,7 @@ def is_full(vcpu: Vcpu) -> bool:
     return vcpu.kvm_run() == 0 and vcpu.run.exit_reason == uapi.KVM_EXIT_DIRTY_RING_FULL
 
 
-def fill(vm: TrackedVm, first: int) -> int:
+def fill(vm: ScriptedVm, first: int) -> int:
     """Write page after page from *first* on, wrapping around the slot, until the ring is full.
 
     :returns: a lower bound of the number of writes
@@ -84,7 +85,7 @@ def test_full_ring_blocks_its_vcpu_until_reset(kvm: Kvm, host: Host, log_mode: s
     Neither a reset without a harvest nor a harvest without a reset makes room.
     """
     entries = max(256, smallest_ring(kvm))
-    with TrackedVm(kvm, log_mode, ring_count=entries) as vm:
+    with ScriptedVm(kvm, log_mode, ring_count=entries) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.write(SLOT, *range(lap * 100))
         vm.assert_dirty("writes before the ring fills", {SLOT: range(lap * 100)})
@@ -116,7 +117,7 @@ def test_full_ring_blocks_its_vcpu_until_reset(kvm: Kvm, host: Host, log_mode: s
 def test_ring_full_after_immediate_exit(kvm: Kvm, host: Host, log_mode: str) -> None:
     """``immediate_exit`` ends KVM_RUN with EINTR also while the ring is full, and the next KVM_RUN reports the full ring."""
     entries = max(256, smallest_ring(kvm))
-    with TrackedVm(kvm, log_mode, ring_count=entries) as vm:
+    with ScriptedVm(kvm, log_mode, ring_count=entries) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         fill(vm, 0)
         (handle,) = vm.vm.vcpus
@@ -133,7 +134,7 @@ def test_ring_full_after_immediate_exit(kvm: Kvm, host: Host, log_mode: str) -> 
 
 
 @pytest.mark.usefixtures("entries_in_order")
-def test_vcpu_writes_go_to_its_own_ring(ring_vm: TrackedVm) -> None:
+def test_vcpu_writes_go_to_its_own_ring(ring_vm: ScriptedVm) -> None:
     """KVM pushes each write to the ring of the vCPU that made it, with slot and offset, in the order of the writes."""
     ring_vm.run(
         *(Operation("store_8", ring_vm.address(slot, page)) for slot, page in ((SLOT, 9), (OTHER, 1), (SLOT, 2)))
@@ -148,7 +149,7 @@ def test_vcpu_writes_go_to_its_own_ring(ring_vm: TrackedVm) -> None:
 def test_entries_of_high_slot_numbers(kvm: Kvm, log_mode: str) -> None:
     """Ring entries have the right number for the highest slot and for one in the middle."""
     highest = kvm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS) - 1
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         for index, slot in enumerate((highest, highest // 2)):
             vm.add_slot(slot, FIRST_GPA + index * 64 * PAGE, 64)
         vm.write(highest, 63)
@@ -157,7 +158,7 @@ def test_entries_of_high_slot_numbers(kvm: Kvm, log_mode: str) -> None:
 
 
 @pytest.mark.usefixtures("entries_in_order")
-def test_reset_of_partial_harvest(ring_vm: TrackedVm) -> None:
+def test_reset_of_partial_harvest(ring_vm: ScriptedVm) -> None:
     """A reset stops at the first entry that was not harvested, and the entries from there on stay in the ring."""
     ring_vm.write(SLOT, *range(10))
     ring = ring_vm.rings[0]
@@ -175,7 +176,7 @@ def mark_harvested(ring: DirtyRing, *numbers: int) -> None:
 
 
 @pytest.mark.usefixtures("entries_in_order")
-def test_reset_stops_at_a_gap_in_each_ring(ring_vm: TrackedVm, emulates: bool) -> None:
+def test_reset_stops_at_a_gap_in_each_ring(ring_vm: ScriptedVm, emulates: bool) -> None:
     """Entries that were harvested behind one that was not are not reset, and their pages not write-protected again.
 
     User space must not skip entries: in each ring KVM stops at the first entry without the RESET flag
@@ -207,7 +208,7 @@ def test_reset_stops_at_a_gap_in_each_ring(ring_vm: TrackedVm, emulates: bool) -
     assert harvest(two, 100) == [(OTHER, page) for page in (again if emulates else (0, 1, 2, 3, 4))]
 
 
-def test_page_is_pushed_once_until_reset(ring_vm: TrackedVm, emulates: bool) -> None:
+def test_page_is_pushed_once_until_reset(ring_vm: ScriptedVm, emulates: bool) -> None:
     """Stores to a page that is in a ring push no second entry until a reset write-protects the page again."""
     ring_vm.write(SLOT, 5)
     ring_vm.write(SLOT, 5)
@@ -233,7 +234,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("slots", [(SLOT,), (OTHER, SLOT, SLOT)], ids=["one-slot", "two-slots"])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
-def test_reset_of_entries_in_any_order(ring_vm: TrackedVm, order: list[int], slots: tuple[int, ...]) -> None:
+def test_reset_of_entries_in_any_order(ring_vm: ScriptedVm, order: list[int], slots: tuple[int, ...]) -> None:
     """A reset write-protects the page of each harvested entry, whatever the order of pages and slots.
 
     KVM coalesces entries of a slot that are within 64 pages into one mask, and shifts it when a page comes before its
@@ -269,7 +270,7 @@ def assert_only_shared_mappings(vcpu: Vcpu, first: int, pages: int) -> None:
 RING_PAGES = 4096 * ENTRY_SIZE // mmap.PAGESIZE
 
 
-def test_ring_mmap_is_shared_and_no_exec(ring_vm: TrackedVm) -> None:
+def test_ring_mmap_is_shared_and_no_exec(ring_vm: ScriptedVm) -> None:
     """The ring and each of its pages can be mapped shared, to read and write, and neither private nor executable."""
     for first, pages in ((0, RING_PAGES), *((page, 1) for page in range(RING_PAGES))):
         assert_only_shared_mappings(ring_vm.vm.vcpus[0], first, pages)
@@ -280,7 +281,7 @@ def test_ring_mmap_is_shared_and_no_exec(ring_vm: TrackedVm) -> None:
     [(-1, 2), (-1, 1 + RING_PAGES), (RING_PAGES - 1, 2), (0, RING_PAGES + 1)],
     ids=["begins-before-first-page", "begins-before-all", "ends-behind-last-page", "ends-behind-all"],
 )
-def test_ring_mmap_with_one_end_outside(ring_vm: TrackedVm, first: int, pages: int) -> None:
+def test_ring_mmap_with_one_end_outside(ring_vm: ScriptedVm, first: int, pages: int) -> None:
     """A mapping of which only the first or only the last page is in the ring cannot be private or executable.
 
     KVM checks the first page and the last (kvm_vcpu_mmap(), virt/kvm/kvm_main.c), and so accepts a private mapping that
@@ -306,7 +307,7 @@ def can_be_read(mapped: mmap.mmap, offset: int) -> bool:
     return True
 
 
-def test_mapping_beyond_the_ring_is_unbacked(ring_vm: TrackedVm) -> None:
+def test_mapping_beyond_the_ring_is_unbacked(ring_vm: ScriptedVm) -> None:
     """A mapping that is larger than the ring has no memory right before the first entry or behind the last."""
     offset, size = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE, 4096 * ENTRY_SIZE
     with mmap.mmap(ring_vm.vm.vcpus[0].fd, 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as mapped:
@@ -329,7 +330,7 @@ def test_no_ring_memory_without_rings(kvm: Kvm) -> None:
             assert not can_be_read(mapped, 0)
 
 
-def test_ring_mappings_share_their_memory(ring_vm: TrackedVm) -> None:
+def test_ring_mappings_share_their_memory(ring_vm: ScriptedVm) -> None:
     """A harvest through one mapping of a ring, and its reset, are visible through another."""
     handle = ring_vm.vm.vcpus[0]
     ring_vm.write(SLOT, 5)
@@ -341,7 +342,7 @@ def test_ring_mappings_share_their_memory(ring_vm: TrackedVm) -> None:
         assert int.from_bytes(other[:4], "little") == 0
 
 
-def test_reset_of_entries_of_absent_pages(ring_vm: TrackedVm) -> None:
+def test_reset_of_entries_of_absent_pages(ring_vm: ScriptedVm) -> None:
     """A reset counts a harvested entry that user space changed to an absent slot or page, and does nothing else for it.
 
     Each is the only such entry of its reset: KVM could coalesce two, as in test_reset_ignores_wrapping_offsets().
@@ -363,7 +364,7 @@ def test_reset_of_entries_of_absent_pages(ring_vm: TrackedVm) -> None:
 
 def test_reset_ignores_only_out_of_range_entries(kvm: Kvm, log_mode: str) -> None:
     """A reset write-protects the page of each valid entry, also next to one beyond the end of a slot recreated smaller."""
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, 70)
         vm.write(SLOT, 69)
         vm.remove_slot(SLOT)
@@ -375,7 +376,7 @@ def test_reset_ignores_only_out_of_range_entries(kvm: Kvm, log_mode: str) -> Non
 
 
 @pytest.mark.parametrize("offsets", [(5, 5), (5, 6, 5), (6, 5, 5)], ids=["alone", "around", "behind"])
-def test_reset_of_duplicate_entries(ring_vm: TrackedVm, offsets: tuple[int, ...]) -> None:
+def test_reset_of_duplicate_entries(ring_vm: ScriptedVm, offsets: tuple[int, ...]) -> None:
     """A reset counts two entries of the same page, and write-protects that page and those of the adjacent entries."""
     ring = ring_vm.rings[0]
     ring_vm.write(SLOT, *range(5, 5 + len(offsets)))
@@ -389,7 +390,7 @@ def test_reset_of_duplicate_entries(ring_vm: TrackedVm, offsets: tuple[int, ...]
 
 
 @pytest.mark.disposable_kernel
-def test_reset_ignores_wrapping_offsets(ring_vm: TrackedVm) -> None:
+def test_reset_ignores_wrapping_offsets(ring_vm: ScriptedVm) -> None:
     """A reset ignores an entry whose offset wraps around to the start of the slot, and resets no page but those named.
 
     Coalesced with the next entry, such an offset seemed to lie in the slot and led to an access out of bounds before
@@ -410,7 +411,7 @@ def test_reset_ignores_wrapping_offsets(ring_vm: TrackedVm) -> None:
         ring_vm.enable_dirty_logging(SLOT)
 
 
-def test_reset_ignores_the_dirty_flag(ring_vm: TrackedVm) -> None:
+def test_reset_ignores_the_dirty_flag(ring_vm: ScriptedVm) -> None:
     """A reset counts an entry with the RESET flag that KVM never made dirty (kvm_dirty_gfn_harvested())."""
     ring = ring_vm.rings[0]
     ring.entry(0).flags = uapi.KVM_DIRTY_GFN_F_RESET
@@ -429,7 +430,7 @@ def test_no_bitmap_allocated_in_ring_mode(kvm: Kvm, log_mode: str) -> None:
     npages = 64 * GIB // PAGE
     allocated: dict[str, list[int]] = {}
     for mode in ("dirty-log", log_mode):
-        with TrackedVm(kvm, mode) as vm:
+        with ScriptedVm(kvm, mode) as vm:
             memory = GuestMemory(BACKINGS["anonymous"], npages * PAGE, 4 * GIB)
             vm.vm.set_user_memory_region(SLOT, 4 * GIB, memory)
             for _ in range(5):

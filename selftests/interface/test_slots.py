@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
@@ -17,13 +18,13 @@ MOVED = FIRST_GPA + 4 * MIB
 
 
 @pytest.fixture
-def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with one vCPU and no test slots, in each log mode."""
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         yield vm
 
 
-def still_reported(vm: TrackedVm, page: int) -> dict[int, list[int]]:
+def still_reported(vm: ScriptedVm, page: int) -> dict[int, list[int]]:
     """What is still reported of a write to *page* after its slot was deleted or its logging disabled.
 
     The bitmap is freed with it. Ring entries stay: they have the slot's number, and no change of memslots removes them
@@ -32,7 +33,7 @@ def still_reported(vm: TrackedVm, page: int) -> dict[int, list[int]]:
     return {SLOT: [page]} if vm.mode.uses_ring else {}
 
 
-def test_logging_disabled_and_enabled(vm: TrackedVm) -> None:
+def test_logging_disabled_and_enabled(vm: ScriptedVm) -> None:
     """Dirty logging that is enabled again reports no write from while it was disabled, nor older bits of a bitmap."""
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     for page in range(4):
@@ -46,7 +47,7 @@ def test_logging_disabled_and_enabled(vm: TrackedVm) -> None:
         vm.assert_dirty("no write since logging was enabled again", {})
 
 
-def test_enabling_logging_twice(vm: TrackedVm) -> None:
+def test_enabling_logging_twice(vm: ScriptedVm) -> None:
     """Enabling dirty logging of a slot that has it already loses no dirty page."""
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.write(SLOT, 3)
@@ -55,9 +56,9 @@ def test_enabling_logging_twice(vm: TrackedVm) -> None:
     vm.assert_dirty("writes before and after enabling logging twice", {SLOT: [3, 4]})
 
 
-def test_adjacent_slots_are_independent(vm: TrackedVm) -> None:
+def test_adjacent_slots_are_independent(vm: ScriptedVm) -> None:
     """Of three adjacent slots, each with dirty logging reports its own writes and none of its neighbours'."""
-    vm.add_slot(BELOW, FIRST_GPA - NPAGES * PAGE, NPAGES, tracked=False)
+    vm.add_slot(BELOW, FIRST_GPA - NPAGES * PAGE, NPAGES, logged=False)
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.add_slot(ABOVE, FIRST_GPA + NPAGES * PAGE, NPAGES)
     for slot in (BELOW, SLOT, ABOVE):
@@ -69,7 +70,7 @@ def test_adjacent_slots_are_independent(vm: TrackedVm) -> None:
     vm.assert_dirty("writes with logging enabled for one slot", {SLOT: [1]})
 
 
-def test_slot_deleted_and_recreated(vm: TrackedVm) -> None:
+def test_slot_deleted_and_recreated(vm: ScriptedVm) -> None:
     """A slot recreated in the same place starts clean, and logs from its first write on."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     for page in (2, 5):
@@ -84,7 +85,7 @@ def test_slot_deleted_and_recreated(vm: TrackedVm) -> None:
         vm.assert_dirty("no write to the new slot", {})
 
 
-def test_entries_of_a_deleted_slot(vm: TrackedVm) -> None:
+def test_entries_of_a_deleted_slot(vm: ScriptedVm) -> None:
     """Ring entries of a deleted slot can be harvested and reset, and a new slot in its place logs its writes."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.write(SLOT, 2)
@@ -97,7 +98,7 @@ def test_entries_of_a_deleted_slot(vm: TrackedVm) -> None:
     vm.assert_dirty("writes to the new slot", {SLOT: [2, 3]})
 
 
-def test_slot_move_keeps_dirty_pages(vm: TrackedVm) -> None:
+def test_slot_move_keeps_dirty_pages(vm: ScriptedVm) -> None:
     """A moved slot keeps exactly its uncollected dirty pages, and logs from the first write at its new address on."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.write(SLOT, 2)
@@ -111,7 +112,7 @@ def test_slot_move_keeps_dirty_pages(vm: TrackedVm) -> None:
     vm.assert_dirty("writes after the move", {SLOT: [2, 3, 5]})
 
 
-def test_slot_move_that_toggles_logging(vm: TrackedVm) -> None:
+def test_slot_move_that_toggles_logging(vm: ScriptedVm) -> None:
     """A call that moves a slot and disables or enables its dirty logging frees or creates its bitmap as without a move."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.map(MOVED, NPAGES)
@@ -126,7 +127,7 @@ def test_slot_move_that_toggles_logging(vm: TrackedVm) -> None:
     vm.assert_dirty("writes after the slot was moved back", {SLOT: [2, 5]})
 
 
-def test_two_slots_with_the_same_memory(vm: TrackedVm) -> None:
+def test_two_slots_with_the_same_memory(vm: ScriptedVm) -> None:
     """Of two slots with the same host memory, each with dirty logging reports the writes to its own gfns only."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.vm.set_user_memory_region(ALIAS, MOVED, memslot.memory)

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GuestMemory
 
@@ -77,7 +78,7 @@ INVALIDATIONS = [
 )
 def test_dirty_log_survives_mmu_notifier(kvm: Kvm, log_mode: str, backing: str, invalidation: Invalidation) -> None:
     """Writes before and after an MMU notifier invalidation are reported, and the invalidation itself dirties no page."""
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES, backing).memory
         vm.write(SLOT, *range(NPAGES))
         vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})

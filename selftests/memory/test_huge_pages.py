@@ -13,8 +13,9 @@ from dirty_tracking.cell import Settings
 from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.platform import splits_eagerly, uses_tdp
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import Kind, violated
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
@@ -70,7 +71,7 @@ UNDER_LARGE_GUEST_PAGES = [(mode, two_mib("anonymous_thp", 3), "48bit-2m") for m
 EDGE_SHIFTS = (0, 1, 3, 63)
 
 
-MakeHugeVm = Callable[..., AbstractContextManager[TrackedVm]]
+MakeHugeVm = Callable[..., AbstractContextManager[ScriptedVm]]
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def make_huge_vm(
     """
 
     @contextmanager
-    def make_huge_vm(layout: Layout, guest_mode: str | None = None) -> Iterator[TrackedVm]:
+    def make_huge_vm(layout: Layout, guest_mode: str | None = None) -> Iterator[ScriptedVm]:
         backing = BACKINGS[layout.backing]
         guest_mode = guest_mode or huge_guest_mode(kvm, host, layout)
         if reason := backing.missing(0):
@@ -91,8 +92,8 @@ def make_huge_vm(
         with huge_page_pool() if backing.hugetlb else nullcontext():
             if reason := backing.missing(layout.npages * PAGE + layout.gpa % backing.alignment):
                 pytest.skip(reason)
-            with TrackedVm(kvm, log_mode, guest_mode=guest_mode) as vm:
-                memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, tracked=False)
+            with ScriptedVm(kvm, log_mode, guest_mode=guest_mode) as vm:
+                memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, logged=False)
                 memslot.memory.populate()
                 needed = len(huge_pages(memslot, layout.size)) * layout.size
                 if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
@@ -114,7 +115,7 @@ def huge_guest_mode(kvm: Kvm, host: Host, layout: Layout) -> str:
 
 
 @pytest.fixture
-def open_stats(kvm: Kvm, host: Host, emulates: bool) -> Callable[[TrackedVm], BinaryStats]:
+def open_stats(kvm: Kvm, host: Host, emulates: bool) -> Callable[[ScriptedVm], BinaryStats]:
     """Call it with a VM for the statistics of its mappings."""
     if emulates:
         pytest.skip(f"{host.backend} emulates each instruction of this guest, and maps no page")
@@ -123,13 +124,13 @@ def open_stats(kvm: Kvm, host: Host, emulates: bool) -> Callable[[TrackedVm], Bi
     return lambda vm: BinaryStats(vm.vm.get_stats_fd())
 
 
-def touched(vm: TrackedVm, layout: Layout) -> list[int]:
+def touched(vm: ScriptedVm, layout: Layout) -> list[int]:
     """A page in each huge page, and the memslot's first and last: writes to these map the memslot as huge as KVM can."""
     whole = [page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size)]
     return sorted({0, *whole, layout.npages - 1})
 
 
-def edges(vm: TrackedVm, layout: Layout) -> list[int]:
+def edges(vm: ScriptedVm, layout: Layout) -> list[int]:
     """The pages on both sides of each huge page's boundaries, and the memslot's first and last."""
     starts = [page for huge in huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[:3] for page in (huge[0], huge[-1] + 1)]
     return sorted(
@@ -151,7 +152,7 @@ def test_huge_pages_logged_by_4k_pages(
         check_reports(vm, layout, settings.seed, rounds=5 if thorough else 1)
 
 
-def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None:
+def check_reports(vm: ScriptedVm, layout: Layout, seed: int, rounds: int) -> None:
     """Map the memslot huge, enable dirty logging and write in patterns; then disable and enable it, and write again."""
     vm.write(SLOT, *touched(vm, layout))
     vm.enable_dirty_logging(SLOT)
@@ -180,14 +181,14 @@ def check_reports(vm: TrackedVm, layout: Layout, seed: int, rounds: int) -> None
 
 @pytest.mark.parametrize(("log_mode", "layout"), CASES, ids=str, indirect=["log_mode"])
 def test_huge_page_split_and_recovery(
-    make_huge_vm: MakeHugeVm, open_stats: Callable[[TrackedVm], BinaryStats], host: Host, layout: Layout
+    make_huge_vm: MakeHugeVm, open_stats: Callable[[ScriptedVm], BinaryStats], host: Host, layout: Layout
 ) -> None:
     """Huge mappings are split when dirty logging is enabled (or at the first CLEAR or write), and come back when it ends."""
     with make_huge_vm(layout) as vm, open_stats(vm) as stats:
         check_sizes(vm, stats, host, layout)
 
 
-def check_sizes(vm: TrackedVm, stats: BinaryStats, host: Host, layout: Layout) -> None:
+def check_sizes(vm: ScriptedVm, stats: BinaryStats, host: Host, layout: Layout) -> None:
     """Twice: map the memslot huge, enable dirty logging, write, and disable it."""
     size = mapped_size(vm, host, layout)
     pages = touched(vm, layout)
@@ -218,7 +219,7 @@ def check_sizes(vm: TrackedVm, stats: BinaryStats, host: Host, layout: Layout) -
         vm.disable_dirty_logging(SLOT)
 
 
-def mapped_size(vm: TrackedVm, host: Host, layout: Layout) -> int:
+def mapped_size(vm: ScriptedVm, host: Host, layout: Layout) -> int:
     """The size of the pages that KVM maps the memslot with, while dirty logging is disabled."""
     return layout.size if uses_tdp(host) else min(layout.size, vm.guest.guest_mode.page_size)
 
@@ -324,7 +325,7 @@ def masks_at(edge: int) -> list[list[int]]:
     return [mask for index, mask in enumerate(candidates) if mask and mask not in candidates[:index]]
 
 
-def check_clear(vm: TrackedVm, mask: list[int], what: str) -> None:
+def check_clear(vm: ScriptedVm, mask: list[int], what: str) -> None:
     """Clear the pages of *mask* in a memslot that is mapped huge and dirty around them, and write them again."""
     memslot = vm.vm.memslots[SLOT]
     first = min(mask) // 64 * 64

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dirty_tracking.platform import uses_pml, uses_tdp
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 
@@ -29,7 +30,7 @@ _NO_MORE_STEPS = 1 << 62
 class Rendezvous:
     """Points where the vCPU and the host wait for each other, by two words of slot 0: how many each of them has reached."""
 
-    def __init__(self, vm: TrackedVm) -> None:
+    def __init__(self, vm: ScriptedVm) -> None:
         self._address = vm.guest.allocate(PAGE)
         self._words = vm.guest.memory(self._address, 16).cast("Q")
         self._last = 0
@@ -59,15 +60,15 @@ class Rendezvous:
 
 
 @pytest.fixture(params=["anonymous", "anonymous_thp"])
-def vm(request: pytest.FixtureRequest, kvm: Kvm, host: Host, emulates: bool, log_mode: str) -> Iterator[TrackedVm]:
+def vm(request: pytest.FixtureRequest, kvm: Kvm, host: Host, emulates: bool, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with a memslot without dirty logging, mapped by small pages or by huge ones."""
     if emulates:
         pytest.skip(f"{host.backend} emulates each instruction of this guest, and keeps no translation")
     if uses_pml(host):
         pytest.skip("with PML KVM logs a store only when the vCPU leaves its guest (kvm_intel.pml=0 switches PML off)")
     huge = request.param == "anonymous_thp"
-    with TrackedVm(kvm, log_mode, guest_mode="48bit-2m" if huge and not uses_tdp(host) else "48bit-4k") as vm:
-        memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES, request.param, tracked=False)
+    with ScriptedVm(kvm, log_mode, guest_mode="48bit-2m" if huge and not uses_tdp(host) else "48bit-4k") as vm:
+        memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES, request.param, logged=False)
         memslot.memory.populate()
         yield vm
 
@@ -78,7 +79,7 @@ def rounds(thorough: bool) -> int:
     return 100 if thorough else 5
 
 
-def store_between(vm: TrackedVm, steps_per_page: int, steps: Iterator[None]) -> None:
+def store_between(vm: ScriptedVm, steps_per_page: int, steps: Iterator[None]) -> None:
     """Have the vCPU store to each of PAGES, and again right after each of *steps_per_page* of the host's *steps*."""
     rendezvous = Rendezvous(vm)
     operations = []
@@ -91,7 +92,7 @@ def store_between(vm: TrackedVm, steps_per_page: int, steps: Iterator[None]) -> 
         host.result()
 
 
-def test_store_right_after_enabling_logging(vm: TrackedVm, rounds: int) -> None:
+def test_store_right_after_enabling_logging(vm: ScriptedVm, rounds: int) -> None:
     """The first store to a writable page is logged after dirty logging was enabled (INITIALLY_SET: after the first CLEAR)."""
 
     def steps() -> Iterator[None]:
@@ -110,7 +111,7 @@ def test_store_right_after_enabling_logging(vm: TrackedVm, rounds: int) -> None:
         store_between(vm, 2, steps())
 
 
-def test_store_right_after_collection(vm: TrackedVm, rounds: int) -> None:
+def test_store_right_after_collection(vm: ScriptedVm, rounds: int) -> None:
     """The first store to a dirty page after GET, CLEAR or RESET is logged again."""
     vm.enable_dirty_logging(SLOT)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from dirty_tracking.bitmap import bitmap_of
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.kvm import Kvm
@@ -25,9 +26,9 @@ DISTANCES = (1, 2, 32, 62, 63, 64, 65, 66, 127, 128, 129)
 
 
 @pytest.fixture
-def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with two vCPUs and no test memslot yet."""
-    with TrackedVm(kvm, log_mode, vcpus=2) as vm:
+    with ScriptedVm(kvm, log_mode, vcpus=2) as vm:
         yield vm
 
 
@@ -48,10 +49,10 @@ def patterns(npages: int, rng: random.Random) -> dict[str, list[int]]:
     return {name: pages for name, pages in named.items() if pages}
 
 
-def check_slot(vm: TrackedVm, gpa: int, npages: int, rng: random.Random, rounds: int = 2) -> None:
+def check_slot(vm: ScriptedVm, gpa: int, npages: int, rng: random.Random, rounds: int = 2) -> None:
     """Check each pattern of writes in a memslot whose pages are all mapped writable when dirty logging is enabled."""
     where = f"memslot of {npages} pages at gfn {gpa // PAGE:#x}"
-    vm.add_slot(SLOT, gpa, npages, tracked=False)
+    vm.add_slot(SLOT, gpa, npages, logged=False)
     vm.write(SLOT, *range(npages))
     vm.enable_dirty_logging(SLOT)
     vm.assert_dirty(f"{where}, nothing since dirty logging was enabled", {})
@@ -63,10 +64,10 @@ def check_slot(vm: TrackedVm, gpa: int, npages: int, rng: random.Random, rounds:
     vm.remove_slot(SLOT)
 
 
-def test_pages_mapped_before_logging(vm: TrackedVm) -> None:
+def test_pages_mapped_before_logging(vm: ScriptedVm) -> None:
     """Pages that are mapped writable when dirty logging is enabled: the next write to each is logged, earlier ones are not."""
     npages = 64 + 9
-    vm.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
+    vm.add_slot(SLOT, FIRST_GPA, npages, logged=False)
     vm.write(SLOT, *range(npages))
     vm.enable_dirty_logging(SLOT)
     vm.assert_dirty("nothing since dirty logging was enabled", {})
@@ -76,14 +77,14 @@ def test_pages_mapped_before_logging(vm: TrackedVm) -> None:
     vm.assert_dirty("writes to the others", {SLOT: range(1, npages, 2)})
 
 
-def test_prefaulted_pages_are_logged(kvm: Kvm, vm: TrackedVm) -> None:
+def test_prefaulted_pages_are_logged(kvm: Kvm, vm: ScriptedVm) -> None:
     """Writes to pages that KVM_PRE_FAULT_MEMORY mapped are logged, be it before or after dirty logging was enabled."""
     if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
         pytest.skip(
             "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
         )
     npages = 64 + 9
-    vm.add_slot(SLOT, FIRST_GPA, npages, tracked=False)
+    vm.add_slot(SLOT, FIRST_GPA, npages, logged=False)
     vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
     vm.enable_dirty_logging(SLOT)
     vm.assert_dirty("nothing since dirty logging was enabled", {})
@@ -101,7 +102,7 @@ def test_prefaulted_pages_are_logged(kvm: Kvm, vm: TrackedVm) -> None:
     vm.assert_dirty("writes to pages that were mapped after that", {SLOT: range(0, npages, 3)})
 
 
-def test_unaligned_slot_sizes_and_gfns(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+def test_unaligned_slot_sizes_and_gfns(vm: ScriptedVm, draw: random.Random, thorough: bool) -> None:
     """Memslots whose size is no multiple of 64 pages, and whose base gfn is none of 64 or 512, are logged page by page."""
     sizes, shifts = (SIZES + MORE_SIZES, SHIFTS + MORE_SHIFTS) if thorough else (SIZES, SHIFTS)
     for index, npages in enumerate(sizes):
@@ -111,7 +112,7 @@ def test_unaligned_slot_sizes_and_gfns(vm: TrackedVm, draw: random.Random, thoro
 
 @pytest.mark.parametrize("boundary", [2 * MIB, GIB, 512 * GIB], ids=["2MiB", "1GiB", "512GiB"])
 def test_slot_across_page_table_boundary(
-    kvm: Kvm, vm: TrackedVm, draw: random.Random, boundary: int, thorough: bool
+    kvm: Kvm, vm: ScriptedVm, draw: random.Random, boundary: int, thorough: bool
 ) -> None:
     """Pages on both sides of a page table's boundary are logged, within a word of the bitmap and at its end."""
     middle = align_up(FIRST_GPA + MIB, boundary)
@@ -122,9 +123,9 @@ def test_slot_across_page_table_boundary(
 
 
 @pytest.mark.parametrize("npages", [(1 << 16) + 65, (1 << 20) + 3], ids=["2^16", "2^20"])
-def test_slot_with_many_pages(vm: TrackedVm, draw: random.Random, npages: int) -> None:
+def test_slot_with_many_pages(vm: ScriptedVm, draw: random.Random, npages: int) -> None:
     """Sparse writes to a memslot of more than 2^16 or 2^20 pages are logged at the right offsets."""
-    vm.add_slot(SLOT, 2 * GIB + 3 * PAGE, npages, tracked=False)
+    vm.add_slot(SLOT, 2 * GIB + 3 * PAGE, npages, logged=False)
     fixed = {0, 63, 64, 65535, 65536, 65537, npages // 2, npages - 65, npages - 1}
     pages = sorted({*fixed, *draw.sample(range(npages), 10)})
     vm.write(SLOT, *pages)
@@ -134,7 +135,7 @@ def test_slot_with_many_pages(vm: TrackedVm, draw: random.Random, npages: int) -
         vm.assert_dirty("sparse writes", {SLOT: pages})
 
 
-def test_write_protection_at_any_distance(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+def test_write_protection_at_any_distance(vm: ScriptedVm, draw: random.Random, thorough: bool) -> None:
     """Pages that are reported together, at any distance and in any order, are all write-protected again."""
     npages = 300
     vm.add_slot(SLOT, FIRST_GPA + 5 * PAGE, npages)
@@ -150,7 +151,7 @@ def test_write_protection_at_any_distance(vm: TrackedVm, draw: random.Random, th
             vm.assert_dirty(f"pages {order} written", {SLOT: order})
 
 
-def test_rewrite_after_each_collection(vm: TrackedVm, thorough: bool) -> None:
+def test_rewrite_after_each_collection(vm: ScriptedVm, thorough: bool) -> None:
     """A vCPU's next write to each page is logged when all its earlier writes were collected one by one."""
     npages = 64 + 3
     vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages)
@@ -160,11 +161,11 @@ def test_rewrite_after_each_collection(vm: TrackedVm, thorough: bool) -> None:
             vm.assert_dirty(f"page {page} written", {SLOT: [page]})
 
 
-def test_tlb_flush_reaches_every_vcpu(vm: TrackedVm, thorough: bool) -> None:
+def test_tlb_flush_reaches_every_vcpu(vm: ScriptedVm, thorough: bool) -> None:
     """No vCPU keeps a writable translation when logging is enabled, or when writes of another vCPU are collected."""
     npages = 64 + 3
     everything = range(npages)
-    vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages, tracked=False)
+    vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages, logged=False)
     for round_number in range(10 if thorough else 2):
         for vcpu in (0, 1):
             vm.write(SLOT, *everything, vcpu=vcpu)
@@ -179,7 +180,7 @@ def test_tlb_flush_reaches_every_vcpu(vm: TrackedVm, thorough: bool) -> None:
 
 
 @pytest.mark.log_modes("clear")
-def test_clear_protects_exactly_its_mask(vm: TrackedVm, draw: random.Random, thorough: bool) -> None:
+def test_clear_protects_exactly_its_mask(vm: ScriptedVm, draw: random.Random, thorough: bool) -> None:
     """CLEAR cleans and write-protects the pages of its mask, in any range, and leaves all others dirty."""
     for shift in SHIFTS + MORE_SHIFTS if thorough else SHIFTS:
         for npages in (1, 64, 200):
@@ -190,7 +191,7 @@ def test_clear_protects_exactly_its_mask(vm: TrackedVm, draw: random.Random, tho
             vm.remove_slot(SLOT)
 
 
-def check_clear(vm: TrackedVm, rng: random.Random, where: str) -> None:
+def check_clear(vm: ScriptedVm, rng: random.Random, where: str) -> None:
     """Dirty all pages, clear random ones, and write these again, one word of the bitmap at a time."""
     npages = vm.vm.memslots[SLOT].npages
     vm.write(SLOT, *range(npages))

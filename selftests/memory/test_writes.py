@@ -6,7 +6,8 @@ x86_64/test_instruction_writes.py has the same for instructions that only x86 ha
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
@@ -32,25 +33,25 @@ RET = 0xC3
 
 @pytest.mark.parametrize("store", STORES, ids=str)
 def test_store_is_logged(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
 ) -> None:
     """A store dirties its gfn, at the beginning and at the end of the page, and again after each collection."""
     check_store_in_page(logged_vm, skip_unemulated, max_entries, store)
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store.straddles], ids=str)
-def test_store_across_page_boundary(logged_vm: TrackedVm, max_entries: MaxEntries, store: Store) -> None:
+def test_store_across_page_boundary(logged_vm: ScriptedVm, max_entries: MaxEntries, store: Store) -> None:
     """A store that straddles two pages dirties both gfns, also where they belong to different memslots."""
     check_store_across_boundary(logged_vm, max_entries, store)
 
 
-def test_faulting_store_is_not_logged(logged_vm: TrackedVm, skip_unemulated: SkipUnemulated) -> None:
+def test_faulting_store_is_not_logged(logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated) -> None:
     """A store that faults in the guest's own page tables changes nothing and dirties no gfn."""
     check_faulting_store(logged_vm, skip_unemulated, WORD_STORE)
 
 
 def test_store_faulting_in_second_page(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int
 ) -> None:
     """A store across two pages that faults in the second one writes neither; at most the first one is reported.
 
@@ -72,7 +73,7 @@ def test_store_to_readonly_memslot(kvm: Kvm, log_mode: str) -> None:
         exits.append(run.mmio.phys_addr)
         return True
 
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES, readonly=True)
         vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
         vm.run(*(Operation("load", vm.address(SLOT, page)) for page in range(NPAGES)))
@@ -85,12 +86,12 @@ def test_store_to_readonly_memslot(kvm: Kvm, log_mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["load", "prefetch"])
-def test_non_writing_access_is_not_logged(logged_vm: TrackedVm, name: str) -> None:
+def test_non_writing_access_is_not_logged(logged_vm: ScriptedVm, name: str) -> None:
     """Loads and prefetches dirty no gfn."""
     check_no_write(logged_vm, name)
 
 
-def test_execution_is_not_logged(logged_vm: TrackedVm) -> None:
+def test_execution_is_not_logged(logged_vm: ScriptedVm) -> None:
     """Executing code dirties no gfn once its page is mapped.
 
     The host's write of the code unmaps the page. The first access of any kind maps it writable again, and KVM counts it as
@@ -104,7 +105,7 @@ def test_execution_is_not_logged(logged_vm: TrackedVm) -> None:
     logged_vm.assert_dirty("a call into the memslot", {})
 
 
-def test_user_space_writes_are_not_logged(logged_vm: TrackedVm) -> None:
+def test_user_space_writes_are_not_logged(logged_vm: ScriptedVm) -> None:
     """Writes of user space through its own mapping are not logged: the dirty log is of the guest's writes (api.rst 4.8)."""
     memory = logged_vm.vm.memslots[SLOT].memory.view
     for page in range(NPAGES):
@@ -112,7 +113,7 @@ def test_user_space_writes_are_not_logged(logged_vm: TrackedVm) -> None:
     logged_vm.assert_dirty("writes through the host's mapping", {})
 
 
-def test_memslot_without_dirty_logging(logged_vm: TrackedVm) -> None:
+def test_memslot_without_dirty_logging(logged_vm: ScriptedVm) -> None:
     """Writes to a memslot whose dirty logging was disabled are not reported, and those to a logged one are."""
     logged_vm.disable_dirty_logging(NEIGHBOUR)
     logged_vm.write(NEIGHBOUR, 1, 2)

@@ -7,8 +7,9 @@ from contextlib import closing
 
 import pytest
 
-from dirty_tracking.cell import PAGE, Settings
+from dirty_tracking.cell import Settings
 from dirty_tracking.migration import Migration
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSER
 from dirty_tracking.writers_vm import WritersVm

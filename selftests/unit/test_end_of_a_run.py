@@ -324,9 +324,9 @@ def test_violation_is_shown_first(run: Callable[..., str]) -> None:
     assert re.match(r"dirty-log: .*LOST", report[2]), output
     assert len(report[2 : report.index("")]) <= 2
     assert re.search(r"^selftests/interface/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
-    assert "lib/dirty_tracking/tracked_vm.py" not in output
+    assert "lib/dirty_tracking/vm.py" not in output
     assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
-    assert "lib/dirty_tracking/tracked_vm.py" in run(test, "--tb=long", terminal=False)
+    assert "lib/dirty_tracking/vm.py" in run(test, "--tb=long", terminal=False)
 
 
 def test_unit_tests_have_no_verdict(run: Callable[..., str]) -> None:

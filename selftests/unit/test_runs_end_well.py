@@ -16,7 +16,7 @@ from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.modes import LOG_MODES, BitmapMode, smallest_ring
 from dirty_tracking.ring import DirtyRing
-from dirty_tracking.tracked_vm import TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vcpu_thread import VcpuHang
 from dirty_tracking.violations import ContractViolation, Kind
 from kvm_util.arch import current as arch
@@ -220,7 +220,7 @@ def test_failed_setup_leaks_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -
     for owner, step in ((Vm, "create_vcpu"), (BitmapMode, "create_vm_done")):
         with monkeypatch.context() as patch, pytest.raises(KvmError):
             patch.setattr(owner, step, fails)
-            TrackedVm(kvm, "dirty-log")
+            ScriptedVm(kvm, "dirty-log")
 
 
 @pytest.mark.log_modes("dirty-ring")

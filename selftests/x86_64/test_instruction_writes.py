@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
@@ -77,7 +78,7 @@ EMULATED_FAULTING = {
 
 
 @pytest.fixture
-def forced_emulation_vm(logged_vm: TrackedVm, host: Host) -> TrackedVm:
+def forced_emulation_vm(logged_vm: ScriptedVm, host: Host) -> ScriptedVm:
     """A VM with two logged memslots whose guest may have KVM emulate an instruction."""
     if host.parameters.get("kvm.force_emulation_prefix", "0") in ("0", "N"):
         pytest.skip("KVM's module parameter force_emulation_prefix is off (load kvm with force_emulation_prefix=1)")
@@ -86,20 +87,20 @@ def forced_emulation_vm(logged_vm: TrackedVm, host: Host) -> TrackedVm:
 
 @pytest.mark.parametrize("store", STORES, ids=str)
 def test_x86_store_is_logged(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
 ) -> None:
     """An instruction that writes dirties its gfn, at both ends of the page, and again after each collection."""
     check_store_in_page(logged_vm, skip_unemulated, max_entries, store)
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store.straddles], ids=str)
-def test_x86_store_across_page_boundary(logged_vm: TrackedVm, max_entries: MaxEntries, store: Store) -> None:
+def test_x86_store_across_page_boundary(logged_vm: ScriptedVm, max_entries: MaxEntries, store: Store) -> None:
     """An instruction that writes across two pages dirties both gfns, also where they belong to different memslots."""
     check_store_across_boundary(logged_vm, max_entries, store)
 
 
 @pytest.mark.parametrize("store", EMULATED_STORES, ids=str)
-def test_emulated_store_is_logged(forced_emulation_vm: TrackedVm, store: Store) -> None:
+def test_emulated_store_is_logged(forced_emulation_vm: ScriptedVm, store: Store) -> None:
     """A store that KVM emulates dirties its gfn, or both where it straddles two pages, and again after each collection."""
     places = [(0, [WRITTEN]), (PAGE - store.size, [WRITTEN])]
     if store.straddles:
@@ -110,7 +111,7 @@ def test_emulated_store_is_logged(forced_emulation_vm: TrackedVm, store: Store) 
 
 
 @pytest.mark.parametrize("name", ["emulated_cmpxchg", "emulated_lock_cmpxchg"])
-def test_emulated_failing_cmpxchg_is_logged(forced_emulation_vm: TrackedVm, name: str) -> None:
+def test_emulated_failing_cmpxchg_is_logged(forced_emulation_vm: ScriptedVm, name: str) -> None:
     """An emulated compare-and-exchange that fails dirties its gfn, as the CPU's does.
 
     Commit 910c57dfa4d1, "KVM: x86: Mark target gfn of emulated atomic instruction as dirty".
@@ -120,7 +121,7 @@ def test_emulated_failing_cmpxchg_is_logged(forced_emulation_vm: TrackedVm, name
     assert not any(forced_emulation_vm.vm.memslots[SLOT].memory.view)
 
 
-def test_emulated_load_is_not_logged(forced_emulation_vm: TrackedVm) -> None:
+def test_emulated_load_is_not_logged(forced_emulation_vm: ScriptedVm) -> None:
     """A load that KVM emulates dirties no gfn."""
     vm = forced_emulation_vm
     vm.run(*(Operation("emulated_load", vm.address(SLOT, page)) for page in range(NPAGES)))
@@ -129,7 +130,7 @@ def test_emulated_load_is_not_logged(forced_emulation_vm: TrackedVm) -> None:
 
 @pytest.mark.parametrize(("size", "feature"), [(32, "AVX"), (64, "AVX-512")], ids=["32", "64"])
 def test_vector_store_is_logged(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, size: int, feature: str
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, size: int, feature: str
 ) -> None:
     """A vector store dirties its gfn, and both gfns where it straddles two pages."""
     components = dict(arch.vector_stores(logged_vm.guest.cpuid)).get(size, 0)
@@ -143,7 +144,7 @@ def test_vector_store_is_logged(
         logged_vm.assert_dirty(f"store of {size} bytes at offset {offset}", {SLOT: pages}, max_entries(size))
 
 
-def test_xsave_area_is_logged(logged_vm: TrackedVm, skip_unemulated: SkipUnemulated) -> None:
+def test_xsave_area_is_logged(logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated) -> None:
     """XSAVE dirties all gfns of its area, in one page or in two."""
     if not arch.has_xsave(logged_vm.guest.cpuid):
         pytest.skip("KVM offers no XSAVE here (CPUID)")
@@ -155,7 +156,7 @@ def test_xsave_area_is_logged(logged_vm: TrackedVm, skip_unemulated: SkipUnemula
 
 
 def test_interrupt_frame_is_logged(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries
 ) -> None:
     """The frame that the CPU pushes to deliver an interrupt dirties its gfn, and both gfns where it straddles two pages."""
     frame = 40
@@ -168,7 +169,7 @@ def test_interrupt_frame_is_logged(
             )
 
 
-def test_segment_accessed_bit_is_logged(logged_vm: TrackedVm, skip_unemulated: SkipUnemulated) -> None:
+def test_segment_accessed_bit_is_logged(logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated) -> None:
     """Loading a segment dirties the gfn of its descriptor if the CPU has to set the accessed bit, and not if it is set."""
     selector = 0x18
     table = logged_vm.address(SLOT, WRITTEN, 64)
@@ -193,7 +194,7 @@ def test_segment_accessed_bit_is_logged(logged_vm: TrackedVm, skip_unemulated: S
 
 @pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
 def test_x86_faulting_store_is_not_logged(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, operation: Operation
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, operation: Operation
 ) -> None:
     """An instruction whose write faults in the guest's own page tables changes nothing and dirties no gfn."""
     check_faulting_store(logged_vm, skip_unemulated, operation)
@@ -201,7 +202,7 @@ def test_x86_faulting_store_is_not_logged(
 
 @pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
 def test_x86_store_faulting_in_second_page(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
 ) -> None:
     """An instruction that faults in the second of two pages writes neither; at most the first one is reported.
 
@@ -212,7 +213,7 @@ def test_x86_store_faulting_in_second_page(
 
 @pytest.mark.parametrize("operation", EMULATED_FAULTING.values(), ids=list(EMULATED_FAULTING))
 def test_emulated_store_faulting_midway(
-    forced_emulation_vm: TrackedVm, boundary_gva: int, operation: Operation
+    forced_emulation_vm: ScriptedVm, boundary_gva: int, operation: Operation
 ) -> None:
     """An emulated store that faults in the second of two pages dirties the first one if, and only if, it changed that."""
     before = bytes(forced_emulation_vm.vm.memslots[SLOT].memory.view)
@@ -224,7 +225,7 @@ def test_emulated_store_faulting_midway(
 
 
 def test_string_store_faulting_midway(
-    logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries
+    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries
 ) -> None:
     """A string store that runs into an unmapped page dirties the gfns before it."""
     logged_vm.map_at(SPARE_GVA - 2 * PAGE, FIRST_GPA + WRITTEN * PAGE, 2)
@@ -236,7 +237,7 @@ def test_string_store_faulting_midway(
 
 
 @pytest.mark.parametrize("name", ["cmpxchg", "lock_cmpxchg", "lock_cmpxchg16b"])
-def test_failing_cmpxchg_is_logged(logged_vm: TrackedVm, skip_unemulated: SkipUnemulated, name: str) -> None:
+def test_failing_cmpxchg_is_logged(logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, name: str) -> None:
     """A compare-and-exchange that fails dirties its gfn, for the CPU writes the old value back (Intel SDM, CMPXCHG).
 
     KVM's emulator has to as well (commit 910c57dfa4d1).
@@ -247,7 +248,7 @@ def test_failing_cmpxchg_is_logged(logged_vm: TrackedVm, skip_unemulated: SkipUn
     assert not any(logged_vm.vm.memslots[SLOT].memory.view)
 
 
-def test_string_store_over_many_pages(logged_vm: TrackedVm, max_entries: MaxEntries) -> None:
+def test_string_store_over_many_pages(logged_vm: ScriptedVm, max_entries: MaxEntries) -> None:
     """String stores dirty each gfn that they pass, upwards, downwards and across memslots; a copy dirties its target only."""
     words = PAGE // 8
     most = max_entries(words)
@@ -260,7 +261,7 @@ def test_string_store_over_many_pages(logged_vm: TrackedVm, max_entries: MaxEntr
 
 
 @pytest.mark.parametrize("length", [16, 200], ids=["one-page", "two-pages"])
-def test_string_input_from_port_is_logged(logged_vm: TrackedVm, length: int) -> None:
+def test_string_input_from_port_is_logged(logged_vm: ScriptedVm, length: int) -> None:
     """User space's answer to a string input (KVM_EXIT_IO), which KVM writes to guest memory, dirties its gfns."""
 
     def answer(vcpu: Vcpu) -> bool:
@@ -280,12 +281,12 @@ def test_string_input_from_port_is_logged(logged_vm: TrackedVm, length: int) -> 
 
 
 @pytest.mark.parametrize("name", ["clflush", "test", "store_nothing"])
-def test_x86_non_writing_access_is_not_logged(logged_vm: TrackedVm, name: str) -> None:
+def test_x86_non_writing_access_is_not_logged(logged_vm: ScriptedVm, name: str) -> None:
     """CLFLUSH, TEST and a string store without repetitions dirty no gfn."""
     check_no_write(logged_vm, name)
 
 
-def test_string_load_is_not_logged(logged_vm: TrackedVm) -> None:
+def test_string_load_is_not_logged(logged_vm: ScriptedVm) -> None:
     """A string load dirties no gfn."""
     logged_vm.run(Operation("rep_lodsb", logged_vm.address(SLOT, 0), count=4 * PAGE))
     logged_vm.assert_dirty("rep lodsb", {})

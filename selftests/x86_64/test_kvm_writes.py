@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import msr, uapi
@@ -35,16 +36,16 @@ DEADLINE = 10.0  # seconds
 
 
 @pytest.fixture
-def irqchip_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def irqchip_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """As logged_vm, with the interrupt controllers in the kernel."""
     if not kvm.check_extension(uapi.KVM_CAP_IRQCHIP):
         pytest.skip("no KVM_CAP_IRQCHIP")
-    with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
+    with ScriptedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         add_loaded_slots(vm)
         yield vm
 
 
-def area(vm: TrackedVm) -> bytes:
+def area(vm: ScriptedVm) -> bytes:
     """The contents of the page at AREA."""
     return bytes(vm.vm.memslots[SLOT].memory.view[AREA * PAGE : (AREA + 1) * PAGE])
 
@@ -74,7 +75,7 @@ MSR_AREAS = [
 
 
 @pytest.mark.parametrize("what", MSR_AREAS, ids=lambda a: f"{a.name}-by-{'guest' if a.by_guest else 'user-space'}")
-def test_msr_named_area_is_logged(irqchip_vm: TrackedVm, what: MsrArea) -> None:
+def test_msr_named_area_is_logged(irqchip_vm: ScriptedVm, what: MsrArea) -> None:
     """KVM's write to the area that an MSR names dirties the gfn of that area, and no other."""
     vm, (vcpu,) = irqchip_vm, irqchip_vm.vm.vcpus
     vm.write(SLOT, *range(NPAGES), value=(1 << 64) - 1)
@@ -96,7 +97,7 @@ def test_msr_named_area_is_logged(irqchip_vm: TrackedVm, what: MsrArea) -> None:
     vm.assert_dirty(f"{what.name} at page {AREA}", {SLOT: [AREA]}, MANY)
 
 
-def test_kvmclock_updates_are_logged(kvm: Kvm, logged_vm: TrackedVm) -> None:
+def test_kvmclock_updates_are_logged(kvm: Kvm, logged_vm: ScriptedVm) -> None:
     """Each update of kvmclock dirties its gfn, here after KVM_KVMCLOCK_CTRL."""
     if not kvm.check_extension(uapi.KVM_CAP_KVMCLOCK_CTRL):
         pytest.skip("no KVM_CAP_KVMCLOCK_CTRL")
@@ -112,7 +113,7 @@ def test_kvmclock_updates_are_logged(kvm: Kvm, logged_vm: TrackedVm) -> None:
         logged_vm.assert_dirty("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
 
 
-def test_steal_time_logged_at_each_run(logged_vm: TrackedVm) -> None:
+def test_steal_time_logged_at_each_run(logged_vm: ScriptedVm) -> None:
     """The gfn of the steal time is dirty after each KVM_RUN: KVM writes it as the vCPU starts and as it stops."""
     logged_vm.run(Operation("wrmsr", msr.MSR_KVM_STEAL_TIME, AREA_GPA | msr.KVM_MSR_ENABLED))
     for _ in range(3):
@@ -122,7 +123,7 @@ def test_steal_time_logged_at_each_run(logged_vm: TrackedVm) -> None:
 
 
 @pytest.fixture
-def apic_vm(irqchip_vm: TrackedVm) -> TrackedVm:
+def apic_vm(irqchip_vm: ScriptedVm) -> ScriptedVm:
     """As irqchip_vm, with the vCPU's local APIC enabled, and with all bits set at the beginning of the page at AREA."""
     irqchip_vm.run(
         Operation("wrmsr", msr.MSR_IA32_APICBASE, 0xFEE00000 | 1 << 8 | msr.X2APIC_ENABLE),
@@ -134,7 +135,7 @@ def apic_vm(irqchip_vm: TrackedVm) -> TrackedVm:
 
 
 @pytest.fixture
-def software_apic_vm(apic_vm: TrackedVm, host: Host) -> TrackedVm:
+def software_apic_vm(apic_vm: ScriptedVm, host: Host) -> ScriptedVm:
     """As apic_vm; skips where the CPU delivers interrupts itself, for then KVM does not write the areas of the APIC."""
     for name in ("kvm_intel.enable_apicv", "kvm_amd.avic"):
         if host.parameters.get(name) in ("Y", "1"):
@@ -142,14 +143,14 @@ def software_apic_vm(apic_vm: TrackedVm, host: Host) -> TrackedVm:
     return apic_vm
 
 
-def assert_area_written(vm: TrackedVm, what: str, emulates: bool) -> None:
+def assert_area_written(vm: ScriptedVm, what: str, emulates: bool) -> None:
     """Check that KVM has written the area; skips on a backend that emulates all instructions and does not write it."""
     if emulates and area(vm)[:8] == b"\xff" * 8:
         pytest.skip(f"{what}: this backend emulates every instruction, and does not write the area")
     assert area(vm)[:8] != b"\xff" * 8, f"{what}: KVM did not write the area"
 
 
-def test_pv_eoi_area_is_logged(software_apic_vm: TrackedVm, emulates: bool) -> None:
+def test_pv_eoi_area_is_logged(software_apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's writes to the PV EOI area, as it injects an interrupt and at the next exit, dirty its gfn."""
     software_apic_vm.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
     software_apic_vm.assert_dirty("enabling PV EOI", {})
@@ -159,7 +160,7 @@ def test_pv_eoi_area_is_logged(software_apic_vm: TrackedVm, emulates: bool) -> N
     software_apic_vm.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
-def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: TrackedVm, emulates: bool) -> None:
+def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's write of the APIC's pending interrupts, before an entry, dirties the page that KVM_SET_VAPIC_ADDR named."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
         pytest.skip("no KVM_CAP_VAPIC")
@@ -175,14 +176,14 @@ def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: TrackedVm, emulates: b
         software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
-def test_async_page_fault_area_is_logged(apic_vm: TrackedVm, emulates: bool) -> None:
+def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's writes to the area of asynchronous page faults, when a page is missing and when it is present, dirty its gfn."""
     if emulates:
         pytest.skip(
             "asynchronous page faults: this backend emulates every instruction, and waits for the page meanwhile"
         )
     vm, (vcpu,) = apic_vm, apic_vm.vm.vcpus
-    late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, tracked=False)
+    late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, logged=False)
     vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
     flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
     vm.write(SLOT, AREA, value=0)
@@ -213,7 +214,7 @@ def test_async_page_fault_area_is_logged(apic_vm: TrackedVm, emulates: bool) -> 
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
-def test_clock_pairing_is_logged(logged_vm: TrackedVm, emulates: bool, offset: int) -> None:
+def test_clock_pairing_is_logged(logged_vm: ScriptedVm, emulates: bool, offset: int) -> None:
     """KVM's answer to KVM_HC_CLOCK_PAIRING dirties the gfns that the guest named, in one page or in two."""
     if emulates:
         # em_hypercall(), arch/x86/kvm/emulate.c, would run again and again without end.
@@ -233,7 +234,7 @@ def test_clock_pairing_is_logged(logged_vm: TrackedVm, emulates: bool, offset: i
         logged_vm.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
-def enable_xen(kvm: Kvm, vm: TrackedVm, flag: str) -> None:
+def enable_xen(kvm: Kvm, vm: ScriptedVm, flag: str) -> None:
     """Enable KVM's Xen interface for the guest; skips where KVM does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
     if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & getattr(uapi, flag):
         pytest.skip(f"KVM_CAP_XEN_HVM does not offer {flag}")
@@ -241,7 +242,7 @@ def enable_xen(kvm: Kvm, vm: TrackedVm, flag: str) -> None:
     ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
 
 
-def test_xen_hypercall_page_is_logged(kvm: Kvm, logged_vm: TrackedVm) -> None:
+def test_xen_hypercall_page_is_logged(kvm: Kvm, logged_vm: ScriptedVm) -> None:
     """KVM dirties the gfn of the Xen hypercall page as it fills that page."""
     enable_xen(kvm, logged_vm, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
     logged_vm.run(Operation("wrmsr", XEN_MSR, AREA_GPA))
@@ -276,7 +277,7 @@ XEN_AREAS = [
 
 
 @pytest.mark.parametrize("what", XEN_AREAS, ids=lambda what: what.name)
-def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: TrackedVm, what: XenArea) -> None:
+def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: ScriptedVm, what: XenArea) -> None:
     """Each update of a Xen area of a vCPU dirties its gfns.
 
     Only the bits of event channels are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); no event is delivered here.
@@ -304,7 +305,7 @@ def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: TrackedVm, wha
         logged_vm.assert_dirty(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
 
 
-def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: TrackedVm) -> None:
+def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: ScriptedVm) -> None:
     """KVM dirties the gfn of the message page as it posts a Hyper-V timer's message, or the flag that one is pending."""
     if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC2):
         pytest.skip("no KVM_CAP_HYPERV_SYNIC2")
@@ -330,7 +331,7 @@ def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: TrackedVm) -> None
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
-def test_string_move_from_mmio_is_logged(logged_vm: TrackedVm, offset: int) -> None:
+def test_string_move_from_mmio_is_logged(logged_vm: ScriptedVm, offset: int) -> None:
     """A string move from an MMIO address, which KVM emulates with data of user space, dirties the gfns of its target."""
     device = FIRST_GPA + 64 * NPAGES * PAGE
     logged_vm.map(device, 1)
@@ -363,10 +364,10 @@ def test_tss_and_identity_map_not_logged(kvm: Kvm, log_mode: str) -> None:
         ioctl(vm.fd, uapi.KVM_SET_IDENTITY_MAP_ADDR, "KVM_SET_IDENTITY_MAP_ADDR", ctypes.byref(identity))
         ioctl(vm.fd, uapi.KVM_SET_TSS_ADDR, "KVM_SET_TSS_ADDR", tss)
 
-    with TrackedVm(kvm, log_mode, prepare=set_addresses) as vm:
+    with ScriptedVm(kvm, log_mode, prepare=set_addresses) as vm:
         # The ioctls do nothing on backends that need no such pages. Where KVM has its memslot, user space can add none.
         try:
-            vm.add_slot(LATE, tss, 1, tracked=False)
+            vm.add_slot(LATE, tss, 1, logged=False)
         except KvmError as error:
             if error.errno != errno.EEXIST:
                 raise

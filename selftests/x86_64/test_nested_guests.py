@@ -13,7 +13,8 @@ import pytest
 
 from dirty_tracking.mapping_sizes import MappingSizes
 from dirty_tracking.platform import uses_tdp
-from dirty_tracking.tracked_vm import FIRST_GPA, GVA_OFFSET, LIST_SIZE, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import LIST_SIZE, Operation, ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import msr, svm
@@ -47,7 +48,7 @@ class NestedGuest:
     :param page_size: of the nested page tables' entries for the test memslot, in bytes
     """
 
-    def __init__(self, vm: TrackedVm, nested: bool, page_size: int = PAGE) -> None:
+    def __init__(self, vm: ScriptedVm, nested: bool, page_size: int = PAGE) -> None:
         self.vm = vm
         self.nested = nested
         self.own = vm.vm.memslots[OWN].memory
@@ -117,9 +118,9 @@ def nested(request: pytest.FixtureRequest, kvm: Kvm) -> bool:
 @pytest.fixture
 def l2(kvm: Kvm, log_mode: str, nested: bool) -> Iterator[NestedGuest]:
     """An L2 guest that has run once, and has not accessed the logged test memslot yet."""
-    with TrackedVm(kvm, log_mode, ring_count=RING) as vm:
+    with ScriptedVm(kvm, log_mode, ring_count=RING) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-        vm.add_slot(OWN, OWN_GPA, NPAGES, tracked=False)
+        vm.add_slot(OWN, OWN_GPA, NPAGES, logged=False)
         guest = NestedGuest(vm, nested)
         guest.run()
         vm.assert_dirty("the start of L2", {})
@@ -191,9 +192,9 @@ def test_l2_huge_pages_logged_by_4k_pages(kvm: Kvm, host: Host, log_mode: str, n
     if not kvm.check_extension(kvm_uapi.KVM_CAP_BINARY_STATS_FD):
         pytest.skip("this KVM has no KVM_CAP_BINARY_STATS_FD, which shows whether a page is mapped huge")
     guest_mode = "48bit-4k" if page_size == PAGE and not nested else "48bit-2m"
-    with TrackedVm(kvm, log_mode, guest_mode=guest_mode, ring_count=2 * npages) as vm:
-        slot = vm.add_slot(SLOT, FIRST_GPA, npages, backing="anonymous_thp", tracked=False)
-        vm.add_slot(OWN, OWN_GPA, NPAGES, tracked=False)
+    with ScriptedVm(kvm, log_mode, guest_mode=guest_mode, ring_count=2 * npages) as vm:
+        slot = vm.add_slot(SLOT, FIRST_GPA, npages, backing="anonymous_thp", logged=False)
+        vm.add_slot(OWN, OWN_GPA, NPAGES, logged=False)
         slot.memory.populate()
         l2 = NestedGuest(vm, nested, page_size)
         l2.write(*range(0, npages, 64))
@@ -211,9 +212,9 @@ def test_l2_huge_pages_logged_by_4k_pages(kvm: Kvm, host: Host, log_mode: str, n
 def test_ring_full_exit_from_l2(kvm: Kvm, log_mode: str, nested: bool) -> None:
     """A ring that fills while L2 runs exits to user space, L2 continues after the reset, and each of its stores is logged."""
     npages = 2 * RING
-    with TrackedVm(kvm, log_mode, ring_count=RING) as vm:
+    with ScriptedVm(kvm, log_mode, ring_count=RING) as vm:
         vm.add_slot(SLOT, FIRST_GPA, npages)
-        vm.add_slot(OWN, OWN_GPA, NPAGES, tracked=False)
+        vm.add_slot(OWN, OWN_GPA, NPAGES, logged=False)
         l2 = NestedGuest(vm, nested)
         harvests: list[list[int]] = []
 

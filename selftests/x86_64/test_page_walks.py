@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from dirty_tracking.platform import uses_tdp
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, Operation, TrackedVm
+from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import Kind, violated
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.arch.x86_64.paging import PageTables
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
@@ -19,12 +20,12 @@ WINDOW = 1 << 42
 
 
 @pytest.fixture
-def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with two logged memslots: the first has page tables in its pages 0 to 2, which map the second at WINDOW.
 
     No accessed or dirty bit is set in them.
     """
-    with TrackedVm(kvm, log_mode) as vm:
+    with ScriptedVm(kvm, log_mode) as vm:
         vm.add_slot(TABLES, FIRST_GPA, NPAGES)
         vm.add_slot(DATA, FIRST_GPA + NPAGES * PAGE, NPAGES)
         vm.write(DATA, *range(NPAGES))
@@ -43,7 +44,7 @@ def vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
         yield vm
 
 
-def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> list[int]:
+def access(vm: ScriptedVm, host: Host, name: str, page: int, data: list[int]) -> list[int]:
     """Have the guest access a page of DATA through the tables, and check the reports of both memslots.
 
     :param data: the pages of DATA that must be dirty
@@ -67,7 +68,7 @@ def access(vm: TrackedVm, host: Host, name: str, page: int, data: list[int]) -> 
     return tables
 
 
-def test_accessed_and_dirty_bits_are_logged(vm: TrackedVm, host: Host) -> None:
+def test_accessed_and_dirty_bits_are_logged(vm: ScriptedVm, host: Host) -> None:
     """The gfn of a guest page table is dirty after an access that set an accessed bit or the dirty bit in it."""
     assert access(vm, host, "load", 3, []) == [0, 1, 2]
     assert access(vm, host, "load", 4, []) == [2]
@@ -75,7 +76,7 @@ def test_accessed_and_dirty_bits_are_logged(vm: TrackedVm, host: Host) -> None:
     assert access(vm, host, "store_8", 5, [5]) == [2]
 
 
-def test_page_walk_without_bit_changes(vm: TrackedVm, host: Host) -> None:
+def test_page_walk_without_bit_changes(vm: ScriptedVm, host: Host) -> None:
     """A page walk that finds all accessed and dirty bits set leaves the guest's page tables as they are."""
     access(vm, host, "store_8", 3, [3])
     assert access(vm, host, "load", 3, []) == []

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import uapi
@@ -37,13 +38,13 @@ def handler() -> bytes:
 
 
 @pytest.fixture
-def smm_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
+def smm_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with a logged memslot in each address space, at the same gpa and with the same id, and SMRAM."""
     if not kvm.check_extension(uapi.KVM_CAP_X86_SMM):
         pytest.skip("no KVM_CAP_X86_SMM: this backend or kernel has no system management mode")
     assert kvm.check_extension(kvm_uapi.KVM_CAP_MULTI_ADDRESS_SPACE) == 2
     # KVM delivers an SMI through its own local APIC.
-    with TrackedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
+    with ScriptedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(SMM_SLOT, FIRST_GPA, NPAGES)
         smram = GuestMemory(BACKINGS["anonymous"], SMRAM_SIZE, SMBASE)
@@ -53,7 +54,7 @@ def smm_vm(kvm: Kvm, log_mode: str) -> Iterator[TrackedVm]:
         yield vm
 
 
-def smi(vm: TrackedVm) -> None:
+def smi(vm: ScriptedVm) -> None:
     """Have the vCPU take a system management interrupt, and return from it."""
     (vcpu,) = vm.vm.vcpus
     ioctl(vcpu.fd, uapi.KVM_SMI, "KVM_SMI")
@@ -71,7 +72,7 @@ def smi(vm: TrackedVm) -> None:
 
 
 @pytest.mark.parametrize("logged", [SLOT, SMM_SLOT], ids=["outside", "smm"])
-def test_logging_in_one_address_space(smm_vm: TrackedVm, logged: int) -> None:
+def test_logging_in_one_address_space(smm_vm: ScriptedVm, logged: int) -> None:
     """With dirty logging in one address space only, writes to the same gfns in the other one are not reported."""
     vm, other = smm_vm, SLOT + SMM_SLOT - logged
     vm.disable_dirty_logging(SMRAM_SLOT)
@@ -88,7 +89,7 @@ def test_logging_in_one_address_space(smm_vm: TrackedVm, logged: int) -> None:
     vm.assert_dirty("writes in both address spaces, with dirty logging in the other one", {other: written[other]})
 
 
-def test_smm_writes_in_smm_address_space(smm_vm: TrackedVm) -> None:
+def test_smm_writes_in_smm_address_space(smm_vm: ScriptedVm) -> None:
     """Stores of the SMM handler, and the state that KVM saves for it, are logged in the address space of SMM only."""
     vm = smm_vm
     for round_number in range(3):
@@ -103,13 +104,13 @@ def test_smm_writes_in_smm_address_space(smm_vm: TrackedVm) -> None:
     assert vm.vm.memslots[SLOT].memory.view[FIRST * PAGE] == 0
 
 
-def test_writes_outside_smm_stay_outside(smm_vm: TrackedVm) -> None:
+def test_writes_outside_smm_stay_outside(smm_vm: ScriptedVm) -> None:
     """Stores outside of SMM are logged in the normal address space only."""
     smm_vm.write(SLOT, 1, FIRST)
     smm_vm.assert_dirty("stores outside of SMM", {SLOT: [1, FIRST]})
 
 
-def test_address_spaces_have_separate_logs(smm_vm: TrackedVm) -> None:
+def test_address_spaces_have_separate_logs(smm_vm: ScriptedVm) -> None:
     """Writes to the same offset of the same slot id in both address spaces are reported once for each of them."""
     vm = smm_vm
     vm.write(SLOT, FIRST, 9)

@@ -12,13 +12,13 @@ import pytest
 
 from dirty_tracking import ring as dirty_ring
 from dirty_tracking import shared_rings, writers
-from dirty_tracking.cell import PAGE
 from dirty_tracking.collectors import Collectors, Worker, work_together
 from dirty_tracking.migration import Migration, Pages
 from dirty_tracking.ring import DirtyRing
+from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.shared_rings import SharedRings
-from dirty_tracking.tracked_vm import FIRST_GPA, TrackedVm
 from dirty_tracking.violations import ContractViolation, Kind, violated
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import SPARSER
 from dirty_tracking.writers_vm import WritersVm
@@ -270,7 +270,7 @@ def test_harvest_reads_before_it_marks(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
         return read_chunk(ring, *arguments)
 
     monkeypatch.setattr(DirtyRing, "_read_chunk", looked_at)
-    with TrackedVm(kvm, "dirty-ring") as vm:
+    with ScriptedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(1, FIRST_GPA, 50)
         vm.write(1, *range(50))
         assert vm.rings[0].harvest() == ([1] * 50, list(range(50)))

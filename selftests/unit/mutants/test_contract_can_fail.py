@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""TrackedVm.assert_dirty(), which most contract tests end with, fails under each mutant that makes a wrong report."""
+"""ScriptedVm.assert_dirty(), which most contract tests end with, fails under each mutant that makes a wrong report."""
 
 import pytest
 
 from dirty_tracking.modes import LOG_MODES
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.violations import ContractViolation
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
 from selftests.unit.mutants.catalogue import MUTANTS, Mutant
@@ -17,7 +18,7 @@ WRITTEN = [3, 64, 69]
 UNSEEN = {"entries-reversed", "wrong-errno", "refusal-missing", "call-refused", "clear-takes-whole-range"}
 
 
-def check_reports(vm: TrackedVm) -> None:
+def check_reports(vm: ScriptedVm) -> None:
     """Report the same pages twice, nothing, what is written to another slot, and what toggled dirty logging leaves."""
     for number in range(2):
         vm.write(SLOT, *WRITTEN)
@@ -58,7 +59,7 @@ def test_wrong_report_of_each_mutant(
     if emulates and mutant.name == "reset-ignored":
         # mark_page_dirty_in_slot() (virt/kvm/kvm_main.c) pushes each write that KVM makes itself, write-protected or not.
         pytest.skip("this backend makes each write itself, and needs no write protection to see it")
-    with TrackedVm(kvm, mode) as vm:
+    with ScriptedVm(kvm, mode) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
         check_reports(vm)

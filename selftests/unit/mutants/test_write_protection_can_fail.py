@@ -10,8 +10,9 @@ import pytest
 from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.ring import DirtyRing
-from dirty_tracking.tracked_vm import FIRST_GPA, PAGE, TrackedVm
+from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.violations import ContractViolation
+from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
@@ -32,8 +33,8 @@ def chance() -> random.Random:
     return random.Random(1)
 
 
-def vm_for(kvm: Kvm, mode: str) -> TrackedVm:
-    return TrackedVm(kvm, mode, vcpus=2)
+def vm_for(kvm: Kvm, mode: str) -> ScriptedVm:
+    return ScriptedVm(kvm, mode, vcpus=2)
 
 
 def falsify_reports(patch: pytest.MonkeyPatch, change: Callable[[int], int | None], first: int = 0) -> None:
@@ -71,7 +72,7 @@ def test_report_off_by_one_at_huge_page_edge(
 ) -> None:
     """A page at the edge of a huge page that is reported as the next one fails the test of huge pages."""
     with vm_for(kvm, log_mode) as vm:
-        vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, tracked=False)
+        vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, logged=False)
         falsify_reports(monkeypatch, lambda found: found + 1 if found == page else found)
         with pytest.raises(ContractViolation):
             test_huge_pages.check_reports(vm, LAYOUT, seed=1, rounds=1)
@@ -111,13 +112,13 @@ def test_entry_of_the_next_page(
 @pytest.mark.mutants
 def test_stale_translation_of_a_vcpu(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """A vCPU whose writes are never logged, as by a stale writable translation, fails the test of TLB flushes."""
-    honest = TrackedVm.write
+    honest = ScriptedVm.write
 
-    def write(vm: TrackedVm, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
+    def write(vm: ScriptedVm, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
         if vcpu == 0:
             honest(vm, slot, *pages, value=value)
 
-    monkeypatch.setattr(TrackedVm, "write", write)
+    monkeypatch.setattr(ScriptedVm, "write", write)
     with vm_for(kvm, log_mode) as vm, pytest.raises(ContractViolation, match="vCPU 1 wrote after the other"):
         test_write_protection.test_tlb_flush_reaches_every_vcpu(vm, thorough=False)
 

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A VM whose guest does single writes on demand, with slots that are tracked: for tests of one sentence of the contract.
+"""The VM under test: a guest whose memslots have their dirty pages logged in one of the modes."""
 
-There are no threads here: the guest runs until it has done what it was asked to, and is out of KVM_RUN whenever KVM is
-asked what it saw.
-"""
-
-import signal
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.modes import LOG_MODES, LogMode, disable_dirty_logging, enable_dirty_logging
@@ -19,42 +14,26 @@ from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import ContractViolation, Kind, Violation
 from kvm_util import uapi
 from kvm_util.arch import current as arch
-from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
+from kvm_util.guest import GuestVm
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB
-from kvm_util.vcpu import Vcpu
+from kvm_util.memory import GIB, MIB
 from kvm_util.vm import Memslot, Vm
 from kvm_util.wording import listed
 
 PAGE = arch.PAGE_SIZE
 # Guest-virtual address of guest-physical address 0 of the test slots
 GVA_OFFSET = 1 << 40
-# Where the first test slot begins unless told otherwise: above slot 0, on a 2 MiB boundary, and not on a 1 GiB boundary
-FIRST_GPA = GIB + (6 << 20)
-_PAGE_TABLES = 16 << 20  # for some 7 GiB of test memory
-_EMULATION = 1  # KVM_INTERNAL_ERROR_EMULATION
-_MAX_OPERATIONS = 4096
-# For how many seconds a list of operations may run
-_DEADLINE = 60.0
-LIST_SIZE = (_MAX_OPERATIONS + 1) * 32
+# Where the first test slot begins by default: above slot 0, on a 2 MiB boundary, and not on a 1 GiB boundary
+FIRST_GPA = GIB + 6 * MIB
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One thing that the guest does: the routine ``do_<name>`` of guest_code/<arch>/operations.S, and its arguments."""
-
-    name: str
-    address: int = 0
-    value: int = 0
-    count: int = 0
-
-
-class TrackedVm:
-    """A VM with *vcpus* vCPUs that do operations, and slots whose writes are tracked in *mode*.
+class DirtyVm:
+    """A VM whose guest runs *program*, and whose dirty pages are logged in *mode*; no vCPU and no test slot at first.
 
     :param mode: a key of :data:`dirty_tracking.modes.LOG_MODES`
     :param ring_count: entries of a dirty ring, for the ring modes
+    :param data_size: bytes of slot 0 that the vCPUs' data and the page tables of the test slots need
     :param guest_mode: a key of ``GUEST_MODES``: the size of the guest's own pages, which bounds what shadow paging can map
     :param prepare: called with the VM before it has vCPUs
     """
@@ -63,39 +42,40 @@ class TrackedVm:
         self,
         kvm: Kvm,
         mode: str,
-        vcpus: int = 1,
-        ring_count: int = 4096,
-        guest_mode: str = "48bit-4k",
+        program: str,
+        ring_count: int,
+        data_size: int,
+        guest_mode: str,
         prepare: Callable[[Vm], None] | None = None,
     ) -> None:
         self.mode: LogMode = LOG_MODES[mode](ring_count)
-        self.guest = GuestVm(kvm, GuestProgram.load("operations"), guest_mode, vcpus * 2 * LIST_SIZE + _PAGE_TABLES)
+        self.guest = GuestVm(kvm, GuestProgram.load(program), guest_mode, data_size)
         self.vm = self.guest.vm
-        self._lists: list[int] = []
-        try:
+        with self._building():
             self.mode.create_vm_done(self.vm)
             if prepare is not None:
                 prepare(self.vm)
-            for _ in range(vcpus):
-                block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
-                self._words(block)[0] = operations
-                self._lists.append(operations)
-                self.guest.add_vcpu(block)
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """Close the VM if the context, a part of its construction, fails."""
+        try:
+            yield
         except BaseException:
             self.guest.close()
             raise
 
     def add_slot(
-        self, slot: int, gpa: int, npages: int, backing: str = "anonymous", tracked: bool = True, readonly: bool = False
+        self, slot: int, gpa: int, npages: int, backing: str = "anonymous", logged: bool = True, readonly: bool = False
     ) -> Memslot:
         """Add a slot of *npages* pages, and map it in the guest at ``gpa + GVA_OFFSET``.
 
         When all pages are dirty at first (KVM_DIRTY_LOG_INITIALLY_SET), that first report is taken here.
         """
-        flags = (uapi.KVM_MEM_LOG_DIRTY_PAGES if tracked else 0) | (uapi.KVM_MEM_READONLY if readonly else 0)
+        flags = (uapi.KVM_MEM_LOG_DIRTY_PAGES if logged else 0) | (uapi.KVM_MEM_READONLY if readonly else 0)
         memslot = self.vm.add_memory(slot, gpa, npages * PAGE, backing, flags)
         self.map(gpa, npages)
-        if tracked and self.mode.initially_set:
+        if logged and self.mode.initially_set:
             self.collect()
         return memslot
 
@@ -140,45 +120,6 @@ class TrackedVm:
         view = self.vm.memslots[slot].memory.view
         starts = range(0, len(before), PAGE)
         return [start // PAGE for start in starts if view[start : start + PAGE] != before[start : start + PAGE]]
-
-    def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
-        """Have a vCPU do *operations*.
-
-        :param on_exit: called when KVM_RUN returns before they are done; true when it dealt with that
-        :raises GuestError: the guest ended in a way that nobody asked for
-        """
-        self.write_list(self._lists[vcpu], operations)
-        handle = self.vm.vcpus[vcpu]
-        until = time.monotonic() + _DEADLINE
-        while True:
-            code = self._kvm_run(handle)
-            if time.monotonic() > until:
-                raise GuestError(f"no end within {_DEADLINE:g} s: {unexpected_exit(handle, code)}")
-            if code:
-                continue
-            if on_exit is not None and on_exit(handle):
-                continue
-            run = handle.run
-            if run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR and run.internal.suberror == _EMULATION:
-                raise NotEmulated(f"KVM's emulator does not know the instruction of {operations[0].name}")
-            if self.guest.ucall(handle) is Ucall.SYNC:
-                return
-            raise GuestError(unexpected_exit(handle, code))
-
-    @staticmethod
-    def _kvm_run(handle: Vcpu) -> int:
-        """KVM_RUN, which a signal ends in the end: a guest that hangs shall not hang the test. For the main thread only."""
-        previous = signal.signal(signal.SIGALRM, _nothing)
-        signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
-        try:
-            return handle.kvm_run()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-
-    def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
-        """Write a word into each of *pages*."""
-        self.run(*(Operation("store_8", self.address(slot, page), value) for page in pages), vcpu=vcpu)
 
     def collect(self) -> DirtyReport:
         """Collect what KVM reports, of all slots; KVM write-protects these pages again.
@@ -234,38 +175,14 @@ class TrackedVm:
         self.vm.get_dirty_log(slot, bitmap)
         return set_pages(bitmap)
 
-    def write_list(self, address: int, operations: Sequence[Operation], end: str = "sync") -> None:
-        """Write a list of *operations*, and of *end*, to LIST_SIZE bytes at *address* of slot 0."""
-        if len(operations) > _MAX_OPERATIONS:
-            raise ValueError(f"{len(operations)} operations, there is room for {_MAX_OPERATIONS}")
-        words = self._words(address, (len(operations) + 1) * 32)
-        symbols = self.guest.program.symbols
-        for index, operation in enumerate((*operations, Operation(end))):
-            words[index * 4] = symbols[f"do_{operation.name}"]
-            words[index * 4 + 1] = operation.address
-            words[index * 4 + 2] = operation.value
-            words[index * 4 + 3] = operation.count
-        words.release()
-
-    def _words(self, address: int, size: int = PAGE) -> memoryview:
-        return self.guest.memory(address, size).cast("Q")
-
     def close(self) -> None:
         """Close the VM and give all memory back."""
         self.guest.close()
 
-    def __enter__(self) -> "TrackedVm":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class NotEmulated(Exception):
-    """KVM had to emulate an instruction, and cannot; the text names it."""
-
-
-def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """A signal's handler; the signal does its work by coming."""
