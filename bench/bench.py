@@ -146,10 +146,10 @@ def bench_harvest(loops: ctypes.CDLL, rounds: int) -> None:
     slots, offsets = array("I", bytes(4 * RING_ENTRIES)), array("Q", bytes(8 * RING_ENTRIES))
     suite, c = [], []
     with Kvm() as kvm, DirtyLogRun(kvm, cell, Settings(ring_count=RING_ENTRIES)) as run:
-        (vcpu,) = run.guest.vm.vcpus
+        (vcpu,) = run.vm.vcpus
         run.guest.run_until_ucall(vcpu)
-        enable_dirty_logging(run.guest.vm, run.memslot.slot)
-        (ring,) = run.mode.rings(run.guest.vm)
+        enable_dirty_logging(run.vm, run.memslot.slot)
+        (ring,) = run.mode.rings(run.vm)
         for number in range(2 * rounds):
             while vcpu.run.exit_reason != uapi.KVM_EXIT_DIRTY_RING_FULL:
                 vcpu.kvm_run()
@@ -163,7 +163,7 @@ def bench_harvest(loops: ctypes.CDLL, rounds: int) -> None:
                 start = time.perf_counter()
                 count = len(ring.harvest()[0])
                 suite.append(time.perf_counter() - start)
-            if run.guest.vm.reset_dirty_rings() != count:
+            if run.vm.reset_dirty_rings() != count:
                 raise AssertionError
             vcpu.kvm_run()
     show(f"harvest a full ring of {RING_ENTRIES} entries", suite, c)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Collecting, resetting, switching tracking, and signals, all at once, from threads of their own beside a VM's vCPUs."""
+"""Collecting, resetting, toggling dirty logging, and signals, all at once, from threads of their own beside a VM's vCPUs."""
 
 import errno
 import random
@@ -52,8 +52,7 @@ class Collectors:
         """GET all of a slot's bitmap, and clear what was reported."""
 
         def get() -> list[int]:
-            kick = None if stopped else self.vm.writers.kick_running
-            return self.vm.mode.collect(self.vm.vm, kick, slots=[area.slot]).entries(area.slot)
+            return self.vm.take_report(stopped, slots=[area.slot]).entries(area.slot)
 
         self._take_bitmap(area, area.first, area.end, stopped, get)
 
@@ -84,7 +83,7 @@ class Collectors:
                 event.add(*self.ledger.entry_numbers(slots, offsets))
                 positions.append(position)
             event.reset = self.rings.reset_up_to(positions)
-        self.vm.writers.rings_were_reset()
+        self.vm.writers.resume_after_ring_reset()
 
     def reset(self) -> None:
         """KVM_RESET_DIRTY_RINGS, with nothing harvested by this thread."""
@@ -95,7 +94,7 @@ class Collectors:
         self.ledger.record(reset)
 
     def collect_all(self, stopped: bool) -> None:
-        """Collect from all slots that are tracked."""
+        """Collect from all slots."""
         if self.rings is not None:
             self.harvest(stopped=stopped)
             return
@@ -162,7 +161,7 @@ class Worker(threading.Thread):
                 if self._quit.is_set():
                     return
                 operation()
-        except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
+        except BaseException as error:  # noqa: BLE001 (the main thread raises it)
             self.failure = error
         finally:
             with self._lock:
@@ -177,16 +176,16 @@ class Worker(threading.Thread):
                 return
 
 
-def work_together(vm: WritersVm, workers: Sequence[Worker], beside: Sequence[Worker] = ()) -> None:
-    """Run *workers* to their end while the vCPUs write, and *beside* them others, which have no end.
+def race(vm: WritersVm, workers: Sequence[Worker], background: Sequence[Worker] = ()) -> None:
+    """Run *workers* to completion while the vCPUs write; *background* workers loop until then.
 
-    It lasts until each vCPU has written something at least. The vCPUs are stopped then.
+    Each vCPU writes at least once. The vCPUs are stopped afterwards.
     """
     writers = vm.writers
     started = writers.published()
-    everyone = (*workers, *beside)
+    everyone = (*workers, *background)
     writers.helpers[:] = everyone
-    writers.let_go()
+    writers.resume()
     for worker in everyone:
         worker.start()
 
@@ -194,14 +193,14 @@ def work_together(vm: WritersVm, workers: Sequence[Worker], beside: Sequence[Wor
         written = all(now > then for now, then in zip(writers.published(), started, strict=True))
         return written and not any(worker.is_alive() for worker in workers)
 
-    writers.wait(done, "working together", patience=_PATIENCE)
-    for worker in beside:
+    writers.wait(done, "the race", patience=_PATIENCE)
+    for worker in background:
         worker.quit()
-    writers.wait(lambda: not any(worker.is_alive() for worker in beside), "the end of the work", patience=_PATIENCE)
+    writers.wait(lambda: not any(worker.is_alive() for worker in background), "the end of the race", patience=_PATIENCE)
     vm.stop()
 
 
-def storm_at_vcpus(vm: WritersVm, draw: random.Random) -> Operation:
+def signal_vcpus_randomly(vm: WritersVm, draw: random.Random) -> Operation:
     """A burst of signals to vCPUs in KVM_RUN, with and without ``immediate_exit``."""
 
     def burst() -> None:
@@ -217,7 +216,7 @@ def storm_at_vcpus(vm: WritersVm, draw: random.Random) -> Operation:
     return burst
 
 
-def storm_at(workers: Sequence[Worker], draw: random.Random) -> Operation:
+def signal_workers_randomly(workers: Sequence[Worker], draw: random.Random) -> Operation:
     """A burst of signals to threads that may be in an ioctl of the VM's."""
 
     def burst() -> None:

@@ -3,13 +3,22 @@
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dirty_tracking.violations import Kind, Violation
 from dirty_tracking.write_stream import WriteStream
 from kvm_util.wording import counted
 
 WORDS_PER_PAGE = 512
+
+
+def writes_done(stream: WriteStream, published: int, value: Callable[[int], int]) -> int:
+    """How many writes a vCPU that is out of its guest has done: *published*, and one more when its value is in memory.
+
+    :param value: the vCPU's word in a page
+    """
+    next_page = stream.between(published, published + 1)[0]
+    return published + (value(next_page) == published + 1)
 
 
 class MemoryCheck:
@@ -27,13 +36,8 @@ class MemoryCheck:
         self._checked_writes = [0 for _ in streams]
         self._iteration_ends: list[list[int]] = [[] for _ in streams]
 
-    def done(self, vcpu: int, published: int) -> int:
-        """How many writes *vcpu*, out of its guest, has done: *published*, and one more if its value is in memory."""
-        next_page = self._streams[vcpu].between(published, published + 1)[0]
-        return published + (self._words[next_page * WORDS_PER_PAGE + vcpu] == published + 1)
-
     def check(self, iteration: int, done: Sequence[int]) -> list[Violation]:
-        """Check every page's words after an iteration (R11), with all vCPUs stopped and *done* from :meth:`done`."""
+        """Check every page's words after an iteration (R11), with all vCPUs stopped and *done* from :func:`writes_done`."""
         found = []
         for vcpu, stream in enumerate(self._streams):
             expected = self._expected[vcpu]

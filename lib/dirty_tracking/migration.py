@@ -114,7 +114,7 @@ class Migration:
         slots = self.recorder.ledger.slots
         if self.vm.mode.uses_ring:
             collections = [self._collect(slots, stopped)]
-            self.vm.writers.rings_were_reset()
+            self.vm.writers.resume_after_ring_reset()
         else:
             collections = [self._collect([its], stopped) for its in slots]
         numbers = set().union(*(one.pages for one in collections))
@@ -125,8 +125,7 @@ class Migration:
         """Collect the pages of *slots*; in a mode with bitmaps that is one slot."""
         recorder = self.recorder
         with recorder.collecting(slots[0].first, slots[-1].end, stopped) as one:
-            kick = None if stopped else self.vm.writers.kick_running
-            recorder.add(one, self.vm.mode.collect(self.vm.vm, kick, slots=[its.slot for its in slots]))
+            recorder.add(one, self.vm.take_report(stopped, slots=[its.slot for its in slots]))
         return one
 
     def copy(self, pages: Pages) -> None:

@@ -22,14 +22,13 @@ class Figures:
 
     :ivar dirty: pages reported, summed over the iterations
     :ivar clean: pages not reported, summed over the iterations
-    :ivar reaps: collections; the name is part of results.json
     """
 
     iterations: int = 0
     writes: int = 0
     dirty: int = 0
     clean: int = 0
-    reaps: int = 0
+    collections: int = 0
     ring_full_exits: int = 0
     seconds: float = 0.0
 
@@ -51,7 +50,7 @@ class RunEvidence:
         figures = self.figures
         done = [
             counted(figures.writes, "write"),
-            f"{counted(figures.reaps, 'collection')} of dirty pages",
+            f"{counted(figures.collections, 'collection')} of dirty pages",
             counted(figures.ring_full_exits, "ring-full exit"),
         ]
         lines = [f"figures  {', '.join(done)}"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A thread that runs one vCPU, and can be let go, kicked and stopped from others."""
+"""A thread that runs one vCPU, and can be resumed, kicked and stopped from others."""
 
 import signal
 import threading
@@ -26,7 +26,7 @@ class VcpuHang(Exception):
 
 
 class VcpuThread(threading.Thread):
-    """Runs *vcpu* whenever it is let go.
+    """Runs *vcpu* whenever it is resumed.
 
     All of its state is guarded by *cond*, which is notified at every change; the other threads share it.
 
@@ -49,15 +49,15 @@ class VcpuThread(threading.Thread):
         self._stop_requested = False
         self._quit = False
 
-    def let_go(self) -> None:
-        """Run the guest until it syncs or is told to stop; the thread must be stopped."""
+    def resume(self) -> None:
+        """Run the guest until it syncs or :meth:`force_stop` is called; the thread must be stopped."""
         with self._cond:
             self._stop_requested = False
             self.state = State.RUNNING
             self._cond.notify_all()
 
-    def ring_was_reset(self) -> None:
-        """Let the thread go on if it waits for its ring."""
+    def resume_after_ring_reset(self) -> None:
+        """Resume the vCPU if it waits for its ring."""
         with self._cond:
             if self.state is State.RING_FULL:
                 self.state = State.RUNNING
@@ -93,7 +93,7 @@ class VcpuThread(threading.Thread):
         try:
             while self._wait_for_orders():
                 self._run_guest()
-        except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
+        except BaseException as error:  # noqa: BLE001 (the main thread raises it)
             self.failure = error
         finally:
             with self._cond:

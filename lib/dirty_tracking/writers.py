@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any, Protocol
 
 from dirty_tracking.cell import HANG_TIMEOUT
@@ -19,8 +20,13 @@ POLL = 0.001
 _JOIN_TIMEOUT = 10.0
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# How many instructions a write takes (BLOCK_SPARSE): 4, at least 20, at least 40
-DENSE, SPARSE, SPARSER = 0, 1, 2
+
+class Pace(IntEnum):
+    """How many instructions a write takes: 4, at least 20, or at least 40. The values are those of BLOCK_SPARSE."""
+
+    DENSE = 0
+    SPARSE = 1
+    VERY_SPARSE = 2
 
 
 class Helper(Protocol):
@@ -41,7 +47,7 @@ class Writers:
 
     :ivar cond: guards the state of all threads; notified at every change
     :ivar helpers: other threads of the run, which end with it
-    :ivar started: whether the threads were started
+    :ivar started: whether the threads were started, and not ended yet
     """
 
     def __init__(self, guest: GuestVm, mode: LogMode) -> None:
@@ -54,16 +60,15 @@ class Writers:
         self._mode = mode
         self._symbols = guest.program.symbols
         self._published: list[memoryview] = []
-        self._settled: list[int] = []
+        self._synced: list[int] = []
         self._stop_flags: list[memoryview] = []
         self._previous_handler: Any = None
 
-    def add(self, stream: WriteStream, gva: int, touch: int, pace: int) -> None:
+    def add(self, stream: WriteStream, gva: int, touch: int, pace: Pace) -> None:
         """Make the next vCPU: it writes its own word of each page of *stream*.
 
         :param gva: where page 0 is mapped in the guest
         :param touch: how many bytes from *gva* on it touches before it writes
-        :param pace: DENSE, SPARSE or SPARSER
         """
         index = len(self.threads)
         addresses = stream.addresses(gva + 8 * index, PAGE)
@@ -84,25 +89,25 @@ class Writers:
         self.streams.append(stream)
         self.threads.append(VcpuThread(self.guest, vcpu, self._mode, self.cond))
         self._published.append(self._block_field(block, "BLOCK_WRITES"))
-        self._settled.append(0)
+        self._synced.append(0)
         self._stop_flags.append(self._block_field(block, "BLOCK_STOP"))
 
     def published(self) -> list[int]:
         """How many writes each vCPU is known to have done; one more may be under way.
 
         A vCPU that was stopped between a store and its publication has done one write more than it says, and goes on
-        saying so for a moment after it was let go.
+        saying so for a moment after it was resumed.
         """
-        return [max(count[0], done) for count, done in zip(self._published, self._settled, strict=True)]
+        return [max(count[0], done) for count, done in zip(self._published, self._synced, strict=True)]
 
-    def settle(self, out_of_guest: Sequence[bool], done: Callable[[int, int], int]) -> None:
+    def sync_write_counts(self, out_of_guest: Sequence[bool], done: Callable[[int, int], int]) -> None:
         """Find out how many writes the vCPUs that are out of their guests have done.
 
-        :param done: tells for a vCPU and its published number how many it has done, by what is in memory
+        :param done: for a vCPU and its published count, how many it has done by what is in memory
         """
         for vcpu, count in enumerate(self.published()):
             if out_of_guest[vcpu]:
-                self._settled[vcpu] = done(vcpu, count)
+                self._synced[vcpu] = done(vcpu, count)
 
     def start(self) -> None:
         """Start the threads; :meth:`end` has to follow. On the main thread."""
@@ -112,11 +117,11 @@ class Writers:
         for thread in self.threads:
             thread.start()
 
-    def let_go(self) -> None:
-        """Let all vCPUs write."""
+    def resume(self) -> None:
+        """Have all vCPUs write."""
         self.set_stop_flags(0)
         for thread in self.threads:
-            thread.let_go()
+            thread.resume()
 
     def set_stop_flags(self, value: int) -> None:
         """Ask the guests to sync after their batch of writes; with 0, not to."""
@@ -138,10 +143,10 @@ class Writers:
         """Whether a vCPU waits for its ring."""
         return any(thread.state is State.RING_FULL for thread in self.threads)
 
-    def rings_were_reset(self) -> None:
-        """Let all vCPUs go on that wait for their rings."""
+    def resume_after_ring_reset(self) -> None:
+        """Resume all vCPUs that wait for their rings."""
         for thread in self.threads:
-            thread.ring_was_reset()
+            thread.resume_after_ring_reset()
 
     def kick_running(self) -> None:
         """Make every running vCPU leave the guest once, and wait until it did.
@@ -217,6 +222,7 @@ class Writers:
             for one, handler in handlers.items():
                 signal.signal(one, handler)
             signal.signal(KICK_SIGNAL, self._previous_handler)
+            self.started = False
             for number in came:
                 signal.raise_signal(number)
 

@@ -5,24 +5,23 @@ The pages of all test slots are numbered through, in the order of the slots: a v
 guest they lie side by side, while between the slots' guest-physical addresses there are holes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from dirty_tracking.memory_check import WORDS_PER_PAGE
-from dirty_tracking.modes import LOG_MODES
-from dirty_tracking.vm import PAGE
+from dirty_tracking.memory_check import WORDS_PER_PAGE, writes_done
+from dirty_tracking.report import DirtyReport
+from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE, DirtyVm
 from dirty_tracking.write_stream import WriteStream
-from dirty_tracking.writers import SPARSE, Writers
-from kvm_util.guest import PROGRAM_SLOT, GuestVm
-from kvm_util.guest_program import GuestProgram
+from dirty_tracking.writers import Pace, Writers
+from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB, align_up
 from kvm_util.vm import Memslot
 
-_GVA = 1 << 40
-_FIRST_GPA = GIB + 6 * MIB
-_VCPU_DATA = 1 << 20
+# With five levels of page tables, test memory is mapped at an address that four levels cannot translate.
+_GVA_5_LEVEL = 1 << 52
+_VCPU_DATA = MIB
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ class Area:
         return self.memslot.slot
 
 
-class WritersVm:
-    """A VM with a vCPU for each of *streams*, and a slot for each of *shapes*.
+class WritersVm(DirtyVm):
+    """A VM with a vCPU for each of *streams*, and a slot for each of *shapes*; dirty logging is disabled at first.
 
     :param mode: a key of :data:`dirty_tracking.modes.LOG_MODES`
     :param shapes: number of pages and backing of each slot
     :param ring_count: entries of a dirty ring, for the ring modes
-    :param pace: see :mod:`dirty_tracking.writers`
     :param guest_mode: a key of ``GUEST_MODES``; with pages of more than 4 KiB there can be one slot only
+    :param gpa: where the first slot begins
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
     """
 
@@ -56,39 +55,53 @@ class WritersVm:
         shapes: Sequence[tuple[int, str]],
         streams: Sequence[WriteStream],
         ring_count: int = 4096,
-        pace: int = SPARSE,
+        pace: Pace = Pace.SPARSE,
         guest_mode: str = "48bit-4k",
+        gpa: int = FIRST_GPA,
     ) -> None:
-        self.mode = LOG_MODES[mode](ring_count)
         npages = sum(count for count, _ in shapes)
         data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
-        self.guest = GuestVm(kvm, GuestProgram.load("dirty_writer"), guest_mode, data)
-        self.vm = self.guest.vm
-        try:
-            self.mode.create_vm_done(self.vm)
+        super().__init__(kvm, mode, "dirty_writer", ring_count, data, guest_mode)
+        own = self.guest.guest_mode
+        self._gva = (_GVA_5_LEVEL if own.levels == 5 else GVA_OFFSET) + gpa % own.page_size
+        with self._building():
             self.areas: list[Area] = []
-            gpa, first = _FIRST_GPA, 0
-            for slot, (count, backing) in enumerate(shapes, PROGRAM_SLOT + 1):
-                self._add_area(slot, gpa, first, count, backing)
-                first += count
+            for count, backing in shapes:
+                self._add_area(gpa, count, backing)
                 gpa = align_up(gpa + count * PAGE, 2 * MIB) + 2 * MIB
             self.writers = Writers(self.guest, self.mode)
             for vcpu, stream in enumerate(streams):
-                self.writers.add(stream, _GVA, npages * PAGE if vcpu == 0 else 0, pace)
-        except BaseException:
-            self.guest.close()
-            raise
+                # One vCPU touches all pages.
+                self.writers.add(stream, self._gva, npages * PAGE if vcpu == 0 else 0, pace)
 
-    def start(self) -> None:
-        """Start the vCPUs' threads and have the guest touch all pages: all are mapped writable then."""
+    def populate(self) -> None:
+        """Start the vCPUs' threads and have the guest touch all pages: all are mapped then, and writable.
+
+        They are huge where they can be, as in a VM whose migration begins.
+        """
         self.writers.start()
-        self.writers.let_go()
-        self.writers.wait(self.writers.all_stopped, "touching all pages")
+        self.writers.resume()
+        # No writes are published meanwhile; a slow machine needs seconds for a GiB.
+        patience = max(1, self.areas[-1].end * PAGE / GIB)
+        self.writers.wait(self.writers.all_stopped, "touching all pages", patience=patience)
+
+    def take_report(self, stopped: bool, always_kick: bool = False, slots: Iterable[int] | None = None) -> DirtyReport:
+        """Collect; running vCPUs are kicked where needed, or always: see :meth:`LogMode.collect`.
+
+        :param stopped: whether no vCPU is running
+        """
+        return self.mode.collect(
+            self.vm, None if stopped else self.writers.kick_running, always_kick=always_kick, slots=slots
+        )
 
     def stop(self) -> None:
         """Stop all vCPUs wherever they are, and find out how many writes they have done."""
         self.writers.force_stop()
-        self.writers.settle([True for _ in self.writers.threads], self._done)
+        self.sync_write_counts([True for _ in self.writers.threads])
+
+    def sync_write_counts(self, out_of_guest: Sequence[bool]) -> None:
+        """Find out how many writes the vCPUs that are out of their guests have done, by what is in memory."""
+        self.writers.sync_write_counts(out_of_guest, self._done)
 
     def close(self, error: BaseException | None = None) -> None:
         """End all threads, and give all memory back; *error* as for :meth:`Writers.end`."""
@@ -98,20 +111,22 @@ class WritersVm:
         finally:
             self.writers.close()
 
-    def _add_area(self, slot: int, gpa: int, first: int, count: int, backing: str) -> None:
-        memslot = self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True)
-        self.guest.map_test_memory(_GVA + first * PAGE, gpa, count * PAGE)
+    def _add_area(self, gpa: int, count: int, backing: str) -> None:
+        """Add the next slot, and map it behind the previous one."""
+        first = self.areas[-1].end if self.areas else 0
+        memslot = self.vm.add_memory(PROGRAM_SLOT + 1 + len(self.areas), gpa, count * PAGE, backing, populate=True)
+        self.map_at(self._gva + first * PAGE, gpa, count)
         self.areas.append(Area(memslot, first, first + count))
 
     def _done(self, vcpu: int, published: int) -> int:
-        """How many writes *vcpu*, out of its guest, has done: *published*, and one more when its value is in memory."""
-        page = self.writers.streams[vcpu].between(published, published + 1)[0]
-        area = next(area for area in self.areas if page < area.end)
-        word = area.memslot.memory.words[(page - area.first) * WORDS_PER_PAGE + vcpu]
-        return published + (word == published + 1)
+        """How many writes *vcpu*, out of its guest, has done."""
 
-    def __enter__(self) -> "WritersVm":
-        return self
+        def value(page: int) -> int:
+            area = next(area for area in self.areas if page < area.end)
+            word: int = area.memslot.memory.words[(page - area.first) * WORDS_PER_PAGE + vcpu]
+            return word
+
+        return writes_done(self.writers.streams[vcpu], published, value)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

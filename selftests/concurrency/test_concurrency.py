@@ -14,7 +14,7 @@ import pytest
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from dirty_tracking.cell import Settings
-from dirty_tracking.collectors import Collectors, Operation, Worker, work_together
+from dirty_tracking.collectors import Collectors, Operation, Worker, race
 from dirty_tracking.mapping_sizes import MappingSizes
 from dirty_tracking.modes import LOG_MODES, smallest_ring
 from dirty_tracking.platform import uses_tdp
@@ -130,7 +130,7 @@ def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]
     workers = [
         Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
     ]
-    work_together(of.vm, workers)
+    race(of.vm, workers)
     of.check()
 
 
@@ -149,7 +149,7 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
         its_streams = streams(sharing, vcpus, settings.seed, shapes)
         with WritersVm(kvm, log_mode, shapes, its_streams, ring, guest_mode=guest_mode) as vm:
             of = Collectors(vm)
-            vm.start()
+            vm.populate()
             if on:
                 switch_all(of, on=True)
             yield of

@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from dirty_tracking.cell import Settings
-from dirty_tracking.collectors import Collectors, Operation, Worker, storm_at, storm_at_vcpus, work_together
+from dirty_tracking.collectors import (
+    Collectors,
+    Operation,
+    Worker,
+    race,
+    signal_vcpus_randomly,
+    signal_workers_randomly,
+)
 from dirty_tracking.modes import smallest_ring
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
@@ -42,7 +49,7 @@ def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[Write
 def started(vm: WritersVm) -> Collectors:
     """Start the vCPUs, and enable dirty logging of all slots."""
     of = Collectors(vm)
-    vm.start()
+    vm.populate()
     for area in vm.areas:
         of.switch(area, on=True, stopped=True)
     return of
@@ -79,7 +86,7 @@ def test_reset_from_another_thread(
         for _ in range(rounds):
             harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
             resetter = workers(of, draw, [itertools.repeat(of.reset)], STORM_PAUSE)
-            work_together(vm, harvester, resetter)
+            race(vm, harvester, resetter)
             of.check()
         assert of.judge.pages_required
 
@@ -93,7 +100,7 @@ def test_two_threads_reset_at_once(
         of = started(vm)
         for _ in range(rounds):
             jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
-            work_together(vm, workers(of, draw, jobs))
+            race(vm, workers(of, draw, jobs))
             of.check()
         assert of.judge.pages_required
 
@@ -123,10 +130,10 @@ def in_a_storm(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, siz
             resetters = workers(of, draw, [harvests(of, one, count) for one in work_draws])
             storms = []
             if at != "vcpus":
-                storms.append(itertools.repeat(storm_at(resetters, random.Random(draw.random()))))
+                storms.append(itertools.repeat(signal_workers_randomly(resetters, random.Random(draw.random()))))
             if at != "resetters":
-                storms.append(itertools.repeat(storm_at_vcpus(vm, random.Random(draw.random()))))
-            work_together(vm, resetters, workers(of, draw, storms, STORM_PAUSE))
+                storms.append(itertools.repeat(signal_vcpus_randomly(vm, random.Random(draw.random()))))
+            race(vm, resetters, workers(of, draw, storms, STORM_PAUSE))
             of.check()
         assert of.judge.pages_required
 
@@ -135,7 +142,7 @@ def fill(of: Collectors) -> None:
     """Let the vCPU write until its ring is full, at the latest when all pages are written; then stop it."""
     writers = of.vm.writers
     goal = sum(writers.published()) + sum(len(stream.pages) for stream in writers.streams)
-    writers.let_go()
+    writers.resume()
     writers.wait(lambda: writers.any_ring_full() or sum(writers.published()) >= goal, "filling a ring")
     full = writers.any_ring_full()
     of.vm.stop()
@@ -163,7 +170,7 @@ def test_every_ring_size_wraps_around(
         of = started(vm)
         while of.ledger.harvested < laps * entries:
             before = of.ledger.harvested
-            work_together(vm, workers(of, draw, [iter([of.harvest])], npages))
+            race(vm, workers(of, draw, [iter([of.harvest])], npages))
             of.check()
             assert of.ledger.harvested > before, "writes were made, and none is in the ring"
             if fills:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The port of ``tools/testing/selftests/kvm/dirty_log_test.c``: random writes, random collections, an exact oracle."""
+"""The port of ``tools/testing/selftests/kvm/dirty_log_test.c``: random writes, random collections, an exact oracle.
+
+The loop is :meth:`DirtyLogRun.run`.
+"""
 
 from collections.abc import Callable
 

@@ -11,7 +11,7 @@ from dirty_tracking.cell import Settings
 from dirty_tracking.migration import Migration
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
-from dirty_tracking.writers import SPARSER
+from dirty_tracking.writers import Pace
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS
@@ -58,10 +58,10 @@ def test_precopy_migration(
             pytest.skip(reason)
     npages = sum(count for count, _ in shapes)
     for _ in range(10 if thorough else 1):
-        vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, SPARSER)
+        vm = WritersVm(kvm, log_mode, shapes, streams(vcpus, npages, pattern, draw), RING, Pace.VERY_SPARSE)
         with vm, closing(Migration(vm, ENOUGH, 20 if thorough else 6)) as migration:
-            vm.start()
-            vm.writers.let_go()
+            vm.populate()
+            vm.writers.resume()
             migration.run()
             figures = [("migration", name), ("rounds", migration.figures())]
             request.node.user_properties[:] = [*own_properties, *figures]

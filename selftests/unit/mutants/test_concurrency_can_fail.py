@@ -12,7 +12,7 @@ import pytest
 
 from dirty_tracking import ring as dirty_ring
 from dirty_tracking import shared_rings, writers
-from dirty_tracking.collectors import Collectors, Worker, work_together
+from dirty_tracking.collectors import Collectors, Worker, race
 from dirty_tracking.migration import Migration, Pages
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.scripted_vm import ScriptedVm
@@ -20,7 +20,7 @@ from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.violations import ContractViolation, Kind, violated
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from dirty_tracking.write_stream import WriteStream
-from dirty_tracking.writers import SPARSER
+from dirty_tracking.writers import Pace
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util import uapi
 from kvm_util.kvm import Kvm
@@ -51,7 +51,7 @@ def one_round(of: Collectors) -> None:
                 of.collect(area)
 
     workers = [Worker(of.vm, f"worker{number}", [collect] * 3, random.Random(number), 300) for number in range(2)]
-    work_together(of.vm, workers)
+    race(of.vm, workers)
     write_more(of.vm, 300)
     of.check()
 
@@ -59,7 +59,7 @@ def one_round(of: Collectors) -> None:
 def write_more(vm: WritersVm, count: int) -> None:
     """Let the stopped vCPUs make *count* more writes, or write until a ring is full."""
     goal = sum(vm.writers.published()) + count
-    vm.writers.let_go()
+    vm.writers.resume()
     vm.writers.wait(lambda: sum(vm.writers.published()) >= goal or vm.writers.any_ring_full(), "writing")
     vm.stop()
 
@@ -68,7 +68,7 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], matc
     """A sound round passes, the falsified one does not."""
     with WritersVm(kvm, mode, SHAPES, streams(), 1024) as vm:
         of = Collectors(vm)
-        vm.start()
+        vm.populate()
         for area in vm.areas:
             of.switch(area, on=True, stopped=True)
         one_round(of)
@@ -118,7 +118,7 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     honest = Vm.clear_dirty_log
     with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
         of = Collectors(vm)
-        vm.start()
+        vm.populate()
         for area in vm.areas:
             of.switch(area, on=True, stopped=True)
         of.check()
@@ -248,11 +248,13 @@ def test_first_failure_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
     vm = WritersVm(kvm, "dirty-log", SHAPES, streams())
     try:
         with pytest.raises(ContractViolation, match="what failed first") as caught, vm:
-            vm.start()
-            work_together(vm, [Worker(vm, f"to {do.__name__}", [do], random.Random(1), 0) for do in (fail, hang)])
+            vm.populate()
+            race(vm, [Worker(vm, f"to {do.__name__}", [do], random.Random(1), 0) for do in (fail, hang)])
     finally:
         over.set()
         monkeypatch.undo()
+        for worker in vm.writers.helpers:
+            worker.join()
         vm.close()
     assert any("'to hang'" in note and "did not end within 0.2 s" in note for note in caught.value.__notes__)
 
@@ -316,11 +318,11 @@ def migrate(kvm: Kvm, mode: str, kind: type[Migration] = Migration) -> None:
     shapes = [(2000, "anonymous")]
     pages = array("I", range(1984))
     with (
-        WritersVm(kvm, mode, shapes, [WriteStream(pages, 0)], 4096, SPARSER) as vm,
+        WritersVm(kvm, mode, shapes, [WriteStream(pages, 0)], 4096, Pace.VERY_SPARSE) as vm,
         closing(kind(vm, enough=0, most_rounds=2)) as migration,
     ):
-        vm.start()
-        vm.writers.let_go()
+        vm.populate()
+        vm.writers.resume()
         migration.run()
         migration.verify()
 
