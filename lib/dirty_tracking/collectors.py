@@ -14,7 +14,7 @@ from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.vcpu_thread import KICK_SIGNAL, State
 from dirty_tracking.violations import ContractViolation
 from dirty_tracking.writers import POLL
-from dirty_tracking.writers_vm import Area, WritersVm
+from dirty_tracking.writers_vm import WritersVm
 from kvm_util.ioctl import KvmError
 
 # How many times a thread that was not seen to make progress may take the time for one that hangs
@@ -33,47 +33,46 @@ class Collectors:
 
     def __init__(self, vm: WritersVm) -> None:
         self.vm = vm
-        slots = [SlotPages(area.slot, area.first, area.end) for area in vm.areas]
-        self._recorder = Recorder(vm.writers, vm.mode, slots)
+        self._recorder = Recorder(vm.writers, vm.mode, vm.slots)
         self.ledger = self._recorder.ledger
         self.judge = self._recorder.judge
         self.rings = SharedRings(vm.vm, vm.mode.rings(vm.vm)) if vm.mode.uses_ring else None
 
-    def switch(self, area: Area, on: bool, stopped: bool = False) -> None:
+    def switch(self, slot: SlotPages, on: bool, stopped: bool = False) -> None:
         """Enable or disable dirty logging of a slot."""
-        self._recorder.set_logging(self.vm.vm, area.slot, on, stopped)
+        self._recorder.set_logging(self.vm.vm, slot.slot, on, stopped)
 
     def drop_page_tables(self, change: Operation) -> None:
         """Move or delete a slot that no vCPU writes: *change* does it."""
         with self._recorder.recording(ZapAll(), exact=False):
             change()
 
-    def collect(self, area: Area, stopped: bool = False) -> None:
+    def collect(self, slot: SlotPages, stopped: bool = False) -> None:
         """GET all of a slot's bitmap, and clear what was reported."""
 
         def get() -> list[int]:
-            return self.vm.take_report(stopped, slots=[area.slot]).entries(area.slot)
+            return self.vm.take_report(stopped, slots=[slot.slot]).entries(slot.slot)
 
-        self._take_bitmap(area, area.first, area.end, stopped, get)
+        self._take_bitmap(slot, slot.first, slot.end, stopped, get)
 
-    def collect_range(self, area: Area, first_page: int, num_pages: int) -> None:
+    def collect_range(self, slot: SlotPages, first_page: int, num_pages: int) -> None:
         """GET all of a slot's bitmap, and CLEAR what it has of *num_pages* pages from *first_page* on; manual modes."""
 
         def get() -> list[int]:
             self._recorder.kick()
-            bitmap = new_bitmap(area.memslot.npages)
-            self.vm.vm.get_dirty_log(area.slot, bitmap)
+            bitmap = new_bitmap(len(slot.range))
+            self.vm.vm.get_dirty_log(slot.slot, bitmap)
             part = bitmap[first_page // 8 : (first_page + -(-num_pages // BITS_PER_WORD) * BITS_PER_WORD) // 8]
-            self.vm.vm.clear_dirty_log(area.slot, part, first_page, num_pages)
+            self.vm.vm.clear_dirty_log(slot.slot, part, first_page, num_pages)
             return [first_page + page for page in set_pages(part)]
 
-        first = area.first + first_page
-        self._take_bitmap(area, first, first + num_pages, False, get)
+        first = slot.first + first_page
+        self._take_bitmap(slot, first, first + num_pages, False, get)
 
     def harvest(self, most: int | None = None, stopped: bool = False) -> None:
         """Harvest all rings, or *most* entries of each at most, and reset what was harvested."""
         assert self.rings is not None
-        with self._recorder.collecting(0, self.vm.areas[-1].end, stopped) as event:
+        with self._recorder.collecting(0, self.vm.slots[-1].end, stopped) as event:
             event.complete = most is None
             if not stopped:
                 self._recorder.kick()
@@ -98,8 +97,8 @@ class Collectors:
         if self.rings is not None:
             self.harvest(stopped=stopped)
             return
-        for area in self.vm.areas:
-            self.collect(area, stopped)
+        for slot in self.vm.slots:
+            self.collect(slot, stopped)
 
     def check(self) -> None:
         """Collect what is left, with all vCPUs stopped, and verify what was recorded since the last check.
@@ -110,7 +109,7 @@ class Collectors:
         if violations := self.judge.verify():
             raise ContractViolation(violations)
 
-    def _take_bitmap(self, area: Area, first: int, last: int, stopped: bool, get: Callable[[], list[int]]) -> None:
+    def _take_bitmap(self, slot: SlotPages, first: int, last: int, stopped: bool, get: Callable[[], list[int]]) -> None:
         with self._recorder.collecting(first, last, stopped) as event:
             pages: list[int] = []
             try:
@@ -119,7 +118,7 @@ class Collectors:
                 if error.errno != errno.ENOENT:
                     raise
                 event.refused = True
-            event.add(*self.ledger.page_numbers(area.slot, pages))
+            event.add(*self.ledger.page_numbers(slot.slot, pages))
 
 
 class Worker(threading.Thread):

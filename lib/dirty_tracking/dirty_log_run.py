@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, place_test_memory
 from dirty_tracking.collector import Collector
-from dirty_tracking.ledger import Collection, SlotPages
+from dirty_tracking.ledger import Collection
 from dirty_tracking.memory_check import MemoryCheck
 from dirty_tracking.progress import Meter
 from dirty_tracking.recorder import Recorder
@@ -49,8 +49,8 @@ class DirtyLogRun(WritersVm):
         gpa = place_test_memory(settings, cell, arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)))
         shapes = [(npages, cell.backing)]
         super().__init__(kvm, cell.log_mode, shapes, self.streams, settings.ring_count, pace, cell.guest_mode, gpa)
-        self.memslot = self.areas[0].memslot
-        self.recorder = Recorder(self.writers, self.mode, [SlotPages(self.memslot.slot, 0, npages)])
+        self.memslot = self.vm.memslots[self.slots[0].slot]
+        self.recorder = Recorder(self.writers, self.mode, self.slots)
         self.memory_check = MemoryCheck(npages, self.streams, self.memslot.memory.words)
         self._interval = settings.interval / 1000
         self._meter = Meter(settings.iterations, self._interval)

@@ -60,7 +60,7 @@ class Migration:
         self._most_rounds = most_rounds
         self._slots = dict(vm.vm.memslots)
         self.copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
-        known = [SlotPages(area.slot, area.first, area.end) for area in vm.areas]
+        known = list(vm.slots)
         first = known[-1].end
         for slot in self._slots.keys() - {its.slot for its in known}:
             # That of the guest's program: its writes are in no stream.

@@ -80,7 +80,7 @@ class DirtyVm:
         return memslot
 
     def remove_slot(self, slot: int) -> None:
-        """Delete a slot, and give its memory back."""
+        """Delete a slot, and free its memory."""
         memory = self.vm.memslots[slot].memory
         self.vm.delete_memory_region(slot)
         memory.close()
@@ -112,7 +112,7 @@ class DirtyVm:
         return self.mode.rings(self.vm)
 
     def address(self, slot: int, page: int, offset: int = 0) -> int:
-        """The guest-virtual address of a byte of a slot."""
+        """The guest-virtual address of a byte of a slot that is mapped at ``gpa + GVA_OFFSET``."""
         return self.vm.memslots[slot].gpa + page * PAGE + offset + GVA_OFFSET
 
     def changed_pages(self, slot: int, before: bytes) -> list[int]:
@@ -149,14 +149,14 @@ class DirtyVm:
             self._compare(what, slot, expected.get(slot, ()), report.entries(slot), writes_per_page)
 
     def assert_bitmap(self, what: str, slot: int, expected: Iterable[int]) -> None:
-        """Hold KVM_GET_DIRTY_LOG alone to *expected*; in manual mode, where it changes nothing.
+        """Assert that KVM_GET_DIRTY_LOG alone reports exactly *expected*; for manual mode, where it clears nothing.
 
         :raises ContractViolation: KVM reported something else
         """
         self._compare(what, slot, expected, self.read_bitmap(slot), 1)
 
     def _compare(self, what: str, slot: int, expected: Iterable[int], reported: Sequence[int], most: int) -> None:
-        """Hold what was reported of a slot to what is expected: each page once, or *most* times at most."""
+        """Compare what was reported of a slot with what is expected: each page once, or *most* times at most."""
         wanted, found = set(expected), Counter(reported)
         wrong = {
             Kind.LOST: sorted(wanted - found.keys()),
@@ -176,7 +176,7 @@ class DirtyVm:
         return set_pages(bitmap)
 
     def close(self) -> None:
-        """Close the VM and give all memory back."""
+        """Close the VM and free all memory."""
         self.guest.close()
 
     def __enter__(self) -> Self:

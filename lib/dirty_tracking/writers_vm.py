@@ -6,9 +6,9 @@ guest they lie side by side, while between the slots' guest-physical addresses t
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
+from dirty_tracking.ledger import SlotPages
 from dirty_tracking.memory_check import WORDS_PER_PAGE, writes_done
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE, DirtyVm
@@ -17,24 +17,10 @@ from dirty_tracking.writers import Pace, Writers
 from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB, align_up
-from kvm_util.vm import Memslot
 
 # With five levels of page tables, test memory is mapped at an address that four levels cannot translate.
 _GVA_5_LEVEL = 1 << 52
 _VCPU_DATA = MIB
-
-
-@dataclass(frozen=True)
-class Area:
-    """A test slot: its pages have the numbers from *first* to *end* - 1."""
-
-    memslot: Memslot
-    first: int
-    end: int
-
-    @property
-    def slot(self) -> int:
-        return self.memslot.slot
 
 
 class WritersVm(DirtyVm):
@@ -45,6 +31,7 @@ class WritersVm(DirtyVm):
     :param ring_count: entries of a dirty ring, for the ring modes
     :param guest_mode: a key of ``GUEST_MODES``; with pages of more than 4 KiB there can be one slot only
     :param gpa: where the first slot begins
+    :ivar slots: the test slots, with the numbers of their pages
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
     """
 
@@ -65,9 +52,9 @@ class WritersVm(DirtyVm):
         own = self.guest.guest_mode
         self._gva = (_GVA_5_LEVEL if own.levels == 5 else GVA_OFFSET) + gpa % own.page_size
         with self._building():
-            self.areas: list[Area] = []
+            self.slots: list[SlotPages] = []
             for count, backing in shapes:
-                self._add_area(gpa, count, backing)
+                self._add_test_slot(gpa, count, backing)
                 gpa = align_up(gpa + count * PAGE, 2 * MIB) + 2 * MIB
             self.writers = Writers(self.guest, self.mode)
             for vcpu, stream in enumerate(streams):
@@ -82,7 +69,7 @@ class WritersVm(DirtyVm):
         self.writers.start()
         self.writers.resume()
         # No writes are published meanwhile; a slow machine needs seconds for a GiB.
-        patience = max(1, self.areas[-1].end * PAGE / GIB)
+        patience = max(1, self.slots[-1].end * PAGE / GIB)
         self.writers.wait(self.writers.all_stopped, "touching all pages", patience=patience)
 
     def take_report(self, stopped: bool, always_kick: bool = False, slots: Iterable[int] | None = None) -> DirtyReport:
@@ -111,20 +98,21 @@ class WritersVm(DirtyVm):
         finally:
             self.writers.close()
 
-    def _add_area(self, gpa: int, count: int, backing: str) -> None:
+    def _add_test_slot(self, gpa: int, count: int, backing: str) -> None:
         """Add the next slot, and map it behind the previous one."""
-        first = self.areas[-1].end if self.areas else 0
-        memslot = self.vm.add_memory(PROGRAM_SLOT + 1 + len(self.areas), gpa, count * PAGE, backing, populate=True)
+        first = self.slots[-1].end if self.slots else 0
+        slot = PROGRAM_SLOT + 1 + len(self.slots)
+        self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True)
         self.map_at(self._gva + first * PAGE, gpa, count)
-        self.areas.append(Area(memslot, first, first + count))
+        self.slots.append(SlotPages(slot, first, first + count))
 
     def _done(self, vcpu: int, published: int) -> int:
         """How many writes *vcpu*, out of its guest, has done."""
 
         def value(page: int) -> int:
-            area = next(area for area in self.areas if page < area.end)
-            word: int = area.memslot.memory.words[(page - area.first) * WORDS_PER_PAGE + vcpu]
-            return word
+            its = next(its for its in self.slots if page < its.end)
+            words = self.vm.memslots[its.slot].memory.words
+            return int(words[(page - its.first) * WORDS_PER_PAGE + vcpu])
 
         return writes_done(self.writers.streams[vcpu], published, value)
 

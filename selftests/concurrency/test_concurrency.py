@@ -63,7 +63,7 @@ def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteSt
 def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
     """The operations of one collector: collections of all kinds that the mode has."""
     for _ in range(count):
-        area = draw.choice(of.vm.areas)
+        slot = draw.choice(of.vm.slots)
         if of.rings is not None:
             kinds: Sequence[Operation] = (
                 of.harvest,
@@ -73,26 +73,26 @@ def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterato
             )
             yield draw.choice(kinds)
         elif of.vm.mode.manual and draw.random() < 0.5:
-            npages = area.end - area.first
+            npages = slot.end - slot.first
             first = draw.randrange(0, npages, BITS_PER_WORD)
             last = draw.choice([*range(first + BITS_PER_WORD, npages, BITS_PER_WORD), npages])
-            yield lambda area=area, first=first, last=last: of.collect_range(area, first, last - first)  # type: ignore[misc]
+            yield lambda slot=slot, first=first, last=last: of.collect_range(slot, first, last - first)  # type: ignore[misc]
         else:
-            yield lambda area=area: of.collect(area)  # type: ignore[misc]
+            yield lambda slot=slot: of.collect(slot)  # type: ignore[misc]
 
 
 def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
     """Toggle the dirty logging of random slots; *state* has those for which it is enabled."""
     for _ in range(count):
-        area = draw.choice(of.vm.areas)
-        state[area.slot] = not state.get(area.slot, False)
-        yield lambda area=area, on=state[area.slot]: of.switch(area, on)  # type: ignore[misc]
+        slot = draw.choice(of.vm.slots)
+        state[slot.slot] = not state.get(slot.slot, False)
+        yield lambda slot=slot, on=state[slot.slot]: of.switch(slot, on)  # type: ignore[misc]
 
 
 def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
     """Create, move and delete another slot, with or without dirty logging, right behind a slot that vCPUs write."""
     vm = of.vm.vm
-    behind = [area.memslot.gpa + area.memslot.npages * PAGE for area in of.vm.areas]
+    behind = [vm.memslots[its.slot].gpa + len(its.range) * PAGE for its in of.vm.slots]
 
     def make() -> None:
         gpa = draw.choice(behind)
@@ -160,8 +160,8 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
 
 def switch_all(of: Collectors, on: bool) -> None:
     """Enable or disable dirty logging of all slots, with all vCPUs stopped."""
-    for area in of.vm.areas:
-        of.switch(area, on, stopped=True)
+    for slot in of.vm.slots:
+        of.switch(slot, on, stopped=True)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -181,14 +181,14 @@ def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.
 
         def job() -> Iterator[Operation]:
             for _ in range(count):
-                for area in of.vm.areas:
-                    yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+                for slot in of.vm.slots:
+                    yield lambda slot=slot: of.switch(slot, on=True)  # type: ignore[misc]
                 yield lambda: of.collect_all(stopped=False)
                 yield lambda: of.collect_all(stopped=False)
-                for area in of.vm.areas:
-                    yield lambda area=area: of.switch(area, on=False)  # type: ignore[misc]
-            for area in of.vm.areas:
-                yield lambda area=area: of.switch(area, on=True)  # type: ignore[misc]
+                for slot in of.vm.slots:
+                    yield lambda slot=slot: of.switch(slot, on=False)  # type: ignore[misc]
+            for slot in of.vm.slots:
+                yield lambda slot=slot: of.switch(slot, on=True)  # type: ignore[misc]
 
         for _ in range(rounds):
             work(of, draw, [job()])
@@ -265,7 +265,7 @@ def test_collectors_and_toggles_at_once(writing: Writing, thorough: bool, draw: 
     """No write is lost while several threads collect and another one enables and disables dirty logging."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
     with writing("same-pages", vcpus) as of:
-        state = {area.slot: True for area in of.vm.areas}
+        state = {slot.slot: True for slot in of.vm.slots}
         for _ in range(rounds):
             jobs = [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)]
             work(of, draw, [*jobs, some_toggles(of, random.Random(draw.random()), count, state)])

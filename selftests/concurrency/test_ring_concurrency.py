@@ -50,8 +50,8 @@ def started(vm: WritersVm) -> Collectors:
     """Start the vCPUs, and enable dirty logging of all slots."""
     of = Collectors(vm)
     vm.populate()
-    for area in vm.areas:
-        of.switch(area, on=True, stopped=True)
+    for slot in vm.slots:
+        of.switch(slot, on=True, stopped=True)
     return of
 
 

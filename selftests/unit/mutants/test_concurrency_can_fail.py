@@ -47,8 +47,8 @@ def one_round(of: Collectors) -> None:
         if of.rings is not None:
             of.harvest()
         else:
-            for area in of.vm.areas:
-                of.collect(area)
+            for slot in of.vm.slots:
+                of.collect(slot)
 
     workers = [Worker(of.vm, f"worker{number}", [collect] * 3, random.Random(number), 300) for number in range(2)]
     race(of.vm, workers)
@@ -69,8 +69,8 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], matc
     with WritersVm(kvm, mode, SHAPES, streams(), 1024) as vm:
         of = Collectors(vm)
         vm.populate()
-        for area in vm.areas:
-            of.switch(area, on=True, stopped=True)
+        for slot in vm.slots:
+            of.switch(slot, on=True, stopped=True)
         one_round(of)
         falsify(of)
         with pytest.raises(ContractViolation, match=match):
@@ -119,8 +119,8 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
         of = Collectors(vm)
         vm.populate()
-        for area in vm.areas:
-            of.switch(area, on=True, stopped=True)
+        for slot in vm.slots:
+            of.switch(slot, on=True, stopped=True)
         of.check()
 
         def falsified(its: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
@@ -129,7 +129,7 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
 
         with monkeypatch.context() as patch:
             patch.setattr(Vm, "clear_dirty_log", falsified)
-            of.collect(vm.areas[0])
+            of.collect(vm.slots[0])
         with pytest.raises(ContractViolation, match="LOST"):
             of.check()
 
@@ -208,11 +208,11 @@ def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     """Dirty logging that stays disabled when it is enabled loses writes, or has no bitmap."""
 
     def falsify(of: Collectors) -> None:
-        for area in of.vm.areas:
-            of.switch(area, on=False, stopped=True)
+        for slot in of.vm.slots:
+            of.switch(slot, on=False, stopped=True)
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        for area in of.vm.areas:
-            of.switch(area, on=True, stopped=True)
+        for slot in of.vm.slots:
+            of.switch(slot, on=True, stopped=True)
 
     check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was enabled")
 
@@ -223,8 +223,8 @@ def test_logging_that_stays_enabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, l
 
     def falsify(of: Collectors) -> None:
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        for area in of.vm.areas:
-            of.switch(area, on=False, stopped=True)
+        for slot in of.vm.slots:
+            of.switch(slot, on=False, stopped=True)
 
     check_fails(
         kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was disabled"
