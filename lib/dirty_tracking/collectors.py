@@ -38,9 +38,14 @@ class Collectors:
         self.judge = self._recorder.judge
         self.rings = SharedRings(vm.vm, vm.mode.rings(vm.vm)) if vm.mode.uses_ring else None
 
-    def switch(self, slot: SlotPages, on: bool, stopped: bool = False) -> None:
+    def set_logging(self, slot: SlotPages, on: bool, stopped: bool = False) -> None:
         """Enable or disable dirty logging of a slot."""
         self._recorder.set_logging(self.vm.vm, slot.slot, on, stopped)
+
+    def set_all_logging(self, on: bool) -> None:
+        """Enable or disable dirty logging of all slots, with all vCPUs stopped."""
+        for slot in self.vm.slots:
+            self.set_logging(slot, on, stopped=True)
 
     def drop_page_tables(self, change: Operation) -> None:
         """Move or delete a slot that no vCPU writes: *change* does it."""

@@ -86,17 +86,9 @@ class DirtyLogRun(WritersVm):
                     raise ContractViolation(violations, evidence=evidence)
         return self.figures
 
-    def published(self) -> list[int]:
-        """How many writes each vCPU is known to have done; see :meth:`Writers.published`."""
-        return self.writers.published()
-
     def history(self, page: int) -> str:
         """When *page* was last written and last reported, as far as the checks got."""
         return f"page {page}: {self.memory_check.last_writes(page)}; {self.recorder.ledger.last_report(page)}"
-
-    def all_stopped(self) -> bool:
-        """Whether no vCPU is in its guest, or about to enter it."""
-        return self.writers.all_stopped()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -117,17 +109,17 @@ class DirtyLogRun(WritersVm):
         """Have the vCPUs write for the interval at least, and until each has made some writes, or a ring is stuck."""
         # The first iteration lasts until every page was written once, as the C test's does.
         needed = sweep_length(self.memslot.npages, self.cell.vcpus) if iteration == 1 else MIN_WRITES
-        begun = self.published()
+        begun = self.writers.published()
         goals = [count + needed for count in begun]
         self._meter.begin(begun, goals)
         end = time.monotonic() + self._interval
         self.writers.resume()
 
         def below_goal(vcpu: int) -> bool:
-            return self.published()[vcpu] < goals[vcpu]
+            return self.writers.published()[vcpu] < goals[vcpu]
 
         def written_enough() -> bool:
-            self._meter.read(self.published)
+            self._meter.read(self.writers.published)
             return time.monotonic() >= end and not any(map(below_goal, range(len(goals))))
 
         self.writers.wait(lambda: written_enough() or bool(self._collector.stuck), "writing", below_goal)
@@ -136,12 +128,14 @@ class DirtyLogRun(WritersVm):
         """Stop all vCPUs, in the cell's way."""
         if self.cell.stop == "cooperative" and not self._collector.stuck:
             self.writers.set_stop_flags(1)
-            # A ring can still get stuck before the guest has seen the flag.
-            self.writers.wait(lambda: self.all_stopped() or bool(self._collector.stuck), "stopping", self._not_stopped)
-        self.writers.force_stop()
 
-    def _not_stopped(self, vcpu: int) -> bool:
-        return self.writers.threads[vcpu].state is not State.STOPPED
+            def stopped() -> bool:
+                # A ring can still get stuck before the guest has seen the flag.
+                return self.writers.all_stopped() or bool(self._collector.stuck)
+
+            threads = self.writers.threads
+            self.writers.wait(stopped, "stopping", lambda vcpu: threads[vcpu].state is not State.STOPPED)
+        self.writers.force_stop()
 
     def _collect_rest(self) -> list[Collection]:
         """Collect what is left, with all vCPUs stopped; returns all of the iteration's collections."""

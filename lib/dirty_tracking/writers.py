@@ -93,7 +93,7 @@ class Writers:
         self._stop_flags.append(self._block_field(block, "BLOCK_STOP"))
 
     def published(self) -> list[int]:
-        """How many writes each vCPU is known to have done; one more may be under way.
+        """How many writes each vCPU is known to have done; one more may be in flight.
 
         A vCPU that was stopped between a store and its publication has done one write more than it says, and goes on
         saying so for a moment after it was resumed.
@@ -206,7 +206,7 @@ class Writers:
     def end(self, error: BaseException | None) -> None:
         """Stop and join all threads; no signal may cut this short, it takes _JOIN_TIMEOUT at most.
 
-        :param error: what ended the work, if anything did: that is what is to be told, and a thread that still waits for
+        :param error: what ended the work, if anything did: that is what is to be reported, and a thread that still waits for
             something, say, is its consequence, and becomes a note of it
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """

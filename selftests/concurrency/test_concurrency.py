@@ -86,7 +86,7 @@ def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[in
     for _ in range(count):
         slot = draw.choice(of.vm.slots)
         state[slot.slot] = not state.get(slot.slot, False)
-        yield lambda slot=slot, on=state[slot.slot]: of.switch(slot, on)  # type: ignore[misc]
+        yield lambda slot=slot, on=state[slot.slot]: of.set_logging(slot, on)  # type: ignore[misc]
 
 
 def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
@@ -151,17 +151,11 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
             of = Collectors(vm)
             vm.populate()
             if on:
-                switch_all(of, on=True)
+                of.set_all_logging(on=True)
             yield of
             assert of.judge.pages_required
 
     return of_writers
-
-
-def switch_all(of: Collectors, on: bool) -> None:
-    """Enable or disable dirty logging of all slots, with all vCPUs stopped."""
-    for slot in of.vm.slots:
-        of.switch(slot, on, stopped=True)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -182,17 +176,17 @@ def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.
         def job() -> Iterator[Operation]:
             for _ in range(count):
                 for slot in of.vm.slots:
-                    yield lambda slot=slot: of.switch(slot, on=True)  # type: ignore[misc]
+                    yield lambda slot=slot: of.set_logging(slot, on=True)  # type: ignore[misc]
                 yield lambda: of.collect_all(stopped=False)
                 yield lambda: of.collect_all(stopped=False)
                 for slot in of.vm.slots:
-                    yield lambda slot=slot: of.switch(slot, on=False)  # type: ignore[misc]
+                    yield lambda slot=slot: of.set_logging(slot, on=False)  # type: ignore[misc]
             for slot in of.vm.slots:
-                yield lambda slot=slot: of.switch(slot, on=True)  # type: ignore[misc]
+                yield lambda slot=slot: of.set_logging(slot, on=True)  # type: ignore[misc]
 
         for _ in range(rounds):
             work(of, draw, [job()])
-            switch_all(of, on=False)
+            of.set_all_logging(on=False)
 
 
 def test_huge_page_splits_beside_writers(
@@ -223,12 +217,12 @@ def test_huge_page_splits_beside_writers(
             assert huge, "dirty logging is disabled and the host has huge pages, but none is mapped"
             toggling = some_toggles(of, random.Random(draw.random()), count, {})
             work(of, draw, [toggling, collecting()])
-            switch_all(of, on=True)
+            of.set_all_logging(on=True)
             work(of, draw, [collecting()])
             assert MappingSizes.read(stats).pages_2m < huge, (
                 "pages with dirty logging that were written are mapped huge"
             )
-            switch_all(of, on=False)
+            of.set_all_logging(on=False)
             work(of, draw, [collecting()])
 
 

@@ -50,8 +50,7 @@ def started(vm: WritersVm) -> Collectors:
     """Start the vCPUs, and enable dirty logging of all slots."""
     of = Collectors(vm)
     vm.populate()
-    for slot in vm.slots:
-        of.switch(slot, on=True, stopped=True)
+    of.set_all_logging(on=True)
     return of
 
 

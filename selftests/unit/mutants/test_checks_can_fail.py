@@ -61,7 +61,7 @@ class Planter:
 
         Only while the vCPUs are stopped: a write during a collection may also be reported by the next one.
         """
-        return self.ready and self.planted is None and self.run.all_stopped()
+        return self.ready and self.planted is None and self.run.writers.all_stopped()
 
     def is_ten_thousandth(self) -> bool:
         """Count one more reported page; the fault counts as planted from the first on.
@@ -70,14 +70,14 @@ class Planter:
         """
         self.plant()
         self.seen += 1
-        if self.seen < 10_000 or not self.run.all_stopped():
+        if self.seen < 10_000 or not self.run.writers.all_stopped():
             return False
         self.seen -= 10_000
         return True
 
     def not_written_soon(self, reported: list[int]) -> int:
         """A page that is neither reported nor written within the next hundred writes."""
-        done = self.run.published()[0]
+        done = self.run.writers.published()[0]
         busy = set(reported).union(self.run.streams[0].between(done, done + 100))
         return next(page for page in self.draw.sample(range(self.run.memslot.npages), 300) if page not in busy)
 
@@ -158,7 +158,7 @@ BITMAP_FAULTS = [
 def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
     """The page left out is the one that the guest writes last: a page written at once would be dirty anyway."""
     if planter.fresh and (pages := set_pages(bitmap)):
-        done = planter.run.published()[0]
+        done = planter.run.writers.published()[0]
         upcoming = planter.run.streams[0].between(done, done + 16384).tolist()
         flip(bitmap, max(pages, key=lambda page: upcoming.index(page) if page in upcoming else len(upcoming)))
         planter.plant()
@@ -166,7 +166,7 @@ def clear_all_but_one(planter: Planter, bitmap: bytearray) -> None:
 
 def clear_everything(planter: Planter, bitmap: bytearray) -> None:
     """Also the pages written after GET, which were never reported; after a pause, so that there are some."""
-    if planter.ready and not planter.run.all_stopped():
+    if planter.ready and not planter.run.writers.all_stopped():
         time.sleep(0.005)
         bitmap[:] = b"\xff" * len(bitmap)
         planter.plant()
@@ -196,7 +196,7 @@ def repeat_an_entry(planter: Planter, slots: list[int], pages: list[int]) -> Ent
     """As often as the page was ever written: each write since the last collection may have an entry of its own."""
     if planter.fresh and pages:
         at = planter.draw.randrange(len(pages))
-        again = planter.run.streams[0].between(0, planter.run.published()[0] + 1).tolist().count(pages[at])
+        again = planter.run.streams[0].between(0, planter.run.writers.published()[0] + 1).tolist().count(pages[at])
         planter.plant()
         return slots[:at] + slots[at : at + 1] * again + slots[at:], pages[:at] + pages[at : at + 1] * again + pages[
             at:
@@ -264,7 +264,7 @@ RING_FAULTS = [
 
 def first_future_page(planter: Planter, reported: list[int]) -> int:
     """A page that is written within the next thousand writes, but not within the next hundred."""
-    done = planter.run.published()[0]
+    done = planter.run.writers.published()[0]
     near = set(planter.run.streams[0].between(done, done + 100)).union(reported)
     return next(page for page in planter.run.streams[0].between(done + 500, done + 1000) if page not in near)
 
@@ -362,7 +362,7 @@ def test_entry_in_the_wrong_ring_is_found(
         def falsified(*arguments: Any, **options: Any) -> DirtyReport:
             report = collect(*arguments, **options)
             if planter.fresh:
-                own = planter.run.streams[0].between(0, planter.run.published()[0] + 1)
+                own = planter.run.streams[0].between(0, planter.run.writers.published()[0] + 1)
                 recent = set(own[-2000:])
                 first, second = report.sources
                 at = next((at for at, page in enumerate(second.offsets) if page not in recent), None)
@@ -440,10 +440,10 @@ def test_page_lost_in_a_running_collection(
         seen = [0]  # writes that the collection before may have reported
 
         def falsified(vm: Vm, kick: Callable[[], None] | None, **options: Any) -> DirtyReport:
-            written = planter.run.published()[0] - 50  # the collection's own count was taken a moment ago
+            written = planter.run.writers.published()[0] - 50  # the collection's own count was taken a moment ago
             report = collect(vm, kick, **options)
-            since, seen[0] = seen[0], planter.run.published()[0] + 1
-            if planter.ready and planter.planted is None and kick is not None and not planter.run.all_stopped():
+            since, seen[0] = seen[0], planter.run.writers.published()[0] + 1
+            if planter.ready and planter.planted is None and kick is not None and not planter.run.writers.all_stopped():
                 long_done = set(planter.run.streams[0].between(since, max(since, written)))
                 (source,) = report.sources
                 page = next((page for page in source.offsets if page in long_done), None)

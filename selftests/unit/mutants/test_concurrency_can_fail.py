@@ -69,8 +69,7 @@ def check_fails(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], matc
     with WritersVm(kvm, mode, SHAPES, streams(), 1024) as vm:
         of = Collectors(vm)
         vm.populate()
-        for slot in vm.slots:
-            of.switch(slot, on=True, stopped=True)
+        of.set_all_logging(on=True)
         one_round(of)
         falsify(of)
         with pytest.raises(ContractViolation, match=match):
@@ -119,8 +118,7 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
         of = Collectors(vm)
         vm.populate()
-        for slot in vm.slots:
-            of.switch(slot, on=True, stopped=True)
+        of.set_all_logging(on=True)
         of.check()
 
         def falsified(its: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
@@ -208,11 +206,9 @@ def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     """Dirty logging that stays disabled when it is enabled loses writes, or has no bitmap."""
 
     def falsify(of: Collectors) -> None:
-        for slot in of.vm.slots:
-            of.switch(slot, on=False, stopped=True)
+        of.set_all_logging(on=False)
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        for slot in of.vm.slots:
-            of.switch(slot, on=True, stopped=True)
+        of.set_all_logging(on=True)
 
     check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was enabled")
 
@@ -223,8 +219,7 @@ def test_logging_that_stays_enabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, l
 
     def falsify(of: Collectors) -> None:
         monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        for slot in of.vm.slots:
-            of.switch(slot, on=False, stopped=True)
+        of.set_all_logging(on=False)
 
     check_fails(
         kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was disabled"
