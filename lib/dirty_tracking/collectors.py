@@ -5,7 +5,8 @@ import errno
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from dirty_tracking.ledger import Reset, SlotPages, ZapAll
@@ -53,26 +54,20 @@ class Collectors:
             change()
 
     def collect(self, slot: SlotPages, stopped: bool = False) -> None:
-        """GET all of a slot's bitmap, and clear what was reported."""
-
-        def get() -> list[int]:
-            return self.vm.take_report(stopped, slots=[slot.slot]).entries(slot.slot)
-
-        self._take_bitmap(slot, slot.first, slot.end, stopped, get)
+        """GET a whole slot's bitmap, and clear what was reported."""
+        with self._collecting(slot, slot.first, slot.end, stopped) as pages:
+            pages += self.vm.take_report(stopped, slots=[slot.slot]).entries(slot.slot)
 
     def collect_range(self, slot: SlotPages, first_page: int, num_pages: int) -> None:
-        """GET all of a slot's bitmap, and CLEAR what it has of *num_pages* pages from *first_page* on; manual modes."""
-
-        def get() -> list[int]:
+        """GET a whole slot's bitmap, and CLEAR what it has of *num_pages* pages from *first_page* on; manual modes."""
+        first = slot.first + first_page
+        with self._collecting(slot, first, first + num_pages, stopped=False) as pages:
             self._recorder.kick()
             bitmap = new_bitmap(len(slot.range))
             self.vm.vm.get_dirty_log(slot.slot, bitmap)
             part = bitmap[first_page // 8 : (first_page + -(-num_pages // BITS_PER_WORD) * BITS_PER_WORD) // 8]
             self.vm.vm.clear_dirty_log(slot.slot, part, first_page, num_pages)
-            return [first_page + page for page in set_pages(part)]
-
-        first = slot.first + first_page
-        self._take_bitmap(slot, first, first + num_pages, False, get)
+            pages += [first_page + page for page in set_pages(part)]
 
     def harvest(self, most: int | None = None, stopped: bool = False) -> None:
         """Harvest all rings, or *most* entries of each at most, and reset what was harvested."""
@@ -114,11 +109,13 @@ class Collectors:
         if violations := self.judge.verify():
             raise ContractViolation(violations)
 
-    def _take_bitmap(self, slot: SlotPages, first: int, last: int, stopped: bool, get: Callable[[], list[int]]) -> None:
+    @contextmanager
+    def _collecting(self, slot: SlotPages, first: int, last: int, stopped: bool) -> Iterator[list[int]]:
+        """Record a collection of a slot's bitmap, whose pages the context adds to the list."""
         with self._recorder.collecting(first, last, stopped) as event:
             pages: list[int] = []
             try:
-                pages = get()
+                yield pages
             except KvmError as error:
                 if error.errno != errno.ENOENT:
                     raise
@@ -127,7 +124,7 @@ class Collectors:
 
 
 class Worker(threading.Thread):
-    """Does one operation after the other, each after some writes more of the vCPUs.
+    """Does one operation after the other, each after some more writes of the vCPUs.
 
     :param pause: how many writes to wait for between two operations at most
     :ivar failure: what ended it, if anything did
@@ -147,7 +144,7 @@ class Worker(threading.Thread):
         self._lock = threading.Lock()
 
     def signal(self) -> None:
-        """Send it a signal, if it is at work: one must not be sent to a thread that has ended."""
+        """Send it a signal if it runs: none may be sent to a thread that has ended."""
         with self._lock:
             if self._running and self.ident is not None:
                 signal.pthread_kill(self.ident, KICK_SIGNAL)
@@ -172,7 +169,7 @@ class Worker(threading.Thread):
                 self._running = False
 
     def _wait_for_writes(self) -> None:
-        """Wait until the vCPUs made some writes more, or one of them waits for its ring."""
+        """Wait until the vCPUs have made some more writes, or one of them waits for its ring."""
         writers = self._vm.writers
         goal = sum(writers.published()) + self._draw.randint(0, self._pause)
         while sum(writers.published()) < goal and not self._quit.wait(POLL):

@@ -59,10 +59,10 @@ class ScriptedVm(DirtyVm):
                 self.guest.add_vcpu(block)
 
     def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
-        """Have a vCPU do *operations*.
+        """Have a vCPU execute *operations*.
 
-        :param on_exit: called when KVM_RUN returns before they are done; true when it dealt with that
-        :raises GuestError: the guest ended in a way that nobody asked for
+        :param on_exit: called when KVM_RUN returns before the end; returns whether to continue
+        :raises GuestError: the guest stopped for another reason
         """
         self.write_list(self._lists[vcpu], operations)
         handle = self.vm.vcpus[vcpu]
@@ -84,7 +84,7 @@ class ScriptedVm(DirtyVm):
 
     @staticmethod
     def _kvm_run(handle: Vcpu) -> int:
-        """KVM_RUN, which a signal ends in the end: a guest that hangs shall not hang the test. For the main thread only."""
+        """KVM_RUN with a deadline, which a signal enforces: a guest that hangs must not hang the test. Main thread only."""
         previous = signal.signal(signal.SIGALRM, _nothing)
         signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
         try:

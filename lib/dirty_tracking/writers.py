@@ -227,7 +227,7 @@ class Writers:
                 signal.raise_signal(number)
 
     def close(self) -> None:
-        """Close the VM and give all memory back, unless a vCPU still runs: that one would write to what was freed."""
+        """Close the VM and free all memory, unless a vCPU still runs: that one would write to what was freed."""
         if any(thread.is_alive() for thread in self._all_threads()):
             return
         for view in (*self._published, *self._stop_flags):

@@ -91,7 +91,7 @@ class WritersVm(DirtyVm):
         self.writers.sync_write_counts(out_of_guest, self._done)
 
     def close(self, error: BaseException | None = None) -> None:
-        """End all threads, and give all memory back; *error* as for :meth:`Writers.end`."""
+        """End all threads, and free all memory; *error* as for :meth:`Writers.end`."""
         try:
             if self.writers.started:
                 self.writers.end(error)
