@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
-# The short names of all there is to do; `make help` lists them.
+# The targets; `make help` lists them.
 
 # Options for pytest, such as ARGS='--log-mode dirty-ring --iterations 100'
 ARGS ?=
@@ -58,7 +58,7 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
-fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, to be there, or be copied, where no network is
+fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, for machines without network
 	@$(FETCH)
 
 lint: $(VENV)/dev ## ruff, mypy and codespell

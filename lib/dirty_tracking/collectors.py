@@ -18,9 +18,9 @@ from dirty_tracking.writers import POLL
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.ioctl import KvmError
 
-# How many times a thread that was not seen to make progress may take the time for one that hangs
+# How many times HANG_TIMEOUT to wait for threads whose progress is not observed
 _PATIENCE = 3
-# Most signals in a row
+# Most signals in a burst
 _BURST = 30
 
 Operation = Callable[[], object]

@@ -107,7 +107,7 @@ class DirtyLogRun(WritersVm):
 
     def _write(self, iteration: int) -> None:
         """Have the vCPUs write for the interval at least, and until each has made some writes, or a ring is stuck."""
-        # The first iteration lasts until every page was written once, as the C test's does.
+        # The first iteration lasts until every page was written once, which the C test does not ask for.
         needed = sweep_length(self.memslot.npages, self.cell.vcpus) if iteration == 1 else MIN_WRITES
         begun = self.writers.published()
         goals = [count + needed for count in begun]

@@ -2,7 +2,7 @@
 """Pre-copy live migration as a VMM does it: all memory, then what KVM reports, in rounds, and the rest with vCPUs stopped.
 
 Reported pages are write-protected again (by GET, CLEAR or RESET) **before** they are copied while the vCPUs run, so that a
-write in between is reported again (api.rst 8.29; the same holds for a bitmap).
+write in between is reported again (api.rst, dirty ring; the same holds for a bitmap).
 """
 
 import mmap
@@ -109,7 +109,7 @@ class Migration:
     def collect(self, stopped: bool) -> tuple[int, Pages]:
         """Collect, which write-protects the reported pages again; returns how many bits or entries there were, and the pages.
 
-        What is no page of the VM is in the ledger only.
+        Entries that name no page of the VM are recorded in the ledger only.
         """
         slots = self.recorder.ledger.slots
         if self.vm.mode.uses_ring:

@@ -257,7 +257,7 @@ def ring_accepted(kvm: Kvm, entries: int, mode: type[LogMode] = RingMode) -> boo
 def smallest_ring(kvm: Kvm, mode: type[LogMode] = RingMode) -> int:
     """The smallest number of entries that this KVM, which must have *mode*, accepts for a ring.
 
-    It depends on the entries that the backend reserves (api.rst 8.29, kvm_dirty_ring_get_rsvd_entries()).
+    It depends on the entries that the backend reserves (api.rst, dirty ring, kvm_dirty_ring_get_rsvd_entries()).
     """
     largest = mode.largest_ring(kvm)
     sizes = [1 << bit for bit in range(largest.bit_length())]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""One vCPU's dirty ring: reading and harvesting its entries, and having KVM reset them (api.rst 8.29)."""
+"""One vCPU's dirty ring: reading and harvesting its entries, and having KVM reset them (api.rst, dirty ring)."""
 
 import ctypes
 import mmap
@@ -36,7 +36,7 @@ class DirtyRing:
 
     :ivar entries: how many entries the ring has room for
     :ivar next: position of the next entry to harvest, counted from the first entry ever pushed
-    :ivar mark: the flags that mark an entry as harvested: RESET, with or without DIRTY ("1X" in api.rst 8.29)
+    :ivar mark: the flags that mark an entry as harvested: RESET, with or without DIRTY ("1X" in api.rst, dirty ring)
     """
 
     def __init__(self, memory: mmap.mmap) -> None:

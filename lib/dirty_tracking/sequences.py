@@ -59,7 +59,7 @@ class FailedSequence:
         return script(self.mode, self.steps)
 
     def lines(self) -> list[str]:
-        what = "the shortest failing sequence, as a script (PYTHONPATH=lib python - < FILE, in the suite's folder):"
+        what = "the shortest failing sequence, as a script (PYTHONPATH=lib .venv/bin/python - < FILE, in the suite's folder):"
         return [what, "", *self.script.splitlines()]
 
     def data(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class ModelCheckedVm:
         self.vm = self.test_vm.vm
         self.test_vm.map(FIRST_GPA, PLACES * MOST_PAGES)
         for ring in self.test_vm.rings:
-            # The other valid way to mark an entry as harvested (api.rst 8.29): its DIRTY flag stays set.
+            # The other valid way to mark an entry as harvested (api.rst, dirty ring): its DIRTY flag stays set.
             ring.mark = _DIRTY_AND_RESET
         self._writes = 0
 

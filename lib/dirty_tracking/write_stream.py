@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 
-# Random writes before the stream repeats: as many as there are pages, within these bounds. The C test makes 31 * 1024 in a
-# run, however fast the machine is.
+# Random writes before the stream repeats: as many as there are pages, within these bounds.
 _MIN_RANDOM_WRITES, _MAX_RANDOM_WRITES = 1 << 14, 1 << 18
 
 
@@ -39,7 +38,7 @@ class WriteStream:
         return result
 
     def written(self, first: int, end: int) -> "array[int]":
-        """The pages of writes *first* to *end* - 1, without the loop's rounds but the last, which has all their pages."""
+        """The pages of writes *first* to *end* - 1, each at least once: of several rounds of the loop only the last is included."""
         pages = array("I")
         for start, stop in self._without_rounds(first, end):
             pages += self.between(start, stop)

@@ -95,8 +95,8 @@ class Writers:
     def published(self) -> list[int]:
         """How many writes each vCPU is known to have done; one more may be in flight.
 
-        A vCPU that was stopped between a store and its publication has done one write more than it says, and goes on
-        saying so for a moment after it was resumed.
+        A vCPU that was stopped between a store and its publication has done one write more than it publishes, until it
+        publishes again.
         """
         return [max(count[0], done) for count, done in zip(self._published, self._synced, strict=True)]
 
@@ -204,10 +204,10 @@ class Writers:
         return "\n".join(f"last exit of {thread.name}: {thread.last_exit}" for thread in self.threads)
 
     def end(self, error: BaseException | None) -> None:
-        """Stop and join all threads; no signal may cut this short, it takes _JOIN_TIMEOUT at most.
+        """Stop and join all threads, for _JOIN_TIMEOUT at most; signals are delivered afterwards.
 
-        :param error: what ended the work, if anything did: that is what is to be reported, and a thread that still waits for
-            something, say, is its consequence, and becomes a note of it
+        :param error: the error that ended the run, or None. It is the one to report; a thread that does not end afterwards
+            is added to it as a note
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
         came: list[int] = []

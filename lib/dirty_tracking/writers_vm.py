@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A VM whose vCPUs write pages of several slots without end: for what has to hold while a VM runs.
 
-The pages of all test slots are numbered through, in the order of the slots: a vCPU's stream runs over these numbers. In the
+The pages of all test slots are numbered consecutively, in the order of the slots; a vCPU's stream has these numbers. In the
 guest they lie side by side, while between the slots' guest-physical addresses there are holes.
 """
 

@@ -114,7 +114,7 @@ class kvm_clear_dirty_log(Structure):
 
 
 class kvm_dirty_gfn(Structure):
-    """A dirty-ring entry; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot (api.rst 8.29)."""
+    """A dirty-ring entry; *slot* is ``as_id << 16 | slot id``, *offset* the page's index in the slot (api.rst, dirty ring)."""
 
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
 

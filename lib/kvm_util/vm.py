@@ -120,7 +120,7 @@ class Vm:
         ioctl(self.fd, uapi.KVM_CLEAR_DIRTY_LOG, "KVM_CLEAR_DIRTY_LOG", ctypes.byref(request), asked)
 
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS: reset the harvested entries of all rings; returns how many (api.rst 8.29)."""
+        """KVM_RESET_DIRTY_RINGS: reset the harvested entries of all rings; returns how many (api.rst, dirty ring)."""
         return ioctl(self.fd, uapi.KVM_RESET_DIRTY_RINGS, "KVM_RESET_DIRTY_RINGS")
 
     def get_stats_fd(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The dirty ring's protocol (api.rst 8.29): full rings, harvests, resets, and mappings of the ring's memory."""
+"""The dirty ring's protocol (api.rst, dirty ring): full rings, harvests, resets, and mappings of the ring's memory."""
 
 import errno
 import mmap

@@ -57,7 +57,7 @@ def test_enabling_logging_twice(vm: ScriptedVm) -> None:
 
 
 def test_adjacent_slots_are_independent(vm: ScriptedVm) -> None:
-    """Of three adjacent slots, each with dirty logging reports its own writes and none of its neighbours'."""
+    """Each of three adjacent slots that has dirty logging reports its own writes only."""
     vm.add_slot(BELOW, FIRST_GPA - NPAGES * PAGE, NPAGES, logged=False)
     vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.add_slot(ABOVE, FIRST_GPA + NPAGES * PAGE, NPAGES)
@@ -128,7 +128,7 @@ def test_slot_move_that_toggles_logging(vm: ScriptedVm) -> None:
 
 
 def test_two_slots_with_the_same_memory(vm: ScriptedVm) -> None:
-    """Of two slots with the same host memory, each with dirty logging reports the writes to its own gfns only."""
+    """Each of two slots with the same host memory that has dirty logging reports the writes to its own gfns only."""
     memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES)
     vm.vm.set_user_memory_region(ALIAS, MOVED, memslot.memory)
     vm.map(MOVED, NPAGES)

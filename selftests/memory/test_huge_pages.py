@@ -287,7 +287,7 @@ def test_clear_within_1g_page(make_huge_vm: MakeHugeVm) -> None:
 @pytest.mark.log_modes("clear-log")
 @pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
 def test_clear_ending_on_huge_page_start(make_huge_vm: MakeHugeVm, backing: str, thorough: bool) -> None:
-    """CLEAR of pages of one word, the last of which is the first one of the next huge page, write-protects that one too."""
+    """A CLEAR whose bitmap word ends on the first page of the next huge page write-protects that page, too."""
     for shift in range(64) if thorough else EDGE_SHIFTS:
         with make_huge_vm(two_mib(backing, shift)) as vm:
             edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]

@@ -92,7 +92,7 @@ def test_prefaulted_pages_are_logged(kvm: Kvm, vm: ScriptedVm) -> None:
     vm.assert_dirty("writes to pages that were mapped before dirty logging was enabled", {SLOT: range(0, npages, 3)})
     vm.remove_slot(SLOT)
     vm.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
-    # Makes the vCPU drop its obsolete root: with that the ioctl never ends before "KVM: x86/mmu: Check and free obsolete
+    # Makes the vCPU drop its obsolete root: with one the ioctl loops for ever before "KVM: x86/mmu: Check and free obsolete
     # roots in kvm_mmu_reload()", which 6.12 does not have.
     vm.run()
     vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
@@ -103,7 +103,7 @@ def test_prefaulted_pages_are_logged(kvm: Kvm, vm: ScriptedVm) -> None:
 
 
 def test_unaligned_slot_sizes_and_gfns(vm: ScriptedVm, draw: random.Random, thorough: bool) -> None:
-    """Memslots whose size is no multiple of 64 pages, and whose base gfn is none of 64 or 512, are logged page by page."""
+    """Memslots are logged page by page when size and base gfn are not multiples of a bitmap word or a huge page."""
     sizes, shifts = (SIZES + MORE_SIZES, SHIFTS + MORE_SHIFTS) if thorough else (SIZES, SHIFTS)
     for index, npages in enumerate(sizes):
         for shift in shifts if thorough else (shifts[index % len(shifts)], shifts[(index + 1) % len(shifts)]):

@@ -293,7 +293,7 @@ def test_failure_shows_script_and_command(tmp_path: Path) -> None:
         "dirty-log: step",
         "LOST",
         "kernel   ",
-        "PYTHONPATH=lib python -",
+        "PYTHONPATH=lib .venv/bin/python -",
     ):
         assert expected in done.stdout
     script_text = re.search(r"^from dirty_tracking\.sequences import .*?^\]\)$", done.stdout, re.MULTILINE | re.DOTALL)

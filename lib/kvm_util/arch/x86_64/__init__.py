@@ -39,13 +39,13 @@ NAME = "x86_64"
 
 # Loads are not reordered with loads, nor stores with earlier loads and stores (Intel SDM volume 3, "Memory Ordering";
 # AMD APM volume 2, section 7.2). On such a machine plain accesses in program order are the load-acquire and
-# store-release that the dirty ring's protocol asks for (api.rst 8.29); on others Python has no such access.
+# store-release that the dirty ring's protocol asks for (api.rst, dirty ring); on others Python has no such access.
 TOTAL_STORE_ORDER = True
 
 # The quirk (KVM_CAP_DISABLE_QUIRKS2) by which KVM zaps the SPTEs of all memslots when one is deleted or moved
 SLOT_ZAP_ALL_QUIRK = KVM_X86_QUIRK_SLOT_ZAP_ALL
 
-# Whether KVM writes guest memory without a running vCPU, and so needs a bitmap beside the rings (api.rst 8.29)
+# Whether KVM writes guest memory without a running vCPU, and so needs a bitmap beside the rings (api.rst, dirty ring)
 RING_WITH_BITMAP = False
 
 __all__ = [
