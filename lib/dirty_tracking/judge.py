@@ -282,6 +282,8 @@ class Judge:
         for event in reasons:
             if not (since < event.end and event.start < one.end and self._in_flight(vcpu, page, event)):
                 continue
+            if event is state.toggles[0] and state.toggles[0].exact[vcpu]:
+                continue  # nothing was logged before, and the write was not made meanwhile
             if not isinstance(event, Collection):
                 times += 1
             elif event is not one:

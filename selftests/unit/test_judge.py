@@ -570,3 +570,9 @@ def test_toy_kvm_with_a_fault(mode: str, fault: str) -> None:
             planted += broken.planted
             assert found or not broken.planted, f"seed {seed}, {work}"
     assert planted
+
+
+def test_enabling_is_no_reason_for_twins() -> None:
+    """A first enabling with all vCPUs stopped does not excuse a second entry of the page that is written first."""
+    run = Run([3, 4, 5, 6], ring=True)
+    assert kinds(run.stopped([3, 3, 4], 2)) == [Kind.DUPLICATE]
