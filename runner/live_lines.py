@@ -4,8 +4,10 @@
 Progress bar libraries (tqdm, rich) do not fit: they own the cursor. Here it stays where pytest's writer has left it.
 """
 
+import errno
 import os
 import re
+import termios
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +34,18 @@ def terminal_size(descriptor: int) -> tuple[int, int]:
     return columns or 80, rows or 24
 
 
+def detach_closed_terminals() -> None:
+    """Redirect descriptors of a closed terminal to /dev/null: a write error would end the run before it writes its files."""
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            termios.tcgetattr(int(name))
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(nowhere, int(name))
+    os.close(nowhere)
+
+
 class WatchedOutput:
     """A proxy for the text file *file* that counts writes, and lets other threads print lines in between.
 
@@ -52,8 +66,14 @@ class WatchedOutput:
         with self._lock:
             self.writes += 1
             self._in_line = not text.endswith("\n") if text else self._in_line
-            written = self.file.write(text)
-            self.file.flush()
+            try:
+                written = self.file.write(text)
+                self.file.flush()
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                detach_closed_terminals()  # SIGHUP follows
+                return len(text)
             return written
 
     def print_line(self, line: str) -> None:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Signals that end a run. The run stops where it is, and still prints its summary and writes its files."""
 
-import errno
 import os
 import signal
 import subprocess
-import termios
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -13,6 +11,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
+
+from runner.live_lines import detach_closed_terminals
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 5  # seconds after the first signal in which another Ctrl-C does not discard the results
@@ -42,7 +42,7 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _detach_closed_terminals()
+            detach_closed_terminals()
         if self.name is None:
             self.name, self._began = signal.Signals(number).name, time.monotonic()
             if not self._ending:
@@ -91,18 +91,6 @@ class Interruption:
         excinfo.value.__dict__.pop("__notes__", None)  # the state of the vCPUs does not matter here
         for process in self._workers.values():
             process.send_signal(signal.SIGINT)
-
-
-def _detach_closed_terminals() -> None:
-    """Redirect descriptors of a closed terminal to /dev/null: a write error would end the run before it writes its files."""
-    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            termios.tcgetattr(int(name))
-        except termios.error as error:
-            if error.args[0] == errno.EIO:
-                os.dup2(nowhere, int(name))
-    os.close(nowhere)
 
 
 def process_of(worker: Any) -> "subprocess.Popen[bytes] | None":

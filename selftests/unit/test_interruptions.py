@@ -206,6 +206,7 @@ def test_closed_terminal_loses_nothing(start: Start) -> None:
         assert select.select([ours], [], [], 60)[0], seen
         seen += os.read(ours, 4096)
     os.close(ours)
+    time.sleep(0.02)  # the run writes to the closed terminal before the signal comes
     os.killpg(run.process.pid, signal.SIGHUP)
     assert run.ends() == INTERRUPTED
     assert len(run.verdicts()) == 4
