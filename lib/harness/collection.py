@@ -62,7 +62,11 @@ def cell_of(item: pytest.Item) -> Cell | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use KVM, before ``-m`` selects, and add each test's cell to its report."""
     for item in items:
-        on_kvm = "kvm" in getattr(item, "fixturenames", ())
+        names = getattr(item, "fixturenames", [])
+        if "log_mode" not in names and any(marker.name == "log_modes" for marker in item.own_markers):
+            # pytest has dropped what pytest_generate_tests() added to a test with parameters (prune_dependency_tree()).
+            names.append("log_mode")
+        on_kvm = "kvm" in names
         if on_kvm:
             item.add_marker("kvm")
         if item.nodeid.startswith(OWN_TESTS):

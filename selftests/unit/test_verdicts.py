@@ -90,6 +90,11 @@ def test_some_modes(kvm, log_mode):
 @pytest.mark.log_modes("clear-log")
 def test_one_mode(kvm):
     pass
+
+@pytest.mark.parametrize("size", [1])
+@pytest.mark.log_modes("clear-log")
+def test_one_mode_and_size(kvm, size):
+    pass
 """
 
 
@@ -162,7 +167,13 @@ def test_report_of_a_violation(run: Callable[..., Run]) -> None:
 def test_skips_of_tests_on_kvm(run: Callable[..., Run], required: bool) -> None:
     """With --require-kvm, skips of tests on KVM are failures; known bugs and other skips are not."""
     done = run(*["--require-kvm"] * required)
-    names = ("test_lacks_something", "test_that_may_harm", "test_one_mode", "test_some_modes[dirty-ring]")
+    names = (
+        "test_lacks_something",
+        "test_that_may_harm",
+        "test_one_mode",
+        "test_one_mode_and_size[1]",
+        "test_some_modes[dirty-ring]",
+    )
     assert {verdict for verdict, _ in done.results_of(*names)} == {"FAIL" if required else "skipped"}, done.output
     assert ("required by --require-kvm: no such capability" in done.output) == required
     assert "1 skipped" in done.output or not required
@@ -176,4 +187,5 @@ def test_cases_of_log_modes(run: Callable[..., Run]) -> None:
     assert cases == [
         *(f"test_some_modes[{name}]" for name in ("dirty-ring", "dirty-ring-plain", "dirty-log")),
         "test_one_mode",
+        "test_one_mode_and_size[1]",
     ]
