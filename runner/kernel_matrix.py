@@ -49,7 +49,9 @@ from runner.waiting import waiting
 _USAGE = "usage: kernel_matrix.py FILE [options of pytest]"
 _FIELDS = {"kernels": list, "parameters": list, "arguments": str}
 _HOST = "host"  # in place of a kernel: the one that runs here, with the KVM that is loaded
-_KVM_TESTS = sorted({f"selftests/{folder.name}/" for folder in (ROOT / "selftests").glob("*/")} - {OWN_TESTS})
+_KVM_TESTS = sorted(
+    {f"selftests/{file.parent.name}/" for file in (ROOT / "selftests").glob("*/test_*.py")} - {OWN_TESTS}
+)
 # pytest's exit statuses there: where no test ran, this host may have no KVM, and the other kernels may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
 _NOT_RUN, _USAGE_ERROR, _INTERRUPTED = -1, 128, 130

@@ -222,7 +222,7 @@ class RingMode(LogMode):
             for source, ring in zip(report.sources, rings, strict=True):
                 source.behind_gap = ring.dirty_behind_gap()
         harvested = report.harvested
-        report.reset = reset_until(vm.reset_dirty_rings, lambda reset: reset >= harvested)
+        report.reset = reset_until(lambda: vm.reset_dirty_rings(), lambda reset: reset >= harvested)
         return report
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:

@@ -284,7 +284,7 @@ class ModelCheckedVm:
     def reset(self) -> None:
         """KVM_RESET_DIRTY_RINGS, checked against the model."""
         harvested = sum(len(ring.harvested) for ring in self.rings.rings)
-        self.rings.reset(reset_until(self.vm.reset_dirty_rings, lambda reset: reset >= harvested))
+        self.rings.reset(reset_until(lambda: self.vm.reset_dirty_rings(), lambda reset: reset >= harvested))
         for vcpu, ring in enumerate(self.test_vm.rings):
             if left := ring.not_reset():
                 raise violated(Kind.OTHER, f"vCPU {vcpu}: the reset left the flags of {left} harvested entries set")

@@ -38,7 +38,7 @@ class WriteStream:
         return result
 
     def written(self, first: int, end: int) -> "array[int]":
-        """The pages of writes *first* to *end* - 1, each at least once: of several rounds of the loop only the last is included."""
+        """The pages of writes *first* to *end* - 1, each at least once (of several rounds, the last)."""
         pages = array("I")
         for start, stop in self._without_rounds(first, end):
             pages += self.between(start, stop)

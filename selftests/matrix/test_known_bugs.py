@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Reproducers of bugs in known_bugs.toml: tests of the contract that fail on each run on a kernel with the bug."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
+from dirty_tracking.run_evidence import Figures
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
@@ -17,10 +19,13 @@ PVM_OVERFLOW_MEMORY = 256 * MIB  # 65536 pages: the ring fills eight times
 
 
 @pytest.mark.log_modes("dirty-ring")
-def test_dense_writer_never_overruns_its_ring(kvm: Kvm, settings: Settings) -> None:
+def test_dense_writer_never_overruns_its_ring(
+    kvm: Kvm, settings: Settings, record_figures: Callable[[Figures], None]
+) -> None:
     """KVM stops a guest that writes a page every few instructions before it overruns its ring, each time the ring fills."""
     cell = Cell("dirty-ring", "48bit-4k", "anonymous", "cooperative", "dense-sequential", 1)
     flood = replace(settings, ring_count=PVM_OVERFLOW_RING, test_mem=PVM_OVERFLOW_MEMORY, iterations=3)
     with DirtyLogRun(kvm, cell, flood) as run:
+        record_figures(run.figures)
         figures = run.run()
         assert figures.ring_full_exits >= 4, "the ring filled fewer than four times: nothing was tested"

@@ -3,7 +3,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -41,7 +41,7 @@ def seeds_of(settings: Settings, rounds: int, soak: int | None) -> Iterator[int]
 @pytest.mark.slow
 def test_random_operation_sequences(
     kvm: Kvm, host: Host, settings: Settings, thorough: bool, soak: int | None, pytestconfig: pytest.Config,
-    request: pytest.FixtureRequest, emulated_cpu: bool, record_property: Callable[[str, object], None], log_mode: str,
+    request: pytest.FixtureRequest, emulated_cpu: bool, log_mode: str,
 ) -> None:  # fmt: skip
     """KVM reports what the model predicts for random writes, loads, collections, logging toggles and memslot changes."""
     if LOG_MODES[log_mode].uses_ring:
@@ -59,7 +59,8 @@ def test_random_operation_sequences(
     found = search(run, LOG_MODES[log_mode].uses_ring, seeds)
     if found is not None:
         seed, failure = found
-        record_property("seed", str(seed))  # the round's seed: with --seed it is the first round
+        # The round's seed: with --seed it is the first round.
+        request.node.user_properties.append(("seed", str(seed)))
         raise failure
 
 

@@ -360,7 +360,6 @@ def test_command_that_reproduces_a_test(tmp_path: Path) -> None:
     assert set(options) <= {*line.split()}
 
 
-@pytest.mark.usefixtures("kvm")
 def test_no_known_bugs_on_request(suite: Suite, host: object) -> None:
     """A known bug is counted apart, and with --no-known-bugs it is a failure."""
     if getattr(host, "backend", "") != "kvm_pvm":
