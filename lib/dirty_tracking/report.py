@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What one collection over a whole VM brought: entries of a bitmap, of a ring per vCPU, or of both."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dirty_tracking.violations import ContractViolation, Kind, Violation
@@ -50,11 +49,6 @@ class DirtyReport:
         return sum(len(source.offsets) for source in self.sources if source.vcpu is not None)
 
     @property
-    def count(self) -> int:
-        """How much was reported: ring entries, and bits."""
-        return sum(len(source.offsets) for source in self.sources)
-
-    @property
     def slots(self) -> set[int]:
         """The memslots that something was reported of."""
         return {slot for source in self.sources for slot in source.slots}
@@ -67,45 +61,22 @@ class DirtyReport:
         """The pages reported of memslot *slot*."""
         return set().union(*(source.of_slot(slot) for source in self.sources))
 
-    def violations(self, npages: Mapping[int, int] | None = None) -> list[Violation]:
-        """What is wrong with the report whatever the guest wrote: GAP and RESET_COUNT, and entries of no page.
+    def check(self) -> None:
+        """Check what must hold whatever the guest wrote.
 
-        :param npages: the size of each memslot, in pages. Then WRONG_SLOT (a memslot that is not among them) and
-            BAD_OFFSET (a page beyond the end) are looked for too; not to be given when a ring may have entries of a
-            memslot that was deleted or made smaller since
+        :raises ContractViolation: a ring has dirty entries behind one that is not (GAP), or KVM reset another number of
+            entries than were harvested (RESET_COUNT)
         """
-        found = []
-        for source in self.sources:
-            if npages is not None:
-                found += _of_no_page(source, npages)
-            if source.behind_gap:
-                detail = f"a harvest in order does not reach {counted(source.behind_gap, 'entry', 'entries')}"
-                found.append(Violation(Kind.GAP, detail, vcpu=source.vcpu))
+        found = [
+            Violation(
+                Kind.GAP,
+                f"a harvest in order does not reach {counted(source.behind_gap, 'entry', 'entries')}",
+                vcpu=source.vcpu,
+            )
+            for source in self.sources
+            if source.behind_gap
+        ]
         if self.reset != self.harvested:
             found.append(Violation(Kind.RESET_COUNT, f"harvested {self.harvested}, reset {self.reset}"))
-        return found
-
-    def check(self, npages: Mapping[int, int] | None = None) -> None:
-        """As :meth:`violations`.
-
-        :raises ContractViolation: there are some
-        """
-        if violations := self.violations(npages):
-            raise ContractViolation(violations)
-
-
-def _of_no_page(source: Source, npages: Mapping[int, int]) -> list[Violation]:
-    """What *source* has of memslots that are not there, and of pages that they do not have."""
-    found = []
-    slots = set(source.slots)
-    if unknown := sorted(slots - npages.keys()):
-        pages = sorted(page for slot in unknown for page in source.of_slot(slot))
-        detail = f"{counted(len(pages), 'entry', 'entries')} of memslot {', '.join(map(hex, unknown[:4]))}"
-        found.append(Violation(Kind.WRONG_SLOT, detail, None, tuple(pages), source.vcpu))
-    for slot in sorted(slots & npages.keys()):
-        pages = source.of_slot(slot)
-        if max(pages) >= npages[slot]:
-            beyond = sorted({page for page in pages if page >= npages[slot]})
-            detail = f"{counted(len(beyond), 'page')}, the slot has {npages[slot]}"
-            found.append(Violation(Kind.BAD_OFFSET, detail, slot, tuple(beyond), source.vcpu))
-    return found
+        if found:
+            raise ContractViolation(found)
