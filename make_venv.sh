@@ -4,8 +4,9 @@
 # make_venv.sh VENV REQUIREMENTS: make the virtual environment VENV, or bring it up to date, with the packages that the
 # file REQUIREMENTS pins. PYTHON names the Python to make it with; without it, an environment that works stays.
 #
-# Debian splits pip's part of the venv module off into python3-venv. Where that is missing, pip comes from the system's
-# own pip, or from the wheel in Debian's python3-pip-whl, which is downloaded and unpacked here without installing it.
+# pip runs from the wheel that comes with Python, and is not installed: that and the compiling of files that are never used
+# would take most of the time. Debian splits that wheel off into python3-venv. Where that is missing, pip is the system's own,
+# or the wheel in Debian's python3-pip-whl, which is downloaded and unpacked here without installing it.
 set -eu
 
 refuse() {
@@ -71,9 +72,14 @@ give_up() {
 
 install() {
 	echo "make_venv.sh: installing the packages of $requirements into $venv" >&2
-	"$@" install --quiet --disable-pip-version-check --requirement "$requirements" >>"$log" 2>&1 ||
+	"$@" install --quiet --no-compile --disable-pip-version-check --requirement "$requirements" >>"$log" 2>&1 ||
 		give_up "no packages from pip: $(sed -n 's,^ERROR: ,,p' "$log" | tail -n 1) (no network? docs/setup.md, 'Without network'; all that pip said is in $log)"
 }
+
+# Print the path of the pip wheel that ensurepip would install; Debian keeps it elsewhere (--with-wheel-pkg-dir).
+pip_wheel='import ensurepip, pathlib, sysconfig
+folder = sysconfig.get_config_var("WHEEL_PKG_DIR") or pathlib.Path(ensurepip.__file__).parent / "_bundled"
+print(max(pathlib.Path(folder).glob("pip-*.whl")))'
 
 # Give the path of a pip wheel from Debian's archive, through a package index of our own where the system's is empty.
 debian_pip_wheel() {
@@ -92,11 +98,8 @@ mkdir -p "$(dirname "$log")"
 : >"$log"
 [ -z "$made" ] || "$python" -m venv --without-pip "$venv" >>"$log" 2>&1 ||
 	give_up "$python cannot make a virtual environment: $(tail -n 1 "$log") (apt install python3-venv)"
-if "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-	install "$venv/bin/python" -m pip
-elif "$python" -c 'import ensurepip' 2>/dev/null; then
-	"$venv/bin/python" -m ensurepip --default-pip >>"$log" 2>&1 || give_up "no pip for $venv: $(tail -n 1 "$log")"
-	install "$venv/bin/python" -m pip
+if wheel=$("$python" -c "$pip_wheel" 2>/dev/null); then
+	PYTHONPATH=$wheel install "$venv/bin/python" -m pip
 elif "$python" -m pip --version >/dev/null 2>&1; then
 	install "$python" -m pip --python "$venv/bin/python"
 elif command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
