@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, fields
 
+from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.vm import PAGE
 from kvm_util.guest import program_slot_size
 from kvm_util.kvm import DEFAULT_DEVICE
@@ -32,8 +33,8 @@ DENSITIES = {
 EXTRA_PAGES = 3
 # The least number of writes of each vCPU in an iteration, however slow the machine (kernel commit 73eaa2aa14b7)
 MIN_WRITES = 256
-# Each vCPU has a word of each page: 4096 / 8
-MAX_VCPUS = 512
+# Each vCPU has a word of each page.
+MAX_VCPUS = WORDS_PER_PAGE
 # A vCPU that should write and has written nothing for this many seconds hangs.
 HANG_TIMEOUT = 60.0
 

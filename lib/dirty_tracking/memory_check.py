@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 from dirty_tracking.violations import Kind, Violation
 from dirty_tracking.write_stream import WriteStream
+from kvm_util.memory import HOST_PAGE_SIZE
 from kvm_util.wording import counted
 
-WORDS_PER_PAGE = 512
+WORDS_PER_PAGE = HOST_PAGE_SIZE // 8
 
 
 def writes_done(stream: WriteStream, published: int, value: Callable[[int], int]) -> int:

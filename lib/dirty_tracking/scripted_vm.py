@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from dirty_tracking.vm import PAGE, DirtyVm
+from dirty_tracking.vm import DirtyVm
 from kvm_util import uapi
 from kvm_util.guest import GuestError, Ucall, unexpected_exit
 from kvm_util.kvm import Kvm
@@ -53,8 +53,8 @@ class ScriptedVm(DirtyVm):
         self._lists: list[int] = []
         with self._building():
             for _ in range(vcpus):
-                block, operations = self.guest.allocate(PAGE), self.guest.allocate(LIST_SIZE)
-                self._words(block)[0] = operations
+                block, operations = self.guest.allocate(8), self.guest.allocate(LIST_SIZE)
+                self._words(block, 8)[0] = operations
                 self._lists.append(operations)
                 self.guest.add_vcpu(block)
 
@@ -110,7 +110,7 @@ class ScriptedVm(DirtyVm):
             words[index * 4 + 3] = operation.count
         words.release()
 
-    def _words(self, address: int, size: int = PAGE) -> memoryview:
+    def _words(self, address: int, size: int) -> memoryview:
         return self.guest.memory(address, size).cast("Q")
 
 

@@ -15,7 +15,7 @@ from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
 from dirty_tracking.platform import reserved_entries, uses_pml
-from dirty_tracking.ring import reset_until
+from dirty_tracking.ring import ENTRY_SIZE, reset_until
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from dirty_tracking.vm import FIRST_GPA, PAGE
@@ -147,7 +147,7 @@ class ModelCheckedVm:
     def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
         log_mode = LOG_MODES[mode]
         self.emulates = host.backend in EMULATING_BACKENDS
-        entries = 1024 if uses_pml(host) else 256
+        entries = 1024 if uses_pml(host) else PAGE // ENTRY_SIZE
         self.model: BitmapModel | RingModel
         if log_mode.uses_ring:
             self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)

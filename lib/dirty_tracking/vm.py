@@ -13,19 +13,18 @@ from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import ContractViolation, Kind, Violation
 from kvm_util import uapi
-from kvm_util.arch import current as arch
 from kvm_util.guest import GuestVm
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB, MIB
+from kvm_util.memory import GIB, HOST_PAGE_SIZE, HUGE_PAGE_SIZE
 from kvm_util.vm import Memslot, Vm
 from kvm_util.wording import listed
 
-PAGE = arch.PAGE_SIZE
+PAGE = HOST_PAGE_SIZE
 # Guest-virtual address of guest-physical address 0 of the test slots
 GVA_OFFSET = 1 << 40
-# Where the first test slot begins by default: above slot 0, on a 2 MiB boundary, and not on a 1 GiB boundary
-FIRST_GPA = GIB + 6 * MIB
+# Where the first test slot begins by default: above slot 0, on a huge page's boundary, and not on one of a larger page
+FIRST_GPA = GIB + 3 * HUGE_PAGE_SIZE
 
 
 class DirtyVm:

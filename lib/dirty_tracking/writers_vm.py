@@ -16,7 +16,7 @@ from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import Pace, Writers
 from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB, MIB, align_up
+from kvm_util.memory import GIB, HUGE_PAGE_SIZE, MIB, align_up
 
 # With five levels of page tables, test memory is mapped at an address that four levels cannot translate.
 _GVA_5_LEVEL = 1 << 52
@@ -29,7 +29,7 @@ class WritersVm(DirtyVm):
     :param mode: a key of :data:`dirty_tracking.modes.LOG_MODES`
     :param shapes: number of pages and backing of each slot
     :param ring_count: entries of a dirty ring, for the ring modes
-    :param guest_mode: a key of ``GUEST_MODES``; with pages of more than 4 KiB there can be one slot only
+    :param guest_mode: a key of ``GUEST_MODES``; with larger pages than the host's there can be one slot only
     :param gpa: where the first slot begins
     :ivar slots: the test slots, with the numbers of their pages
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
@@ -55,7 +55,7 @@ class WritersVm(DirtyVm):
             self.slots: list[SlotPages] = []
             for count, backing in shapes:
                 self._add_test_slot(gpa, count, backing)
-                gpa = align_up(gpa + count * PAGE, 2 * MIB) + 2 * MIB
+                gpa = align_up(gpa + count * PAGE, HUGE_PAGE_SIZE) + HUGE_PAGE_SIZE
             self.writers = Writers(self.guest, self.mode)
             for vcpu, stream in enumerate(streams):
                 # One vCPU touches all pages.

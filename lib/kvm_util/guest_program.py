@@ -103,7 +103,7 @@ def assemble(source: Path, target: Path) -> None:
         object_file, linked = Path(folder) / "object", Path(folder) / "linked"
         _tool("as", "-I", str(source.parent), "-I", str(SOURCES), "-o", str(object_file), str(source))
         _tool(
-            *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", "max-page-size=4096"),
+            *("ld", "-nostdlib", "-static", "-z", "noexecstack", "-z", f"max-page-size={arch.PAGE_SIZE}"),
             *(f"-Ttext-segment={LOAD_ADDRESS:#x}", "-e", ENTRY_SYMBOL, "-o", str(linked), str(object_file)),
         )
         linked.replace(target)  # atomically: another process may be loading it

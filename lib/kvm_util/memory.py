@@ -16,6 +16,10 @@ from kvm_util.host_limits import HostLimit, explained
 from kvm_util.wording import counted
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# The unit of memslots and of their dirty logs. The guest's pages may be smaller (arch.PAGE_SIZE).
+HOST_PAGE_SIZE = mmap.PAGESIZE
+# The size of transparent huge pages: what one page table maps, a page of 8-byte entries
+HUGE_PAGE_SIZE = HOST_PAGE_SIZE // 8 * HOST_PAGE_SIZE
 
 # <linux/mman.h>; Python 3.11's mmap module does not name them
 _MAP_NORESERVE = 0x4000
@@ -52,7 +56,7 @@ class Backing:
     @property
     def alignment(self) -> int:
         """The alignment in bytes that KVM needs to map this memory with the backing's page size."""
-        return self.page_size or mmap.PAGESIZE
+        return self.page_size or HOST_PAGE_SIZE
 
     def pages_for(self, size: int) -> int:
         """How many of the backing's pages *size* bytes take up."""
@@ -83,7 +87,7 @@ BACKINGS = {
     backing.name: backing
     for backing in (
         Backing("anonymous"),
-        Backing("anonymous_thp", page_size=2 * MIB),
+        Backing("anonymous_thp", page_size=HUGE_PAGE_SIZE),
         Backing("anonymous_hugetlb_2mb", page_size=2 * MIB, hugetlb=True),
         Backing("anonymous_hugetlb_1gb", page_size=GIB, hugetlb=True),
         Backing("shmem", shared=True),

@@ -13,6 +13,7 @@ from kvm_util import filtered_calls, host_limits
 from kvm_util.arch import current as arch
 from kvm_util.host_limits import HostLimit
 from kvm_util.ioctl import _IOWR, errno_name, ioctl
+from kvm_util.memory import HOST_PAGE_SIZE, align_down
 
 _UFFD = 0xAA
 _UFFD_API = 0xAA
@@ -92,8 +93,8 @@ class MissingPages:
 
     def provide(self, address: int) -> None:
         """Map a zero page at hva *address*, rounded down to a page, and wake the threads that fault on it."""
-        start = address // arch.PAGE_SIZE * arch.PAGE_SIZE
-        request = _Zeropage(start=start, len=arch.PAGE_SIZE)
+        start = align_down(address, HOST_PAGE_SIZE)
+        request = _Zeropage(start=start, len=HOST_PAGE_SIZE)
         ioctl(self._fd, _UFFDIO_ZEROPAGE, "UFFDIO_ZEROPAGE", ctypes.byref(request), f"start={start:#x}")
 
     def close(self) -> None:

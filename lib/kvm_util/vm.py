@@ -8,7 +8,7 @@ from types import TracebackType
 
 from kvm_util import uapi
 from kvm_util.ioctl import ioctl
-from kvm_util.memory import BACKINGS, GuestMemory
+from kvm_util.memory import BACKINGS, HOST_PAGE_SIZE, GuestMemory
 from kvm_util.vcpu import Vcpu
 
 
@@ -29,7 +29,7 @@ class Memslot:
     @property
     def npages(self) -> int:
         """The slot's size in host pages, the granularity of the dirty log."""
-        return self.memory.size // os.sysconf("SC_PAGE_SIZE")
+        return self.memory.size // HOST_PAGE_SIZE
 
 
 class Vm:

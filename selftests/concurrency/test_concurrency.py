@@ -27,12 +27,13 @@ from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
+from kvm_util.memory import HUGE_PAGE_SIZE
 
 Shapes = Sequence[tuple[int, str]]
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
 # Two huge pages and a part of one
-HUGE_SHAPES = [(2 * 512 + 9, "anonymous_thp")]
+HUGE_SHAPES = [(2 * HUGE_PAGE_SIZE // PAGE + 9, "anonymous_thp")]
 # Fewer entries than the slots have pages, so that rings fill. With PML this is too small, and KVM's smallest ring is used
 RING = 512
 # How many writes a vCPU makes before they repeat; a multiple of the guest's batch
@@ -213,13 +214,13 @@ def test_huge_page_splits_beside_writers(
             return some_collections(of, random.Random(draw.random()), count)
 
         for _ in range(rounds):
-            huge = MappingSizes.read(stats).pages_2m
+            huge = MappingSizes.read(stats).counts[HUGE_PAGE_SIZE]
             assert huge, "dirty logging is disabled and the host has huge pages, but none is mapped"
             toggling = some_toggles(of, random.Random(draw.random()), count, {})
             work(of, draw, [toggling, collecting()])
             of.set_all_logging(on=True)
             work(of, draw, [collecting()])
-            assert MappingSizes.read(stats).pages_2m < huge, (
+            assert MappingSizes.read(stats).counts[HUGE_PAGE_SIZE] < huge, (
                 "pages with dirty logging that were written are mapped huge"
             )
             of.set_all_logging(on=False)
@@ -241,7 +242,7 @@ def test_slot_changes_without_zap_all(
 ) -> None:
     """No write is lost when KVM zaps only the SPTEs of the deleted or moved memslot (KVM_CAP_DISABLE_QUIRKS2)."""
     if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
-        pytest.skip("no KVM_X86_QUIRK_SLOT_ZAP_ALL: it came with Linux 6.12")
+        pytest.skip("this KVM has no quirk that zaps all memslots (on x86 it came with Linux 6.12)")
     with writing("same-pages", 4 if thorough else 2) as of:
         of.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
         change_slots(of, draw, thorough)

@@ -22,6 +22,8 @@ from dirty_tracking.collectors import (
     signal_workers_randomly,
 )
 from dirty_tracking.modes import smallest_ring
+from dirty_tracking.ring import ENTRY_SIZE
+from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.kvm import Kvm
@@ -31,8 +33,8 @@ pytestmark = pytest.mark.log_modes("ring")
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
 NPAGES = sum(count for count, _ in SHAPES)
 WRITES = 1024
-# With pages of 4 KiB KVM accepts none smaller than the first: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
-SIZES = [1 << bit for bit in range(8, 17)]
+# KVM accepts none smaller than the first, which fills a page: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c
+SIZES = [1 << bit for bit in range((PAGE // ENTRY_SIZE).bit_length() - 1, 17)]
 # More entries than all slots have pages
 LARGE = 16384
 # The largest ring that the short form fills

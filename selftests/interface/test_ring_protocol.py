@@ -27,12 +27,16 @@ pytestmark = pytest.mark.log_modes("ring")
 SLOT, OTHER = 1, 2
 DIRTY, RESET = uapi.KVM_DIRTY_GFN_F_DIRTY, uapi.KVM_DIRTY_GFN_F_RESET
 NPAGES = 1024
+ENTRIES = 4096
+RING_SIZE = ENTRIES * ENTRY_SIZE
+RING_PAGES = RING_SIZE // PAGE
+RING_OFFSET = arch.KVM_DIRTY_LOG_PAGE_OFFSET * PAGE
 
 
 @pytest.fixture
 def ring_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
-    """A VM with two vCPUs, their rings of 4096 entries, and two slots with dirty logging."""
-    with ScriptedVm(kvm, log_mode, vcpus=2) as vm:
+    """A VM with two vCPUs, their rings of ENTRIES entries, and two slots with dirty logging."""
+    with ScriptedVm(kvm, log_mode, 2, ENTRIES) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
         vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
         yield vm
@@ -248,8 +252,7 @@ def test_reset_of_entries_in_any_order(ring_vm: ScriptedVm, order: list[int], sl
 
 
 def ring_map(vcpu: Vcpu, pages: int, flags: int, prot: int, first: int = 0) -> None:
-    offset = (arch.KVM_DIRTY_LOG_PAGE_OFFSET + first) * mmap.PAGESIZE
-    mmap.mmap(vcpu.fd, pages * mmap.PAGESIZE, flags, prot, offset=offset).close()
+    mmap.mmap(vcpu.fd, pages * PAGE, flags, prot, offset=RING_OFFSET + first * PAGE).close()
 
 
 def assert_only_shared_mappings(vcpu: Vcpu, first: int, pages: int) -> None:
@@ -265,9 +268,6 @@ def assert_only_shared_mappings(vcpu: Vcpu, first: int, pages: int) -> None:
     for flags in (mmap.MAP_SHARED, mmap.MAP_PRIVATE):
         with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
             ring_map(vcpu, pages, flags, read | mmap.PROT_EXEC, first)
-
-
-RING_PAGES = 4096 * ENTRY_SIZE // mmap.PAGESIZE
 
 
 def test_ring_mmap_is_shared_and_no_exec(ring_vm: ScriptedVm) -> None:
@@ -309,33 +309,31 @@ def can_be_read(mapped: mmap.mmap, offset: int) -> bool:
 
 def test_mapping_beyond_the_ring_is_unbacked(ring_vm: ScriptedVm) -> None:
     """A mapping that is larger than the ring has no memory right before the first entry or behind the last."""
-    offset, size = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE, 4096 * ENTRY_SIZE
-    with mmap.mmap(ring_vm.vm.vcpus[0].fd, 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as mapped:
+    fd, flags, prot = ring_vm.vm.vcpus[0].fd, mmap.MAP_SHARED, mmap.PROT_READ
+    with mmap.mmap(fd, 2 * RING_SIZE, flags, prot, offset=RING_OFFSET) as mapped:
         assert can_be_read(mapped, 0)
-        assert can_be_read(mapped, size - 8)
-        assert not can_be_read(mapped, size)
-    before = offset - mmap.PAGESIZE
-    with mmap.mmap(ring_vm.vm.vcpus[0].fd, 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=before) as mapped:
-        assert not can_be_read(mapped, mmap.PAGESIZE - 8)
-        assert can_be_read(mapped, mmap.PAGESIZE)
-        assert can_be_read(mapped, mmap.PAGESIZE + size - 8)
-        assert not can_be_read(mapped, mmap.PAGESIZE + size)
+        assert can_be_read(mapped, RING_SIZE - 8)
+        assert not can_be_read(mapped, RING_SIZE)
+    with mmap.mmap(fd, 2 * RING_SIZE, flags, prot, offset=RING_OFFSET - PAGE) as mapped:
+        assert not can_be_read(mapped, PAGE - 8)
+        assert can_be_read(mapped, PAGE)
+        assert can_be_read(mapped, PAGE + RING_SIZE - 8)
+        assert not can_be_read(mapped, PAGE + RING_SIZE)
 
 
 def test_no_ring_memory_without_rings(kvm: Kvm) -> None:
     """On a VM without dirty rings, a mapping at a vCPU's ring offset has no memory."""
-    with kvm.create_vm() as vm:
-        offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
-        with mmap.mmap(vm.create_vcpu(0).fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset) as mapped:
-            assert not can_be_read(mapped, 0)
+    flags, prot = mmap.MAP_SHARED, mmap.PROT_READ
+    with kvm.create_vm() as vm, mmap.mmap(vm.create_vcpu(0).fd, PAGE, flags, prot, offset=RING_OFFSET) as mapped:
+        assert not can_be_read(mapped, 0)
 
 
 def test_ring_mappings_share_their_memory(ring_vm: ScriptedVm) -> None:
     """A harvest through one mapping of a ring, and its reset, are visible through another."""
     handle = ring_vm.vm.vcpus[0]
     ring_vm.write(SLOT, 5)
-    offset = arch.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
-    with mmap.mmap(handle.fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as other:
+    prot = mmap.PROT_READ | mmap.PROT_WRITE
+    with mmap.mmap(handle.fd, PAGE, mmap.MAP_SHARED, prot, offset=RING_OFFSET) as other:
         assert harvest(ring_vm.rings[0], 10) == [(SLOT, 5)]
         assert int.from_bytes(other[:4], "little") == uapi.KVM_DIRTY_GFN_F_RESET
         assert ring_vm.vm.reset_dirty_rings() == 1
@@ -381,7 +379,7 @@ def test_reset_of_duplicate_entries(ring_vm: ScriptedVm, offsets: tuple[int, ...
     ring = ring_vm.rings[0]
     ring_vm.write(SLOT, *range(5, 5 + len(offsets)))
     start = ring.next
-    count = len(harvest(ring, 4096))
+    count = len(harvest(ring, ENTRIES))
     for index in range(count):
         ring.entry(start + index).offset = offsets[min(index, len(offsets) - 1)]
     assert ring_vm.vm.reset_dirty_rings() == count
@@ -448,10 +446,10 @@ def test_smallest_ring_size(kvm: Kvm, host: Host, log_mode: str) -> None:
 
     See kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c.
     """
-    least = max(mmap.PAGESIZE, reserved_entries(host) * ENTRY_SIZE)
+    least = max(PAGE, reserved_entries(host) * ENTRY_SIZE)
     assert smallest_ring(kvm, LOG_MODES[log_mode]) * ENTRY_SIZE == 1 << (least - 1).bit_length()
 
 
 def test_ring_offset_is_beyond_kvm_run(kvm: Kvm) -> None:
     """A vCPU's ring is mapped at an offset beyond the area that KVM_GET_VCPU_MMAP_SIZE names."""
-    assert kvm.get_vcpu_mmap_size() <= arch.KVM_DIRTY_LOG_PAGE_OFFSET * os.sysconf("SC_PAGE_SIZE")
+    assert kvm.get_vcpu_mmap_size() <= RING_OFFSET

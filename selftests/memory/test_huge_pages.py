@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Memory in huge pages is logged by 4 KiB pages, split while dirty logging is enabled, and mapped huge before and after."""
+"""Memory in huge pages is logged by base pages, split while dirty logging is enabled, and mapped huge before and after."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -21,11 +21,10 @@ from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
-from kvm_util.memory import BACKINGS, GIB, MIB, size_text
+from kvm_util.memory import BACKINGS, GIB, HUGE_PAGE_SIZE, MIB, size_text
 
 SLOT = 1
 MANUAL = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-RET = 0xC3
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,23 @@ class Layout:
         return f"{self.backing}+{self.gpa % self.size // PAGE}"
 
 
-def two_mib(backing: str, shift: int) -> Layout:
-    """Three huge pages of 2 MiB and a part of one, or two and two parts; the base gfn is *shift* pages into a huge page."""
-    return Layout(backing, FIRST_GPA + shift * PAGE, 3 * 512 + 7, 2 * MIB)
+def few_huge_pages(backing: str, shift: int) -> Layout:
+    """Three huge pages and a part of one, or two and two parts; the base gfn is *shift* pages into a huge page."""
+    size = BACKINGS[backing].page_size
+    return Layout(backing, FIRST_GPA + shift * PAGE, 3 * size // PAGE + 7, size)
 
 
 def within_one_gib(shift: int) -> Layout:
-    """A part of a page of 1 GiB, which KVM can map with pages of 2 MiB only."""
-    return Layout("anonymous_hugetlb_1gb", 2 * GIB + shift * PAGE, 3 * 512 + 7, 2 * MIB)
+    """A part of a page of 1 GiB, which KVM can map with smaller huge pages only."""
+    return Layout("anonymous_hugetlb_1gb", 2 * GIB + shift * PAGE, 3 * HUGE_PAGE_SIZE // PAGE + 7, HUGE_PAGE_SIZE)
 
 
 ONE_GIB = Layout("anonymous_hugetlb_1gb", 2 * GIB, GIB // PAGE, GIB)
 SMALL_LAYOUTS = [
-    two_mib("anonymous_thp", 0),
-    two_mib("anonymous_thp", 3),
-    two_mib("anonymous_hugetlb_2mb", 0),
-    two_mib("anonymous_hugetlb_2mb", 511),
+    few_huge_pages("anonymous_thp", 0),
+    few_huge_pages("anonymous_thp", 3),
+    few_huge_pages("anonymous_hugetlb_2mb", 0),
+    few_huge_pages("anonymous_hugetlb_2mb", 2 * MIB // PAGE - 1),
 ]
 # Clearing a page of 1 GiB takes long where the backend emulates, so only some modes have it.
 CASES = [
@@ -65,8 +65,8 @@ CASES = [
     ("dirty-ring", ONE_GIB),
     ("dirty-log", within_one_gib(3)),
 ]
-TWO_MIB_BACKINGS = ["anonymous_thp", "anonymous_hugetlb_2mb"]
-UNDER_LARGE_GUEST_PAGES = [(mode, two_mib("anonymous_thp", 3), "48bit-2m") for mode in LOG_MODES]
+HUGE_BACKINGS = ["anonymous_thp", "anonymous_hugetlb_2mb"]
+UNDER_LARGE_GUEST_PAGES = [(mode, few_huge_pages("anonymous_thp", 3), "48bit-2m") for mode in LOG_MODES]
 # The base gfn decides which page of a word of the bitmap is the first of a huge page; with a shift of 1 the last one is.
 EDGE_SHIFTS = (0, 1, 3, 63)
 
@@ -124,15 +124,20 @@ def open_stats(kvm: Kvm, host: Host, emulates: bool) -> Callable[[ScriptedVm], B
     return lambda vm: BinaryStats(vm.vm.get_stats_fd())
 
 
+def inside(huge: range) -> int:
+    """A page in a huge page, at neither of its ends."""
+    return huge[len(huge) // 5]
+
+
 def touched(vm: ScriptedVm, layout: Layout) -> list[int]:
     """A page in each huge page, and the memslot's first and last: writes to these map the memslot as huge as KVM can."""
-    whole = [page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size)]
+    whole = [inside(page) for page in huge_pages(vm.vm.memslots[SLOT], layout.size)]
     return sorted({0, *whole, layout.npages - 1})
 
 
 def edges(vm: ScriptedVm, layout: Layout) -> list[int]:
     """The pages on both sides of each huge page's boundaries, and the memslot's first and last."""
-    starts = [page for huge in huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[:3] for page in (huge[0], huge[-1] + 1)]
+    starts = [page for huge in huge_pages(vm.vm.memslots[SLOT], HUGE_PAGE_SIZE)[:3] for page in (huge[0], huge[-1] + 1)]
     return sorted(
         {0, layout.npages - 1, *(page + side for page in starts for side in (-1, 0))} & set(range(layout.npages))
     )
@@ -144,10 +149,10 @@ def edges(vm: ScriptedVm, layout: Layout) -> list[int]:
     ids=str,
     indirect=["log_mode"],
 )
-def test_huge_pages_logged_by_4k_pages(
+def test_huge_pages_logged_by_base_pages(
     make_huge_vm: MakeHugeVm, layout: Layout, guest_mode: str, settings: Settings, thorough: bool
 ) -> None:
-    """In memory that was mapped huge when dirty logging was enabled, exactly the written 4 KiB pages are reported."""
+    """In memory that was mapped huge when dirty logging was enabled, exactly the written base pages are reported."""
     with make_huge_vm(layout, guest_mode) as vm:
         check_reports(vm, layout, settings.seed, rounds=5 if thorough else 1)
 
@@ -156,11 +161,11 @@ def check_reports(vm: ScriptedVm, layout: Layout, seed: int, rounds: int) -> Non
     """Map the memslot huge, enable dirty logging and write in patterns; then disable and enable it, and write again."""
     vm.write(SLOT, *touched(vm, layout))
     vm.enable_dirty_logging(SLOT)
-    first = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[0]
+    first = huge_pages(vm.vm.memslots[SLOT], HUGE_PAGE_SIZE)[0]
     rng = random.Random(seed)
     patterns = {
         "both sides of each huge page boundary": edges(vm, layout),
-        "one page": [first[100]],
+        "one page": [inside(first)],
         "the same boundaries again": edges(vm, layout),
         "sparse pages": sorted(rng.sample(range(layout.npages), 20)),
         "a whole huge page and its neighbours": [page for page in range(first[0] - 1, first[-1] + 2) if page >= 0],
@@ -203,14 +208,14 @@ def check_sizes(vm: ScriptedVm, stats: BinaryStats, host: Host, layout: Layout) 
             vm.assert_dirty("enabling dirty logging", {SLOT: range(layout.npages)})
         logged = MappingSizes.read(stats)
         if splits_eagerly(host):
-            split = MappingSizes(huge.pages_4k + count * size // PAGE, 0, 0)
-            assert logged == split, f"all {count} huge pages must be split: {huge}, then {logged}"
+            split = dict.fromkeys(huge.counts, 0) | {PAGE: huge.counts[PAGE] + count * size // PAGE}
+            assert logged.counts == split, f"all {count} huge pages must be split: {huge}, then {logged}"
         else:
             assert logged == huge, f"huge pages must not be split before they are written: {huge}, then {logged}"
         page = pages[1]
         vm.run(Operation("load", vm.address(SLOT, page)))
         vm.assert_dirty("a load", {})
-        check_huge(MappingSizes.read(stats), size, logged.huge(size), "after a load")
+        check_huge(MappingSizes.read(stats), size, logged.counts[size], "after a load")
         vm.write(SLOT, page)
         vm.assert_dirty("a write", {SLOT: [page]})
         check_huge(
@@ -226,13 +231,13 @@ def mapped_size(vm: ScriptedVm, host: Host, layout: Layout) -> int:
 
 def check_huge(found: MappingSizes, size: int, count: int, when: str) -> None:
     """Check that KVM has *count* mappings of *size* bytes."""
-    if found.huge(size) != count:
+    if found.counts[size] != count:
         raise violated(Kind.OTHER, f"{when}: {count} mappings of {size_text(size)} expected, found {found}")
 
 
 def test_huge_pages_mapped_by_loads(make_huge_vm: MakeHugeVm) -> None:
     """In memory that only loads have mapped huge, later loads are not logged, and the first store to each huge page is."""
-    layout = two_mib("anonymous_thp", 3)
+    layout = few_huge_pages("anonymous_thp", 3)
     with make_huge_vm(layout) as vm:
         pages = touched(vm, layout)
         loads = [Operation("load", vm.address(SLOT, page)) for page in pages]
@@ -246,11 +251,11 @@ def test_huge_pages_mapped_by_loads(make_huge_vm: MakeHugeVm) -> None:
 
 def test_huge_pages_with_executed_code(make_huge_vm: MakeHugeVm) -> None:
     """Writes to huge pages that hold executed code are logged, also where kvm.nx_huge_pages splits them."""
-    layout = two_mib("anonymous_thp", 3)
+    layout, ret = few_huge_pages("anonymous_thp", 3), int.from_bytes(arch.RETURN_INSTRUCTION, "little")
     with make_huge_vm(layout) as vm:
-        code, *_ = (page[100] for page in huge_pages(vm.vm.memslots[SLOT], layout.size))
+        code, *_ = (inside(page) for page in huge_pages(vm.vm.memslots[SLOT], layout.size))
         vm.write(SLOT, code, code + 1)
-        vm.write(SLOT, code, value=RET)
+        vm.write(SLOT, code, value=ret)
         execute = Operation("execute", vm.address(SLOT, code))
         vm.run(execute)
         vm.enable_dirty_logging(SLOT)
@@ -259,18 +264,18 @@ def test_huge_pages_with_executed_code(make_huge_vm: MakeHugeVm) -> None:
         # Both pages first: where a write zaps a huge page and maps one small page, the next access to another small page
         # faults. Whatever the access is, KVM maps that page writable and logs it (make_spte(), arch/x86/kvm/mmu/spte.c).
         for pages in ([code, code + 1], [code + 1], [code]):
-            vm.write(SLOT, *pages, value=RET)
+            vm.write(SLOT, *pages, value=ret)
             vm.run(execute)
             vm.assert_dirty("stores and an execution", {SLOT: pages})
 
 
-@pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
+@pytest.mark.parametrize("backing", HUGE_BACKINGS)
 @pytest.mark.log_modes("clear")
 def test_clear_around_huge_page_boundary(make_huge_vm: MakeHugeVm, backing: str, thorough: bool) -> None:
     """CLEAR of any pages around a huge page's boundary: their next writes are logged, and the other pages stay dirty."""
     for shift in range(64) if thorough else EDGE_SHIFTS:
-        with make_huge_vm(two_mib(backing, shift)) as vm:
-            edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
+        with make_huge_vm(few_huge_pages(backing, shift)) as vm:
+            edge = huge_pages(vm.vm.memslots[SLOT], HUGE_PAGE_SIZE)[1][0]
             for mask in masks_at(edge):
                 # test_clear_ending_on_huge_page_start() has that case.
                 if not (vm.mode.initially_set and ends_on_first_page(mask, edge)):
@@ -281,16 +286,17 @@ def test_clear_around_huge_page_boundary(make_huge_vm: MakeHugeVm, backing: str,
 def test_clear_within_1g_page(make_huge_vm: MakeHugeVm) -> None:
     """CLEAR of two pages in a 1 GiB mapping splits it: their next writes are logged, and the other pages stay dirty."""
     with make_huge_vm(ONE_GIB) as vm:
-        check_clear(vm, [511, 512], "CLEAR of both sides of a 2 MiB boundary")
+        edge = HUGE_PAGE_SIZE // PAGE
+        check_clear(vm, [edge - 1, edge], "CLEAR of both sides of a smaller huge page's boundary")
 
 
 @pytest.mark.log_modes("clear-log")
-@pytest.mark.parametrize("backing", TWO_MIB_BACKINGS)
+@pytest.mark.parametrize("backing", HUGE_BACKINGS)
 def test_clear_ending_on_huge_page_start(make_huge_vm: MakeHugeVm, backing: str, thorough: bool) -> None:
     """A CLEAR whose bitmap word ends on the first page of the next huge page write-protects that page, too."""
     for shift in range(64) if thorough else EDGE_SHIFTS:
-        with make_huge_vm(two_mib(backing, shift)) as vm:
-            edge = huge_pages(vm.vm.memslots[SLOT], 2 * MIB)[1][0]
+        with make_huge_vm(few_huge_pages(backing, shift)) as vm:
+            edge = huge_pages(vm.vm.memslots[SLOT], HUGE_PAGE_SIZE)[1][0]
             for mask in filter(lambda mask: ends_on_first_page(mask, edge), masks_at(edge)):
                 check_clear(vm, mask, f"base gfn {shift} pages into a huge page, CLEAR of {mask}")
 
@@ -299,8 +305,8 @@ def test_clear_ending_on_huge_page_start(make_huge_vm: MakeHugeVm, backing: str,
 @pytest.mark.parametrize("later", [MANUAL, 0], ids=["not-initially-set", "automatic"])
 def test_initially_set_then_capability_changed(make_huge_vm: MakeHugeVm, later: int) -> None:
     """With INITIALLY_SET, clearing a page's bit write-protects it, even if the VM's manual protection changed in between."""
-    with make_huge_vm(two_mib("anonymous_thp", 3)) as vm:
-        pages = touched(vm, two_mib("anonymous_thp", 3))
+    with make_huge_vm(few_huge_pages("anonymous_thp", 3)) as vm:
+        pages = touched(vm, few_huge_pages("anonymous_thp", 3))
         vm.write(SLOT, *pages)
         vm.enable_dirty_logging(SLOT, assert_initial=False)
         vm.vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, later)
@@ -331,7 +337,7 @@ def check_clear(vm: ScriptedVm, mask: list[int], what: str) -> None:
     first = min(mask) // 64 * 64
     count = min(memslot.npages, (max(mask) // 64 + 1) * 64) - first
     vm.disable_dirty_logging(SLOT)
-    vm.write(SLOT, *(page[100] for page in huge_pages(memslot, 2 * MIB)))
+    vm.write(SLOT, *(inside(page) for page in huge_pages(memslot, HUGE_PAGE_SIZE)))
     vm.enable_dirty_logging(SLOT, assert_initial=False)
     around = list(range(first, first + count))
     if not vm.mode.initially_set:

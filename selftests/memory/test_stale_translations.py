@@ -18,11 +18,13 @@ from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
+from kvm_util.memory import HUGE_PAGE_SIZE
 
 SLOT = 1
 # On both sides of the boundary of a huge page, and of a word of the bitmap
-PAGES = [0, 1, 63, 64, 511, 512, 513, 575]
-NPAGES = 2 * 512 + 9
+HUGE = HUGE_PAGE_SIZE // PAGE
+PAGES = [0, 1, 63, 64, HUGE - 1, HUGE, HUGE + 1, HUGE + 63]
+NPAGES = 2 * HUGE + 9
 _TIMEOUT = 30.0
 _NO_MORE_STEPS = 1 << 62
 
@@ -31,7 +33,7 @@ class Rendezvous:
     """Points where the vCPU and the host wait for each other, by two words of slot 0: how many each of them has reached."""
 
     def __init__(self, vm: ScriptedVm) -> None:
-        self._address = vm.guest.allocate(PAGE)
+        self._address = vm.guest.allocate(16)
         self._words = vm.guest.memory(self._address, 16).cast("Q")
         self._last = 0
 

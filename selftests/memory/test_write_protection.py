@@ -12,15 +12,18 @@ from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB, MIB, align_up
+from kvm_util.memory import GIB, HUGE_PAGE_SIZE, align_up, size_text
 
 SLOT = 1
-# Sizes of a memslot in pages: around one and two words of the bitmap; thorough: around the 512 pages of a page table too
+HUGE = HUGE_PAGE_SIZE // PAGE
+# Sizes of a memslot in pages: around one and two words of the bitmap; thorough: around the pages of a huge page too
 SIZES = (1, 63, 64, 65, 127, 128, 129)
-MORE_SIZES = (2, 191, 192, 193, 511, 512, 513, 1025)
-# Distances of a memslot's base gfn from a 2 MiB boundary, in pages
-SHIFTS = (0, 1, 63, 511)
-MORE_SHIFTS = (2, 31, 32, 33, 62, 64, 65, 127, 448, 449, 510)
+MORE_SIZES = (2, 191, 192, 193, HUGE - 1, HUGE, HUGE + 1, 2 * HUGE + 1)
+# Distances of a memslot's base gfn from a huge page's boundary, in pages
+SHIFTS = (0, 1, 63, HUGE - 1)
+MORE_SHIFTS = (2, 31, 32, 33, 62, 64, 65, 127, HUGE - 64, HUGE - 63, HUGE - 2)
+# What a page table of each level maps
+BOUNDARIES = [HUGE_PAGE_SIZE * (PAGE // 8) ** level for level in range(3)]
 # Distances of two pages, around a word of the bitmap: a reset joins ring entries that are less than 64 pages apart
 DISTANCES = (1, 2, 32, 62, 63, 64, 65, 66, 127, 128, 129)
 
@@ -110,14 +113,14 @@ def test_unaligned_slot_sizes_and_gfns(vm: ScriptedVm, draw: random.Random, thor
             check_slot(vm, FIRST_GPA + shift * PAGE, npages, draw)
 
 
-@pytest.mark.parametrize("boundary", [2 * MIB, GIB, 512 * GIB], ids=["2MiB", "1GiB", "512GiB"])
+@pytest.mark.parametrize("boundary", BOUNDARIES, ids=lambda size: size_text(size).replace(" ", ""))
 def test_slot_across_page_table_boundary(
     kvm: Kvm, vm: ScriptedVm, draw: random.Random, boundary: int, thorough: bool
 ) -> None:
     """Pages on both sides of a page table's boundary are logged, within a word of the bitmap and at its end."""
-    middle = align_up(FIRST_GPA + MIB, boundary)
-    if middle + MIB > arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)):
-        pytest.skip(f"a guest's physical addresses end below {middle + MIB:#x} here (CPUID MAXPHYADDR)")
+    middle = align_up(FIRST_GPA + PAGE, boundary)
+    if middle + HUGE_PAGE_SIZE > arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)):
+        pytest.skip(f"a guest's physical addresses end below {middle + HUGE_PAGE_SIZE:#x} here")
     for below in (1, 2, 31, 32, 33, 63, 64, 65, 100) if thorough else (1, 33, 64):
         check_slot(vm, middle - below * PAGE, 130, draw)
 
@@ -186,7 +189,7 @@ def test_clear_protects_exactly_its_mask(vm: ScriptedVm, draw: random.Random, th
         for npages in (1, 64, 200):
             vm.add_slot(SLOT, FIRST_GPA + shift * PAGE, npages)
             for _ in range(50 if thorough else 6):
-                check_clear(vm, draw, f"memslot of {npages} pages, {shift} behind a 2 MiB boundary")
+                check_clear(vm, draw, f"memslot of {npages} pages, {shift} after a huge page's boundary")
             vm.collect()
             vm.remove_slot(SLOT)
 

@@ -9,6 +9,7 @@ import pytest
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
+from kvm_util.arch import current as arch
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
 from selftests.stores import (
@@ -28,7 +29,6 @@ from selftests.stores import (
 
 STORES = [Store(f"store_{size}", size) for size in (1, 2, 4, 8, 16)]
 WORD_STORE = Operation("store_8", 0, 0xA5)
-RET = 0xC3
 
 
 @pytest.mark.parametrize("store", STORES, ids=str)
@@ -97,7 +97,8 @@ def test_execution_is_not_logged(logged_vm: ScriptedVm) -> None:
     The host's write of the code unmaps the page. The first access of any kind maps it writable again, and KVM counts it as
     dirty from then on (make_spte(), arch/x86/kvm/mmu/spte.c).
     """
-    logged_vm.vm.memslots[SLOT].memory.view[WRITTEN * PAGE] = RET
+    code, start = arch.RETURN_INSTRUCTION, WRITTEN * PAGE
+    logged_vm.vm.memslots[SLOT].memory.view[start : start + len(code)] = code
     call = Operation("execute", logged_vm.address(SLOT, WRITTEN))
     logged_vm.run(call)
     logged_vm.collect()

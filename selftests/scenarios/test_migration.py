@@ -9,6 +9,7 @@ import pytest
 
 from dirty_tracking.cell import Settings
 from dirty_tracking.migration import Migration
+from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import Pace
@@ -21,7 +22,7 @@ WRITES = 4096
 HOT = 16
 # The vCPUs are stopped when a round has at most so many pages: the hot ones, and a few of the guest program's
 ENOUGH = HOT + 8
-RING = 1024
+RING = max(1024, PAGE // ENTRY_SIZE)
 SMALL = [(700, "shmem"), (300, "anonymous")]
 LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
 

@@ -199,7 +199,9 @@ def test_l2_huge_pages_logged_by_4k_pages(kvm: Kvm, host: Host, log_mode: str, n
         l2 = NestedGuest(vm, nested, page_size)
         l2.write(*range(0, npages, 64))
         with BinaryStats(vm.vm.get_stats_fd()) as stats:
-            assert (MappingSizes.read(stats).pages_2m > 0) == (page_size > PAGE or (uses_tdp(host) and not nested))
+            assert (MappingSizes.read(stats).counts[2 * MIB] > 0) == (
+                page_size > PAGE or (uses_tdp(host) and not nested)
+            )
         vm.enable_dirty_logging(SLOT)
         for pages in ([0, 511], [512, 513, npages - 1], [0, 700]):
             l2.write(*pages)

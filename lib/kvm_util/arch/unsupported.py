@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Stand-in for an architecture without guest code: modules can be imported, VMs and guests cannot be created."""
 
-import mmap
 import platform
 from typing import NoReturn
 
 NAME = platform.machine()
-PAGE_SIZE = mmap.PAGESIZE
 GUEST_MODES: dict[str, NoReturn] = {}
 
 

@@ -34,6 +34,7 @@ from kvm_util.arch.x86_64.vcpu_state import (
     set_msr,
     use_static_key_features,
 )
+from kvm_util.memory import GIB, KIB, MIB
 
 NAME = "x86_64"
 
@@ -41,6 +42,12 @@ NAME = "x86_64"
 # AMD APM volume 2, section 7.2). On such a machine plain accesses in program order are the load-acquire and
 # store-release that the dirty ring's protocol asks for (api.rst, dirty ring); on others Python has no such access.
 TOTAL_STORE_ORDER = True
+
+# The VM's statistics that count its mappings of a size: kvm_vm_stats_desc, arch/x86/kvm/x86.c
+MAPPING_STATISTICS = {4 * KIB: "pages_4k", 2 * MIB: "pages_2m", GIB: "pages_1g"}
+
+# What a function is that only returns: RET
+RETURN_INSTRUCTION = b"\xc3"
 
 # The quirk (KVM_CAP_DISABLE_QUIRKS2) by which KVM zaps the SPTEs of all memslots when one is deleted or moved
 SLOT_ZAP_ALL_QUIRK = KVM_X86_QUIRK_SLOT_ZAP_ALL
@@ -51,8 +58,10 @@ RING_WITH_BITMAP = False
 __all__ = [
     "GUEST_MODES",
     "KVM_DIRTY_LOG_PAGE_OFFSET",
+    "MAPPING_STATISTICS",
     "NAME",
     "PAGE_SIZE",
+    "RETURN_INSTRUCTION",
     "RING_WITH_BITMAP",
     "SEGMENT_DESCRIPTORS",
     "SEGMENT_NOT_ACCESSED",

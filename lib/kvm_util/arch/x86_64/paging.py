@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvm_util.arch.x86_64.cpuid import Cpuid
 from kvm_util.memory import GIB, KIB, MIB, align_down
 
+# The guest's smallest page, the size of its page tables
 PAGE_SIZE = 4 * KIB
 _ENTRIES = 512
 
