@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the tests of single writes share: a VM with two logged memslots side by side, and checks of one store in them."""
+"""What the tests of single writes share: a VM with two logged memslots side by side, and a check of one store in them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-
-import pytest
+from dataclasses import dataclass
 
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
-from kvm_util.guest import GuestError
 
 SLOT, NEIGHBOUR = 1, 2
 NPAGES = 24
@@ -35,6 +32,7 @@ class Store:
 
     :ivar aligned: it faults unless its address is a multiple of its size, and so never straddles two pages
     :ivar exchanges: it writes its value only where memory holds its count
+    :ivar writes: how many writes it makes to a page at most
     """
 
     name: str
@@ -43,6 +41,7 @@ class Store:
     count: int = 0
     aligned: bool = False
     exchanges: bool = False
+    writes: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -51,11 +50,6 @@ class Store:
     def straddles(self) -> bool:
         """Whether it can write to two pages."""
         return not self.aligned and self.size > 1
-
-    @property
-    def writes(self) -> int:
-        """How many writes it makes to a page at most."""
-        return max(1, self.count if self.name.startswith("rep_") else 1)
 
 
 def check_store_twice(vm: ScriptedVm, store: Store, offset: int, pages: list[int], max_entries: int) -> None:
@@ -70,52 +64,3 @@ def check_store_twice(vm: ScriptedVm, store: Store, offset: int, pages: list[int
         vm.run(Operation(store.name, vm.address(SLOT, WRITTEN, offset), value, count))
         vm.assert_dirty(f"{repetition} {store} at offset {offset}", {SLOT: pages}, max_entries)
         assert not store.exchanges or held() == value, f"memory holds {held():#x} after {store} of {value:#x}"
-
-
-def check_store_in_page(vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store) -> None:
-    """*store* at a page's beginning and at its very end."""
-    for offset in (0, PAGE - store.size):
-        with skip_unemulated(store.name):
-            check_store_twice(vm, store, offset, [WRITTEN], max_entries(store.writes))
-
-
-def check_store_across_boundary(vm: ScriptedVm, max_entries: MaxEntries, store: Store) -> None:
-    """*store* to two pages of a memslot, and to the last page of one memslot and the first page of the next."""
-    most = max_entries(store.writes)
-    check_store_twice(vm, store, PAGE - store.size // 2, [WRITTEN, WRITTEN + 1], most)
-    vm.run(Operation(store.name, vm.address(NEIGHBOUR, 0, -(store.size // 2)), store.value, store.count))
-    vm.assert_dirty(f"{store} across the end of a memslot", {SLOT: [NPAGES - 1], NEIGHBOUR: [0]}, most)
-
-
-def check_faulting_store(vm: ScriptedVm, skip_unemulated: SkipUnemulated, operation: Operation) -> None:
-    """*operation* to a page that the guest's own page tables make read-only."""
-    vm.guest.page_tables.map(SPARE_GVA, FIRST_GPA, NPAGES * PAGE, writable=False)
-    before = bytes(vm.vm.memslots[SLOT].memory.view)
-    with skip_unemulated(operation.name), pytest.raises(GuestError, match="#PF"):
-        vm.run(replace(operation, address=SPARE_GVA + WRITTEN * PAGE))
-    vm.assert_dirty(f"{operation.name} to a page that is read-only in the guest", {})
-    assert bytes(vm.vm.memslots[SLOT].memory.view) == before, "the store changed memory"
-
-
-def check_fault_in_second_page(
-    vm: ScriptedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
-) -> None:
-    """*operation* from the last bytes before *boundary_gva* to the page behind it, where it faults."""
-    before = bytes(vm.vm.memslots[SLOT].memory.view)
-    with skip_unemulated(operation.name), pytest.raises(GuestError, match="#PF"):
-        vm.run(replace(operation, address=boundary_gva - 4))
-    changed = vm.changed_pages(SLOT, before)
-    # KVM's emulator writes the first page before it looks at the second (emulator_read_write(), arch/x86/kvm/x86.c).
-    assert emulates or not changed, f"a store that faulted changed pages {changed}"
-    report = vm.collect()
-    dirty = report.dirty(SLOT)
-    assert set(changed) <= dirty <= {WRITTEN}, f"pages {changed} changed, and KVM reports {sorted(dirty)}"
-    assert not report.dirty(NEIGHBOUR), "KVM reports pages of the other memslot"
-
-
-def check_no_write(vm: ScriptedVm, name: str) -> None:
-    """The operation *name* on each page dirties none, and a later store is still logged."""
-    vm.run(*(Operation(name, vm.address(SLOT, page)) for page in range(NPAGES)))
-    vm.assert_dirty(name, {})
-    vm.write(SLOT, WRITTEN)
-    vm.assert_dirty(f"a store after {name}", {SLOT: [WRITTEN]})

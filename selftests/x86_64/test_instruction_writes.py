@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Writes of x86 instructions, done by the CPU or by KVM's emulator, dirty the gfns that they change.
 
-memory/test_writes.py has the plain stores, which all architectures have.
+memory/test_writes.py has what all stores have in common, also for those in stores.py.
 """
 
 import ctypes
@@ -25,33 +25,11 @@ from selftests.stores import (
     MaxEntries,
     SkipUnemulated,
     Store,
-    check_fault_in_second_page,
-    check_faulting_store,
-    check_no_write,
-    check_store_across_boundary,
-    check_store_in_page,
     check_store_twice,
 )
 
 PORT = 0xE0
 
-STORES = [
-    Store("store_nontemporal", 8),
-    Store("store_nontemporal_16", 16, aligned=True),
-    Store("push", 8),
-    Store("call", 8),
-    Store("rep_stosb", 100, count=100),
-    Store("rep_stosq", 800, count=100),
-    Store("fxsave", 512),
-    Store("add", 8),
-    Store("lock_add", 8),
-    Store("xchg", 8),
-    Store("bts", 8, value=3),
-    Store("cmpxchg", 8, exchanges=True),
-    Store("lock_cmpxchg", 8, exchanges=True),
-    Store("lock_cmpxchg16b", 16, aligned=True, exchanges=True),
-    Store("sgdt", 10),
-]
 # Instructions with the force emulation prefix: KVM's emulator does them, whatever the backend
 EMULATED_STORES = [
     *(Store(f"emulated_store_{size}", size) for size in (1, 2, 4, 8, 16)),
@@ -62,12 +40,6 @@ EMULATED_STORES = [
     Store("emulated_cmpxchg", 8, exchanges=True),
     Store("emulated_lock_cmpxchg", 8, exchanges=True),
 ]
-FAULTING = {
-    "locked-add": Operation("lock_add", 0, 1),
-    "compare-and-exchange": Operation("lock_cmpxchg", 0, 1, 77),
-    "push": Operation("push", 0, 1),
-    "string-store": Operation("rep_stosq", 0, 1, 4),
-}
 EMULATED_FAULTING = {
     "store": Operation("emulated_store_8", 0, 0xA5),
     "add": Operation("emulated_add", 0, 1),
@@ -83,20 +55,6 @@ def forced_emulation_vm(logged_vm: ScriptedVm, host: Host) -> ScriptedVm:
     if host.parameters.get("kvm.force_emulation_prefix", "0") in ("0", "N"):
         pytest.skip("KVM's module parameter force_emulation_prefix is off (load kvm with force_emulation_prefix=1)")
     return logged_vm
-
-
-@pytest.mark.parametrize("store", STORES, ids=str)
-def test_x86_store_is_logged(
-    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries, store: Store
-) -> None:
-    """An instruction that writes dirties its gfn, at both ends of the page, and again after each collection."""
-    check_store_in_page(logged_vm, skip_unemulated, max_entries, store)
-
-
-@pytest.mark.parametrize("store", [store for store in STORES if store.straddles], ids=str)
-def test_x86_store_across_page_boundary(logged_vm: ScriptedVm, max_entries: MaxEntries, store: Store) -> None:
-    """An instruction that writes across two pages dirties both gfns, also where they belong to different memslots."""
-    check_store_across_boundary(logged_vm, max_entries, store)
 
 
 @pytest.mark.parametrize("store", EMULATED_STORES, ids=str)
@@ -192,25 +150,6 @@ def test_segment_accessed_bit_is_logged(logged_vm: ScriptedVm, skip_unemulated: 
     logged_vm.assert_dirty("loading it again", {})
 
 
-@pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
-def test_x86_faulting_store_is_not_logged(
-    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, operation: Operation
-) -> None:
-    """An instruction whose write faults in the guest's own page tables changes nothing and dirties no gfn."""
-    check_faulting_store(logged_vm, skip_unemulated, operation)
-
-
-@pytest.mark.parametrize("operation", FAULTING.values(), ids=list(FAULTING))
-def test_x86_store_faulting_in_second_page(
-    logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, emulates: bool, boundary_gva: int, operation: Operation
-) -> None:
-    """An instruction that faults in the second of two pages writes neither; at most the first one is reported.
-
-    KVM handles the CPU's attempt to write the first page before the guest takes the fault.
-    """
-    check_fault_in_second_page(logged_vm, skip_unemulated, emulates, boundary_gva, operation)
-
-
 @pytest.mark.parametrize("operation", EMULATED_FAULTING.values(), ids=list(EMULATED_FAULTING))
 def test_emulated_store_faulting_midway(
     forced_emulation_vm: ScriptedVm, boundary_gva: int, operation: Operation
@@ -278,12 +217,6 @@ def test_string_input_from_port_is_logged(logged_vm: ScriptedVm, length: int) ->
     memory = logged_vm.vm.memslots[SLOT].memory.view
     first = WRITTEN * PAGE + PAGE - 100
     assert bytes(memory[first : first + length]) == b"\x5a" * length
-
-
-@pytest.mark.parametrize("name", ["clflush", "test", "store_nothing"])
-def test_x86_non_writing_access_is_not_logged(logged_vm: ScriptedVm, name: str) -> None:
-    """CLFLUSH, TEST and a string store without repetitions dirty no gfn."""
-    check_no_write(logged_vm, name)
 
 
 def test_string_load_is_not_logged(logged_vm: ScriptedVm) -> None:
