@@ -2,9 +2,11 @@
 """The report of a failed test on KVM: violation, environment, and the command that reproduces it."""
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import PurePath
 from typing import Any
 
 from dirty_tracking.cell import Cell, Settings
@@ -83,6 +85,16 @@ class Context:
             dimensions = [f"{field.name}{NO_BREAK}{getattr(self.cell, field.name)}" for field in fields(self.cell)]
             cell = [*column(f"cell     {', '.join(dimensions)}"), f"seed     {self.settings.seed}"]
         return [*environment_lines(self.host), *cell, f"reproduce {self.reproduce}"]
+
+
+def file_name(test: str) -> str:
+    """A file's name for the test with this id: its file and its name, without folders and odd characters.
+
+    >>> file_name("selftests/interface/test_slots.py::test_enabling_logging_twice[dirty-log]")
+    'test_slots-test_enabling_logging_twice_dirty-log_'
+    """
+    file, _, name = test.partition("::")
+    return re.sub(r"[^\w-]", "_", f"{PurePath(file).stem}-{name}")
 
 
 def failure_data(violation: ContractViolation, context: Context) -> dict[str, Any]:

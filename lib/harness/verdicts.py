@@ -20,7 +20,7 @@ from dirty_tracking.violations import ContractViolation
 from harness import known_bugs
 from harness.collection import cell_of
 from harness.command_line import SETTING_PARSERS
-from harness.failure_report import Context, cell_command, failure_data, this_pytest
+from harness.failure_report import Context, cell_command, failure_data, file_name, this_pytest
 from harness.kernel_options import flags_given, options_given
 from harness.known_bugs import KnownBug
 from harness.report_stream import ReportStream
@@ -127,7 +127,7 @@ def _end_with(call: pytest.CallInfo[None], outcome: BaseException) -> None:
 
 def _keep(item: pytest.Item, data: dict[str, Any]) -> None:
     """Write the data of a violation into the results folder, of the host that booted this kernel if there is one."""
-    name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in item.name)
+    name = file_name(item.nodeid)
     stream: ReportStream | None = item.config.pluginmanager.get_plugin("report-stream")
     if stream is not None:
         stream.send(failure=[name, data])
