@@ -51,7 +51,7 @@ def max_entries(emulates: bool) -> MaxEntries:
 
 @pytest.fixture(params=[True, False], ids=["read-only", "not-present"])
 def boundary_gva(request: pytest.FixtureRequest, logged_vm: ScriptedVm) -> int:
-    """The gva behind the page at WRITTEN, where the guest's own page tables end or allow no writes."""
+    """The gva after the page at WRITTEN, where the guest's own page tables end or allow no writes."""
     logged_vm.map_at(SPARE_GVA - PAGE, FIRST_GPA + WRITTEN * PAGE, 1)
     if request.param:
         logged_vm.guest.page_tables.map(SPARE_GVA, FIRST_GPA + (WRITTEN + 1) * PAGE, PAGE, writable=False)

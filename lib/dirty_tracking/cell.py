@@ -81,7 +81,7 @@ class Settings:
         return self.test_mem + EXTRA_PAGES * PAGE
 
 
-# Bytes of slot 0 for each vCPU's table of addresses and block, beyond 8 bytes per page of test memory
+# Bytes of slot 0 for each vCPU's block, stacks and table of addresses, beyond 8 bytes per page of test memory
 _VCPU_DATA = 4 << 20
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, place_test_memory
-from dirty_tracking.collector import Collector
+from dirty_tracking.collector_thread import CollectorThread
 from dirty_tracking.ledger import Collection
 from dirty_tracking.memory_check import MemoryCheck
 from dirty_tracking.progress import Meter
@@ -55,7 +55,7 @@ class DirtyLogRun(WritersVm):
         self._interval = settings.interval / 1000
         self._meter = Meter(settings.iterations, self._interval)
         self._draw = random.Random(f"{settings.seed}/reap")
-        self._collector = Collector(self.writers.threads, self.writers.cond, self._collect)
+        self._collector = CollectorThread(self.writers.threads, self.writers.cond, self._collect)
         self.writers.helpers.append(self._collector)
 
     def run(self) -> Figures:
@@ -70,20 +70,11 @@ class DirtyLogRun(WritersVm):
             self.recorder.set_logging(self.vm, self.memslot.slot, on=True, stopped=True)
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
-                # The collector's thread collects at this moment, and whenever a ring is full.
+                # The collector's thread collects at this moment, and whenever a ring is full, while the vCPUs run.
                 self._collector.begin(iteration, self._draw.uniform(0, self._interval))
-                self._write(iteration)
+                self._run_vcpus(iteration)
                 self._stop_vcpus()
-                collections = self._collect_rest()
-                violations = [
-                    *self.recorder.judge.verify(),
-                    *self._rings_stuck(iteration, collections),
-                    *self.memory_check.check(iteration, collections[-1].before),
-                ]
-                self._count(iteration, collections)
-                if violations:
-                    evidence = RunEvidence(violations, self.figures, self.memslot.npages, self.history)
-                    raise ContractViolation(violations, evidence=evidence)
+                self._verify(iteration, self._collect_rest())
         return self.figures
 
     def history(self, page: int) -> str:
@@ -105,8 +96,8 @@ class DirtyLogRun(WritersVm):
             self.writers.end(failure)
             self.figures.seconds = time.monotonic() - self._started
 
-    def _write(self, iteration: int) -> None:
-        """Have the vCPUs write for the interval at least, and until each has made some writes, or a ring is stuck."""
+    def _run_vcpus(self, iteration: int) -> None:
+        """Resume the vCPUs, for the interval at least, and until each has made some writes, or a ring is stuck."""
         # The first iteration lasts until every page was written once, which the C test does not ask for.
         needed = sweep_length(self.memslot.npages, self.cell.vcpus) if iteration == 1 else MIN_WRITES
         begun = self.writers.published()
@@ -149,9 +140,21 @@ class DirtyLogRun(WritersVm):
         self.sync_write_counts(exact)
         # Each vCPU is kicked, or out of its guest.
         event = Collection(last=self.memslot.npages, kicked=True, iteration=iteration)
-        with self.recorder.recording(event, exact) as one:
-            self.recorder.add(one, self.take_report(stopped, always_kick=True))
-        return one
+        with self.recorder.recording(event, exact) as collection:
+            self.recorder.add(collection, self.take_report(stopped, always_kick=True))
+        return collection
+
+    def _verify(self, iteration: int, collections: list[Collection]) -> None:
+        """Hold all reports of an iteration, and the memory, to what the vCPUs are known to have written."""
+        violations = [
+            *self.recorder.judge.verify(),
+            *self._rings_stuck(iteration, collections),
+            *self.memory_check.check(iteration, collections[-1].before),
+        ]
+        self._count(iteration, collections)
+        if violations:
+            evidence = RunEvidence(violations, self.figures, self.memslot.npages, self.history)
+            raise ContractViolation(violations, evidence=evidence)
 
     def _rings_stuck(self, iteration: int, collections: list[Collection]) -> Iterator[Violation]:
         """R10: rings that KVM says are full, and that have nothing to harvest."""
@@ -163,7 +166,7 @@ class DirtyLogRun(WritersVm):
 
     def _count(self, iteration: int, collections: list[Collection]) -> None:
         """Add an iteration to the figures."""
-        dirty = len(set().union(*(one.pages for one in collections)))
+        dirty = len(set().union(*(collection.pages for collection in collections)))
         self.figures.iterations = iteration
         self.figures.writes = sum(collections[-1].before)
         self.figures.dirty += dirty

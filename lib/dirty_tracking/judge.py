@@ -38,17 +38,17 @@ class _SlotState:
     logged: list[list[Span]] = field(default_factory=list)
     unlogged: list[list[Span]] = field(default_factory=list)
 
-    def concerns(self, one: Collection) -> bool:
-        """Whether *one* collected any page of the slot."""
-        return one.first < self.pages.end and self.pages.first < one.last
+    def concerns(self, collection: Collection) -> bool:
+        """Whether *collection* collected any page of the slot."""
+        return collection.first < self.pages.end and self.pages.first < collection.last
 
-    def last_enabled(self, one: Event) -> Toggle | None:
-        """The last time before *one* that dirty logging was enabled."""
-        return next((toggle for toggle in reversed(self.toggles) if toggle.on and toggle.end < one.start), None)
+    def last_enabled(self, event: Event) -> Toggle | None:
+        """The last time before *event* that dirty logging was enabled."""
+        return next((toggle for toggle in reversed(self.toggles) if toggle.on and toggle.end < event.start), None)
 
-    def toggled_during(self, one: Event) -> bool:
-        """Whether dirty logging was enabled or disabled at the same time as *one*."""
-        return any(toggle.overlaps(one) for toggle in self.toggles)
+    def toggled_during(self, event: Event) -> bool:
+        """Whether dirty logging was enabled or disabled at the same time as *event*."""
+        return any(toggle.overlaps(event) for toggle in self.toggles)
 
     def update_spans(self, vcpus: range) -> None:
         """Find which writes were certainly made with dirty logging enabled, and which certainly without."""
@@ -70,14 +70,14 @@ class _SlotState:
     def forget(self) -> Collection | None:
         """Drop what no rule needs after a complete collection of all pages with all vCPUs out of KVM_RUN; returns that one."""
         covering = [
-            one for one in self.judged
-            if all(one.exact) and one.first <= self.pages.first and self.pages.end <= one.last
+            collection for collection in self.judged
+            if all(collection.exact) and collection.first <= self.pages.first and self.pages.end <= collection.last
         ]  # fmt: skip
         if not covering:
             return None
-        last = max(covering, key=lambda one: one.start)
-        self.collections = [one for one in self.collections if one.end >= last.start]
-        self.judged = [one for one in self.judged if one.end >= last.start]
+        last = max(covering, key=lambda collection: collection.start)
+        self.collections = [collection for collection in self.collections if collection.end >= last.start]
+        self.judged = [collection for collection in self.judged if collection.end >= last.start]
         before = [toggle for toggle in self.toggles if toggle.end < last.start]
         self.toggles = [*before[-1:], *(toggle for toggle in self.toggles if toggle.end >= last.start)]
         return last
@@ -93,7 +93,7 @@ class Judge:
         self.pages_required = 0
         self._ledger = ledger
         self._vcpus = range(len(ledger.streams))
-        self._slots = [_SlotState(one) for one in ledger.slots if one.known]
+        self._slots = [_SlotState(pages) for pages in ledger.slots if pages.known]
         self._zaps: list[ZapAll] = []
         self._resets: list[Reset] = []
         self._found: list[Violation] = []
@@ -114,12 +114,12 @@ class Judge:
             state.toggles.sort(key=lambda toggle: toggle.start)
             state.update_spans(self._vcpus)
             state.collections += filter(state.concerns, collections)
-        for one in collections:
-            self._check_strays(one)
+        for collection in collections:
+            self._check_strays(collection)
             for state in self._slots:
-                if state.concerns(one):
-                    self._check_collection(one, state)
-            self._check_gaps(one)
+                if state.concerns(collection):
+                    self._check_collection(collection, state)
+            self._check_gaps(collection)
         if self._ledger.per_vcpu:
             self._check_reset_counts(sorted([*collections, *self._resets], key=lambda event: event.start))
         self._forget()
@@ -129,49 +129,49 @@ class Judge:
     def _forget(self) -> None:
         last = [state.forget() for state in self._slots]
         if all(last):
-            since = min(one.start for one in last if one is not None)
+            since = min(collection.start for collection in last if collection is not None)
             self._zaps = [zap for zap in self._zaps if zap.end >= since]
 
-    def _check_collection(self, one: Collection, state: _SlotState) -> None:
-        if not self._ledger.per_vcpu and not self._is_answered(one, state):
+    def _check_collection(self, collection: Collection, state: _SlotState) -> None:
+        if not self._ledger.per_vcpu and not self._is_answered(collection, state):
             return
-        self._check_spurious(one, state)
-        if one.complete and (self._ledger.per_vcpu or not state.toggled_during(one)):
-            self._check_lost(one, state)
-            state.judged.append(one)
+        self._check_spurious(collection, state)
+        if collection.complete and (self._ledger.per_vcpu or not state.toggled_during(collection)):
+            self._check_lost(collection, state)
+            state.judged.append(collection)
 
     # --- R1, R2: what must be reported ------------------------------------------------------------------------------------
 
-    def _check_lost(self, one: Collection, state: _SlotState) -> None:
-        scope = range(max(one.first, state.pages.first), min(one.last, state.pages.end))
-        enabled = state.last_enabled(one)
-        absent = self._absent_at_first(one, state, enabled, scope)
+    def _check_lost(self, collection: Collection, state: _SlotState) -> None:
+        scope = range(max(collection.first, state.pages.first), min(collection.last, state.pages.end))
+        enabled = state.last_enabled(collection)
+        absent = self._absent_at_first(collection, state, enabled, scope)
         if absent:
-            self._find("R2", Kind.LOST, one, state, None, absent, ": all pages are dirty at first")
+            self._find("R2", Kind.LOST, collection, state, None, absent, ": all pages are dirty at first")
         # Disabling dirty logging discards the pages of a bitmap that were not collected (E5).
         bitmap_since = enabled if not self._ledger.per_vcpu else None
         deferred = {key: write for key, write in state.deferred.items() if key[1] not in scope}
         for vcpu in self._vcpus:
             oldest = bitmap_since.after[vcpu] if bitmap_since is not None else 0
-            since = max((last.before[vcpu] for last in state.judged if last.covers(one)), default=0)
+            since = max((last.before[vcpu] for last in state.judged if last.covers(collection)), default=0)
             spans = [
-                (max(since, first), min(end, one.before[vcpu]))
+                (max(since, first), min(end, collection.before[vcpu]))
                 for first, end in state.logged[vcpu]
                 if bitmap_since is None or end > oldest
             ]
             required = self._written(vcpu, spans, scope)
-            owed = {page: write for (its, page), write in state.deferred.items() if its == vcpu and page in scope}
+            owed = {page: write for (writer, page), write in state.deferred.items() if writer == vcpu and page in scope}
             required.update(page for page, write in owed.items() if write >= oldest)
             self.pages_required += len(required)
-            missing = required - one.pages
-            if missing and (lost := self._lost(one, state, vcpu, missing, spans, owed, deferred) - absent):
+            missing = required - collection.pages
+            if missing and (lost := self._lost(collection, state, vcpu, missing, spans, owed, deferred) - absent):
                 begin = "the collection before" if state.judged else "dirty logging was enabled"
                 detail = f", of {len(required)} written since {begin}"
-                self._find("R1", Kind.LOST, one, state, vcpu, lost, detail)
+                self._find("R1", Kind.LOST, collection, state, vcpu, lost, detail)
         state.deferred = deferred
 
     def _lost(
-        self, one: Collection, state: _SlotState, vcpu: int, missing: set[int], spans: Sequence[Span],
+        self, collection: Collection, state: _SlotState, vcpu: int, missing: set[int], spans: Sequence[Span],
         owed: dict[int, int], deferred: dict[tuple[int, int], int],
     ) -> set[int]:  # fmt: skip
         """Those of the *missing* pages that no other collection reports; *deferred* gets those that a later one may report."""
@@ -181,10 +181,10 @@ class Judge:
             writes |= self._ledger.streams[vcpu].last_writes(missing, first, end)
         oldest = min(writes.values())
         for other in state.collections:
-            if other is not one and other.start < one.end and other.after[vcpu] >= oldest:
+            if other is not collection and other.start < collection.end and other.after[vcpu] >= oldest:
                 last, pages = self._last_write_by(other, vcpu, state), other.pages
                 writes = {page: write for page, write in writes.items() if write > last or page not in pages}
-        later = {page for page in writes if self._is_about_to_be_logged(vcpu, page, one)}
+        later = {page for page in writes if self._is_about_to_be_logged(vcpu, page, collection)}
         deferred.update(((vcpu, page), writes[page]) for page in later)
         return writes.keys() - later
 
@@ -195,56 +195,67 @@ class Judge:
             return write - 1
         # It was in flight. A vCPU that is out of KVM_RUN afterwards shows whether it was made (E1).
         for events in (state.collections, state.toggles):
-            if any(one.start >= other.end and one.exact[vcpu] and one.before[vcpu] <= write for one in events):
+            if any(event.start >= other.end and event.exact[vcpu] and event.before[vcpu] <= write for event in events):
                 return write - 1
         return write
 
-    def _is_about_to_be_logged(self, vcpu: int, page: int, one: Collection) -> bool:
+    def _is_about_to_be_logged(self, vcpu: int, page: int, collection: Collection) -> bool:
         """Whether another vCPU may have made the page writable without having logged it yet (E2)."""
-        return not one.kicked and any(
-            self._in_flight(other, page, one) for other in self._vcpus if other != vcpu and not one.exact[other]
+        return not collection.kicked and any(
+            self._in_flight(other, page, collection)
+            for other in self._vcpus
+            if other != vcpu and not collection.exact[other]
         )
 
-    def _absent_at_first(self, one: Collection, state: _SlotState, enabled: Toggle | None, scope: range) -> set[int]:
-        """The pages that no collection has reported since dirty logging was enabled, if *one* was the last that could (R2)."""
+    def _absent_at_first(
+        self, collection: Collection, state: _SlotState, enabled: Toggle | None, scope: range
+    ) -> set[int]:
+        """The pages not reported since dirty logging was enabled, if *collection* was the last that could (R2)."""
         if enabled is None or not self._ledger.initially_set:
             return set()
-        if any(last.start > enabled.end and last.covers(one) for last in state.judged):
+        if any(last.start > enabled.end and last.covers(collection) for last in state.judged):
             return set()
-        reported = (other.pages for other in state.collections if enabled.start < other.end and other.start < one.end)
+        reported = (
+            other.pages for other in state.collections if enabled.start < other.end and other.start < collection.end
+        )
         return set(scope).difference(*reported)
 
     # --- R3: what may be reported, and R5: how often -----------------------------------------------------------------------
 
-    def _check_spurious(self, one: Collection, state: _SlotState) -> None:
+    def _check_spurious(self, collection: Collection, state: _SlotState) -> None:
         rings = self._ledger.per_vcpu
-        enabled = state.last_enabled(one)
-        free = self._pages_still_set(one, state)
+        enabled = state.last_enabled(collection)
+        free = self._pages_still_set(collection, state)
         if len(free) == len(state.pages.range):
             return
-        for source, entries in enumerate(one.reported):
+        for source, entries in enumerate(collection.reported):
             pages = self._of_slot(entries, state)
-            reported = set(pages) if rings or pages is not entries else one.pages
+            reported = set(pages) if rings or pages is not entries else collection.pages
             spans: list[tuple[int, Span]] = []
             for vcpu in (source,) if rings else self._vcpus:
                 since = max(
-                    (last.before[vcpu] for last in state.judged if last.end < one.start and last.covers(one)), default=0
+                    (
+                        last.before[vcpu]
+                        for last in state.judged
+                        if last.end < collection.start and last.covers(collection)
+                    ),
+                    default=0,
                 )
                 if enabled is not None and not rings:
                     since = max(since, enabled.before[vcpu])
                 # The write in flight may be reported before it is made (E1).
-                spans += ((vcpu, span) for span in _without(since, one.after[vcpu] + 1, state.unlogged[vcpu]))
+                spans += ((vcpu, span) for span in _without(since, collection.after[vcpu] + 1, state.unlogged[vcpu]))
             spurious = reported.difference(free)
             for vcpu, span in spans:
                 spurious.difference_update(self._ledger.streams[vcpu].written(*span))
             if spurious:
                 detail = f", of {len(reported)} reported"
-                self._find("R3", Kind.SPURIOUS, one, state, source if rings else None, spurious, detail)
+                self._find("R3", Kind.SPURIOUS, collection, state, source if rings else None, spurious, detail)
             if rings and len(reported) < len(pages):
-                self._check_duplicates(one, state, source, pages, spurious, [span for _, span in spans])
+                self._check_duplicates(collection, state, source, pages, spurious, [span for _, span in spans])
 
     def _check_duplicates(
-        self, one: Collection, state: _SlotState, vcpu: int, entries: Sequence[int], spurious: set[int],
+        self, collection: Collection, state: _SlotState, vcpu: int, entries: Sequence[int], spurious: set[int],
         spans: Sequence[Span],
     ) -> None:  # fmt: skip
         """KVM pushes an entry for a write, so a page cannot have more entries than the vCPU may have made writes."""
@@ -257,19 +268,19 @@ class Judge:
         for page, count in counts.items():
             more = count - writes[page] * each
             # This is rare, and looking for reasons is slow.
-            if more > 0 and more > self._times_protected_in_flight(one, state, vcpu, page) * each:
+            if more > 0 and more > self._times_protected_in_flight(collection, state, vcpu, page) * each:
                 excess.add(page)
         if excess:
-            self._find("R5", Kind.DUPLICATE, one, state, vcpu, excess)
+            self._find("R5", Kind.DUPLICATE, collection, state, vcpu, excess)
 
-    def _times_protected_in_flight(self, one: Collection, state: _SlotState, vcpu: int, page: int) -> int:
+    def _times_protected_in_flight(self, collection: Collection, state: _SlotState, vcpu: int, page: int) -> int:
         """How often the page may have been write-protected again while *vcpu*'s write to it was in flight (E3).
 
         What was logged before the last complete collection is in that one, so events before it are no reason for a second
         entry after it. The exception is a write that was in flight all the time and whose first entry was not logged yet:
         unless vCPUs are kicked, no harvest waits for it (E2).
         """
-        earlier = [last for last in state.judged if last.end < one.start]
+        earlier = [last for last in state.judged if last.end < collection.start]
         since = 0
         if earlier:
             last = max(earlier, key=lambda last: last.start)
@@ -280,31 +291,31 @@ class Judge:
         times = 0
         reasons: list[Counted] = [*state.collections, *(toggle for toggle in state.toggles if toggle.on), *self._zaps]
         for event in reasons:
-            if not (since < event.end and event.start < one.end and self._in_flight(vcpu, page, event)):
+            if not (since < event.end and event.start < collection.end and self._in_flight(vcpu, page, event)):
                 continue
             if event is state.toggles[0] and state.toggles[0].exact[vcpu]:
                 continue  # nothing was logged before, and the write was not made meanwhile
             if not isinstance(event, Collection):
                 times += 1
-            elif event is not one:
+            elif event is not collection:
                 times += sum(ring[page] for ring in event.rings)
-            elif self._is_overlapped(one, state):
+            elif self._is_overlapped(collection, state):
                 # Another thread may reset the entries of the other rings before this ring is read.
-                times += sum(ring[page] for its, ring in enumerate(one.rings) if its != vcpu)
+                times += sum(ring[page] for owner, ring in enumerate(collection.rings) if owner != vcpu)
         return times
 
-    def _is_overlapped(self, one: Collection, state: _SlotState) -> bool:
+    def _is_overlapped(self, collection: Collection, state: _SlotState) -> bool:
         others: list[Event] = [*state.collections, *self._resets]
-        return any(other.overlaps(one) for other in others if other is not one)
+        return any(other.overlaps(collection) for other in others if other is not collection)
 
-    def _pages_still_set(self, one: Collection, state: _SlotState) -> Set[int] | range:
+    def _pages_still_set(self, collection: Collection, state: _SlotState) -> Set[int] | range:
         """The pages that may be dirty because dirty logging was enabled, and were not cleared after that (E6)."""
         if not self._ledger.initially_set:
             return set()
-        enabled = state.last_enabled(one)
-        if enabled is None or any(toggle.on and toggle.overlaps(one) for toggle in state.toggles):
+        enabled = state.last_enabled(collection)
+        if enabled is None or any(toggle.on and toggle.overlaps(collection) for toggle in state.toggles):
             return state.pages.range
-        cleared = [last for last in state.judged if enabled.end < last.start and last.end < one.start]
+        cleared = [last for last in state.judged if enabled.end < last.start and last.end < collection.start]
         if not cleared:
             return state.pages.range
         if any(last.first <= state.pages.first and last.last >= state.pages.end for last in cleared):
@@ -313,39 +324,39 @@ class Judge:
 
     # --- R4, R6 to R9: answers, entries and counts -------------------------------------------------------------------------
 
-    def _is_answered(self, one: Collection, state: _SlotState) -> bool:
+    def _is_answered(self, collection: Collection, state: _SlotState) -> bool:
         """Whether KVM returned a bitmap; a violation if it did although dirty logging was disabled, or the reverse (R4)."""
-        before = [toggle for toggle in state.toggles if toggle.end < one.start]
+        before = [toggle for toggle in state.toggles if toggle.end < collection.start]
         enabled = bool(before) and before[-1].on
-        if one.refused == enabled and not state.toggled_during(one):
-            answer, state_text = ("ENOENT", "enabled") if one.refused else ("a bitmap", "disabled")
+        if collection.refused == enabled and not state.toggled_during(collection):
+            answer, state_text = ("ENOENT", "enabled") if collection.refused else ("a bitmap", "disabled")
             detail = f"KVM answered with {answer} while dirty logging was {state_text}"
-            kind = Kind.LOST if one.refused else Kind.SPURIOUS
-            self._add("R4", kind, detail, one, state.pages.slot)
-        return not one.refused
+            kind = Kind.LOST if collection.refused else Kind.SPURIOUS
+            self._add("R4", kind, detail, collection, state.pages.slot)
+        return not collection.refused
 
-    def _check_strays(self, one: Collection) -> None:
-        npages = {one.slot: len(one.range) for one in self._ledger.slots}
-        for source in dict.fromkeys(source for source, _, _ in one.strays):
+    def _check_strays(self, collection: Collection) -> None:
+        npages = {pages.slot: len(pages.range) for pages in self._ledger.slots}
+        for source in dict.fromkeys(source for source, _, _ in collection.strays):
             vcpu = source if self._ledger.per_vcpu else None
             named: dict[int, list[int]] = {}
-            for its, slot, offset in one.strays:
-                if its == source:
+            for origin, slot, offset in collection.strays:
+                if origin == source:
                     named.setdefault(slot, []).append(offset)
             for slot, offsets in named.items():
                 some = ", ".join(map(str, sorted(offsets)[:_SHOWN]))
                 if slot in npages:
                     detail = f"{counted(len(offsets), 'page')}, the slot has {npages[slot]}: {some}"
-                    self._add("R7", Kind.BAD_OFFSET, detail, one, slot, vcpu, offsets)
+                    self._add("R7", Kind.BAD_OFFSET, detail, collection, slot, vcpu, offsets)
                 else:
                     detail = f"{counted(len(offsets), 'entry says', 'entries say')} slot {slot:#x}, offset {some}"
-                    self._add("R6", Kind.WRONG_SLOT, detail, one, None, vcpu, offsets)
+                    self._add("R6", Kind.WRONG_SLOT, detail, collection, None, vcpu, offsets)
 
-    def _check_gaps(self, one: Collection) -> None:
-        for vcpu, behind in enumerate(one.behind_gap):
-            if behind:
-                detail = f"a harvest in order does not reach {counted(behind, 'entry', 'entries')}"
-                self._add("R9", Kind.GAP, detail, one, None, vcpu)
+    def _check_gaps(self, collection: Collection) -> None:
+        for vcpu, beyond in enumerate(collection.behind_gap):
+            if beyond:
+                detail = f"a harvest in order does not reach {counted(beyond, 'entry', 'entries')}"
+                self._add("R9", Kind.GAP, detail, collection, None, vcpu)
 
     def _check_reset_counts(self, events: Sequence[Event]) -> None:
         """Whenever no collection and no reset is in progress, as many entries were reset as were harvested (R8)."""
@@ -391,19 +402,21 @@ class Judge:
         return scope.start <= slots[0].first and scope.stop >= slots[-1].end
 
     def _find(
-        self, rule: str, kind: Kind, one: Collection, state: _SlotState, vcpu: int | None, pages: Pages[int],
+        self, rule: str, kind: Kind, collection: Collection, state: _SlotState, vcpu: int | None, pages: Pages[int],
         detail: str = "",
     ) -> None:  # fmt: skip
         """Add a violation about *pages*, which are numbers of the streams."""
         offsets = sorted(page - state.pages.first for page in pages)
         some = ", ".join(map(str, offsets[:_SHOWN]))
-        self._add(rule, kind, f"{counted(len(offsets), 'page')}{detail}: {some}", one, state.pages.slot, vcpu, offsets)
+        self._add(
+            rule, kind, f"{counted(len(offsets), 'page')}{detail}: {some}", collection, state.pages.slot, vcpu, offsets
+        )
 
     def _add(
-        self, rule: str, kind: Kind, detail: str, one: Collection | None, slot: int | None = None,
+        self, rule: str, kind: Kind, detail: str, collection: Collection | None, slot: int | None = None,
         vcpu: int | None = None, offsets: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        iteration, number = (one.iteration, one.number) if one is not None else (0, 0)
+        iteration, number = (collection.iteration, collection.number) if collection is not None else (0, 0)
         pages = tuple(sorted(offsets))
         self._found.append(Violation(kind, detail, slot, pages, vcpu, iteration, number, rule))
 

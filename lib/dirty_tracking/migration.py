@@ -62,7 +62,7 @@ class Migration:
         self.copies = {slot: mmap.mmap(-1, memslot.memory.size) for slot, memslot in self._slots.items()}
         known = list(vm.slots)
         first = known[-1].end
-        for slot in self._slots.keys() - {its.slot for its in known}:
+        for slot in self._slots.keys() - {pages.slot for pages in known}:
             # That of the guest's program: its writes are in no stream.
             known.append(SlotPages(slot, first, first + self._slots[slot].npages, known=False))
             first = known[-1].end
@@ -96,15 +96,15 @@ class Migration:
             with memoryview(self.copies[slot]) as copy, copy.cast("Q") as words:
                 if memslot.memory.words == words:
                     continue
-                where = [slice(page * PAGE, (page + 1) * PAGE) for page in range(memslot.npages)]
-                pages = [page for page, its in enumerate(where) if source[its] != copy[its]]
+                places = [slice(page * PAGE, (page + 1) * PAGE) for page in range(memslot.npages)]
+                pages = [page for page, place in enumerate(places) if source[place] != copy[place]]
             some = ", ".join(map(str, pages[:_SHOWN]))
             detail = f"the copy differs from the source in {len(pages)} of {counted(memslot.npages, 'page')}: {some}"
             yield Violation(Kind.LOST, detail, slot, tuple(pages), rule="R12")
 
     def figures(self) -> list[dict[str, Any]]:
         """The rounds as plain data."""
-        return [asdict(one) for one in self.rounds]
+        return list(map(asdict, self.rounds))
 
     def collect(self, stopped: bool) -> tuple[int, Pages]:
         """Collect, which write-protects the reported pages again; returns how many bits or entries there were, and the pages.
@@ -116,23 +116,23 @@ class Migration:
             collections = [self._collect(slots, stopped)]
             self.vm.writers.resume_after_ring_reset()
         else:
-            collections = [self._collect([its], stopped) for its in slots]
-        numbers = set().union(*(one.pages for one in collections))
-        pages = {its.slot: {number - its.first for number in numbers if number in its.range} for its in slots}
-        return sum(one.harvested for one in collections), pages
+            collections = [self._collect([slot], stopped) for slot in slots]
+        numbers = set().union(*(collection.pages for collection in collections))
+        pages = {slot.slot: {number - slot.first for number in numbers if number in slot.range} for slot in slots}
+        return sum(collection.harvested for collection in collections), pages
 
     def _collect(self, slots: Sequence[SlotPages], stopped: bool) -> Collection:
         """Collect the pages of *slots*; in a mode with bitmaps that is one slot."""
         recorder = self.recorder
-        with recorder.collecting(slots[0].first, slots[-1].end, stopped) as one:
-            recorder.add(one, self.vm.take_report(stopped, slots=[its.slot for its in slots]))
-        return one
+        with recorder.collecting(slots[0].first, slots[-1].end, stopped) as collection:
+            recorder.add(collection, self.vm.take_report(stopped, slots=[pages.slot for pages in slots]))
+        return collection
 
     def copy(self, pages: Pages) -> None:
         """Copy pages from the source."""
-        for slot, its in pages.items():
+        for slot, numbers in pages.items():
             source, copy = self._slots[slot].memory.view, self.copies[slot]
-            for page in its:
+            for page in numbers:
                 where = slice(page * PAGE, (page + 1) * PAGE)
                 copy[where] = bytes(source[where])
 

@@ -49,10 +49,10 @@ class Recorder:
         with self.recording(Toggle(slot=slot, on=on), stopped):
             (enable_dirty_logging if on else disable_dirty_logging)(vm, slot)
 
-    def add(self, one: Collection, report: DirtyReport) -> None:
-        """Add everything in *report* to the collection *one*."""
+    def add(self, collection: Collection, report: DirtyReport) -> None:
+        """Add everything in *report* to *collection*."""
         for source in report.sources:
-            one.add(*self.ledger.entry_numbers(source.slots, source.offsets))
-        one.reset = report.reset
+            collection.add(*self.ledger.entry_numbers(source.slots, source.offsets))
+        collection.reset = report.reset
         if self._mode.uses_ring:
-            one.behind_gap = [source.behind_gap for source in report.sources]
+            collection.behind_gap = [source.behind_gap for source in report.sources]

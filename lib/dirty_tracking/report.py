@@ -12,7 +12,7 @@ class Source:
     """What one ring reported, or the bitmaps, in order: entry *i* is page ``offsets[i]`` of memslot ``slots[i]``.
 
     :ivar vcpu: whose ring it is; None for bitmaps
-    :ivar behind_gap: how many dirty entries of the ring lie behind a clean one; looked at when no vCPU runs
+    :ivar behind_gap: how many dirty entries of the ring come after a clean one; looked at when no vCPU runs
     """
 
     slots: list[int] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Source:
         """The pages that are of memslot *slot*, in order, with what is there several times."""
         if self.slots.count(slot) == len(self.slots):
             return self.offsets
-        return [offset for its, offset in zip(self.slots, self.offsets, strict=True) if its == slot]
+        return [offset for of, offset in zip(self.slots, self.offsets, strict=True) if of == slot]
 
 
 @dataclass
@@ -64,7 +64,7 @@ class DirtyReport:
     def check(self) -> None:
         """Check what must hold whatever the guest wrote.
 
-        :raises ContractViolation: a ring has dirty entries behind one that is not (GAP), or KVM reset another number of
+        :raises ContractViolation: a ring has dirty entries after one that is not (GAP), or KVM reset another number of
             entries than were harvested (RESET_COUNT)
         """
         found = [
@@ -72,11 +72,12 @@ class DirtyReport:
                 Kind.GAP,
                 f"a harvest in order does not reach {counted(source.behind_gap, 'entry', 'entries')}",
                 vcpu=source.vcpu,
+                rule="R9",
             )
             for source in self.sources
             if source.behind_gap
         ]
         if self.reset != self.harvested:
-            found.append(Violation(Kind.RESET_COUNT, f"harvested {self.harvested}, reset {self.reset}"))
+            found.append(Violation(Kind.RESET_COUNT, f"harvested {self.harvested}, reset {self.reset}", rule="R8"))
         if found:
             raise ContractViolation(found)

@@ -134,9 +134,9 @@ def sequences(rings: bool) -> "SearchStrategy[tuple[Step, ...]]":
         )
 
     vcpus, slots, places = st.sampled_from(range(VCPUS)), st.sampled_from(_SLOTS), st.sampled_from(range(PLACES))
-    one = st.sampled_from(_EDGES) | st.integers(0, MOST_PAGES - 1)
-    some = st.lists(one, min_size=1, max_size=8, unique=True).map(tuple)
-    runs = st.builds(lambda first, count: range(first, first + count), one, st.integers(1, MOST_WRITES))
+    page = st.sampled_from(_EDGES) | st.integers(0, MOST_PAGES - 1)
+    some = st.lists(page, min_size=1, max_size=8, unique=True).map(tuple)
+    runs = st.builds(lambda first, count: range(first, first + count), page, st.integers(1, MOST_WRITES))
     pages = some | runs
     writes = st.builds(Write, slots, pages, vcpus)
     creates = st.builds(Create, slots, places, st.sampled_from(SIZES), st.sampled_from((True, True, True, False)))

@@ -19,7 +19,7 @@ class Kind(Enum):
     WRONG_SLOT = "ring entry names another slot"
     BAD_OFFSET = "page beyond the end of the slot"
     RESET_COUNT = "KVM_RESET_DIRTY_RINGS reset another number of entries than were harvested"
-    GAP = "dirty ring entries behind one that is not dirty"
+    GAP = "dirty ring entries after one that is not dirty"
     STUCK = "KVM_EXIT_DIRTY_RING_FULL again with nothing to harvest"
     OTHER = "another answer than the contract allows"
 

@@ -211,7 +211,7 @@ class Writers:
         :raises VcpuHang: a vCPU does not return from KVM_RUN
         """
         came: list[int] = []
-        handlers = {one: signal.signal(one, lambda number, _: came.append(number)) for one in _ENDING_SIGNALS}
+        handlers = {ending: signal.signal(ending, lambda number, _: came.append(number)) for ending in _ENDING_SIGNALS}
         try:
             self._join_threads()
         except VcpuHang as hang:
@@ -219,8 +219,8 @@ class Writers:
                 raise
             error.add_note(f"and at the end: {hang}")
         finally:
-            for one, handler in handlers.items():
-                signal.signal(one, handler)
+            for ending, handler in handlers.items():
+                signal.signal(ending, handler)
             signal.signal(KICK_SIGNAL, self._previous_handler)
             self.started = False
             for number in came:

@@ -8,6 +8,7 @@ guest they lie side by side, while between the slots' guest-physical addresses t
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from dirty_tracking.cell import guest_data_size
 from dirty_tracking.ledger import SlotPages
 from dirty_tracking.memory_check import WORDS_PER_PAGE, writes_done
 from dirty_tracking.report import DirtyReport
@@ -16,11 +17,10 @@ from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import Pace, Writers
 from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB, HUGE_PAGE_SIZE, MIB, align_up
+from kvm_util.memory import GIB, HUGE_PAGE_SIZE, align_up
 
 # With five levels of page tables, test memory is mapped at an address that four levels cannot translate.
 _GVA_5_LEVEL = 1 << 52
-_VCPU_DATA = MIB
 
 
 class WritersVm(DirtyVm):
@@ -47,8 +47,8 @@ class WritersVm(DirtyVm):
         gpa: int = FIRST_GPA,
     ) -> None:
         npages = sum(count for count, _ in shapes)
-        data = sum(len(stream.pages) * 8 + _VCPU_DATA for stream in streams) + npages * 8 + MIB
-        super().__init__(kvm, mode, "dirty_writer", ring_count, data, guest_mode)
+        data_size = guest_data_size(npages * PAGE, len(streams))
+        super().__init__(kvm, mode, "dirty_writer", ring_count, data_size, guest_mode)
         own = self.guest.guest_mode
         self._gva = (_GVA_5_LEVEL if own.levels == 5 else GVA_OFFSET) + gpa % own.page_size
         with self._building():
@@ -99,7 +99,7 @@ class WritersVm(DirtyVm):
             self.writers.close()
 
     def _add_test_slot(self, gpa: int, count: int, backing: str) -> None:
-        """Add the next slot, and map it behind the previous one."""
+        """Add the next slot, and map it after the previous one."""
         first = self.slots[-1].end if self.slots else 0
         slot = PROGRAM_SLOT + 1 + len(self.slots)
         self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True)
@@ -110,9 +110,9 @@ class WritersVm(DirtyVm):
         """How many writes *vcpu*, out of its guest, has done."""
 
         def value(page: int) -> int:
-            its = next(its for its in self.slots if page < its.end)
-            words = self.vm.memslots[its.slot].memory.words
-            return int(words[(page - its.first) * WORDS_PER_PAGE + vcpu])
+            slot = next(slot for slot in self.slots if page < slot.end)
+            words = self.vm.memslots[slot.slot].memory.words
+            return int(words[(page - slot.first) * WORDS_PER_PAGE + vcpu])
 
         return writes_done(self.writers.streams[vcpu], published, value)
 

@@ -96,7 +96,7 @@ def log_mode(request: pytest.FixtureRequest, kvm: Kvm) -> str:
 
 
 @pytest.fixture
-def entries_in_order(host: Host) -> None:
+def rings_in_write_order(host: Host) -> None:
     """For tests that require a ring's entries in the order of the writes."""
     if not ring_order_is_write_order(host):
         pytest.skip("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")

@@ -53,9 +53,9 @@ class BinaryStats:
         try:
             header = uapi.kvm_stats_header.from_buffer_copy(self._read(0, ctypes.sizeof(uapi.kvm_stats_header)))
             self.id = _text(self._read(header.id_offset, header.name_size), "the id")
-            one = ctypes.sizeof(uapi.kvm_stats_desc) + header.name_size
-            table = self._read(header.desc_offset, header.num_desc * one)
-            found = [_statistic(table[at : at + one], header.data_offset) for at in range(0, len(table), one)]
+            size = ctypes.sizeof(uapi.kvm_stats_desc) + header.name_size
+            table = self._read(header.desc_offset, header.num_desc * size)
+            found = [_statistic(table[at : at + size], header.data_offset) for at in range(0, len(table), size)]
         except BaseException:
             self.close()
             raise

@@ -14,10 +14,11 @@ import pytest
 
 from dirty_tracking.bitmap import BITS_PER_WORD, new_bitmap, set_pages
 from dirty_tracking.cell import Settings
-from dirty_tracking.collectors import Collectors, Operation, Worker, race
 from dirty_tracking.mapping_sizes import MappingSizes
 from dirty_tracking.modes import LOG_MODES, smallest_ring
 from dirty_tracking.platform import uses_tdp
+from dirty_tracking.race import Operation, Worker, race
+from dirty_tracking.shared_log import SharedLog
 from dirty_tracking.violations import Kind, violated
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
@@ -61,56 +62,56 @@ def streams(sharing: str, vcpus: int, seed: int, shapes: Shapes) -> list[WriteSt
     return result
 
 
-def some_collections(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+def some_collections(log: SharedLog, draw: random.Random, count: int) -> Iterator[Operation]:
     """The operations of one collector: collections of all kinds that the mode has."""
     for _ in range(count):
-        slot = draw.choice(of.vm.slots)
-        if of.rings is not None:
+        slot = draw.choice(log.vm.slots)
+        if log.rings is not None:
             kinds: Sequence[Operation] = (
-                of.harvest,
-                of.harvest,
-                lambda: of.harvest(most=draw.randint(1, 40)),
-                of.reset,
+                log.harvest,
+                log.harvest,
+                lambda: log.harvest(most=draw.randint(1, 40)),
+                log.reset,
             )
             yield draw.choice(kinds)
-        elif of.vm.mode.manual and draw.random() < 0.5:
+        elif log.vm.mode.manual and draw.random() < 0.5:
             npages = slot.end - slot.first
             first = draw.randrange(0, npages, BITS_PER_WORD)
             last = draw.choice([*range(first + BITS_PER_WORD, npages, BITS_PER_WORD), npages])
-            yield lambda slot=slot, first=first, last=last: of.collect_range(slot, first, last - first)  # type: ignore[misc]
+            yield lambda slot=slot, first=first, last=last: log.collect_range(slot, first, last - first)  # type: ignore[misc]
         else:
-            yield lambda slot=slot: of.collect(slot)  # type: ignore[misc]
+            yield lambda slot=slot: log.collect(slot)  # type: ignore[misc]
 
 
-def some_toggles(of: Collectors, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
+def some_toggles(log: SharedLog, draw: random.Random, count: int, state: dict[int, bool]) -> Iterator[Operation]:
     """Toggle the dirty logging of random slots; *state* has those for which it is enabled."""
     for _ in range(count):
-        slot = draw.choice(of.vm.slots)
+        slot = draw.choice(log.vm.slots)
         state[slot.slot] = not state.get(slot.slot, False)
-        yield lambda slot=slot, on=state[slot.slot]: of.set_logging(slot, on)  # type: ignore[misc]
+        yield lambda slot=slot, on=state[slot.slot]: log.set_logging(slot, on)  # type: ignore[misc]
 
 
-def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
-    """Create, move and delete another slot, with or without dirty logging, right behind a slot that vCPUs write."""
-    vm = of.vm.vm
-    behind = [vm.memslots[its.slot].gpa + len(its.range) * PAGE for its in of.vm.slots]
+def slot_changes(log: SharedLog, draw: random.Random, count: int) -> Iterator[Operation]:
+    """Create, move and delete another slot, with or without dirty logging, right after a slot that vCPUs write."""
+    vm = log.vm.vm
+    ends = [vm.memslots[pages.slot].gpa + len(pages.range) * PAGE for pages in log.vm.slots]
 
     def make() -> None:
-        gpa = draw.choice(behind)
+        gpa = draw.choice(ends)
         flags = draw.choice((0, uapi.KVM_MEM_LOG_DIRTY_PAGES))
         vm.add_memory(OTHER_SLOT, gpa, OTHER_PAGES * PAGE, flags=flags)
 
     def move() -> None:
         memslot = vm.memslots[OTHER_SLOT]
-        gpa = draw.choice([gpa for gpa in behind if gpa != memslot.gpa])
+        gpa = draw.choice([gpa for gpa in ends if gpa != memslot.gpa])
         vm.set_user_memory_region(OTHER_SLOT, gpa, memslot.memory, memslot.flags)
 
     def look() -> None:
-        """Its bitmap is clean; a ring entry of it would be one of an unknown slot (collectors.py)."""
-        if vm.memslots[OTHER_SLOT].flags and of.rings is None:
+        """Its bitmap is clean; a ring entry of it would be one of an unknown slot (shared_log.py)."""
+        if vm.memslots[OTHER_SLOT].flags and log.rings is None:
             bitmap = new_bitmap(OTHER_PAGES)
             vm.get_dirty_log(OTHER_SLOT, bitmap)
-            if set_pages(bitmap) != (list(range(OTHER_PAGES)) if of.vm.mode.initially_set else []):
+            if set_pages(bitmap) != (list(range(OTHER_PAGES)) if log.vm.mode.initially_set else []):
                 raise violated(Kind.SPURIOUS, f"pages {set_pages(bitmap)} of a slot that nobody writes")
 
     def delete() -> None:
@@ -121,21 +122,21 @@ def slot_changes(of: Collectors, draw: random.Random, count: int) -> Iterator[Op
     for _ in range(count):
         yield make
         yield look
-        yield lambda: of.drop_page_tables(move)
+        yield lambda: log.drop_page_tables(move)
         yield look
-        yield lambda: of.drop_page_tables(delete)
+        yield lambda: log.drop_page_tables(delete)
 
 
-def work(of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
+def work(log: SharedLog, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
     """One round: each of *jobs* in a thread of its own; then the last collection, and the check."""
     workers = [
-        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
+        Worker(log.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
     ]
-    race(of.vm, workers)
-    of.check()
+    race(log.vm, workers)
+    log.check()
 
 
-Writing = Callable[..., AbstractContextManager[Collectors]]
+Writing = Callable[..., AbstractContextManager[SharedLog]]
 
 
 @pytest.fixture
@@ -146,15 +147,15 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
     @contextmanager
     def of_writers(
         sharing: str, vcpus: int, on: bool = True, shapes: Shapes = SHAPES, guest_mode: str = "48bit-4k"
-    ) -> Iterator[Collectors]:
+    ) -> Iterator[SharedLog]:
         its_streams = streams(sharing, vcpus, settings.seed, shapes)
         with WritersVm(kvm, log_mode, shapes, its_streams, ring, guest_mode=guest_mode) as vm:
-            of = Collectors(vm)
+            log = SharedLog(vm)
             vm.populate()
             if on:
-                of.set_all_logging(on=True)
-            yield of
-            assert of.judge.pages_required
+                log.set_all_logging(on=True)
+            yield log
+            assert log.judge.pages_required
 
     return of_writers
 
@@ -163,31 +164,31 @@ def writing(kvm: Kvm, settings: Settings, log_mode: str) -> Writing:
 def test_collectors_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
     """No write is lost while several threads GET, CLEAR, harvest and reset, and vCPUs write."""
     vcpus, rounds, count, collectors = (4, 20, 40, 3) if thorough else (3, 2, 6, 2)
-    with writing(sharing, vcpus) as of:
+    with writing(sharing, vcpus) as log:
         for _ in range(rounds):
-            work(of, draw, [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)])
+            work(log, draw, [some_collections(log, random.Random(draw.random()), count) for _ in range(collectors)])
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
     """Of running vCPUs each write after dirty logging was enabled is logged, and none after it was disabled."""
     vcpus, rounds, count = (4, 20, 60) if thorough else (2, 1, 4)
-    with writing(sharing, vcpus, on=False) as of:
+    with writing(sharing, vcpus, on=False) as log:
 
         def job() -> Iterator[Operation]:
             for _ in range(count):
-                for slot in of.vm.slots:
-                    yield lambda slot=slot: of.set_logging(slot, on=True)  # type: ignore[misc]
-                yield lambda: of.collect_all(stopped=False)
-                yield lambda: of.collect_all(stopped=False)
-                for slot in of.vm.slots:
-                    yield lambda slot=slot: of.set_logging(slot, on=False)  # type: ignore[misc]
-            for slot in of.vm.slots:
-                yield lambda slot=slot: of.set_logging(slot, on=True)  # type: ignore[misc]
+                for slot in log.vm.slots:
+                    yield lambda slot=slot: log.set_logging(slot, on=True)  # type: ignore[misc]
+                yield lambda: log.collect_all(stopped=False)
+                yield lambda: log.collect_all(stopped=False)
+                for slot in log.vm.slots:
+                    yield lambda slot=slot: log.set_logging(slot, on=False)  # type: ignore[misc]
+            for slot in log.vm.slots:
+                yield lambda slot=slot: log.set_logging(slot, on=True)  # type: ignore[misc]
 
         for _ in range(rounds):
-            work(of, draw, [job()])
-            of.set_all_logging(on=False)
+            work(log, draw, [job()])
+            log.set_all_logging(on=False)
 
 
 def test_huge_page_splits_beside_writers(
@@ -206,32 +207,32 @@ def test_huge_page_splits_beside_writers(
     vcpus, rounds, count = (4, 20, 40) if thorough else (2, 2, 8)
     guest_mode = "48bit-4k" if uses_tdp(host) else "48bit-2m"
     with (
-        writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as of,
-        BinaryStats(of.vm.vm.get_stats_fd()) as stats,
+        writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as log,
+        BinaryStats(log.vm.vm.get_stats_fd()) as stats,
     ):
 
         def collecting() -> Iterator[Operation]:
-            return some_collections(of, random.Random(draw.random()), count)
+            return some_collections(log, random.Random(draw.random()), count)
 
         for _ in range(rounds):
             huge = MappingSizes.read(stats).counts[HUGE_PAGE_SIZE]
             assert huge, "dirty logging is disabled and the host has huge pages, but none is mapped"
-            toggling = some_toggles(of, random.Random(draw.random()), count, {})
-            work(of, draw, [toggling, collecting()])
-            of.set_all_logging(on=True)
-            work(of, draw, [collecting()])
+            toggling = some_toggles(log, random.Random(draw.random()), count, {})
+            work(log, draw, [toggling, collecting()])
+            log.set_all_logging(on=True)
+            work(log, draw, [collecting()])
             assert MappingSizes.read(stats).counts[HUGE_PAGE_SIZE] < huge, (
                 "pages with dirty logging that were written are mapped huge"
             )
-            of.set_all_logging(on=False)
-            work(of, draw, [collecting()])
+            log.set_all_logging(on=False)
+            work(log, draw, [collecting()])
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_slot_changes_beside_writers(writing: Writing, thorough: bool, draw: random.Random, sharing: str) -> None:
     """No write to a memslot is lost when KVM zaps its SPTEs because another one is deleted or moved."""
-    with writing(sharing, 4 if thorough else 2) as of:
-        change_slots(of, draw, thorough)
+    with writing(sharing, 4 if thorough else 2) as log:
+        change_slots(log, draw, thorough)
 
 
 def test_slot_changes_without_zap_all(
@@ -243,24 +244,24 @@ def test_slot_changes_without_zap_all(
     """No write is lost when KVM zaps only the SPTEs of the deleted or moved memslot (KVM_CAP_DISABLE_QUIRKS2)."""
     if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
         pytest.skip("this KVM has no quirk that zaps all memslots (on x86 it came with Linux 6.12)")
-    with writing("same-pages", 4 if thorough else 2) as of:
-        of.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
-        change_slots(of, draw, thorough)
+    with writing("same-pages", 4 if thorough else 2) as log:
+        log.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
+        change_slots(log, draw, thorough)
 
 
-def change_slots(of: Collectors, draw: random.Random, thorough: bool) -> None:
+def change_slots(log: SharedLog, draw: random.Random, thorough: bool) -> None:
     """Change a slot in one thread and collect in another."""
     rounds, count = (20, 30) if thorough else (1, 4)
     for _ in range(rounds):
-        collecting = some_collections(of, random.Random(draw.random()), 2 * count)
-        work(of, draw, [slot_changes(of, random.Random(draw.random()), count), collecting])
+        collecting = some_collections(log, random.Random(draw.random()), 2 * count)
+        work(log, draw, [slot_changes(log, random.Random(draw.random()), count), collecting])
 
 
 def test_collectors_and_toggles_at_once(writing: Writing, thorough: bool, draw: random.Random) -> None:
     """No write is lost while several threads collect and another one enables and disables dirty logging."""
     vcpus, rounds, count, collectors = (4, 40, 40, 3) if thorough else (2, 2, 8, 2)
-    with writing("same-pages", vcpus) as of:
-        state = {slot.slot: True for slot in of.vm.slots}
+    with writing("same-pages", vcpus) as log:
+        state = {slot.slot: True for slot in log.vm.slots}
         for _ in range(rounds):
-            jobs = [some_collections(of, random.Random(draw.random()), count) for _ in range(collectors)]
-            work(of, draw, [*jobs, some_toggles(of, random.Random(draw.random()), count, state)])
+            jobs = [some_collections(log, random.Random(draw.random()), count) for _ in range(collectors)]
+            work(log, draw, [*jobs, some_toggles(log, random.Random(draw.random()), count, state)])

@@ -8,21 +8,20 @@ number of harvested entries.
 import itertools
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 
-from dirty_tracking.cell import Settings
-from dirty_tracking.collectors import (
-    Collectors,
+from dirty_tracking.modes import smallest_ring
+from dirty_tracking.race import (
     Operation,
     Worker,
     race,
     signal_vcpus_randomly,
     signal_workers_randomly,
 )
-from dirty_tracking.modes import smallest_ring
 from dirty_tracking.ring import ENTRY_SIZE
+from dirty_tracking.shared_log import SharedLog
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
@@ -48,27 +47,27 @@ def streams(vcpus: int, draw: random.Random, npages: int = NPAGES) -> list[Write
     return [WriteStream(array("I", [draw.randrange(npages) for _ in range(WRITES)]), 0) for _ in range(vcpus)]
 
 
-def started(vm: WritersVm) -> Collectors:
+def started(vm: WritersVm) -> SharedLog:
     """Start the vCPUs, and enable dirty logging of all slots."""
-    of = Collectors(vm)
+    log = SharedLog(vm)
     vm.populate()
-    of.set_all_logging(on=True)
-    return of
+    log.set_all_logging(on=True)
+    return log
 
 
 def workers(
-    of: Collectors, draw: random.Random, jobs: Sequence[Iterator[Operation]], pause: int = PAUSE
+    log: SharedLog, draw: random.Random, jobs: Sequence[Iterator[Operation]], pause: int = PAUSE
 ) -> list[Worker]:
     return [
-        Worker(of.vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)
+        Worker(log.vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)
     ]
 
 
-def harvests(of: Collectors, draw: random.Random, count: int) -> Iterator[Operation]:
+def harvests(log: SharedLog, draw: random.Random, count: int) -> Iterator[Operation]:
     """Harvests of whole rings and of some entries, in turn, so that the rings fill in between."""
     for _ in range(count):
-        yield lambda: of.harvest(most=draw.randint(1, 60))
-        yield of.harvest
+        yield lambda: log.harvest(most=draw.randint(1, 60))
+        yield log.harvest
 
 
 @pytest.fixture(params=["smallest-ring", "large-ring"])
@@ -77,76 +76,64 @@ def size(request: pytest.FixtureRequest, kvm: Kvm, log_mode: str) -> int:
     return LARGE if request.param == "large-ring" else smallest_ring(kvm)
 
 
-def test_reset_from_another_thread(
-    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
-) -> None:
+Background = Callable[[SharedLog, Sequence[Worker]], Iterable[Operation]]
+RaceHarvests = Callable[..., None]
+
+
+@pytest.fixture
+def race_harvests(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, size: int) -> RaceHarvests:
+    """Call it to harvest and reset in some threads while vCPUs write, and others repeat the operations of *background*."""
+
+    def race_harvests(threads: int, background: Background = lambda _log, _harvesters: ()) -> None:
+        vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
+        with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
+            log = started(vm)
+            for _ in range(rounds):
+                jobs = [harvests(log, random.Random(draw.random()), count) for _ in range(threads)]
+                harvesters = workers(log, draw, jobs)
+                others = [itertools.repeat(operation) for operation in background(log, harvesters)]
+                race(vm, harvesters, workers(log, draw, others, STORM_PAUSE))
+                log.check()
+            assert log.judge.pages_required
+
+    return race_harvests
+
+
+def test_reset_from_another_thread(race_harvests: RaceHarvests) -> None:
     """No entry is lost or reported twice when one thread harvests and another one resets at any moment."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = started(vm)
-        for _ in range(rounds):
-            harvester = workers(of, draw, [harvests(of, random.Random(draw.random()), count)])
-            resetter = workers(of, draw, [itertools.repeat(of.reset)], STORM_PAUSE)
-            race(vm, harvester, resetter)
-            of.check()
-        assert of.judge.pages_required
+    race_harvests(1, lambda log, _harvesters: [log.reset])
 
 
-def test_two_threads_reset_at_once(
-    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
-) -> None:
+def test_two_threads_reset_at_once(race_harvests: RaceHarvests, thorough: bool) -> None:
     """Threads that harvest and reset at once together reset as many entries as they harvested."""
-    vcpus, rounds, count, threads = (4, 20, 60, 3) if thorough else (2, 2, 5, 2)
-    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = started(vm)
-        for _ in range(rounds):
-            jobs = [harvests(of, random.Random(draw.random()), count) for _ in range(threads)]
-            race(vm, workers(of, draw, jobs))
-            of.check()
-        assert of.judge.pages_required
+    race_harvests(3 if thorough else 2)
 
 
-def test_vcpus_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int
-) -> None:
+def test_vcpus_in_a_storm_of_signals(race_harvests: RaceHarvests, draw: random.Random) -> None:
     """No write is lost when signals end KVM_RUN at any instruction."""
-    in_a_storm(kvm, thorough, draw, log_mode, size, "vcpus")
+    race_harvests(2, lambda log, _harvesters: [signal_vcpus_randomly(log.vm, random.Random(draw.random()))])
 
 
 @pytest.mark.parametrize("at", ["resetters", "both"])
-def test_resets_in_a_storm_of_signals(
-    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random, log_mode: str, size: int, at: str
-) -> None:
+def test_resets_in_a_storm_of_signals(race_harvests: RaceHarvests, draw: random.Random, at: str) -> None:
     """When signals end KVM_RESET_DIRTY_RINGS early, as since Linux 6.17, the next calls reset the rest."""
-    in_a_storm(kvm, thorough, draw, log_mode, size, at)
+
+    def storms(log: SharedLog, resetters: Sequence[Worker]) -> Iterator[Operation]:
+        yield signal_workers_randomly(resetters, random.Random(draw.random()))
+        if at == "both":
+            yield signal_vcpus_randomly(log.vm, random.Random(draw.random()))
+
+    race_harvests(2, storms)
 
 
-def in_a_storm(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, size: int, at: str) -> None:
-    """Two threads harvest and reset while signals come to them, to the vCPUs' threads, or to both."""
-    vcpus, rounds, count = (4, 20, 60) if thorough else (2, 2, 5)
-    with WritersVm(kvm, log_mode, SHAPES, streams(vcpus, draw), size) as vm:
-        of = started(vm)
-        for _ in range(rounds):
-            work_draws = [random.Random(draw.random()) for _ in range(2)]
-            resetters = workers(of, draw, [harvests(of, one, count) for one in work_draws])
-            storms = []
-            if at != "vcpus":
-                storms.append(itertools.repeat(signal_workers_randomly(resetters, random.Random(draw.random()))))
-            if at != "resetters":
-                storms.append(itertools.repeat(signal_vcpus_randomly(vm, random.Random(draw.random()))))
-            race(vm, resetters, workers(of, draw, storms, STORM_PAUSE))
-            of.check()
-        assert of.judge.pages_required
-
-
-def fill(of: Collectors) -> None:
+def fill(log: SharedLog) -> None:
     """Let the vCPU write until its ring is full, at the latest when all pages are written; then stop it."""
-    writers = of.vm.writers
+    writers = log.vm.writers
     goal = sum(writers.published()) + sum(len(stream.pages) for stream in writers.streams)
     writers.resume()
     writers.wait(lambda: writers.any_ring_full() or sum(writers.published()) >= goal, "filling a ring")
     full = writers.any_ring_full()
-    of.vm.stop()
+    log.vm.stop()
     assert full, (
         "more pages were written than the ring has entries, and KVM_RUN did not return KVM_EXIT_DIRTY_RING_FULL"
     )
@@ -154,9 +141,8 @@ def fill(of: Collectors) -> None:
 
 @pytest.mark.parametrize("entries", SIZES)
 def test_every_ring_size_wraps_around(
-    kvm: Kvm, settings: Settings, thorough: bool, draw: random.Random,
-    log_mode: str, entries: int,
-) -> None:  # fmt: skip
+    kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, entries: int
+) -> None:
     """A ring of any size that KVM supports has each entry once and in its place, for several laps."""
     smallest = smallest_ring(kvm)
     if entries < smallest:
@@ -168,13 +154,13 @@ def test_every_ring_size_wraps_around(
     pages.extend(range(-npages % 64))
     shapes = [(npages, "anonymous")]
     with WritersVm(kvm, log_mode, shapes, [WriteStream(pages, 0)], entries) as vm:
-        of = started(vm)
-        while of.ledger.harvested < laps * entries:
-            before = of.ledger.harvested
-            race(vm, workers(of, draw, [iter([of.harvest])], npages))
-            of.check()
-            assert of.ledger.harvested > before, "writes were made, and none is in the ring"
+        log = started(vm)
+        while log.ledger.harvested < laps * entries:
+            before = log.ledger.harvested
+            race(vm, workers(log, draw, [iter([log.harvest])], npages))
+            log.check()
+            assert log.ledger.harvested > before, "writes were made, and none is in the ring"
             if fills:
-                fill(of)
-                of.check()
-        assert of.judge.pages_required
+                fill(log)
+                log.check()
+        assert log.judge.pages_required

@@ -81,7 +81,7 @@ class _RingFull(Exception):
     pass
 
 
-@pytest.mark.usefixtures("entries_in_order")
+@pytest.mark.usefixtures("rings_in_write_order")
 @pytest.mark.parametrize("lap", range(2), ids=["fresh", "used"])
 def test_full_ring_blocks_its_vcpu_until_reset(kvm: Kvm, host: Host, log_mode: str, lap: int) -> None:
     """KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL until the full ring was harvested and reset, and no entry is lost.
@@ -137,16 +137,16 @@ def test_ring_full_after_immediate_exit(kvm: Kvm, host: Host, log_mode: str) -> 
         assert handle.exit_reason() != "KVM_EXIT_DIRTY_RING_FULL"
 
 
-@pytest.mark.usefixtures("entries_in_order")
+@pytest.mark.usefixtures("rings_in_write_order")
 def test_vcpu_writes_go_to_its_own_ring(ring_vm: ScriptedVm) -> None:
     """KVM pushes each write to the ring of the vCPU that made it, with slot and offset, in the order of the writes."""
     ring_vm.run(
         *(Operation("store_8", ring_vm.address(slot, page)) for slot, page in ((SLOT, 9), (OTHER, 1), (SLOT, 2)))
     )
     ring_vm.run(*(Operation("store_8", ring_vm.address(slot, page)) for slot, page in ((OTHER, 7), (SLOT, 3))), vcpu=1)
-    one, two = ring_vm.rings
-    assert harvest(one, 10) == [(SLOT, 9), (OTHER, 1), (SLOT, 2)]
-    assert harvest(two, 10) == [(OTHER, 7), (SLOT, 3)]
+    first, second = ring_vm.rings
+    assert harvest(first, 10) == [(SLOT, 9), (OTHER, 1), (SLOT, 2)]
+    assert harvest(second, 10) == [(OTHER, 7), (SLOT, 3)]
     assert ring_vm.vm.reset_dirty_rings() == 5
 
 
@@ -161,7 +161,7 @@ def test_entries_of_high_slot_numbers(kvm: Kvm, log_mode: str) -> None:
         vm.assert_dirty("stores to slots with high numbers", {highest: [63], highest // 2: [0]})
 
 
-@pytest.mark.usefixtures("entries_in_order")
+@pytest.mark.usefixtures("rings_in_write_order")
 def test_reset_of_partial_harvest(ring_vm: ScriptedVm) -> None:
     """A reset stops at the first entry that was not harvested, and the entries from there on stay in the ring."""
     ring_vm.write(SLOT, *range(10))
@@ -179,9 +179,9 @@ def mark_harvested(ring: DirtyRing, *numbers: int) -> None:
         ring.entry(number).flags = RESET
 
 
-@pytest.mark.usefixtures("entries_in_order")
+@pytest.mark.usefixtures("rings_in_write_order")
 def test_reset_stops_at_a_gap_in_each_ring(ring_vm: ScriptedVm, emulates: bool) -> None:
-    """Entries that were harvested behind one that was not are not reset, and their pages not write-protected again.
+    """Entries that were harvested after one that was not are not reset, and their pages not write-protected again.
 
     User space must not skip entries: in each ring KVM stops at the first entry without the RESET flag
     (kvm_dirty_ring_reset(), virt/kvm/dirty_ring.c).
@@ -279,13 +279,13 @@ def test_ring_mmap_is_shared_and_no_exec(ring_vm: ScriptedVm) -> None:
 @pytest.mark.parametrize(
     ("first", "pages"),
     [(-1, 2), (-1, 1 + RING_PAGES), (RING_PAGES - 1, 2), (0, RING_PAGES + 1)],
-    ids=["begins-before-first-page", "begins-before-all", "ends-behind-last-page", "ends-behind-all"],
+    ids=["begins-before-first-page", "begins-before-all", "ends-after-last-page", "ends-after-all"],
 )
 def test_ring_mmap_with_one_end_outside(ring_vm: ScriptedVm, first: int, pages: int) -> None:
     """A mapping of which only the first or only the last page is in the ring cannot be private or executable.
 
     KVM checks the first page and the last (kvm_vcpu_mmap(), virt/kvm/kvm_main.c), and so accepts a private mapping that
-    begins before the ring and ends behind it. No documentation promises that, so no test requires it;
+    begins before the ring and ends after it. No documentation promises that, so no test requires it;
     test_mapping_beyond_the_ring_is_unbacked() has a shared one.
     """
     assert_only_shared_mappings(ring_vm.vm.vcpus[0], first, pages)
@@ -308,7 +308,7 @@ def can_be_read(mapped: mmap.mmap, offset: int) -> bool:
 
 
 def test_mapping_beyond_the_ring_is_unbacked(ring_vm: ScriptedVm) -> None:
-    """A mapping that is larger than the ring has no memory right before the first entry or behind the last."""
+    """A mapping that is larger than the ring has no memory right before the first entry or after the last."""
     fd, flags, prot = ring_vm.vm.vcpus[0].fd, mmap.MAP_SHARED, mmap.PROT_READ
     with mmap.mmap(fd, 2 * RING_SIZE, flags, prot, offset=RING_OFFSET) as mapped:
         assert can_be_read(mapped, 0)
@@ -373,7 +373,7 @@ def test_reset_ignores_only_out_of_range_entries(kvm: Kvm, log_mode: str) -> Non
         vm.assert_dirty("a write to a page that was reset", {SLOT: [60]})
 
 
-@pytest.mark.parametrize("offsets", [(5, 5), (5, 6, 5), (6, 5, 5)], ids=["alone", "around", "behind"])
+@pytest.mark.parametrize("offsets", [(5, 5), (5, 6, 5), (6, 5, 5)], ids=["alone", "around", "after"])
 def test_reset_of_duplicate_entries(ring_vm: ScriptedVm, offsets: tuple[int, ...]) -> None:
     """A reset counts two entries of the same page, and write-protects that page and those of the adjacent entries."""
     ring = ring_vm.rings[0]

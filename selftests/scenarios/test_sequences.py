@@ -44,7 +44,7 @@ def test_random_operation_sequences(
 ) -> None:  # fmt: skip
     """KVM reports what the model predicts for random writes, loads, collections, logging toggles and memslot changes."""
     if LOG_MODES[log_mode].uses_ring:
-        request.getfixturevalue("entries_in_order")
+        request.getfixturevalue("rings_in_write_order")
 
     # Steps that hit a known bug of this kernel are excluded, so that others can be found.
     known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.on_host(host)]

@@ -12,10 +12,11 @@ import pytest
 
 from dirty_tracking import ring as dirty_ring
 from dirty_tracking import shared_rings, writers
-from dirty_tracking.collectors import Collectors, Worker, race
 from dirty_tracking.migration import Migration, Pages
+from dirty_tracking.race import Worker, race
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.scripted_vm import ScriptedVm
+from dirty_tracking.shared_log import SharedLog
 from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.violations import ContractViolation, Kind, violated
 from dirty_tracking.vm import FIRST_GPA, PAGE
@@ -40,20 +41,20 @@ def streams(vcpus: int = 2) -> list[WriteStream]:
     return [WriteStream(array("I", [draw.randrange(vcpu, 150, vcpus) for _ in range(256)]), 0) for vcpu in range(vcpus)]
 
 
-def one_round(of: Collectors) -> None:
+def one_round(log: SharedLog) -> None:
     """Two collectors; then some writes more, so that there is something for the last collection."""
 
     def collect() -> None:
-        if of.rings is not None:
-            of.harvest()
+        if log.rings is not None:
+            log.harvest()
         else:
-            for slot in of.vm.slots:
-                of.collect(slot)
+            for slot in log.vm.slots:
+                log.collect(slot)
 
-    workers = [Worker(of.vm, f"worker{number}", [collect] * 3, random.Random(number), 300) for number in range(2)]
-    race(of.vm, workers)
-    write_more(of.vm, 300)
-    of.check()
+    workers = [Worker(log.vm, f"worker{number}", [collect] * 3, random.Random(number), 300) for number in range(2)]
+    race(log.vm, workers)
+    write_more(log.vm, 300)
+    log.check()
 
 
 def write_more(vm: WritersVm, count: int) -> None:
@@ -64,24 +65,24 @@ def write_more(vm: WritersVm, count: int) -> None:
     vm.stop()
 
 
-def check_fails(kvm: Kvm, mode: str, falsify: Callable[[Collectors], None], match: str) -> None:
+def check_fails(kvm: Kvm, mode: str, falsify: Callable[[SharedLog], None], match: str) -> None:
     """A sound round passes, the falsified one does not."""
     with WritersVm(kvm, mode, SHAPES, streams(), 1024) as vm:
-        of = Collectors(vm)
+        log = SharedLog(vm)
         vm.populate()
-        of.set_all_logging(on=True)
-        one_round(of)
-        falsify(of)
+        log.set_all_logging(on=True)
+        one_round(log)
+        falsify(log)
         with pytest.raises(ContractViolation, match=match):
-            one_round(of)
+            one_round(log)
 
 
-def drop_the_last(of: Collectors, bitmap: bytearray) -> None:
-    if of.vm.writers.all_stopped():
+def drop_the_last(log: SharedLog, bitmap: bytearray) -> None:
+    if log.vm.writers.all_stopped():
         bitmap[:] = bytes(len(bitmap))
 
 
-def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
+def drop_bits_all_the_time(log: SharedLog, bitmap: bytearray) -> None:
     bitmap[0] = 0
 
 
@@ -90,11 +91,11 @@ def drop_bits_all_the_time(of: Collectors, bitmap: bytearray) -> None:
 @pytest.mark.mutants
 def test_bitmap_without_some_pages(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str,
-    fault: Callable[[Collectors, bytearray], None],
+    fault: Callable[[SharedLog, bytearray], None],
 ) -> None:  # fmt: skip
     """Pages that are missing in the last bitmap, or in all, are LOST."""
     check_fails(
-        kvm, log_mode, lambda of: falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(of, bitmap)), "LOST"
+        kvm, log_mode, lambda log: falsify_bitmaps(monkeypatch, lambda _vm, _slot, bitmap: fault(log, bitmap)), "LOST"
     )
 
 
@@ -116,10 +117,10 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
     """Pages that are written between GET and CLEAR, and that CLEAR clears beyond its mask, are LOST."""
     honest = Vm.clear_dirty_log
     with WritersVm(kvm, log_mode, SHAPES, streams()) as vm:
-        of = Collectors(vm)
+        log = SharedLog(vm)
         vm.populate()
-        of.set_all_logging(on=True)
-        of.check()
+        log.set_all_logging(on=True)
+        log.check()
 
         def falsified(its: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
             write_more(vm, 600)
@@ -127,9 +128,9 @@ def test_clear_of_more_than_its_mask(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
 
         with monkeypatch.context() as patch:
             patch.setattr(Vm, "clear_dirty_log", falsified)
-            of.collect(vm.slots[0])
+            log.collect(vm.slots[0])
         with pytest.raises(ContractViolation, match="LOST"):
-            of.check()
+            log.check()
 
 
 RING_FAULTS: dict[str, tuple[Callable[[Taken], Taken], str]] = {
@@ -163,7 +164,7 @@ def test_entries_in_another_vcpus_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch
     """Entries in the ring of a vCPU that did not write their pages are SPURIOUS."""
     harvest, reset_up_to = SharedRings.harvest, SharedRings.reset_up_to
 
-    def falsify(_of: Collectors) -> None:
+    def falsify(_of: SharedLog) -> None:
         monkeypatch.setattr(SharedRings, "harvest", lambda rings, vcpu, most=None: harvest(rings, 1 - vcpu, most))
         monkeypatch.setattr(SharedRings, "reset_up_to", lambda rings, positions: reset_up_to(rings, positions[::-1]))
 
@@ -177,8 +178,8 @@ def test_reset_without_effect(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mod
     """A reset that leaves harvested entries is a violation, whatever count it returns."""
     monkeypatch.setattr(shared_rings, "HANG_TIMEOUT", 0.5)
 
-    def falsify(of: Collectors) -> None:
-        rings = of.vm.mode.rings(of.vm.vm)
+    def falsify(log: SharedLog) -> None:
+        rings = log.vm.mode.rings(log.vm.vm)
 
         def harvested(_vm: Vm) -> int:
             flags = (ring.entry(number).flags for ring in rings for number in range(ring.entries))
@@ -205,10 +206,10 @@ def test_wrong_reset_count(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, wrong_by: 
 def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Dirty logging that stays disabled when it is enabled loses writes, or has no bitmap."""
 
-    def falsify(of: Collectors) -> None:
-        of.set_all_logging(on=False)
-        monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        of.set_all_logging(on=True)
+    def falsify(log: SharedLog) -> None:
+        log.set_all_logging(on=False)
+        monkeypatch.setattr(log.vm.vm, "set_flags", lambda *_arguments, **_named: None)
+        log.set_all_logging(on=True)
 
     check_fails(kvm, log_mode, falsify, "LOST" if log_mode in RING_MODES else "ENOENT while dirty logging was enabled")
 
@@ -217,9 +218,9 @@ def test_logging_that_stays_disabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
 def test_logging_that_stays_enabled(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, log_mode: str) -> None:
     """Dirty logging that stays enabled when it is disabled reports pages, or has a bitmap."""
 
-    def falsify(of: Collectors) -> None:
-        monkeypatch.setattr(of.vm.vm, "set_flags", lambda *_arguments, **_named: None)
-        of.set_all_logging(on=False)
+    def falsify(log: SharedLog) -> None:
+        monkeypatch.setattr(log.vm.vm, "set_flags", lambda *_arguments, **_named: None)
+        log.set_all_logging(on=False)
 
     check_fails(
         kvm, log_mode, falsify, "SPURIOUS" if log_mode in RING_MODES else "a bitmap while dirty logging was disabled"

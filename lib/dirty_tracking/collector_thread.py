@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The collector thread: it collects dirty pages at a given moment while vCPUs run, whenever a ring is full, and at the end."""
+"""The matrix's collector thread: it collects at a given moment while vCPUs run, whenever a ring is full, and at the end."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from dirty_tracking.ledger import Collection
 from dirty_tracking.vcpu_thread import State, VcpuThread
 
 
-class Collector(threading.Thread):
+class CollectorThread(threading.Thread):
     """Collects for the vCPUs of *threads*, whose condition variable it shares.
 
     :param collect: makes a collection of the given iteration, with the vCPUs stopped or not
@@ -94,14 +94,14 @@ class Collector(threading.Thread):
     def _make(self, final: bool) -> None:
         with self._cond:
             full = [thread for thread in self._threads if thread.state is State.RING_FULL]
-        one = self._collect(self._iteration, final)
+        collection = self._collect(self._iteration, final)
         with self._cond:
-            self._collections.append(one)
+            self._collections.append(collection)
             self._complete = final
-            if len(one.reported) == len(self._harvested):
-                for vcpu, pages in enumerate(one.reported):
+            if len(collection.reported) == len(self._harvested):
+                for vcpu, pages in enumerate(collection.reported):
                     self._harvested[vcpu] += len(pages)
-                for vcpu, _, _ in one.strays:
+                for vcpu, _, _ in collection.strays:
                     self._harvested[vcpu] += 1
             for thread in full:
                 # A ring that was full had entries. When none came since the vCPU was last resumed, KVM will say "full"
