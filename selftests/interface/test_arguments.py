@@ -19,9 +19,8 @@ from kvm_util.ioctl import errno_name, ioctl, raw_ioctl
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
 from kvm_util.vm import Vm
+from selftests.interface.slots import ABSENT, NPAGES, SLOT, UNLOGGED, bitmap_vm
 
-SLOT, UNLOGGED, ABSENT = 1, 2, 3
-NPAGES = 3 * 64 + 5
 TOO_HIGH = 0xFFFF
 NO_ADDRESS_SPACE = 9 << 16
 MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
@@ -47,22 +46,6 @@ def enable_cap(vm: Vm, cap: int, *arguments: int, flags: int = 0) -> str:
 def bare_vm(kvm: Kvm) -> Iterator[Vm]:
     """A VM without vCPUs and memslots."""
     with kvm.create_vm() as vm:
-        yield vm
-
-
-def make_vm(kvm: Kvm, mode: str) -> ScriptedVm:
-    vm = ScriptedVm(kvm, mode)
-    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(UNLOGGED, FIRST_GPA + NPAGES * PAGE, 64, logged=False)
-    return vm
-
-
-@pytest.fixture
-def manual_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
-    """A VM with manual protection, and a slot with and one without dirty logging."""
-    if reason := LOG_MODES["clear-log-unset"].supported(kvm):
-        pytest.skip(reason)
-    with make_vm(kvm, "clear-log-unset") as vm:
         yield vm
 
 
@@ -139,7 +122,7 @@ def test_clear_dirty_log_argument_checks(manual_vm: ScriptedVm, clear: Clear) ->
 @pytest.mark.log_modes("dirty-log", "clear-log-unset")
 def test_get_dirty_log_argument_checks(kvm: Kvm, log_mode: str, slot: int, expected: str) -> None:
     """KVM_GET_DIRTY_LOG checks its slot, and a call that fails neither clears bits nor writes to the buffer."""
-    with make_vm(kvm, log_mode) as vm:
+    with bitmap_vm(kvm, log_mode) as vm:
         vm.write(SLOT, 7)
         before = b"\xc3" * 64
         bitmap = (ctypes.c_char * 64).from_buffer_copy(before)

@@ -10,44 +10,18 @@ from contextlib import contextmanager
 import pytest
 
 from dirty_tracking.bitmap import bitmap_of, new_bitmap, set_pages
-from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm
+from selftests.interface.slots import NPAGES, OTHER, SLOT
 
-SLOT, OTHER = 1, 2
 MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
-# Three whole words of the bitmap and a partial one
-NPAGES = 3 * 64 + 5
 ALL = list(range(NPAGES))
 GUARD = 0xC3
 GUARD_SIZE = 64
 PROT_NONE = 0  # <linux/mman.h>
-
-
-def make_vm(kvm: Kvm, mode: str) -> ScriptedVm:
-    vm = ScriptedVm(kvm, mode)
-    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(OTHER, FIRST_GPA + NPAGES * PAGE, NPAGES)
-    return vm
-
-
-@pytest.fixture
-def manual_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
-    """A VM with manual protection: GET only reports, CLEAR clears and write-protects."""
-    if reason := LOG_MODES["clear-log-unset"].supported(kvm):
-        pytest.skip(reason)
-    with make_vm(kvm, "clear-log-unset") as vm:
-        yield vm
-
-
-@pytest.fixture
-def dirty_log_vm(kvm: Kvm) -> Iterator[ScriptedVm]:
-    """A VM without manual protection: GET reports, clears and write-protects."""
-    with make_vm(kvm, "dirty-log") as vm:
-        yield vm
 
 
 def test_get_clears_reported_bits(dirty_log_vm: ScriptedVm) -> None:
@@ -89,12 +63,29 @@ RANGES = [
 ]
 
 
+@contextmanager
+def ones_before_unreadable_page() -> Iterator[int]:
+    """The end address of a page in which all bits are set; the page after it cannot be read."""
+    with mmap.mmap(-1, 2 * PAGE) as mapped:
+        mapped[:] = b"\xff" * len(mapped)
+        end = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + PAGE
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), PAGE, PROT_NONE)
+        yield end
+
+
 @pytest.mark.parametrize(("first", "count"), RANGES)
 def test_clear_affects_only_its_range(manual_vm: ScriptedVm, first: int, count: int) -> None:
-    """For each valid range, CLEAR clears and write-protects the pages in it, and the bits of the others stay set."""
+    """For each valid range, CLEAR clears and write-protects the pages in it, and the bits of the others stay set.
+
+    It reads one bit for each page of the range, in whole words, and no memory after them. Before Linux 5.2 it read a bit for
+    each page of the slot ("KVM: Fix the bitmap range to copy during clear dirty").
+    """
     manual_vm.write(SLOT, *ALL)
-    inside = list(range(first, first + count))
-    manual_vm.vm.clear_dirty_log(SLOT, bitmap_of(inside, count, first), first, count)
+    inside = range(first, first + count)
+    with ones_before_unreadable_page() as end:
+        start = end - len(new_bitmap(count))
+        request = uapi.kvm_clear_dirty_log(slot=SLOT, first_page=first, num_pages=count, dirty_bitmap=start)
+        assert raw_ioctl(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request)) == (0, 0)
     assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in inside]
     manual_vm.write(SLOT, *inside)
     assert manual_vm.read_bitmap(SLOT) == ALL
@@ -113,9 +104,14 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 def test_clear_affects_only_its_mask(manual_vm: ScriptedVm, mask: list[int]) -> None:
-    """CLEAR clears and write-protects the pages in its mask, also for a vCPU that has cached their translations."""
+    """CLEAR clears and write-protects the pages in its mask, which it only reads.
+
+    That holds for a vCPU that has cached their translations, too.
+    """
     manual_vm.write(SLOT, *ALL)
-    manual_vm.vm.clear_dirty_log(SLOT, bitmap_of(mask, NPAGES), 0, NPAGES)
+    bitmap = bitmap_of(mask, NPAGES)
+    manual_vm.vm.clear_dirty_log(SLOT, bitmap, 0, NPAGES)
+    assert bitmap == bitmap_of(mask, NPAGES)
     assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in mask]
     manual_vm.write(SLOT, *mask)
     assert manual_vm.read_bitmap(SLOT) == ALL
@@ -170,29 +166,10 @@ def test_get_writes_whole_words_only(kvm: Kvm, log_mode: str, npages: int) -> No
         assert set(buffer[:GUARD_SIZE] + buffer[GUARD_SIZE + size :]) == {GUARD}
 
 
-def test_clear_does_not_change_its_mask(manual_vm: ScriptedVm) -> None:
-    """CLEAR only reads the mask that user space passes."""
-    manual_vm.write(SLOT, *ALL)
-    mask = bitmap_of(ALL[::3], NPAGES)
-    before = bytes(mask)
-    manual_vm.vm.clear_dirty_log(SLOT, mask, 0, NPAGES)
-    assert bytes(mask) == before
-
-
 def unmapped_address() -> int:
     """An address at which this process has no memory."""
     with mmap.mmap(-1, PAGE) as mapped:
         return ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-
-
-@contextmanager
-def ones_before_unreadable_page() -> Iterator[int]:
-    """The end address of a page in which all bits are set; the page after it cannot be read."""
-    with mmap.mmap(-1, 2 * PAGE) as mapped:
-        mapped[:] = b"\xff" * len(mapped)
-        end = ctypes.addressof(ctypes.c_char.from_buffer(mapped)) + PAGE
-        ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), PAGE, PROT_NONE)
-        yield end
 
 
 def test_failed_get_keeps_bits_if_manual(manual_vm: ScriptedVm) -> None:
@@ -226,20 +203,6 @@ def test_clear_with_unreadable_mask(manual_vm: ScriptedVm) -> None:
             answer = raw_ioctl(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request))
             assert answer == (-1, errno.EFAULT)
     assert manual_vm.read_bitmap(SLOT) == ALL
-
-
-@pytest.mark.parametrize(("first", "count"), RANGES)
-def test_clear_dirty_log_copies_only_the_mask(manual_vm: ScriptedVm, first: int, count: int) -> None:
-    """CLEAR reads one bit for each page of its range, in whole words, and no memory behind them.
-
-    Before Linux 5.2 it read a bit for each page of the slot ("KVM: Fix the bitmap range to copy during clear dirty").
-    """
-    manual_vm.write(SLOT, *ALL)
-    with ones_before_unreadable_page() as end:
-        start = end - len(new_bitmap(count))
-        request = uapi.kvm_clear_dirty_log(slot=SLOT, first_page=first, num_pages=count, dirty_bitmap=start)
-        assert raw_ioctl(manual_vm.vm.fd, uapi.KVM_CLEAR_DIRTY_LOG, ctypes.byref(request)) == (0, 0)
-    assert manual_vm.read_bitmap(SLOT) == [page for page in ALL if page not in range(first, first + count)]
 
 
 def test_manual_protect_can_be_disabled(manual_vm: ScriptedVm) -> None:

@@ -67,19 +67,6 @@ def check_slot(vm: ScriptedVm, gpa: int, npages: int, rng: random.Random, rounds
     vm.remove_slot(SLOT)
 
 
-def test_pages_mapped_before_logging(vm: ScriptedVm) -> None:
-    """Pages that are mapped writable when dirty logging is enabled: the next write to each is logged, earlier ones are not."""
-    npages = 64 + 9
-    vm.add_slot(SLOT, FIRST_GPA, npages, logged=False)
-    vm.write(SLOT, *range(npages))
-    vm.enable_dirty_logging(SLOT)
-    vm.assert_dirty("nothing since dirty logging was enabled", {})
-    vm.write(SLOT, *range(0, npages, 2))
-    vm.assert_dirty("writes to every second page", {SLOT: range(0, npages, 2)})
-    vm.write(SLOT, *range(1, npages, 2))
-    vm.assert_dirty("writes to the others", {SLOT: range(1, npages, 2)})
-
-
 def test_prefaulted_pages_are_logged(kvm: Kvm, vm: ScriptedVm) -> None:
     """Writes to pages that KVM_PRE_FAULT_MEMORY mapped are logged, be it before or after dirty logging was enabled."""
     if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
@@ -152,16 +139,6 @@ def test_write_protection_at_any_distance(vm: ScriptedVm, draw: random.Random, t
         for _ in range(2):
             vm.write(SLOT, *order)
             vm.assert_dirty(f"pages {order} written", {SLOT: order})
-
-
-def test_rewrite_after_each_collection(vm: ScriptedVm, thorough: bool) -> None:
-    """A vCPU's next write to each page is logged when all its earlier writes were collected one by one."""
-    npages = 64 + 3
-    vm.add_slot(SLOT, FIRST_GPA + 7 * PAGE, npages)
-    for _ in range(20 if thorough else 2):
-        for page in range(npages):
-            vm.write(SLOT, page)
-            vm.assert_dirty(f"page {page} written", {SLOT: [page]})
 
 
 def test_tlb_flush_reaches_every_vcpu(vm: ScriptedVm, thorough: bool) -> None:

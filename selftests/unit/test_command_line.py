@@ -349,7 +349,7 @@ def test_failure_report_and_its_command(suite: Suite, tmp_path: Path) -> None:
 def test_command_that_reproduces_a_test(tmp_path: Path) -> None:
     """The command that reproduces a test has every option of the run."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    test = "selftests/memory/test_write_protection.py::test_pages_mapped_before_logging[dirty-log]"
+    test = "selftests/memory/test_write_protection.py::test_tlb_flush_reaches_every_vcpu[dirty-log]"
     options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
     command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
