@@ -20,6 +20,7 @@ from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
+from kvm_util.closing import Closing
 from kvm_util.guest import GuestError
 from kvm_util.guest_program import assemble_all
 from kvm_util.host import EMULATING_BACKENDS, Host, this_host
@@ -141,7 +142,7 @@ def recreates_smaller_slot_with_pending_entries(vm: "ModelCheckedVm", step: "Ste
     return any(slot == step.slot and page >= step.npages for slot, page in entries)
 
 
-class ModelCheckedVm:
+class ModelCheckedVm(Closing):
     """A VM with two vCPUs and no slots at first, each operation of which is checked against the model."""
 
     def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
@@ -289,17 +290,15 @@ class ModelCheckedVm:
             if left := ring.not_reset():
                 raise violated(Kind.OTHER, f"vCPU {vcpu}: the reset left the flags of {left} harvested entries set")
 
+    def close(self) -> None:
+        """Close the VM."""
+        self.test_vm.close()
+
     def empty_rings(self) -> None:
         """Harvest all entries of all rings, and reset them."""
         for vcpu in range(VCPUS):
             self.harvest(vcpu, self._used(vcpu))
         self.reset()
-
-    def __enter__(self) -> "ModelCheckedVm":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.test_vm.close()
 
 
 def gpa_of(place: int) -> int:
@@ -312,7 +311,7 @@ class Step:
 
     def clamped(self, vm: ModelCheckedVm) -> "Step | None":
         """The possible part of the step in the present state of *vm*; None when there is none."""
-        raise NotImplementedError
+        return self
 
     def execute(self, vm: ModelCheckedVm) -> None:
         """Execute the step, and check KVM's result against the model.
@@ -437,9 +436,6 @@ class HostWrite(_Pages):
 @dataclass(frozen=True)
 class Collect(Step):
     """Collect all dirty pages and have KVM write-protect them again, like a round of live migration."""
-
-    def clamped(self, vm: ModelCheckedVm) -> Step | None:
-        return self
 
     def execute(self, vm: ModelCheckedVm) -> None:
         if vm.has_rings:

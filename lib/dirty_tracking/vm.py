@@ -4,8 +4,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.modes import LOG_MODES, LogMode, disable_dirty_logging, enable_dirty_logging
@@ -13,6 +11,7 @@ from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import ContractViolation, Kind, Violation
 from kvm_util import uapi
+from kvm_util.closing import Closing
 from kvm_util.guest import GuestVm
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
@@ -27,7 +26,7 @@ GVA_OFFSET = 1 << 40
 FIRST_GPA = GIB + 3 * HUGE_PAGE_SIZE
 
 
-class DirtyVm:
+class DirtyVm(Closing):
     """A VM whose guest runs *program*, and whose dirty pages are logged in *mode*; no vCPU and no test slot at first.
 
     :param mode: a key of :data:`dirty_tracking.modes.LOG_MODES`
@@ -177,11 +176,3 @@ class DirtyVm:
     def close(self) -> None:
         """Close the VM and free all memory."""
         self.guest.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,9 +5,9 @@ import ctypes
 import os
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 
 from kvm_util import uapi
+from kvm_util.closing import Closing
 from kvm_util.ioctl import call_on_kvm
 
 _TYPES = {
@@ -40,7 +40,7 @@ class Statistic:
     count: int
 
 
-class BinaryStats:
+class BinaryStats(Closing):
     """The statistics in file *fd*; owns the descriptor.
 
     The constructor reads the layout, which never changes. Values are read from the file at each call.
@@ -86,14 +86,6 @@ class BinaryStats:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> "BinaryStats":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _statistic(data: bytes, data_offset: int) -> Statistic:

@@ -6,9 +6,9 @@ for page 0, which stays unmapped. Test memory goes into other memslots.
 """
 
 from enum import Enum
-from types import TracebackType
 
 from kvm_util.arch import current as arch
+from kvm_util.closing import Closing
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB, align_up
@@ -31,7 +31,7 @@ class GuestError(Exception):
     """The guest aborted, took an exception, made an unknown call, or exited for an unexpected reason."""
 
 
-class GuestVm:
+class GuestVm(Closing):
     """A VM with *program* loaded into memslot 0 and no vCPU yet.
 
     :param kvm: the device to create the VM on
@@ -146,14 +146,6 @@ class GuestVm:
 
     def _table_words(self, address: int) -> memoryview:
         return self._memory[address : address + arch.PAGE_SIZE].cast("Q")
-
-    def __enter__(self) -> "GuestVm":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def program_slot_size(data_size: int) -> int:

@@ -5,9 +5,9 @@ import errno
 import grp
 import os
 import stat
-from types import TracebackType
 
 from kvm_util import uapi
+from kvm_util.closing import Closing
 from kvm_util.host_limits import explained
 from kvm_util.ioctl import ioctl, raw_ioctl
 from kvm_util.vm import Vm
@@ -20,7 +20,7 @@ class KvmUnavailable(Exception):
     """KVM cannot be used on this host; the message says why and what to do."""
 
 
-class Kvm:
+class Kvm(Closing):
     """An open KVM device. Methods are named after the system ioctls.
 
     :param device: path of the device node
@@ -65,14 +65,6 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> "Kvm":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open(device: str) -> int:

@@ -7,10 +7,10 @@ import os
 import select
 from ctypes import Structure, c_int64, c_uint64
 from pathlib import Path
-from types import TracebackType
 
 from kvm_util import filtered_calls, host_limits
 from kvm_util.arch import current as arch
+from kvm_util.closing import Closing
 from kvm_util.host_limits import HostLimit
 from kvm_util.ioctl import _IOWR, errno_name, ioctl
 from kvm_util.memory import HOST_PAGE_SIZE, align_down
@@ -59,7 +59,7 @@ def _why_not(code: int) -> str:
     return host_limits.explain(code) or errno_name(code)
 
 
-class MissingPages:
+class MissingPages(Closing):
     """A range of untouched memory whose pages stay missing until :meth:`provide`.
 
     :param hva: where the range begins, page-aligned
@@ -100,11 +100,3 @@ class MissingPages:
     def close(self) -> None:
         """Unregister the range: missing pages become ordinary demand-zero pages, and waiting threads wake up."""
         os.close(self._fd)
-
-    def __enter__(self) -> "MissingPages":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

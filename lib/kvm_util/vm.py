@@ -4,9 +4,9 @@
 import ctypes
 import os
 from dataclasses import dataclass
-from types import TracebackType
 
 from kvm_util import uapi
+from kvm_util.closing import Closing
 from kvm_util.ioctl import ioctl
 from kvm_util.memory import BACKINGS, HOST_PAGE_SIZE, GuestMemory
 from kvm_util.vcpu import Vcpu
@@ -32,7 +32,7 @@ class Memslot:
         return self.memory.size // HOST_PAGE_SIZE
 
 
-class Vm:
+class Vm(Closing):
     """An open VM; owns its vCPUs and the memory of its memslots. Methods are named after the VM ioctls.
 
     All of them raise KvmError if the ioctl fails, or HostLimit if a limit of the host explains the failure.
@@ -137,11 +137,3 @@ class Vm:
         for memslot in self.memslots.values():
             memslot.memory.close()
         self.memslots.clear()
-
-    def __enter__(self) -> "Vm":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
