@@ -23,7 +23,7 @@ from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.judge import Judge
 from dirty_tracking.ledger import Collection, Ledger, SlotPages, Toggle
 from dirty_tracking.memory_check import WORDS_PER_PAGE, MemoryCheck
-from dirty_tracking.modes import enable_dirty_logging
+from dirty_tracking.modes import set_dirty_logging
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from kvm_util import guest_program, uapi
@@ -148,7 +148,7 @@ def bench_harvest(loops: ctypes.CDLL, rounds: int) -> None:
     with Kvm() as kvm, DirtyLogRun(kvm, cell, Settings(ring_count=RING_ENTRIES)) as run:
         (vcpu,) = run.vm.vcpus
         run.guest.run_until_ucall(vcpu)
-        enable_dirty_logging(run.vm, run.memslot.slot)
+        set_dirty_logging(run.vm, run.memslot.slot, on=True)
         (ring,) = run.mode.rings(run.vm)
         for number in range(2 * rounds):
             while vcpu.run.exit_reason != uapi.KVM_EXIT_DIRTY_RING_FULL:

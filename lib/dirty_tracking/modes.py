@@ -22,14 +22,10 @@ _MANUAL_PROTECT = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 _INITIALLY_SET = uapi.KVM_DIRTY_LOG_INITIALLY_SET
 
 
-def enable_dirty_logging(vm: Vm, slot: int) -> None:
-    """Set KVM_MEM_LOG_DIRTY_PAGES of memslot *slot*; its other flags stay."""
-    vm.set_flags(slot, vm.memslots[slot].flags | uapi.KVM_MEM_LOG_DIRTY_PAGES)
-
-
-def disable_dirty_logging(vm: Vm, slot: int) -> None:
-    """Clear KVM_MEM_LOG_DIRTY_PAGES of memslot *slot*; its other flags stay."""
-    vm.set_flags(slot, vm.memslots[slot].flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES)
+def set_dirty_logging(vm: Vm, slot: int, on: bool) -> None:
+    """Set or clear KVM_MEM_LOG_DIRTY_PAGES of memslot *slot*; its other flags stay."""
+    others = vm.memslots[slot].flags & ~uapi.KVM_MEM_LOG_DIRTY_PAGES
+    vm.set_flags(slot, others | (uapi.KVM_MEM_LOG_DIRTY_PAGES if on else 0))
 
 
 def logged_slots(vm: Vm) -> list[int]:

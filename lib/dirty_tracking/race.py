@@ -72,6 +72,11 @@ class Worker(threading.Thread):
                 return
 
 
+def workers_of(vm: WritersVm, jobs: Iterable[Iterable[Operation]], draw: random.Random, pause: int) -> list[Worker]:
+    """A worker for each of *jobs*, not started."""
+    return [Worker(vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)]
+
+
 def race(vm: WritersVm, workers: Sequence[Worker], background: Sequence[Worker] = ()) -> None:
     """Run *workers* to completion while the vCPUs write; *background* workers loop until then.
 

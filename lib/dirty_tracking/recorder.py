@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dirty_tracking.judge import Judge
 from dirty_tracking.ledger import Collection, Counted, Ledger, SlotPages, Toggle
-from dirty_tracking.modes import LogMode, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.modes import LogMode, set_dirty_logging
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.writers import Writers
 from kvm_util.vm import Vm
@@ -47,7 +47,7 @@ class Recorder:
     def set_logging(self, vm: Vm, slot: int, on: bool, stopped: bool = False) -> None:
         """Enable or disable dirty logging of a slot."""
         with self.recording(Toggle(slot=slot, on=on), stopped):
-            (enable_dirty_logging if on else disable_dirty_logging)(vm, slot)
+            set_dirty_logging(vm, slot, on)
 
     def add(self, collection: Collection, report: DirtyReport) -> None:
         """Add everything in *report* to *collection*."""

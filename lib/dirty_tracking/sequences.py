@@ -13,7 +13,7 @@ from typing import Any
 from dirty_tracking.bitmap import bitmap_of
 from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
-from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.modes import LOG_MODES, set_dirty_logging
 from dirty_tracking.platform import reserved_entries, uses_pml
 from dirty_tracking.ring import ENTRY_SIZE, reset_until
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
@@ -387,7 +387,7 @@ class SetDirtyLogging(Step):
         return self if self.slot in vm.vm.memslots else None
 
     def execute(self, vm: ModelCheckedVm) -> None:
-        (enable_dirty_logging if self.enable else disable_dirty_logging)(vm.vm, self.slot)
+        set_dirty_logging(vm.vm, self.slot, self.enable)
         vm.model.set_dirty_logging(self.slot, self.enable)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
-from dirty_tracking.modes import LOG_MODES, LogMode, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.modes import LOG_MODES, LogMode, set_dirty_logging
 from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.violations import ContractViolation, Kind, Violation
@@ -96,13 +96,13 @@ class DirtyVm(Closing):
 
         :param assert_initial: where all pages are dirty at first, collect, and assert that they are
         """
-        enable_dirty_logging(self.vm, slot)
+        set_dirty_logging(self.vm, slot, on=True)
         if assert_initial and self.mode.initially_set:
             self.assert_dirty("enabling dirty logging", {slot: range(self.vm.memslots[slot].npages)})
 
     def disable_dirty_logging(self, slot: int) -> None:
         """Disable dirty logging for a slot."""
-        disable_dirty_logging(self.vm, slot)
+        set_dirty_logging(self.vm, slot, on=False)
 
     @property
     def rings(self) -> list[DirtyRing]:

@@ -17,7 +17,7 @@ from dirty_tracking.cell import Settings
 from dirty_tracking.mapping_sizes import MappingSizes
 from dirty_tracking.modes import LOG_MODES, smallest_ring
 from dirty_tracking.platform import uses_tdp
-from dirty_tracking.race import Operation, Worker, race
+from dirty_tracking.race import Operation, race, workers_of
 from dirty_tracking.shared_log import SharedLog
 from dirty_tracking.violations import Kind, violated
 from dirty_tracking.vm import PAGE
@@ -129,10 +129,7 @@ def slot_changes(log: SharedLog, draw: random.Random, count: int) -> Iterator[Op
 
 def work(log: SharedLog, draw: random.Random, jobs: Sequence[Iterator[Operation]]) -> None:
     """One round: each of *jobs* in a thread of its own; then the last collection, and the check."""
-    workers = [
-        Worker(log.vm, f"worker{number}", job, random.Random(draw.random()), PAUSE) for number, job in enumerate(jobs)
-    ]
-    race(log.vm, workers)
+    race(log.vm, workers_of(log.vm, jobs, draw, PAUSE))
     log.check()
 
 

@@ -19,6 +19,7 @@ from dirty_tracking.race import (
     race,
     signal_vcpus_randomly,
     signal_workers_randomly,
+    workers_of,
 )
 from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.shared_log import SharedLog
@@ -55,14 +56,6 @@ def started(vm: WritersVm) -> SharedLog:
     return log
 
 
-def workers(
-    log: SharedLog, draw: random.Random, jobs: Sequence[Iterator[Operation]], pause: int = PAUSE
-) -> list[Worker]:
-    return [
-        Worker(log.vm, f"worker{number}", job, random.Random(draw.random()), pause) for number, job in enumerate(jobs)
-    ]
-
-
 def harvests(log: SharedLog, draw: random.Random, count: int) -> Iterator[Operation]:
     """Harvests of whole rings and of some entries, in turn, so that the rings fill in between."""
     for _ in range(count):
@@ -90,9 +83,9 @@ def race_harvests(kvm: Kvm, thorough: bool, draw: random.Random, log_mode: str, 
             log = started(vm)
             for _ in range(rounds):
                 jobs = [harvests(log, random.Random(draw.random()), count) for _ in range(threads)]
-                harvesters = workers(log, draw, jobs)
+                harvesters = workers_of(vm, jobs, draw, PAUSE)
                 others = [itertools.repeat(operation) for operation in background(log, harvesters)]
-                race(vm, harvesters, workers(log, draw, others, STORM_PAUSE))
+                race(vm, harvesters, workers_of(vm, others, draw, STORM_PAUSE))
                 log.check()
             assert log.judge.pages_required
 
@@ -157,7 +150,7 @@ def test_every_ring_size_wraps_around(
         log = started(vm)
         while log.ledger.harvested < laps * entries:
             before = log.ledger.harvested
-            race(vm, workers(log, draw, [iter([log.harvest])], npages))
+            race(vm, workers_of(vm, [[log.harvest]], draw, npages))
             log.check()
             assert log.ledger.harvested > before, "writes were made, and none is in the ring"
             if fills:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dirty_tracking.modes import LOG_MODES, disable_dirty_logging, enable_dirty_logging
+from dirty_tracking.modes import LOG_MODES, set_dirty_logging
 from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
@@ -283,7 +283,7 @@ def test_ring_with_bitmap_availability(bare_vm: Vm, kvm: Kvm) -> None:
 def test_logging_toggles_in_ring_mode(ring_vm: ScriptedVm) -> None:
     """With dirty rings, a memslot logs as its latest flags say, also when these are the flags that it already had."""
     for page, on in enumerate((True, False, False, True)):
-        (enable_dirty_logging if on else disable_dirty_logging)(ring_vm.vm, SLOT)
+        set_dirty_logging(ring_vm.vm, SLOT, on)
         ring_vm.write(SLOT, page)
         ring_vm.assert_dirty(
             f"a write with dirty logging {'enabled' if on else 'disabled'}", {SLOT: [page] if on else []}
