@@ -5,13 +5,13 @@ import ctypes
 import json
 import os
 import re
-import select
 import signal
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from runner.arch import this_arch
 from runner.emulator import Emulator, find_emulator
@@ -114,26 +114,24 @@ def _nested_vendor() -> str | None:
     return None
 
 
-class NoOutputTimeout(Exception):
-    """The guest sent no message within the time limit."""
-
-
 class RunningMachine:
-    """A QEMU process from its launch to its end; a context manager that kills it.
+    """A QEMU process from its launch to its end. The guest's second serial port sends messages and takes orders.
 
     :param initramfs: a file descriptor
     :param console: the file that the output of the first serial port goes to
+    :param errors: the file that QEMU's own messages go to
     """
 
-    def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: int, console: Path) -> None:
+    def __init__(self, qemu: Qemu, machine: Machine, kernel: Path, initramfs: int, console: Path, errors: Path) -> None:
         arch = this_arch()
         # The whole kernel log goes to the console: it is what a panic leaves. panic=-1: reset, and so exit, at once.
         emulated = arch.emulated_command_line if qemu.emulated else ""
         command_line = f"console={arch.console} ignore_loglevel panic=-1 {emulated} {machine.append}"
         cpus = machine.cpus + qemu.keeps_off_cpu_0
         self._console = console
-        self._errors = console.with_name("qemu.log")
-        with self._errors.open("wb") as errors:
+        self._errors = errors
+        self._rest = b""
+        with self._errors.open("wb") as file:
             self._process = subprocess.Popen(
                 [
                     *(*qemu.emulator.command, "-accel", qemu.accel, "-cpu", qemu.cpu_model, "-smp", str(cpus)),
@@ -142,44 +140,50 @@ class RunningMachine:
                     *("-serial", f"file:{console}", "-serial", "stdio"),
                     *("-kernel", str(kernel), "-initrd", f"/proc/self/fd/{initramfs}", "-append", command_line),
                 ],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=errors,
+                stderr=file,
                 pass_fds=[initramfs],
                 preexec_fn=_die_with_parent,
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._orders, self._messages = self._process.stdin, self._process.stdout
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Kill QEMU, if it still runs."""
         self._process.kill()
         self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        with suppress(BrokenPipeError):
+            self._orders.close()
+        self._messages.close()
 
-    def messages(self, timeout: float) -> Iterator[dict[str, Any]]:
-        """The messages that the programs in the guest send, until QEMU exits.
+    def fileno(self) -> int:
+        """The file descriptor that is readable when there is a message, or QEMU has exited."""
+        return self._messages.fileno()
 
-        :param timeout: the longest time between two of them, in seconds
-        :raises NoOutputTimeout: the next one took longer
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The messages of the guest that have arrived; None if QEMU has exited.
+
         :raises CannotTest: one is not JSON
         """
-        assert self._process.stdout is not None
-        port = self._process.stdout.fileno()
-        rest = b""
-        while True:
-            if not select.select([port], [], [], timeout)[0]:
-                raise NoOutputTimeout
-            data = os.read(port, 1 << 16)
-            if not data:
-                return
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    raise CannotTest(f"the machine's report is garbled: {line[:80]!r}") from None
+        data = os.read(self.fileno(), 1 << 16)
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        messages = []
+        for line in lines:
+            try:
+                messages.append(json.loads(line))
+            except ValueError:
+                raise CannotTest(f"the machine's report is garbled: {line[:80]!r}") from None
+        return messages
+
+    def order(self, text: str) -> None:
+        """Send a line to the guest. If QEMU has exited, :meth:`receive` says so."""
+        with suppress(BrokenPipeError):
+            self._orders.write(f"{text}\n".encode())
+            self._orders.flush()
 
     def console(self) -> str:
         """The output of the console so far, without escape sequences."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The kernel, QEMU and machine of a run in another kernel, found and checked before anything is booted."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ DEFAULT_KERNEL = "debian:6.12"
 # The suite's options for sizes at which a cell takes seconds although TCG emulates every instruction
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
+_MOST_MACHINES = 8
+_WORTH_A_BOOT = 10  # tests
+
 
 @dataclass(frozen=True)
 class Target:
@@ -27,6 +31,7 @@ class Target:
     :ivar parameters: of KVM's modules, as the user wants them
     :ivar added: of KVM's modules, added by the suite
     :ivar time_limit: the longest time without a message from the guest, in seconds
+    :ivar machines: how many such machines share the tests
     """
 
     kernel: Kernel
@@ -36,6 +41,7 @@ class Target:
     qemu: Qemu
     machine: Machine
     time_limit: float
+    machines: int = 1
 
     @property
     def label(self) -> str:
@@ -61,6 +67,7 @@ class Target:
             f"kernel   {self.kernel.release} ({shown(image)})",
             f"qemu     {self.qemu.emulator.version} ({self.qemu.emulator.origin})",
             f"machine  {self.qemu}, {counted(self.machine.cpus, 'CPU')}{spare}, {self.machine.memory} MiB{append}",
+            *([f"         {self.machines} of them share the tests (--machines)"] if self.machines > 1 else []),
             *(f"         {restriction}" for restriction in self.qemu.restrictions),
             f"params   {asked}{added}",
         ]
@@ -77,6 +84,7 @@ class Target:
             "accel": self.qemu.accel,
             "emulated": self.qemu.emulated,
             "cpu_model": self.qemu.cpu_model,
+            "machines": self.machines,
             "cpus": self.machine.cpus,
             "memory": self.machine.memory,
             "append": self.machine.append,
@@ -115,6 +123,27 @@ def find_target(
         and any(name == f"{module.name}.{known}" for module in modules for known in module.parameters)
     }
     return Target(found, modules, wanted, added, found_qemu, machine, time_limit)
+
+
+def number_of_machines(target: Target, asked: int, tests: int) -> int:
+    """How many machines are to share the tests: as many as asked for, else what this host's CPUs and memory allow.
+
+    The two CPUs of an emulated machine are busy for less than half of the time: it takes about one of the host's.
+
+    :param asked: 0 for no wish
+    :param tests: how many tests there are; no machine is to be without one, and a few tests are not worth another boot
+    :raises CannotTest: there is too little memory for as many as asked for
+    """
+    free = available_memory() // MIB
+    if asked * target.machine.memory > free:
+        raise CannotTest(
+            f"--machines: {asked} of {target.machine.memory} MiB need more than the {free} MiB that are free"
+            " (fewer machines, or a smaller --vm-memory)"
+        )
+    if asked:
+        return max(1, min(asked, tests))
+    cpus = len(os.sched_getaffinity(0)) // (1 if target.qemu.emulated else target.machine.cpus)
+    return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
 
 
 def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:

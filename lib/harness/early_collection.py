@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Collects the selected tests on this host, before a kernel is fetched or booted, to find out whether there are any."""
+"""Collects the selected tests on this host, before a kernel is fetched or booted, to find out how many there are."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ _ANY_KERNELS_CELLS = ["--full", "--kvm-device=/dev/null", "--test-mem=4M"]
 _ERROR = "ERROR: "
 
 
-def any_test_matches(option: Any, dimensions: list[str], tests: list[str]) -> bool:
-    """Whether the session in the kernel may find any test; collects *tests* like it, with the cells of every kernel.
+def matching_tests(option: Any, dimensions: list[str], tests: list[str]) -> int:
+    """How many tests the session in the kernel finds at most; collects *tests* like it, with the cells of every kernel.
 
     :param option: the options of this run
     :param dimensions: names of the options that select cells
@@ -42,7 +42,7 @@ def any_test_matches(option: Any, dimensions: list[str], tests: list[str]) -> bo
     if done.returncode == pytest.ExitCode.INTERRUPTED:
         sys.stderr.write(done.stdout)
         raise pytest.UsageError("the tests cannot be collected, as shown above")
-    return not mistake
+    return 0 if mistake else sum("::" in line for line in done.stdout.splitlines())
 
 
 def no_test_matches(option: Any, tests: list[str]) -> str:

@@ -7,14 +7,14 @@ emulated time.
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.command_line import SETTING_PARSERS, soak_of
-from harness.early_collection import any_test_matches, no_test_matches
+from harness.early_collection import matching_tests, no_test_matches
 from harness.failure_report import column, suite_line, this_pytest
 from harness.kernel_options import AUTO, LONGEST, kernel_options, machine_numbers, options_in_kernel, split_tests
 from harness.planned_tests import PlannedTests
@@ -52,14 +52,15 @@ def choose_kernel(config: pytest.Config) -> int | None:
     option = config.option
     tests, here = split_tests(config)
     try:
-        if tests and not any_test_matches(option, [*DIMENSIONS, "vcpus"], tests):
+        number = matching_tests(option, [*DIMENSIONS, "vcpus"], tests) if tests else 0
+        if not number and tests:
             if not here:
                 raise pytest.UsageError(no_test_matches(option, tests))
             tests = []
         if not tests:
             config.args = here
             return None
-        target = _find_target(option)
+        target = _find_target(option, number)
     except (CannotTest, HostLimit, OSError, RuntimeError) as error:
         if option.kernel == AUTO:
             config.stash[NO_LOCAL_KERNEL] = f"to run under emulation instead: {error}"
@@ -77,13 +78,14 @@ def choose_kernel(config: pytest.Config) -> int | None:
     return None
 
 
-def _find_target(option: Any) -> "Target":
-    """Find the kernel and the machine to run in; under emulation, set the sizes that the user did not give.
+def _find_target(option: Any, tests: int) -> "Target":
+    """Find the kernel and the machines to run in; under emulation, set the sizes that the user did not give.
 
+    :param tests: how many there are at most
     :raises CannotTest: something is missing or does not fit
     """
     from runner.qemu import Machine
-    from runner.target import EMULATION_SIZES, find_target
+    from runner.target import EMULATION_SIZES, find_target, number_of_machines
 
     numbers = machine_numbers(option)
     machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], option.append or "")
@@ -91,6 +93,7 @@ def _find_target(option: Any) -> "Target":
     parameters = option.kvm_params or ""
     kernel = None if option.kernel == AUTO else option.kernel
     target = find_target(kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
+    target = replace(target, machines=number_of_machines(target, numbers["machines"], tests))
     if target.qemu.emulated:
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:

@@ -17,10 +17,11 @@ AUTO = "auto"
 ACCELERATORS = ("auto", "tcg", "kvm")
 
 LONGEST = 7 * 24 * 3600  # seconds
-# Options with a number: default, minimum, maximum, unit, help
+# Options with a number: default, minimum, maximum, unit, help; 0 stands for a number that the run chooses
 _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
     "vm_memory": (3072, 256, None, "MIB", "memory of the machine, at least 256"),
     "vm_cpus": (2, 1, None, "N", "its CPUs"),
+    "machines": (0, 1, 64, "N", "how many of them share the tests"),
     "time_limit": (300, 1, LONGEST, "S", "seconds without a message after which the kernel counts as hung"),
 }
 _MACHINE_TEXTS = ("qemu", "accel", "cpu_model", "append")
@@ -58,7 +59,8 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         "--kvm-params", metavar="PARAMS", help="parameters of its KVM modules, such as 'kvm.tdp_mmu=0 kvm_amd.npt=0'"
     )
     for name, (default, _, _, unit, text) in _MACHINE_OPTIONS.items():
-        group.addoption(option_name(name), metavar=unit, help=f"{text}; default {default}")
+        usual = default or "as many as CPUs, memory and tests allow"
+        group.addoption(option_name(name), metavar=unit, help=f"{text}; default {usual}")
     group.addoption(
         "--accel", choices=ACCELERATORS, help="QEMU's accelerator; default: kvm where it can be nested, else tcg"
     )

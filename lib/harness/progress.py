@@ -92,6 +92,10 @@ class Progress:
         if test := self._running.get(nodeid):
             test.update(step)
 
+    def forget(self, nodeid: str) -> None:
+        """Show a running test no longer: it ended with its kernel."""
+        self._running.pop(nodeid, None)
+
     # --- hooks
 
     @pytest.hookimpl(optionalhook=True)

@@ -1,36 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Runs the tests in another kernel: boots it, and replays the test reports of the pytest session in it."""
+"""Runs the tests in another kernel: boots it, in one machine or several that share the tests, and replays their reports."""
 
 import json
+import select
+import time
+from collections import deque
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from dirty_tracking.progress import Step
+from harness.boot import STOPPED, Boot
 from harness.planned_tests import PlannedTests
 from harness.run_report import Facts, KernelReport, RunReport, write_failure
-from kvm_util.wording import counted
 from runner import initramfs
 from runner.arch import this_arch
-from runner.boot_outcome import (
-    BootOutcome,
-    Diagnosis,
-    diagnose_console,
-    is_emulator_fault,
-    kernel_log,
-    splats_before_init,
-    splats_since_init,
-)
-from runner.errors import CannotTest
+from runner.boot_outcome import BootOutcome, Diagnosis, is_emulator_fault, splats_before_init
+from runner.errors import CANNOT_TEST, CannotTest
 from runner.guest_init import Job
 from runner.guest_session import GuestSession
-from runner.qemu import NoOutputTimeout, RunningMachine
 from runner.target import Target
 
-_MAX_BOOTS = 3
+_MORE_BOOTS = 2  # after faults of the emulator
 # pytest plugins that the session in the kernel does not need; loading each one takes time
 _UNUSED_PLUGINS = [
     f"-pno:{name}"
@@ -44,18 +38,18 @@ _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
 }
-# pytest's exit statuses for a session that was stopped early or could not begin, and for one that ran to its end
-_STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
-_DONE = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 # Exit statuses of this session that the kernel does not change
 _KEPT = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 # Outcomes that are not the fault of the test that was running
 _UNRELATED_TO_TEST = (BootOutcome.EMULATOR_FAULT, BootOutcome.NOT_TESTED)
-_DETAIL_LINES = 12  # of a console or of pytest's output
+# Exit statuses of BootOutcome, the best one first
+_STATUSES = (0, CANNOT_TEST, 1)
 
 
 class RemoteSession:
-    """A pytest plugin that boots the kernel of *target* and runs a pytest session there.
+    """A pytest plugin that boots the kernel of *target* and runs a pytest session there, or one in each of several machines.
+
+    Each of them collects the same tests. This session gives them out one by one.
 
     :param options: of the session there
     :param reproduce_command: the command that reproduces the run
@@ -86,11 +80,14 @@ class RemoteSession:
         self._results = results
         self._report = report
         self._planned = planned
-        self._items: dict[str, tuple[Any, Any]] = {}
-        self._left: list[str] = []
-        self._running: str | None = None
+        self._items: dict[str, tuple[Any, Any]] | None = None
+        self._waiting: deque[str] = deque()  # tests that no machine was given
+        self._boots: list[Boot] = []  # those that run
+        self._booted = 0
+        self._collects = False
+        self._ends: list[tuple[str, Diagnosis]] = []  # with the name of the boot's log
+        self._stopped = ""  # output of a session that was stopped early or could not begin
         self._status: int = pytest.ExitCode.OK
-        self._output = ""
         self.diagnosis: Diagnosis | None = None
 
     @pytest.hookimpl(tryfirst=True)  # before pytest announces the collection
@@ -100,17 +97,19 @@ class RemoteSession:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
-        """Run the tests of this host, then boot the kernel; boot again after a fault of the emulator."""
+        """Run the tests of this host, then boot the kernel."""
         done = yield
         self._session = session
         self._config = session.config
         self._progress: Any = self._config.pluginmanager.get_plugin("progress")
+        self._terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
         try:
-            self.diagnosis = self._boot_until_done()
+            self._run_machines()
         except (CannotTest, OSError) as error:
-            self.diagnosis = Diagnosis(BootOutcome.NOT_TESTED, str(error))
+            self._ends.append(("", Diagnosis(BootOutcome.NOT_TESTED, str(error))))
         finally:
             self._report.kept = True  # the console and the kernel log are written in any case
+        self.diagnosis = self._worst_end()
         self._finish_report(self.diagnosis)
         return done
 
@@ -122,43 +121,34 @@ class RemoteSession:
         if outcome is not BootOutcome.FINISHED:
             # A failure outweighs how the kernel ended later.
             session.exitstatus = pytest.ExitCode.TESTS_FAILED if session.testsfailed else outcome.exit_status
-        elif self._status in _STOPPED:
+        elif self._status in STOPPED:
             session.exitstatus = self._status
 
-    def _boot_until_done(self) -> Diagnosis:
-        """Boot the kernel; after a fault of the emulator once more, for the tests that are left."""
-        for boot in range(1, _MAX_BOOTS + 1):
-            diagnosis = self._boot(boot)
-            if diagnosis.outcome is not BootOutcome.EMULATOR_FAULT:
-                break
-            if self._items and not self._left:
-                return Diagnosis(BootOutcome.FINISHED, "")  # the fault came after the last test
-            again = "; the remaining tests run in another boot" if boot < _MAX_BOOTS else ""
-            self._print_line(f"EMULATOR FAULT: {diagnosis.detail}{again}")
-            self._report.notes.append(f"emulator fault in boot {boot}: {diagnosis.detail}")
-        return diagnosis
+    # --- machines
 
-    def _boot(self, boot: int) -> Diagnosis:
-        """Boot once, and run the remaining tests."""
-        suffix = "" if boot == 1 else f"-{boot}"
-        console = self._results / f"console{suffix}.log"
-        self._running = None
+    def _run_machines(self) -> None:
+        """Boot the kernel, in each machine, and handle their messages until all have ended."""
         target = self._target
         how = "emulated" if target.qemu.emulated else "virtualized"
         self._progress.announce(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         with initramfs.build(self._results, target.modules, self._job()) as archive:
-            machine = RunningMachine(target.qemu, target.booted_machine, target.kernel.image, archive.fileno(), console)
-        try:
-            with machine:
-                return self._handle_messages(machine)
-        finally:
-            (self._results / f"kernel{suffix}.log").write_text(kernel_log(machine.console()))
+            try:
+                for _ in range(target.machines):
+                    self._boot(archive)
+                while self._boots:
+                    self._wait(archive)
+            finally:
+                for boot in self._boots:
+                    boot.close()
+
+    def _boot(self, archive: BinaryIO) -> None:
+        self._booted += 1
+        self._boots.append(Boot(self._target, archive.fileno(), self._results, self._booted))
 
     def _job(self) -> Job:
         """What the kernel is to do after booting."""
         target, port = self._target, this_arch().report_port
         session = GuestSession(port, self._reproduce_command, target.qemu.emulated)
-        tests = self._left if self._items else self._tests
         program = [initramfs.PYTHON, "runner/guest_pytest.py", json.dumps(asdict(session))]
         parameters = target.added | target.parameters
         return Job(
@@ -166,104 +156,130 @@ class RemoteSession:
             modules=[(module.guest_path, module.arguments(parameters)) for module in target.modules],
             parameters=target.parameters,
             keep_off_cpu_0=target.qemu.keeps_off_cpu_0,
-            command=[*program, *_UNUSED_PLUGINS, *self._options, *tests],
+            command=[*program, *_UNUSED_PLUGINS, *self._options, *self._tests],
             environment=_ENVIRONMENT,
         )
 
-    def _handle_messages(self, machine: RunningMachine) -> Diagnosis:
-        """Handle the machine's messages until the kernel ends; returns how it ended."""
-        booted, timeout = False, None
+    def _wait(self, archive: BinaryIO) -> None:
+        """Wait until a machine has sent something, or has been silent for too long."""
+        left = min(boot.deadline for boot in self._boots) - time.monotonic()
+        for boot in select.select(self._boots, [], [], max(left, 0))[0]:
+            if end := self._receive(boot):
+                self._end(boot, end, archive)
+        for boot in [one for one in self._boots if one.deadline < time.monotonic()]:
+            limit = f"no message for {self._target.time_limit:g} s (--time-limit)"
+            self._end(boot, boot.diagnose_death(limit), archive)
+
+    def _receive(self, boot: Boot) -> Diagnosis | None:
+        """Handle what a machine has sent; returns how it ended, if it has."""
         try:
-            for message in machine.messages(self._target.time_limit):
-                if not booted:
-                    booted = True
-                    self._progress.announce(f"collecting the tests in Linux {self._target.kernel.release}")
+            messages = boot.receive()
+            if messages is None:
+                return boot.diagnose_death(None)
+            for message in messages:
                 if "cannot_test" in message:
-                    console = machine.console().splitlines()[-_DETAIL_LINES:]
-                    return Diagnosis(BootOutcome.NO_KVM, message["cannot_test"], tuple(console))
+                    return Diagnosis(BootOutcome.NO_KVM, message["cannot_test"], boot.last_lines())
                 if "exit_status" in message:
-                    self._status, self._output = message["exit_status"], message["output"]
-                    return self._diagnose_exit(machine.console())
-                self.handle_message(message)
-        except NoOutputTimeout:
-            timeout = f"no message for {self._target.time_limit:g} s (--time-limit)"
+                    boot.status, boot.output = message["exit_status"], message["output"]
+                    return boot.diagnose_exit(self._stops_early, len(self._waiting))
+                self.handle_message(boot, message)
         except _EmulatorFault as fault:
             return Diagnosis(BootOutcome.EMULATOR_FAULT, str(fault))
+        except CannotTest as error:
+            return Diagnosis(BootOutcome.NOT_TESTED, str(error))
+        return None
+
+    def _end(self, boot: Boot, end: Diagnosis, archive: BinaryIO) -> None:
+        """Handle the end of a machine: its tests, and its kernel log; boot again after a fault of the emulator."""
+        self._boots.remove(boot)
+        boot.close()
+        for splat in splats_before_init(boot.console()):
+            note = f"the kernel reported while it booted, before KVM was loaded: {splat.title}"
+            if note not in self._report.notes:
+                self._report.notes.append(note)
+        self._report.kernel_reports += boot.reports
+        if boot.status in STOPPED:
+            self._status, self._stopped = boot.status, boot.output
+        if boot.running is not None:
+            self._progress.forget(boot.running)
+        if end.outcome is BootOutcome.EMULATOR_FAULT:
+            self._put_back(boot.given)
+            if self._items is None or self._waiting:
+                self._boot_again(boot.log, end, archive)
+                return
+        elif end.outcome is not BootOutcome.FINISHED:
+            if boot.running is not None:
+                boot.given.remove(boot.running)
+                if end.outcome not in _UNRELATED_TO_TEST:
+                    self._fail(boot.running, f"{end}, while this test ran (the end of the kernel's console is below)")
+            self._put_back(boot.given)
+        self._ends.append((boot.log, end))
+        self._stop_early()
+
+    def _boot_again(self, log: str, end: Diagnosis, archive: BinaryIO) -> None:
+        """Boot once more after a fault of the emulator, if that has not happened too often."""
+        again = self._booted < self._target.machines + _MORE_BOOTS
+        self._print_line(f"EMULATOR FAULT: {end.detail}{'; the remaining tests run in another boot' if again else ''}")
+        self._report.notes.append(f"emulator fault ({log}): {end.detail}")
+        if again:
+            self._boot(archive)
         else:
-            machine.check_exit()
-        return self._diagnose_death(machine.console(), booted, timeout)
+            self._ends.append((log, end))
 
-    def _diagnose_exit(self, console: str) -> Diagnosis:
-        """How the kernel ended, if pytest in it has exited."""
-        if self._status < 0:  # killed by a signal, as after an oops
-            return self._diagnose_death(console, booted=True, timeout=None)
-        self.add_splats(console)
-        if oops := next((one for one in self._report.kernel_reports if one.kind == "Oops"), None):
-            return Diagnosis(BootOutcome.OOPS, oops.title, tuple(oops.lines))
-        output = tuple(self._output.splitlines()[-_DETAIL_LINES:])
-        if self._status == pytest.ExitCode.TESTS_FAILED and not self._items:
-            return Diagnosis(
-                BootOutcome.NOT_TESTED, "pytest failed in the kernel before it collected the tests", output
-            )
-        most = self._config.option.maxfail
-        stopped_early = most and self._session.testsfailed >= most
-        if self._status not in (*_DONE, *_STOPPED) or (self._status in _DONE and self._left and not stopped_early):
-            detail = f"pytest ended with status {self._status}, with {counted(len(self._left), 'test')} left to run"
-            return Diagnosis(BootOutcome.SUITE_DIED, detail, output)
-        return Diagnosis(BootOutcome.FINISHED, "")
+    # --- messages
 
-    def _diagnose_death(self, console: str, booted: bool, timeout: str | None) -> Diagnosis:
-        """How the kernel ended, if the suite in it has not finished.
+    def handle_message(self, boot: Boot, message: dict[str, Any]) -> None:
+        """Handle a message of the session in a kernel (``ReportStream``).
 
-        :param booted: whether there was any message from it
-        :param timeout: which time limit has expired; None if the machine ended
+        :raises CannotTest: it has collected other tests than that in another machine
         """
-        diagnosis = diagnose_console(console, booted, timeout, self._target.qemu.emulated)
-        if diagnosis.outcome is not BootOutcome.EMULATOR_FAULT:
-            self.add_splats(console)
-        return diagnosis
-
-    def add_splats(self, console: str) -> None:
-        """Add the kernel log reports that no test has seen: while KVM was loaded, after the tests, or while dying."""
-        known = {report.title for report in self._report.kernel_reports}
-        tests = [] if self._running is None else [self._running]
-        for splat in splats_since_init(console):
-            if splat.title not in known:
-                self._report.kernel_reports.append(
-                    KernelReport(splat.kind.value, splat.title, splat.lines, None, tests)
-                )
-        for splat in splats_before_init(console):
-            self._report.notes.append(f"the kernel reported while it booted, before KVM was loaded: {splat.title}")
-
-    def handle_message(self, message: dict[str, Any]) -> None:
-        """Handle a message of the session in the kernel (``ReportStream``)."""
-        if "environment" in message:
+        if "booted" in message and not self._collects:
+            self._collects = True
+            self._progress.announce(f"collecting the tests in Linux {self._target.kernel.release}")
+        elif "environment" in message:
             facts = Facts(**message["environment"])
             facts.place, facts.machine = str(self._target.qemu), self._target.data
             self._report.facts = facts
-        elif "items" in message and not self._items:
-            self._items = message["items"]
-            self._left = list(self._items)
-            self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in self._items.items()})
-            self._session.testscollected += len(self._items)
+        elif "items" in message:
+            self._begin(boot, message["items"])
         elif "start" in message:
-            self._running = message["start"]
-            self._config.hook.pytest_runtest_logstart(nodeid=self._running, location=self._location(self._running))
+            boot.running = message["start"]
+            self._call_logstart(boot.running, but=self._terminal)
         elif "report" in message:
-            self._handle_report(message["report"])
+            self._handle_report(boot, message["report"])
         elif "kernel_log" in message:
-            self._report.kernel_reports += [KernelReport(**report) for report in message["kernel_log"]]
-        elif "step" in message and self._running is not None:
-            self._progress.update(self._running, Step(*message["step"]))
+            boot.reports = [KernelReport(**report | {"log": boot.log}) for report in message["kernel_log"]]
+        elif "step" in message and boot.running is not None:
+            self._progress.update(boot.running, Step(*message["step"]))
         elif "failure" in message:
             write_failure(self._results, *message["failure"])
         elif "internal_error" in message:
             self._print_line(message["internal_error"])
 
-    def _handle_report(self, data: dict[str, Any]) -> None:
+    def _begin(self, boot: Boot, items: dict[str, tuple[Any, Any]]) -> None:
+        """Begin with the tests in a machine that has collected them: one to run, and one to wait there."""
+        if self._items is None:
+            self._items = items
+            self._waiting.extend(items)
+            self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in items.items()})
+            self._session.testscollected += len(items)
+        elif list(items) != list(self._items):
+            raise CannotTest("the machines have collected different tests")
+        boot.tests = list(items)
+        for _ in range(2):
+            self._give_next(boot)
+
+    def _give_next(self, boot: Boot) -> None:
+        if self._waiting and not boot.ending:
+            boot.give(self._waiting.popleft())
+        else:
+            boot.finish()
+
+    def _handle_report(self, boot: Boot, data: dict[str, Any]) -> None:
         report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
         if isinstance(report, pytest.CollectReport):
-            self._config.hook.pytest_collectreport(report=report)
+            if self._items is None:  # the other machines' are the same
+                self._config.hook.pytest_collectreport(report=report)
             return
         if isinstance(report.longrepr, list):
             # pytest recognizes a skip by the tuple, which JSON turns into a list
@@ -271,44 +287,91 @@ class RemoteSession:
         for name, value in report.user_properties:
             if name == "kernel_log" and self._target.qemu.emulated and is_emulator_fault(str(value)):
                 raise _EmulatorFault(str(value))
-        self._config.hook.pytest_runtest_logreport(report=report)
+        self._show(report)
         if report.when == "teardown":
-            if report.nodeid in self._left:
-                self._left.remove(report.nodeid)
-            self._running = None
+            boot.given.remove(report.nodeid)
+            boot.running = None
             self._config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+            self._stop_early()
+            self._give_next(boot)
 
-    def _finish_report(self, diagnosis: Diagnosis) -> None:
+    # --- the run
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether so many tests have failed that the run ends."""
+        most = self._config.option.maxfail
+        return bool(most) and self._session.testsfailed >= most
+
+    def _stop_early(self) -> None:
+        """Have all machines end after the test that is running, if so many tests have failed."""
+        if self._stops_early:
+            self._waiting.clear()
+            for boot in self._boots:
+                boot.stop()
+
+    def _put_back(self, tests: list[str]) -> None:
+        """Have another machine run the tests that one that has ended did not begin."""
+        if not self._stops_early:
+            self._waiting.extendleft(reversed(tests))
+
+    def _worst_end(self) -> Diagnosis:
+        """How the kernel ended in the machine in which it ended worst."""
+        # A fault of the emulator that cost no test does not count.
+        ends = [
+            end
+            for _, end in self._ends
+            if end.outcome is not BootOutcome.EMULATOR_FAULT or self._items is None or self._waiting
+        ]
+        done = Diagnosis(BootOutcome.FINISHED, "")
+        return max([*ends, done], key=lambda end: _STATUSES.index(end.outcome.exit_status))
+
+    def _finish_report(self, worst: Diagnosis) -> None:
         """Report how the kernel ended, and why the remaining tests did not run."""
-        report, outcome, console = self._report, diagnosis.outcome, list(diagnosis.console)
-        report.end = {"ending": outcome.name, "text": str(diagnosis), "console": console}
-        if outcome is BootOutcome.FINISHED:
-            if self._status in _STOPPED:
-                title = f"pytest in the kernel ended with status {self._status}:"
-                report.notes += ["", title, *self._output.splitlines()]
+        report = self._report
+        report.end = {"ending": worst.outcome.name, "text": str(worst), "console": list(worst.console)}
+        if self._stopped:
+            report.notes += ["", f"pytest in the kernel ended with status {self._status}:", *self._stopped.splitlines()]
+        if worst.outcome is BootOutcome.FINISHED:
             return
-        if self._running is not None and outcome not in _UNRELATED_TO_TEST:
-            self._fail(self._running, f"{diagnosis}, while this test ran (the end of the kernel's console is below)")
-        self._planned.why = outcome.value
-        report.notes += ["", f"KERNEL {self._target.kernel.release}: {diagnosis}"]
-        if console:
-            report.notes += ["the end of its console:", *(f"  {line}" for line in console)]
+        self._planned.why = worst.outcome.value
+        for log, end in self._ends:
+            if end.outcome is not BootOutcome.FINISHED:
+                where = f" ({log})" if self._target.machines > 1 else ""
+                report.notes += ["", f"KERNEL {self._target.kernel.release}{where}: {end}"]
+                if end.console:
+                    report.notes += ["the end of its console:", *(f"  {line}" for line in end.console)]
 
     def _fail(self, nodeid: str, text: str) -> None:
         """Report as failed a test that died with its kernel."""
+        assert self._items is not None
         location, properties = self._items[nodeid]
-        report = pytest.TestReport(
-            nodeid, tuple(location), {}, "failed", text, "call", user_properties=[tuple(pair) for pair in properties]
+        self._show(
+            pytest.TestReport(
+                nodeid,
+                tuple(location),
+                {},
+                "failed",
+                text,
+                "call",
+                user_properties=[tuple(pair) for pair in properties],
+            )
         )
+
+    def _show(self, report: pytest.TestReport) -> None:
+        """Pass on a report. For the terminal a test begins here: it names one test at a time, before its outcome."""
+        if report.when == "call" or not report.passed:
+            self._terminal.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
         self._config.hook.pytest_runtest_logreport(report=report)
 
-    def _location(self, nodeid: str) -> Any:
-        return tuple(self._items[nodeid][0])
+    def _call_logstart(self, nodeid: str, but: Any) -> None:
+        assert self._items is not None
+        hook = self._config.pluginmanager.subset_hook_caller("pytest_runtest_logstart", [but])
+        hook(nodeid=nodeid, location=tuple(self._items[nodeid][0]))
 
     def _print_line(self, text: str) -> None:
-        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
-        reporter.ensure_newline()
-        reporter.write_line(text)
+        self._terminal.ensure_newline()
+        self._terminal.write_line(text)
 
 
 class _EmulatorFault(Exception):

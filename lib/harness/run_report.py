@@ -53,6 +53,7 @@ class KernelReport:
 
     :ivar known_bug: id of the known bug that explains it; None if none does
     :ivar tests: ids of the tests that were running
+    :ivar log: the file in the results folder with this kernel's log; empty on this host
     """
 
     kind: str
@@ -60,6 +61,7 @@ class KernelReport:
     lines: list[str]
     known_bug: str | None
     tests: list[str]
+    log: str = ""
 
 
 class RunReport:
@@ -279,8 +281,11 @@ class RunReport:
         for report in self.kernel_reports:
             while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
             explained = f", known bug {report.known_bug}" if report.known_bug else ""
+            where = f" ({report.log})" if self.facts.machine.get("machines", 1) > 1 else ""
             screen.line(
-                f"{report.kind}{explained}{while_running}:", red=not report.known_bug, yellow=bool(report.known_bug)
+                f"{report.kind}{explained}{while_running}{where}:",
+                red=not report.known_bug,
+                yellow=bool(report.known_bug),
             )
             # A report during a test is shown in full with the test's failure.
             for line in report.lines[:1] if report.known_bug or report.tests else report.lines:

@@ -12,6 +12,7 @@ import pytest
 
 from dirty_tracking.cell import Cell
 from harness import known_bugs
+from harness.assigned_tests import AssignedTests
 from harness.command_line import dimensions_of, settings_of, vcpus_of
 from harness.elsewhere import prepare_remote
 from harness.kernel_log_watch import RunWatch, TestWatch
@@ -101,12 +102,14 @@ def _prepare_here(config: pytest.Config) -> None:
         report.notes.append(config.stash[NO_LOCAL_KERNEL])
     facts.kernel_log = _watch_kernel_log(config, report)
     config.pluginmanager.register(report, "run-report")
-    by_id = {str(one.cell): asdict(one.cell) for one in planned}
-    planned_tests = PlannedTests(by_id, config.stash[INTERRUPTION])
-    config.pluginmanager.register(planned_tests, "planned-tests")
-    config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
-    if guest is not None:
+    if guest is None:
+        by_id = {str(one.cell): asdict(one.cell) for one in planned}
+        planned_tests = PlannedTests(by_id, config.stash[INTERRUPTION])
+        config.pluginmanager.register(planned_tests, "planned-tests")
+        config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
+    else:  # the host knows which tests this kernel was not given
         config.pluginmanager.register(ReportStream(config, guest.report_path, report), "report-stream")
+        config.pluginmanager.register(AssignedTests(guest.report_path), "assigned-tests")
 
 
 def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:

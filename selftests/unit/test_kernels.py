@@ -9,16 +9,12 @@ import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from harness.early_collection import any_test_matches
-from harness.interruption import Interruption
+from harness.early_collection import matching_tests
 from harness.kernel_options import kernel_options, split_tests
-from harness.planned_tests import PlannedTests
-from harness.remote import RemoteSession
-from harness.run_report import Facts, KernelReport, RunReport
 from harness.table import cross_table, cross_table_of_tests, skipped_everywhere, untested_lines
 from runner import ROOT, check_kernel, debian, target
 from runner.boot_outcome import BootOutcome, diagnose_console, kernel_log, splats_before_init, splats_since_init
@@ -29,7 +25,6 @@ from runner.guest_init import INIT_MARKER, normalized, took_effect
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.modules import Module, check_parameters, kvm_modules, module_name, parse_parameters
 from runner.qemu import Machine, Qemu
-from runner.target import Target
 
 RELEASE = "6.12.0-test"
 
@@ -318,20 +313,6 @@ def test_splats_before_and_since_init() -> None:
     assert [splat.title for splat in splats_since_init("\n".join(console))] == ["WARNING: late"]
 
 
-def test_splats_that_no_test_saw(tmp_path: Path) -> None:
-    """A WARN while KVM is loaded is in the report, one that a test saw is there once, and one of the boot is a note."""
-    report = RunReport(tmp_path, Facts({}, {}, []))
-    report.kernel_reports.append(KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"]))
-    planned = PlannedTests({}, Interruption())
-    session = RemoteSession(cast(Target, None), [], "pytest", [], False, tmp_path, report, planned)
-    titles = ("early", INIT_MARKER, "loading", "seen")
-    lines = [f"[    1.0] {'' if title == INIT_MARKER else 'WARNING: '}{title}" for title in titles]
-    session.add_splats("\n".join(lines))
-    assert [one.title for one in report.kernel_reports] == ["WARNING: seen", "WARNING: loading"]
-    assert report.kernel_reports[1].known_bug is None
-    assert report.notes == ["the kernel reported while it booted, before KVM was loaded: WARNING: early"]
-
-
 @pytest.mark.parametrize(
     ("kernel", "arguments", "there", "here"),
     [
@@ -378,7 +359,7 @@ def test_tests_in_kernel_and_on_host(
 def test_cells_of_another_kernel_match(tests: list[str]) -> None:
     """A cell that this host lacks matches, as the booted kernel may have it."""
     option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
-    assert any_test_matches(option, [], tests)
+    assert matching_tests(option, [], tests)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +368,7 @@ def test_cells_of_another_kernel_match(tests: list[str]) -> None:
 def test_options_to_reproduce_a_run(kernel: str, repeated: str) -> None:
     """The options to reproduce a run have the whole machine, and the image that auto stood for."""
     given = {"kvm_params": "kvm.tdp_mmu=0", "qemu": None, "accel": "tcg", "cpu_model": None, "append": ""}
-    option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus=None, time_limit="60")
+    option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus=None, machines=None, time_limit="60")
     assert kernel_options(option, Path("/boot/vmlinuz-6.12")) == [
         f"--kernel={repeated}", "--kvm-params=kvm.tdp_mmu=0", "--accel=tcg", "--vm-memory=3000", "--time-limit=60",
     ]  # fmt: skip

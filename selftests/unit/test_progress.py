@@ -360,9 +360,9 @@ def test_progress_from_a_booted_kernel(tmp_path: Path, clock: SimpleNamespace, r
 
     report, planned = RunReport(tmp_path, facts), PlannedTests({}, Interruption())
     session: Any = RemoteSession(cast(Target, None), [], "", [], False, tmp_path, report, planned)
-    session._running = "b"
+    boot: Any = SimpleNamespace(running="b")
     session._progress = SimpleNamespace(update=lambda *what: updates.append(what))
-    session.handle_message(messages[-1])
+    session.handle_message(boot, messages[-1])
     assert updates == [("b", Step(3, 4, 100, 1.5))]
 
 

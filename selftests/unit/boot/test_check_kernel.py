@@ -193,6 +193,25 @@ def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str,
 
 @pytest.mark.boots
 @pytest.mark.slow
+def test_one_of_two_machines_dies(check_kernel: CheckKernel, kernel: Kernel) -> None:
+    """The test that ran in a kernel that panics fails; another machine runs the others, and the verdict is bad."""
+    others = "selftests/interface/test_arguments.py"
+    done = check_kernel(kernel.image, f"{BREAKING}::test_panic", others, "--machines=2", "--kvm-params=kvm_amd.npt=1")
+    assert done.status == BAD, done.output
+    verdicts = verdicts_of(done)
+    assert verdicts["failure"] == ["test_panic"]
+    assert len(verdicts["passed"]) > 80
+    assert re.search(
+        rf"^KERNEL {re.escape(kernel.release)} \(kernel(-2)?\.log\): the kernel panicked: ", done.output, re.M
+    )
+    assert done.data["end"]["ending"] == "PANIC"
+    assert {"console.log", "console-2.log", "kernel.log", "kernel-2.log"} <= {
+        path.name for path in done.results.iterdir()
+    }
+
+
+@pytest.mark.boots
+@pytest.mark.slow
 def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A WARN() of the kernel fails the test during which it came, and no other, and the kernel is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Tests shared by several machines: who runs which, what a machine that dies costs, and the verdict of all."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from harness.assigned_tests import NO_MORE, STOP, AssignedTests
+from harness.boot import Boot, unseen_reports
+from harness.interruption import Interruption
+from harness.planned_tests import PlannedTests
+from harness.remote import RemoteSession
+from harness.run_report import Facts, KernelReport, RunReport
+from runner import target as targets
+from runner.boot_outcome import BootOutcome, Diagnosis
+from runner.emulator import Emulator
+from runner.errors import CannotTest
+from runner.guest_init import INIT_MARKER
+from runner.qemu import Machine, Qemu
+from runner.target import Target, number_of_machines
+
+TESTS = ["a", "b", "c", "d", "e", "f"]
+FAULT = Diagnosis(BootOutcome.EMULATOR_FAULT, "Oops: int3")
+PANIC = Diagnosis(BootOutcome.PANIC, "Kernel panic")
+FINISHED = Diagnosis(BootOutcome.FINISHED, "")
+
+
+class FakeBoot(Boot):
+    """A boot without a machine; it keeps the orders that the session in it would get."""
+
+    def __init__(self, *, log: str) -> None:
+        self.log = log
+        self.tests, self.given, self.running, self.ending = None, [], None, False
+        self.status, self.output, self.reports = 0, "", []
+        self.orders: list[str] = []
+        self._machine = cast(Any, SimpleNamespace(order=self.orders.append, close=lambda: None, console=lambda: ""))
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class Run:
+    """A RemoteSession with machines that do what a test says.
+
+    :ivar reports: test, when, outcome of each report that it passed on
+    """
+
+    def __init__(self, results: Path, machines: int, maxfail: int = 0) -> None:
+        qemu = Qemu(Emulator(("qemu",), "10.0", "here"), "tcg", "max", "kvm_amd")
+        kernel: Any = SimpleNamespace(release="6.12", image=results)
+        target = Target(kernel, [], {}, {}, qemu, Machine(1, 1, ""), 60, machines)
+        self.report = RunReport(results, Facts({}, {}, []))
+        planned = PlannedTests({}, Interruption())
+        self.session = cast(Any, RemoteSession(target, [], "", [], False, results, self.report, planned))
+        self.reports: list[tuple[str, str, str]] = []
+        nothing: Any = SimpleNamespace(**dict.fromkeys(("forget", "announce", "update"), lambda *_: None))
+        self.session._progress = nothing
+        self.session._terminal = SimpleNamespace(
+            pytest_runtest_logstart=lambda **_: None, ensure_newline=lambda: None, write_line=lambda _: None
+        )
+        self.session._session = SimpleNamespace(testscollected=0, testsfailed=0)
+        hook = SimpleNamespace(
+            pytest_runtest_logreport=self._log,
+            pytest_runtest_logfinish=lambda **_: None,
+            pytest_report_from_serializable=lambda config, data: pytest.TestReport(**data),  # noqa: ARG005
+        )
+        manager = SimpleNamespace(subset_hook_caller=lambda *_: lambda **_: None)
+        self.session._config = SimpleNamespace(
+            hook=hook, option=SimpleNamespace(maxfail=maxfail), pluginmanager=manager
+        )
+        self.session._boot = self.boot
+        for _ in range(machines):
+            self.boot()
+
+    def boot(self, _archive: object = None) -> None:
+        """Boot a machine; it has not collected its tests."""
+        self.session._booted += 1
+        self.session._boots.append(FakeBoot(log=f"kernel-{self.session._booted}.log"))
+
+    @property
+    def boots(self) -> list[FakeBoot]:
+        """The machines that run."""
+        return list(self.session._boots)
+
+    def collect(self, boot: FakeBoot, tests: list[str] = TESTS) -> None:
+        """The session in a machine has collected its tests."""
+        self.session.handle_message(boot, {"items": {test: [["file.py", 0, test], []] for test in tests}})
+
+    def begin(self, boot: FakeBoot) -> None:
+        """A machine begins with its next test."""
+        self.session.handle_message(boot, {"start": boot.given[0]})
+
+    def run(self, boot: FakeBoot, outcome: str = "passed") -> None:
+        """A machine runs its next test."""
+        self.begin(boot)
+        for when in ("call", "teardown"):
+            report: dict[str, Any] = {
+                "nodeid": boot.running, "location": ("file.py", 0, boot.running), "keywords": {}, "longrepr": None,
+                "outcome": outcome if when == "call" else "passed", "when": when,
+            }  # fmt: skip
+            self.session.handle_message(boot, {"report": report})
+
+    def end(self, boot: FakeBoot, how: Diagnosis) -> None:
+        """A machine ends."""
+        self.session._end(boot, how, None)
+
+    def _log(self, report: pytest.TestReport) -> None:
+        self.session._session.testsfailed += report.failed
+        self.reports.append((report.nodeid, str(report.when), report.outcome))
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """The outcome of each test that ran."""
+        return {test: outcome for test, when, outcome in self.reports if when == "call"}
+
+
+class Items:
+    """A pytest session with items a, b and c, which only notes what it runs.
+
+    :ivar ran: name of each item, and of the one that it was told follows
+    """
+
+    testsfailed = 0
+    shouldfail = shouldstop = False
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, str | None]] = []
+        config = SimpleNamespace(hook=SimpleNamespace(pytest_runtest_protocol=self._run))
+        self.items = [SimpleNamespace(name=name, config=config) for name in "abc"]
+
+    def _run(self, item: Any, nextitem: Any) -> None:
+        self.ran.append((item.name, nextitem and nextitem.name))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Run:
+    """A run with two machines that have both collected the tests: a and b are in the first, c and d in the second."""
+    run = Run(tmp_path, 2)
+    for boot in run.boots:
+        run.collect(boot)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("orders", "ran"),
+    [
+        (["2", "0", NO_MORE], [("c", "a"), ("a", None)]),
+        ([NO_MORE], []),
+        (["1", NO_MORE], [("b", None)]),
+        (["0", "1", STOP, "2", NO_MORE], [("a", "b")]),
+        (["0", STOP], []),
+    ],
+)
+def test_orders_to_a_kernel(tmp_path: Path, orders: list[str], ran: list[tuple[str, str | None]]) -> None:
+    """A session in a kernel runs what it was given, in that order, and each test knows the next; STOP drops what waits."""
+    (tmp_path / "port").write_text("".join(f"{order}\n" for order in orders))
+    plugin, session = AssignedTests(str(tmp_path / "port")), Items()
+    assert plugin.pytest_runtestloop(cast(pytest.Session, session)) is True
+    plugin.pytest_unconfigure()
+    assert session.ran == ran
+
+
+def test_each_test_runs_in_one_machine(two: Run) -> None:
+    """A machine has one test running and one waiting; the faster machine gets more; at the end both are told so."""
+    first, second = two.boots
+    assert (first.given, second.given) == (["a", "b"], ["c", "d"])
+    for _ in range(3):
+        two.run(second)
+    assert second.given == ["f"]
+    two.run(second)
+    two.run(first)
+    two.run(first)
+    assert first.orders == ["0", "1", NO_MORE]
+    assert second.orders == ["2", "3", "4", "5", NO_MORE]
+    assert two.outcomes == dict.fromkeys(TESTS, "passed")
+    for boot in two.boots:
+        two.end(boot, FINISHED)
+    assert two.session._worst_end() == FINISHED
+
+
+def test_dead_machine_loses_one_test(two: Run) -> None:
+    """The test that ran in a kernel that panics fails, the one that waited there runs elsewhere, and the kernel is bad."""
+    first, second = two.boots
+    two.begin(first)
+    two.end(first, PANIC)
+    while second.given:
+        two.run(second)
+    two.end(second, FINISHED)
+    assert two.outcomes == dict.fromkeys(TESTS, "passed") | {"a": "failed"}
+    worst = two.session._worst_end()
+    two.session._finish_report(worst)
+    assert worst == PANIC
+    assert "KERNEL 6.12 (kernel-1.log): the kernel panicked: Kernel panic" in two.report.notes
+
+
+def test_machine_dead_between_tests(two: Run) -> None:
+    """No test fails that had not begun when its machine ended."""
+    first, second = two.boots
+    two.end(first, PANIC)
+    while second.given:
+        two.run(second)
+    assert two.outcomes == dict.fromkeys(TESTS, "passed")
+
+
+def test_killed_machine_fails_no_test(two: Run) -> None:
+    """A QEMU that was killed says nothing about its test, which does not run again; the kernel cannot be tested."""
+    first, second = two.boots
+    two.begin(first)
+    two.end(first, Diagnosis(BootOutcome.NOT_TESTED, "QEMU ended"))
+    while second.given:
+        two.run(second)
+    two.end(second, FINISHED)
+    assert two.outcomes == dict.fromkeys(TESTS[1:], "passed")
+    assert two.session._worst_end().outcome is BootOutcome.NOT_TESTED
+
+
+def test_emulator_fault_of_one_machine(two: Run) -> None:
+    """After a fault of the emulator the machine boots again, its tests run there or in the other one, and nothing is bad."""
+    first, second = two.boots
+    two.run(first)
+    two.begin(first)
+    two.end(first, FAULT)
+    assert len(two.boots) == 2
+    while second.given:
+        two.run(second)
+    two.collect(two.boots[1])
+    assert two.boots[1].orders == [NO_MORE]
+    for boot in two.boots:
+        two.end(boot, FINISHED)
+    assert two.outcomes == dict.fromkeys(TESTS, "passed")
+    assert two.session._worst_end() == FINISHED
+
+
+def test_many_emulator_faults(two: Run) -> None:
+    """The run boots twice more, and not again; the tests that are left make it one that cannot be tested."""
+    while two.boots:
+        two.end(two.boots[0], FAULT)
+    assert two.session._booted == 4
+    assert two.session._worst_end() == FAULT
+
+
+def test_fault_after_the_last_test(two: Run) -> None:
+    """A fault of the emulator that costs no test is none of the verdict, and nothing boots again."""
+    first, second = two.boots
+    while second.given:
+        two.run(second)
+    two.run(first)
+    two.run(first)
+    two.end(first, FAULT)
+    two.end(second, FINISHED)
+    assert not two.boots
+    assert two.session._worst_end() == FINISHED
+
+
+def test_maxfail_stops_all_machines(tmp_path: Path) -> None:
+    """--maxfail counts the failures of all machines; then each ends after the test that runs there."""
+    run = Run(tmp_path, 3, maxfail=2)
+    first, second, third = run.boots
+    run.collect(first)
+    run.collect(second)
+    run.run(first, "failed")
+    run.run(second, "failed")
+    assert (first.orders[-1], second.orders[-1], third.orders) == (STOP, STOP, [STOP])
+    run.collect(third)
+    assert third.orders == [STOP]
+    for boot in run.boots:
+        run.end(boot, FINISHED)
+    assert len(run.outcomes) == 2
+
+
+def test_machines_with_different_tests(two: Run) -> None:
+    """Machines that have collected different tests cannot share them."""
+    with pytest.raises(CannotTest, match="the machines have collected different tests"):
+        two.collect(two.boots[0], TESTS[:3])
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "worst"),
+    [
+        (["FINISHED", "PANIC"], "PANIC"),
+        (["NOT_TESTED", "HANG", "FINISHED"], "HANG"),
+        (["FINISHED", "NO_BOOT"], "NO_BOOT"),
+        (["OOPS", "PANIC"], "OOPS"),
+    ],
+)
+def test_verdict_of_all_machines(tmp_path: Path, outcomes: list[str], worst: str) -> None:
+    """A bad end outweighs one that says nothing about the kernel, and that outweighs a good one; the first of two counts."""
+    run = Run(tmp_path, len(outcomes))
+    for boot, outcome in zip(run.boots, outcomes, strict=True):
+        run.end(boot, Diagnosis(BootOutcome[outcome], ""))
+    assert run.session._worst_end().outcome.name == worst
+
+
+def test_reports_of_each_kernel(two: Run) -> None:
+    """A report in the kernel log has the tests that ran in its machine, and the name of that machine's log."""
+    for boot, test in zip(two.boots, "ac", strict=True):
+        warn = vars(KernelReport("WARN", "WARNING: x", ["WARNING: x"], None, [test]))
+        two.session.handle_message(boot, {"kernel_log": [warn]})
+    for boot in two.boots:
+        two.end(boot, FINISHED)
+    assert [(one.log, one.tests) for one in two.report.kernel_reports] == [
+        ("kernel-1.log", ["a"]),
+        ("kernel-2.log", ["c"]),
+    ]
+
+
+def test_splats_that_no_test_saw() -> None:
+    """A WARN while KVM is loaded is reported, one that a test saw is not reported again, and one of the boot is not here."""
+    titles = ("early", INIT_MARKER, "loading", "seen")
+    lines = [f"[    1.0] {'' if title == INIT_MARKER else 'WARNING: '}{title}" for title in titles]
+    seen = [KernelReport("WARN", "WARNING: seen", ["WARNING: seen"], None, ["a test"])]
+    (report,) = unseen_reports("\n".join(lines), seen, ["b"], "kernel-2.log")
+    assert (report.title, report.known_bug, report.tests, report.log) == (
+        "WARNING: loading",
+        None,
+        ["b"],
+        "kernel-2.log",
+    )
+
+
+@pytest.mark.parametrize(
+    ("accel", "asked", "tests", "cpus", "free", "number"),
+    [
+        ("tcg", 0, 1000, 2, 20000, 2),
+        ("tcg", 0, 1000, 2, 5000, 1),
+        ("tcg", 0, 15, 2, 20000, 1),
+        ("tcg", 0, 1000, 64, 200000, 8),
+        ("tcg", 3, 1000, 2, 20000, 3),
+        ("tcg", 3, 2, 2, 20000, 2),
+        ("kvm", 0, 1000, 8, 20000, 4),
+        ("kvm", 0, 1000, 1, 20000, 1),
+    ],
+)
+def test_number_of_machines(
+    monkeypatch: pytest.MonkeyPatch, accel: str, asked: int, tests: int, cpus: int, free: int, number: int
+) -> None:
+    """An emulated machine takes one of the host's CPUs, a virtualized one as many as it has; a few tests share one machine."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cpus))
+    monkeypatch.setattr(targets, "available_memory", lambda: free << 20)
+    qemu = Qemu(Emulator(("qemu",), "10.0", "here"), accel, "max", "kvm_amd")
+    target: Any = SimpleNamespace(qemu=qemu, machine=Machine(3072, 2, ""))
+    assert number_of_machines(target, asked, tests) == number
+
+
+def test_machines_need_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that were asked for and do not fit into memory are refused in one line."""
+    monkeypatch.setattr(targets, "available_memory", lambda: 5000 << 20)
+    target: Any = SimpleNamespace(machine=Machine(3072, 2, ""))
+    with pytest.raises(CannotTest, match="--machines: 2 of 3072 MiB need more than the 5000 MiB that are free"):
+        number_of_machines(target, 2, 1000)
