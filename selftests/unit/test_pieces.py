@@ -2,9 +2,10 @@
 """Small parts of the library: bitmaps, write streams, rings, reports, page tables, address limits, memory, messages."""
 
 import ctypes
-import errno
+import itertools
 import mmap
 import random
+import struct
 from array import array
 
 import pytest
@@ -18,7 +19,6 @@ from dirty_tracking.write_stream import WriteStream, make_stream, sweep_length
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
-from kvm_util.ioctl import KvmError
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
 
 # --- bitmaps ----------------------------------------------------------------------------------------------------------
@@ -79,19 +79,21 @@ def test_write_streams_depend_on_the_seed() -> None:
 
 
 class FakeRing:
-    """A dirty ring in memory, with the test in KVM's place."""
+    """A dirty ring in memory, with the test in KVM's place.
+
+    :ivar ring: the library's view of it
+    """
 
     def __init__(self, entries: int) -> None:
         self.map = mmap.mmap(-1, entries * ENTRY_SIZE)
-        self.entries = entries
-        self.index = 0
+        self.ring = DirtyRing(self.map)
+        self._entries = entries
+        self._index = 0
 
-    def push(self, page: int, slot: int = 1, flags: int = 1) -> None:
-        at = self.index % self.entries * ENTRY_SIZE
-        self.map[at : at + ENTRY_SIZE] = (
-            flags.to_bytes(4, "little") + slot.to_bytes(4, "little") + page.to_bytes(8, "little")
-        )
-        self.index += 1
+    def push(self, *pages: int, slot: int = 1, flags: int = 1) -> None:
+        for page in pages:
+            struct.pack_into("=IIQ", self.map, self._index % self._entries * ENTRY_SIZE, flags, slot, page)
+            self._index += 1
 
     def flags(self) -> list[int]:
         return memoryview(self.map).cast("I")[::4].tolist()
@@ -100,7 +102,7 @@ class FakeRing:
 def test_harvest_in_ring_order() -> None:
     """harvest() returns the dirty entries in order and marks them for reset, many times around the ring."""
     fake = FakeRing(8192)
-    ring = DirtyRing(fake.map)
+    ring = fake.ring
     page = 0
     for count in (1, 0, 4095, 4097, 8191, 8192, 5000, 3):
         for _ in range(count):
@@ -116,9 +118,9 @@ def test_harvest_in_ring_order() -> None:
 def test_harvest_stops_at_a_gap() -> None:
     """harvest() stops at the first entry that is not dirty; dirty entries after that gap are counted."""
     fake = FakeRing(256)
-    ring = DirtyRing(fake.map)
-    for flags in (1, 1, 0, 1, 2, 1):
-        fake.push(fake.index, flags=flags)
+    ring = fake.ring
+    for page, flags in enumerate((1, 1, 0, 1, 2, 1)):
+        fake.push(page, flags=flags)
     assert ring.harvest() == ([1, 1], [0, 1])
     assert fake.flags()[:6] == [2, 2, 0, 1, 2, 1]
     assert ring.dirty_behind_gap() == 2
@@ -127,17 +129,15 @@ def test_harvest_stops_at_a_gap() -> None:
 def test_peek_leaves_the_ring_unchanged() -> None:
     """peek() returns each dirty entry once and leaves it to harvest(), also in a full ring."""
     fake = FakeRing(256)
-    ring = DirtyRing(fake.map)
-    for page in range(256):
-        fake.push(page)
+    ring = fake.ring
+    fake.push(*range(256))
     assert ring.peek() == ([1] * 256, list(range(256)))
     assert ring.peek() == ([], [])
     ring.mark = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
     assert ring.harvest(3) == ([1] * 3, [0, 1, 2])
     assert fake.flags()[:4] == [3, 3, 3, 1]
     assert ring.peek() == ([], [])
-    for page in (300, 301, 302):
-        fake.push(page)
+    fake.push(300, 301, 302)
     assert ring.peek() == ([1] * 3, [300, 301, 302])
     assert ring.harvest() == ([1] * 256, [*range(3, 256), 300, 301, 302])
 
@@ -145,9 +145,8 @@ def test_peek_leaves_the_ring_unchanged() -> None:
 def test_not_reset_counts_entries_once() -> None:
     """Harvested entries that a reset has left are counted once."""
     fake = FakeRing(256)
-    ring = DirtyRing(fake.map)
-    for page in range(4):
-        fake.push(page)
+    ring = fake.ring
+    fake.push(*range(4))
     ring.harvest(3)
     fake.map[:ENTRY_SIZE] = bytes(ENTRY_SIZE)
     assert [ring.is_harvested(number) for number in range(4)] == [False, True, True, False]
@@ -192,7 +191,11 @@ def test_report_violations() -> None:
     report = DirtyReport([Source([1, 9, 1], [5, 2, 8], 0, behind_gap=2)], reset=2)
     with pytest.raises(ContractViolation) as error:
         report.check()
-    assert [(one.kind, one.vcpu) for one in error.value.violations] == [(Kind.GAP, 0), (Kind.RESET_COUNT, None)]
+    found = [(violation.kind, violation.vcpu) for violation in error.value.violations]
+    assert found == [
+        (Kind.GAP, 0),
+        (Kind.RESET_COUNT, None),
+    ]
 
 
 # --- page tables and addresses ----------------------------------------------------------------------------------------
@@ -215,19 +218,21 @@ def walk(memory: bytearray, root: int, levels: int, gva: int) -> int | None:
     raise AssertionError
 
 
+def page_tables(levels: int, memory: bytearray) -> arch.PageTables:
+    """Page tables in *memory*, whose pages they take from the second on."""
+    free = itertools.count(4096, 4096)
+    return arch.PageTables(
+        levels, lambda: next(free), lambda address: memoryview(memory)[address : address + 4096].cast("Q")
+    )
+
+
 @pytest.mark.parametrize("levels", [4, 5])
 @pytest.mark.parametrize("page_size", [4 * KIB, 2 * MIB, GIB])
 @pytest.mark.parametrize("gpa", [0x1_2345_6000, 0xFFFC_BFFF_D000])
 def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
     """Page tables translate a range of any size with every page size, and nothing beyond its pages."""
     memory = bytearray(8 * MIB)
-    free = [0]
-
-    def allocate() -> int:
-        free[0] += 4096
-        return free[0]
-
-    tables = arch.PageTables(levels, allocate, lambda address: memoryview(memory)[address : address + 4096].cast("Q"))
+    tables = page_tables(levels, memory)
     gva = (1 << 40 if levels == 4 else 1 << 52) + gpa % page_size
     size = GIB + 3 * 4096
     tables.map(gva, gpa, size, page_size)
@@ -239,10 +244,8 @@ def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
 
 def test_page_tables_check_congruence() -> None:
     """A mapping whose gva and gpa are not congruent modulo the page size is refused."""
-    memory = bytearray(MIB)
-    tables = arch.PageTables(4, lambda: 4096, lambda address: memoryview(memory)[address : address + 4096].cast("Q"))
     with pytest.raises(ValueError, match="not congruent"):
-        tables.map(0x1000, 0x200000, 4096, 2 * MIB)
+        page_tables(4, bytearray(MIB)).map(0x1000, 0x200000, 4096, 2 * MIB)
 
 
 def cpuid(vendor: bytes, family: int, address_sizes: int) -> arch.Cpuid:
@@ -257,32 +260,27 @@ def cpuid(vendor: bytes, family: int, address_sizes: int) -> arch.Cpuid:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "address_sizes", "limit"),
+    ("vendor", "family", "address_sizes", "host_bits", "limit"),
     [
-        (b"GenuineIntel", 6, 46, 1 << 46),
-        (b"GenuineIntel", 6, 48 << 16 | 52, 1 << 48),
-        (b"AuthenticAMD", 0x10, 39, 1 << 39),
-        (b"AuthenticAMD", 0x10, 48, (1 << 40) - 12 * GIB),
-        (b"AuthenticAMD", 0x19, 48, (1 << 48) - 12 * GIB),
-        (b"HygonGenuine", 0x18, 48, (1 << 48) - 12 * GIB),
-        (b"AuthenticAMD", 0x19, 48 << 16 | 52, 1 << 48),
+        (b"GenuineIntel", 6, 46, 46, 1 << 46),
+        (b"GenuineIntel", 6, 48 << 16 | 52, 52, 1 << 48),
+        (b"AuthenticAMD", 0x10, 39, 39, 1 << 39),
+        (b"AuthenticAMD", 0x10, 48, 48, (1 << 40) - 12 * GIB),
+        (b"AuthenticAMD", 0x19, 48, 48, (1 << 48) - 12 * GIB),
+        (b"AuthenticAMD", 0x19, 48, 43, (1 << 43) - 12 * GIB),  # the host encrypts memory
+        (b"HygonGenuine", 0x18, 48, 48, (1 << 48) - 12 * GIB),
+        (b"AuthenticAMD", 0x19, 48 << 16 | 52, 52, 1 << 48),
     ],
 )
 def test_guest_phys_limit(
-    monkeypatch: pytest.MonkeyPatch, vendor: bytes, family: int, address_sizes: int, limit: int
+    monkeypatch: pytest.MonkeyPatch, vendor: bytes, family: int, address_sizes: int, host_bits: int, limit: int
 ) -> None:
-    """The limit of guest-physical addresses excludes the ranges that AMD CPUs reserve."""
-    monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: address_sizes & 0xFF)
+    """The limit of guest-physical addresses excludes the ranges that AMD CPUs reserve, and bits for memory encryption."""
+    monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: host_bits)
     assert arch.guest_phys_limit(cpuid(vendor, family, address_sizes)) == limit
 
 
-def test_memory_encryption_lowers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Physical address bits used for memory encryption lower the limit."""
-    monkeypatch.setattr("kvm_util.arch.x86_64.cpuid._host_phys_bits", lambda: 43)
-    assert arch.guest_phys_limit(cpuid(b"AuthenticAMD", 0x19, 48)) == (1 << 43) - 12 * GIB
-
-
-# --- memory and errors ------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
@@ -298,15 +296,6 @@ def test_guest_memory_alignment(name: str, gpa: int) -> None:
     memory.close()
 
 
-def test_missing_huge_pages_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MADV_HUGEPAGE memory without any huge page is an error: it would test base pages."""
-    memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
-    monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
-    with pytest.raises(HugePagesMissing, match="gave no huge page"):
-        memory.populate()
-    memory.close()
-
-
 @pytest.mark.parametrize("name", ["anonymous", "anonymous_thp"])
 def test_huge_pages_are_detected(name: str) -> None:
     """Transparent huge pages are counted in memory that has them, and in no other."""
@@ -319,12 +308,6 @@ def test_huge_pages_are_detected(name: str) -> None:
         pytest.skip(str(error))
     assert bool(memory.transparent_huge_size()) is (name == "anonymous_thp")
     memory.close()
-
-
-def test_kvm_error_message() -> None:
-    """A KvmError has the ioctl, its arguments and the errno by name."""
-    error = KvmError(errno.EINVAL, "KVM_ENABLE_CAP", "cap=223")
-    assert str(error) == "KVM_ENABLE_CAP(cap=223): EINVAL (Invalid argument)"
 
 
 @pytest.mark.parametrize(

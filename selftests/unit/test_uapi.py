@@ -11,51 +11,32 @@ import pytest
 from kvm_util import uapi
 from kvm_util.arch.x86_64 import uapi as x86_uapi
 
-MODULES = (uapi, x86_uapi)
-CONSTANTS = {
-    name: value
-    for module in MODULES
-    for name, value in vars(module).items()
-    if name.startswith("KVM") and name.isupper()
-}
+NAMES = vars(uapi) | vars(x86_uapi)
+CONSTANTS = {name: value for name, value in NAMES.items() if name.startswith("KVM") and name.isupper()}
 STRUCTS = {
     name: value
-    for module in MODULES
-    for name, value in vars(module).items()
+    for name, value in NAMES.items()
     if name.startswith("kvm_") and isinstance(value, type) and issubclass(value, ctypes.Structure)
 }
 
 
-def exit_fields(struct: Any) -> dict[str, Any]:
-    """The members of kvm_run's anonymous union, by name."""
-    return dict(dict(struct._fields_)["_exit"]._fields_)
-
-
-def fields(struct: type[ctypes.Structure]) -> list[str]:
-    """The fields that the header has too; members of kvm_run's union also with their fields, as in ``io.port``."""
-    names = []
-    for field in struct._fields_:
-        name = field[0]
+def offsets(struct: Any) -> dict[str, int]:
+    """Offsets of the fields that the header has too; of kvm_run's union also those of its members, as in ``io.port``."""
+    found = {}
+    for name, kind, *_ in struct._fields_:
+        start = getattr(struct, name).offset
         if name == "_exit":
-            for inner in exit_fields(struct):
-                names.append(inner)
-                names += [f"{inner}.{member[0]}" for member in getattr(exit_fields(struct)[inner], "_fields_", ())]
-        elif not name.startswith(("_", "padding", "pad")):
-            names.append(name)
-    return [name for name in names if not name.startswith("padding")]
-
-
-def offset(struct: Any, path: str) -> int:
-    if path in {name for name, *_ in struct._fields_}:
-        return int(getattr(struct, path).offset)
-    first, _, rest = path.partition(".")
-    start = int(struct._exit.offset) + int(getattr(dict(struct._fields_)["_exit"], first).offset)
-    inner = exit_fields(struct)[first]
-    return start + (int(getattr(inner, rest).offset) if rest else 0)
+            for member, member_kind in kind._fields_:
+                found[member] = start + getattr(kind, member).offset
+                for inner, *_ in getattr(member_kind, "_fields_", ()):
+                    found[f"{member}.{inner}"] = found[member] + getattr(member_kind, inner).offset
+        elif not name.startswith("_"):
+            found[name] = start
+    return {name: offset for name, offset in found.items() if not name.startswith("pad")}
 
 
 @pytest.fixture(scope="module")
-def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Values of constants, sizes of structures and offsets of fields by name, without what this header lacks."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc (apt install gcc libc6-dev)")
@@ -64,7 +45,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
         lines += [f"#ifdef {name}", f'printf("{name} %lld\\n", (long long){name});', "#endif"]
     for name, struct in STRUCTS.items():
         lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
-        lines += [f'printf("{name}.{field} %zu\\n", offsetof(struct {name}, {field}));' for field in fields(struct)]
+        lines += [f'printf("{name}.{field} %zu\\n", offsetof(struct {name}, {field}));' for field in offsets(struct)]
     folder = tmp_path_factory.mktemp("uapi")
     source, program = folder / "dump.c", folder / "dump"
     source.write_text("\n".join([*lines, "return 0; }"]))
@@ -77,7 +58,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_constant_matches_header(header: dict[str, int | None], name: str) -> None:
+def test_constant_matches_header(header: dict[str, int], name: str) -> None:
     """Each capability, flag, exit reason and ioctl number has the value of the installed header."""
     if name not in header:
         pytest.skip(f"this machine's <linux/kvm.h> is older than {name}")
@@ -85,10 +66,10 @@ def test_constant_matches_header(header: dict[str, int | None], name: str) -> No
 
 
 @pytest.mark.parametrize("name", STRUCTS)
-def test_struct_layout_matches_header(header: dict[str, int | None], name: str) -> None:
+def test_struct_layout_matches_header(header: dict[str, int], name: str) -> None:
     """Each structure has the size and the field offsets of the installed header."""
     struct = STRUCTS[name]
-    ours = {name: ctypes.sizeof(struct)} | {f"{name}.{field}": offset(struct, field) for field in fields(struct)}
+    ours = {name: ctypes.sizeof(struct)} | {f"{name}.{field}": offset for field, offset in offsets(struct).items()}
     assert ours == {key: header[key] for key in ours}
 
 
@@ -96,11 +77,4 @@ def test_compared_names_are_complete() -> None:
     """The comparison with the header covers the ioctls, structures and nested fields that the suite uses most."""
     assert {"KVM_RUN", "KVM_GET_DIRTY_LOG", "KVM_RESET_DIRTY_RINGS", "KVM_DIRTY_LOG_PAGE_OFFSET"} <= set(CONSTANTS)
     assert {"kvm_run", "kvm_dirty_gfn", "kvm_sregs", "kvm_cpuid_entry2"} <= set(STRUCTS)
-    assert "io.data_offset" in fields(STRUCTS["kvm_run"])
-
-
-def test_wrong_constant_is_detected(header: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant with a wrong value fails the comparison with the header."""
-    monkeypatch.setitem(CONSTANTS, "KVM_RUN", CONSTANTS["KVM_RUN"] + 1)
-    with pytest.raises(AssertionError):
-        test_constant_matches_header(header, "KVM_RUN")
+    assert "io.data_offset" in offsets(STRUCTS["kvm_run"])
