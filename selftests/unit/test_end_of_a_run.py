@@ -2,15 +2,9 @@
 """What a run prints at its end: the table, what did not run, and the verdict on the kernel, as wide as the terminal is."""
 
 import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 from collections import Counter
 from collections.abc import Callable
-from fcntl import ioctl
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +15,7 @@ from harness.kernel_verdict import RunSummary, Verdict, describe_system, verdict
 from harness.selection import DIMENSIONS
 from harness.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
 from kvm_util.wording import counted, listed, wrapped
-from runner import ROOT
+from selftests.unit.commands import CELLS, QUICK, open_terminal, pytest_command, read, running
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 
 CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
@@ -77,19 +71,17 @@ def test_short_table_has_tested_cells() -> None:
     assert summary(rows) == "4 cells: 1 pass, 1 known bug, 1 skipped, 1 not run"
 
 
-def test_reasons_only_where_they_fit() -> None:
-    """Reasons are in the short table if the terminal is wide enough for all of them."""
+@pytest.mark.parametrize(
+    ("width", "verbose", "long", "reason"),
+    [(80, False, False, False), (80, True, False, False), (200, False, False, True), (200, True, True, True)],
+)
+def test_table_as_wide_as_the_terminal(width: int, verbose: bool, long: bool, reason: bool) -> None:
+    """The long table is shown with -v if it fits the terminal, else the short one, with reasons if all of them fit."""
     bug = "pvm-ring-overflow-of-a-very-long-name"
-    row = DONE | {"verdict": "known bug", "reason": bug}
-    assert bug in str(short_table([row], 120)[1])
-    assert shown(short_table([row], 80))[1].endswith("known bug")
-
-
-@pytest.mark.parametrize(("width", "verbose", "long"), [(80, True, False), (200, False, False), (200, True, True)])
-def test_choice_of_the_long_table(width: int, verbose: bool, long: bool) -> None:
-    """The long table is shown with -v if it fits the terminal, else the short one."""
-    lines = shown(table_for([DONE | {"verdict": "pass"}, CELL | {"verdict": "skipped"}], width, verbose))
+    rows = [DONE | {"verdict": "known bug", "reason": bug}, CELL | {"verdict": "skipped", "reason": ""}]
+    lines = shown(table_for(rows, width, verbose))
     assert ("iterations" in lines[0]) == long
+    assert (bug in lines[1]) == reason
     assert len(lines) == 2
 
 
@@ -135,85 +127,80 @@ def test_migration_is_one_line() -> None:
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
-HOST = {"kernel": "6.12.1", "backend": "kvm_amd"}
 GOOD = Counter({"pass": 9, "known bug": 1, "skipped": 2})
 BAD = GOOD + Counter({"FAIL": 1})
-PANIC = {"ending": "PANIC", "text": "the kernel panicked: Kernel panic - not syncing"}
+NOTHING: Counter[str] = Counter()
+
+
+def passed(number: int) -> Counter[str]:
+    return Counter({"pass": number})
+
+
+def failed(number: int) -> Counter[str]:
+    return Counter({"FAIL": number})
+
+
+def ending(name: str, text: str) -> dict[str, str]:
+    """The end of a run in a booted kernel."""
+    return {"ending": name, "text": text}
 
 
 @pytest.mark.parametrize(
-    ("outcome", "word", "text"),
+    ("outcome", "text"),
     [
-        (RunSummary(GOOD), Verdict.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
-        (RunSummary(GOOD, planned=12), Verdict.GOOD, "good: 9 passed, 1 known bug, 2 skipped"),
-        (RunSummary(Counter({"known bug": 2})), Verdict.GOOD, "good: 2 known bugs"),
-        (RunSummary(BAD), Verdict.BAD, "bad: 9 passed, 1 failed, 1 known bug, 2 skipped"),
-        (
-            RunSummary(GOOD, Counter({"FAIL": 2, "pass": 3})),
-            Verdict.GOOD,
-            "good: 9 passed, 1 known bug, 2 skipped; the suite's own tests: 3 passed, 2 failed",
-        ),
-        (
-            RunSummary(Counter(), Counter({"FAIL": 2})),
-            Verdict.NONE,
-            "no verdict: the suite's own tests: 2 failed",
-        ),
-        (RunSummary(Counter()), Verdict.NONE, "no verdict: no test was selected"),
-        (RunSummary(Counter(), untested=Counter()), Verdict.NONE, "no verdict: no test was selected"),
-        (RunSummary(GOOD, log_reports=1), Verdict.BAD, "bad: 1 report in the kernel's log; 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(GOOD), "good: 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(GOOD, planned=12), "good: 9 passed, 1 known bug, 2 skipped"),
+        (RunSummary(Counter({"known bug": 2})), "good: 2 known bugs"),
+        (RunSummary(BAD), "bad: 9 passed, 1 failed, 1 known bug, 2 skipped"),
+        (RunSummary(passed(1), passed(3) + failed(2)), "good: 1 passed; the suite's own tests: 3 passed, 2 failed"),
+        (RunSummary(NOTHING, failed(2)), "no verdict: the suite's own tests: 2 failed"),
+        (RunSummary(NOTHING), "no verdict: no test was selected"),
+        (RunSummary(NOTHING, untested=NOTHING), "no verdict: no test was selected"),
+        (RunSummary(passed(1), log_reports=1), "bad: 1 report in the kernel's log; 1 passed"),
         (
             RunSummary(GOOD, planned=40, stopped="interrupted"),
-            Verdict.NONE,
             "interrupted: 12 of 40 tests ran (9 passed, 1 known bug, 2 skipped): no verdict",
         ),
         (
-            RunSummary(Counter({"pass": 1, "not run": 1}), planned=2, stopped="interrupted"),
-            Verdict.NONE,
+            RunSummary(passed(1) + Counter({"not run": 1}), planned=2, stopped="interrupted"),
             "interrupted: 1 of 2 tests ran (1 passed): no verdict",
         ),
-        (RunSummary(Counter(), stopped="interrupted"), Verdict.NONE, "interrupted: 0 tests ran: no verdict"),
+        (RunSummary(NOTHING, stopped="interrupted"), "interrupted: 0 tests ran: no verdict"),
+        (RunSummary(failed(1), planned=3, stopped="interrupted"), "bad: interrupted: 1 of 3 tests ran (1 failed)"),
         (
-            RunSummary(Counter({"FAIL": 1}), planned=3, stopped="interrupted"),
-            Verdict.BAD,
-            "bad: interrupted: 1 of 3 tests ran (1 failed)",
+            RunSummary(passed(1), failed(1), planned=3),
+            "stopped: 2 of 3 tests ran (1 passed): no verdict; the suite's own tests: 1 failed",
         ),
-        (RunSummary(Counter({"pass": 1}), Counter({"FAIL": 1}), planned=3), Verdict.NONE,
-         "stopped: 2 of 3 tests ran (1 passed): no verdict; the suite's own tests: 1 failed"),
         (
             RunSummary(Counter({"skipped": 5}), untested=Counter({"no KVM": 4, "no LA57": 1})),
-            Verdict.CANNOT,
             "cannot be tested: no test ran on KVM: no KVM (and 1 other reason, above); 5 skipped",
         ),
         (
-            RunSummary(Counter(), Counter({"pass": 7}), untested=Counter()),
-            Verdict.CANNOT,
+            RunSummary(NOTHING, passed(7), untested=NOTHING),
             "cannot be tested: no test ran on KVM: none that was selected needs it; the suite's own tests: 7 passed",
         ),
         (
-            RunSummary(Counter({"FAIL": 1, "skipped": 3}), end=PANIC),
-            Verdict.BAD,
-            "bad: the kernel panicked; 1 failed, 3 skipped",
+            RunSummary(failed(1), end=ending("PANIC", "the kernel panicked: Kernel panic - not syncing")),
+            "bad: the kernel panicked; 1 failed",
         ),
         (
-            RunSummary(Counter(), end={"ending": "NO_BOOT", "text": "the kernel does not boot: why"}, untested=Counter()),
-            Verdict.CANNOT,
+            RunSummary(NOTHING, end=ending("NO_BOOT", "the kernel does not boot: why"), untested=NOTHING),
             "cannot be tested: the kernel does not boot: why",
         ),
         (
-            RunSummary(GOOD, end={"ending": "NOT_TESTED", "text": "it cannot be tested: QEMU ended"}),
-            Verdict.CANNOT,
+            RunSummary(GOOD, end=ending("NOT_TESTED", "it cannot be tested: QEMU ended")),
             "cannot be tested: QEMU ended; 9 passed, 1 known bug, 2 skipped",
         ),
-        (
-            RunSummary(Counter({"FAIL": 1}), end={"ending": "EMULATOR_FAULT", "text": "the emulator failed: int3"}),
-            Verdict.BAD,
-            "bad: 1 failed",
-        ),
+        (RunSummary(failed(1), end=ending("EMULATOR_FAULT", "the emulator failed: int3")), "bad: 1 failed"),
     ],
-)  # fmt: skip
-def test_verdict_of_each_outcome(outcome: RunSummary, word: Verdict, text: str) -> None:
+)
+def test_verdict_of_each_outcome(outcome: RunSummary, text: str) -> None:
     """Each outcome of a run has its verdict on the kernel, with the reason and the counts."""
-    assert verdict_on_kernel(outcome) == (word, text)
+    words = {"good": Verdict.GOOD, "bad": Verdict.BAD, "cannot be tested": Verdict.CANNOT}
+    assert verdict_on_kernel(outcome) == (words.get(text.partition(":")[0], Verdict.NONE), text)
+
+
+HOST = {"kernel": "6.12.1", "backend": "kvm_amd"}
 
 
 @pytest.mark.parametrize(
@@ -232,46 +219,23 @@ def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text:
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-MIXED = [
-    "selftests/matrix/test_dirty_log.py", "--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024",
-    "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k", "--backing=anonymous", "--stop=forced",
-    "--density=sparse", "--vcpus=1",
-]  # fmt: skip
+MIXED = [*CELLS, *QUICK, "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k"]
 ESCAPE = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., str]:
     """Run pytest with KVM's bitmaps falsified, on a terminal of 80 columns or in a pipe; returns all that it wrote."""
-    (tmp_path / "faulty.py").write_text(LOSING_PLUGIN)
 
-    def run_it(*arguments: str, terminal: bool, **environment: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-p", "faulty", f"--results={tmp_path}/results", *arguments]
-        ours, theirs = pty.openpty() if terminal else os.pipe()
-        if terminal:
-            ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        removed = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS")
-        inherited = {name: value for name, value in os.environ.items() if name not in removed}
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-            env=inherited | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}", "TERM": "xterm"} | environment,
-        )  # fmt: skip
-        os.close(theirs)
-        with process, open(ours, "rb") as output:
-            return read_all(output.fileno()).replace("\r\n", "\n")
+    def run_it(*arguments: str, terminal: bool = False, **changes: str) -> str:
+        command, environment = pytest_command(tmp_path, LOSING_PLUGIN)
+        for name in ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS"):
+            environment.pop(name, None)
+        ours, theirs = open_terminal() if terminal else os.pipe()
+        with running([*command, *arguments], environment | changes, theirs):
+            return "".join(read(ours)).replace("\r\n", "\n")
 
     return run_it
-
-
-def read_all(descriptor: int) -> str:
-    """All output until the other side closes, which a pseudoterminal reports as EIO."""
-    parts = []
-    try:
-        while part := os.read(descriptor, 1 << 16):
-            parts.append(part)
-    except OSError:
-        pass
-    return b"".join(parts).decode()
 
 
 @pytest.mark.parametrize(
@@ -319,17 +283,17 @@ def test_output_at_the_end_of_a_run(
 def test_violation_is_shown_first(run: Callable[..., str]) -> None:
     """A failure shows the violation, the test's own line and the command; the library's frames only with --tb=long."""
     test = "selftests/interface/test_slots.py::test_logging_disabled_and_enabled[dirty-log]"
-    output = run(test, terminal=False)
+    output = run(test)
     report = output.partition("= FAILURES =")[2].splitlines()
     assert re.match(r"dirty-log: .*LOST", report[2]), output
     assert len(report[2 : report.index("")]) <= 2
     assert re.search(r"^selftests/interface/test_slots\.py:\d+: in test_\w+$", output, re.MULTILINE)
     assert "lib/dirty_tracking/vm.py" not in output
     assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
-    assert "lib/dirty_tracking/vm.py" in run(test, "--tb=long", terminal=False)
+    assert "lib/dirty_tracking/vm.py" in run(test, "--tb=long")
 
 
 def test_unit_tests_have_no_verdict(run: Callable[..., str]) -> None:
     """A run of unit tests only has their counts, and no verdict on a kernel."""
-    output = run("selftests/unit/test_uapi.py", "-q", terminal=False)
+    output = run("selftests/unit/test_uapi.py", "-q")
     assert re.search(r": no verdict: the suite's own tests: \d+ passed(, \d+ skipped)?$", output, re.MULTILINE), output

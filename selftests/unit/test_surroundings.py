@@ -7,43 +7,43 @@ from pathlib import Path
 import pytest
 
 from runner import ROOT
-from selftests.unit.commands import Done, start
+from selftests.unit.commands import CELLS, QUICK, Done, start
 
 USAGE_ERROR = 4
 
 
 def run_pytest(folder: Path, /, *words: str, **environment: str) -> Done:
-    options = [
-        "--test-mem=4M",
-        "--iterations=1",
-        "--interval=1",
-        "--ring-count=1024",
-        "--log-mode=dirty-log",
-        "--collect-only",
-    ]
-    return start(
-        [sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", *options, *words], folder, **environment
-    )
+    command = [sys.executable, "-m", "pytest", *CELLS, *QUICK, "--log-mode=dirty-log", "--collect-only", *words]
+    return start(command, folder, **environment)
 
 
-@pytest.mark.parametrize("package", ["elftools", "hypothesis", "pytest"])
-def test_python_without_the_packages(tmp_path: Path, package: str) -> None:
-    """A missing or old package is one line that names the commands with a complete environment."""
-    (tmp_path / "hide.py").write_text(
-        "import importlib.util, pytest\nfind_spec = importlib.util.find_spec\n"
-        f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find_spec(name, *rest)\n"
-        if package != "pytest"
-        else "import pytest\npytest.__version__ = '7.2.1'\n"
-    )
-    done = run_pytest(ROOT, "-p", "hide", PYTHONPATH=str(tmp_path))
+def error_line(done: Done) -> str:
+    """The only line of output of a run that was refused."""
     assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
     (line,) = (done.stdout + done.stderr).strip().splitlines()
-    needs, has = {
-        "elftools": ("pyelftools", "none"),
-        "hypothesis": ("hypothesis", "none"),
-        "pytest": ("pytest 8.0 or newer", "7.2.1"),
-    }[package]
-    assert line == (
+    return line
+
+
+HIDE = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "{}" else find_spec(name, *rest)
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "needs", "has"),
+    [
+        (HIDE.format("elftools"), "pyelftools", "none"),
+        (HIDE.format("hypothesis"), "hypothesis", "none"),
+        ("import pytest\npytest.__version__ = '7.2.1'\n", "pytest 8.0 or newer", "7.2.1"),
+    ],
+    ids=["elftools", "hypothesis", "pytest"],
+)
+def test_python_without_the_packages(tmp_path: Path, plugin: str, needs: str, has: str) -> None:
+    """A missing or old package is one line that names the commands with a complete environment."""
+    (tmp_path / "hide.py").write_text(plugin)
+    assert error_line(run_pytest(ROOT, "-p", "hide", PYTHONPATH=str(tmp_path))) == (
         f"ERROR: the suite needs {needs}, {sys.executable} has {has}: take 'make run', or '.venv/bin/python -m pytest'"
         " ('make .venv/run' sets it up)"
     )
@@ -61,11 +61,8 @@ def test_program_without_the_packages(tmp_path: Path, program: str) -> None:
 
 def test_workers_without_xdist() -> None:
     """If xdist is not loaded, -n is an error that says how to load it, and everything else works."""
-    done = run_pytest(ROOT, "-n2", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    assert done.returncode == USAGE_ERROR
-    (line,) = done.stderr.strip().splitlines()
-    assert (
-        line == "ERROR: -n needs pytest-xdist: it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
+    assert error_line(run_pytest(ROOT, "-n2", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")) == (
+        "ERROR: -n needs pytest-xdist: it is not loaded (add -p xdist, or unset PYTEST_DISABLE_PLUGIN_AUTOLOAD)"
     )
     for words in (["-p", "xdist", "-n0"], []):
         done = run_pytest(ROOT, *words, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -102,7 +99,7 @@ def test_unusual_checkout_path(tmp_path: Path) -> None:
     """The suite runs from a path with spaces and non-ASCII letters; where Python assumes ASCII, it is a usage error."""
     folder = tmp_path / "mit Leerzeichen, \u00fcberall"
     folder.mkdir()
-    for name in (
+    files = (
         "conftest.py",
         "pytest.ini",
         "pyproject.toml",
@@ -111,11 +108,10 @@ def test_unusual_checkout_path(tmp_path: Path) -> None:
         "runner",
         "guest_code",
         "selftests",
-    ):
+    )
+    for name in files:
         (folder / name).symlink_to(ROOT / name)
     done = run_pytest(folder, "-n1")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run_pytest(folder, "-n1", **SURROUNDINGS["ascii"])
-    assert done.returncode == USAGE_ERROR
-    (line,) = done.stderr.strip().splitlines()
+    line = error_line(run_pytest(folder, "-n1", **SURROUNDINGS["ascii"]))
     assert line.startswith("ERROR: the path of the suite is not ASCII")
