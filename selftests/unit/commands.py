@@ -21,12 +21,16 @@ from runner import ROOT
 
 Done = subprocess.CompletedProcess[str]
 
-# Options of a small run of the matrix, and of its cells that differ in the log mode only
+# Options of a small run, of cells that differ in log mode and number of vCPUs, and of one cell
 QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 CELLS = [
-    *("selftests/matrix/test_dirty_log.py", "--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced"),
-    *("--density=sparse", "--vcpus=1"),
+    "selftests/matrix/test_dirty_log.py",
+    "--guest-mode=48bit-4k",
+    "--backing=anonymous",
+    "--stop=forced",
+    "--density=sparse",
 ]
+ONE_CELL = [*CELLS, "--log-mode=dirty-log", "--vcpus=1"]
 
 
 def start(command: list[str], folder: Path, **environment: str) -> Done:

@@ -15,7 +15,7 @@ from harness.kernel_verdict import RunSummary, Verdict, describe_system, verdict
 from harness.selection import DIMENSIONS
 from harness.table import Line, counts_of_tests, long_table, migration_lines, short_table, summary, table_for
 from kvm_util.wording import counted, listed, wrapped
-from selftests.unit.commands import CELLS, QUICK, open_terminal, pytest_command, read, running
+from selftests.unit.commands import ONE_CELL, QUICK, open_terminal, pytest_command, read, running
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 
 CELL = dict(zip((*DIMENSIONS, "vcpus"), ("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1), strict=True))
@@ -219,7 +219,7 @@ def test_where_a_kernel_ran(host: dict[str, str], machine: dict[str, Any], text:
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
-MIXED = [*CELLS, *QUICK, "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k"]
+MIXED = [*ONE_CELL, *QUICK, "--log-mode=dirty-log,dirty-ring", "--guest-mode=48bit-4k,57bit-4k"]
 ESCAPE = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 
 

@@ -3,33 +3,22 @@
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from runner import ROOT
+from selftests.unit.commands import CELLS, open_terminal, pytest_command, read, running
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 
-CELLS = [
-    "--guest-mode=48bit-4k",
-    "--backing=anonymous",
-    "--stop=forced",
-    "--density=sparse",
-    "--log-mode=dirty-log,clear-log",
-]
-SIZES = ["--test-mem=4M", "--interval=1"]
+FOUR_CELLS = [*CELLS, "--log-mode=dirty-log,clear-log", "--test-mem=4M", "--interval=1"]
 ENDLESS, SHORT = "--iterations=1000000", "--iterations=40"
 PASSED, FAILED, INTERRUPTED = 0, 1, 2
 
@@ -54,15 +43,11 @@ class Run:
             assert time.monotonic() < deadline and self.process.poll() is None, self.output
             time.sleep(0.05)
 
-    def workers(self) -> list[int]:
-        pid = self.process.pid
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
     def ends(self) -> int:
         """Wait for the run to end and check that no process is left; returns the exit status."""
         status = self.process.wait(60)
         deadline = time.monotonic() + 10
-        while group_members(self.process.pid):
+        while any(is_running_in(self.process.pid, stat) for stat in Path("/proc").glob("[0-9]*/stat")):
             assert time.monotonic() < deadline, "processes of the run are still there"
             time.sleep(0.1)
         assert "Traceback" not in self.output
@@ -79,72 +64,58 @@ class Run:
         return [(cell["verdict"], cell["reason"]) for cell in data["cells"]]
 
 
+def is_running_in(group: int, stat: Path) -> bool:
+    """Whether the process of *stat* belongs to a process group, and is no zombie."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        state, _parent, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+        return int(process_group) == group and state != "Z"
+    return False
+
+
 Start = Callable[..., Run]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """A function that starts a run of four cells with the given pytest options."""
-    runs = []
+    with ExitStack() as runs:
 
-    def begin(*options: str, stdout: Any = None, plugin: str = "") -> Run:
-        (tmp_path / "under_test.py").write_text(plugin)
-        files = [f"--results={tmp_path}/results", f"--junitxml={tmp_path}/junit.xml"]
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "under_test", "selftests/matrix/test_dirty_log.py"]
-        with (tmp_path / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                [*command, *CELLS, *SIZES, *files, *options], cwd=ROOT, stdout=stdout or output,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=restore_signal_defaults,
-                env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}", "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
-        runs.append(Run(tmp_path, process))
-        return runs[-1]
+        def begin(*options: str, plugin: str = "", terminal: int | None = None) -> Run:
+            command, environment = pytest_command(tmp_path, plugin)
+            command += ["-v", f"--junitxml={tmp_path}/junit.xml", *FOUR_CELLS, *options]
+            environment["PYTHONUNBUFFERED"] = "1"
+            with (tmp_path / "output.txt").open("w+b") as file:
+                output = os.dup(file.fileno()) if terminal is None else terminal
+            return Run(tmp_path, runs.enter_context(running(command, environment, output, own_terminal=False)))
 
-    yield begin
-    for run in runs:
-        with suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
-
-
-def restore_signal_defaults() -> None:
-    """In a child: undo that a shell makes background jobs ignore SIGINT, which is inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def group_members(group: int) -> list[str]:
-    """Pids of the running processes of a process group."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state, _parent, process_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(process_group) == group and state != "Z":
-                members.append(path.parent.name)
-    return members
+        yield begin
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all", "workers"),
+    ("number", "to_all", "workers", "times"),
     [
-        (signal.SIGINT, True, "-n2"),  # as a terminal sends it
-        (signal.SIGINT, True, "-n0"),
-        (signal.SIGTERM, False, "-n2"),
-        (signal.SIGTERM, True, "-n2"),
-        (signal.SIGHUP, False, "-n0"),
+        (signal.SIGINT, True, "-n2", 1),  # as a terminal sends it
+        (signal.SIGINT, True, "-n0", 1),
+        (signal.SIGINT, True, "-n2", 6),
+        (signal.SIGTERM, False, "-n2", 1),
+        (signal.SIGTERM, True, "-n2", 1),
+        (signal.SIGHUP, False, "-n0", 1),
     ],
 )
 @pytest.mark.slow
-def test_signal_ends_the_run(start: Start, number: signal.Signals, to_all: bool, workers: str) -> None:
-    """A signal ends the run in an orderly way; each cell that has not run has the signal as its reason."""
+def test_signal_ends_the_run(start: Start, number: signal.Signals, to_all: bool, workers: str, times: int) -> None:
+    """A signal, also a repeated one, ends the run in an orderly way, and is the reason of each cell that has not run."""
     run = start(ENDLESS, workers)
     run.await_output("::test_dirty_log[")
-    (os.killpg if to_all else os.kill)(run.process.pid, number)
+    for _ in range(times):
+        (os.killpg if to_all else os.kill)(run.process.pid, number)
+        time.sleep(0.2)
     assert run.ends() == INTERRUPTED
     interrupted = f"the run was interrupted ({number.name})"
     assert {reason.removesuffix(", during the test") for _, reason in run.verdicts()} == {interrupted}
     assert [verdict for verdict, _ in run.verdicts()] == ["not run"] * 4
     assert "4 cells: 4 not run" in run.output
+    assert ("the run is ending and writing its results" in run.output) == (times > 1)
     assert "make check-kernel" not in run.output  # no advice for an interrupted run
     assert "no test ran on KVM" not in run.output
 
@@ -156,20 +127,6 @@ def test_ctrl_c_while_workers_start(start: Start) -> None:
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.ends() == INTERRUPTED
     assert re.search(r" interrupted: 0( of 4)? tests ran: no verdict", run.output)
-    assert "Traceback" not in run.output
-
-
-@pytest.mark.slow
-def test_repeated_ctrl_c_loses_nothing(start: Start) -> None:
-    """Repeated Ctrl-C while the run is ending loses no results, and prints that the run is ending."""
-    run = start(ENDLESS, "-n2")
-    run.await_output("::test_dirty_log[")
-    for _ in range(6):
-        os.killpg(run.process.pid, signal.SIGINT)
-        time.sleep(0.2)
-    assert run.ends() == INTERRUPTED
-    assert "the run is ending and writing its results" in run.output
-    assert len(run.verdicts()) == 4
 
 
 STUCK_PLUGIN = """
@@ -198,14 +155,13 @@ def test_late_ctrl_c_discards_results(start: Start) -> None:
 @pytest.mark.slow
 def test_closed_terminal_loses_nothing(start: Start) -> None:
     """A run whose terminal closes still writes its files."""
-    ours, theirs = pty.openpty()
-    run = start(ENDLESS, "-n2", stdout=theirs)
-    os.close(theirs)
-    seen = b""
-    while b"::test_dirty_log[" not in seen:
-        assert select.select([ours], [], [], 60)[0], seen
-        seen += os.read(ours, 4096)
-    os.close(ours)
+    ours, theirs = open_terminal()
+    run = start(ENDLESS, "-n2", terminal=theirs)
+    output = read(ours)
+    seen = ""
+    while "::test_dirty_log[" not in seen:
+        seen += next(output)
+    output.close()
     time.sleep(0.02)  # the run writes to the closed terminal before the signal comes
     os.killpg(run.process.pid, signal.SIGHUP)
     assert run.ends() == INTERRUPTED
@@ -221,7 +177,9 @@ def test_killed_worker_is_reported(start: Start, number: signal.Signals, status:
     """A killed worker's cell is in the results and the others run; SIGKILL is a failure, SIGTERM is not."""
     run = start(SHORT, "-n1")
     run.await_output("::test_dirty_log[")
-    os.kill(run.workers()[0], number)
+    pid = run.process.pid
+    (worker,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(worker), number)
     assert run.ends() == status
     assert sorted(run.verdicts()) == sorted([verdict, *[("pass", "")] * 3])
 

@@ -5,19 +5,15 @@ import fcntl
 import io
 import json
 import os
-import pty
 import random
 import re
 import select
-import signal
 import struct
-import subprocess
 import sys
 import termios
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,34 +30,34 @@ from harness.progress import Progress, WorkerProgress
 from harness.remote import RemoteSession
 from harness.report_stream import ReportStream
 from harness.run_report import Facts, RunReport
-from runner import ROOT, waiting
+from runner import waiting
 from runner.apt import Suite
 from runner.live_lines import LiveLines, is_terminal
 from runner.store import locked
 from runner.target import Target
 from runner.waiting import duration
+from selftests.unit.commands import ONE_CELL, open_terminal, pytest_command, read, running
 
 ROWS, COLUMNS = 24, 80
 INTERRUPTED = 2
-ONE_CELL = [
-    *("--log-mode=dirty-log", "--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse"),
-    *("--vcpus=1", "--test-mem=4M"),
-]
 CELL = "dirty-log-48bit-4k-anonymous-forced-sparse-1vcpu"
+CELL_TEST = f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]"
 
 
 # --- a terminal -------------------------------------------------------------------------------------------------------
 
 
 class Screen:
-    """A terminal emulator that knows the escape sequences used by the suite, and no others."""
+    """A terminal emulator that knows the escape sequences used by the suite, and no others.
 
-    def __init__(self, rows: int = ROWS, columns: int = COLUMNS) -> None:
-        self._rows, self._columns = rows, columns
+    Its lines are all that were ever there; the screen shows the last ones.
+    """
+
+    def __init__(self, rows: int = ROWS) -> None:
+        self._rows = rows
         self._lines = [""] * rows
-        self._gone: list[str] = []
         self._row = self._column = 0
-        self._saved = (0, 0)
+        self._saved = (0, 0)  # the row is that on the screen: it does not scroll
 
     def feed(self, text: str) -> None:
         """Process output."""
@@ -71,21 +67,19 @@ class Screen:
             elif part in ("\n", "\x1bD"):
                 self._down()
             elif part == "\x1b7":
-                self._saved = (self._row, self._column)
+                self._saved = (self._row - self._top, self._column)
             elif part == "\x1b8":
-                self._row, self._column = self._saved
-            elif part == "\x1b[K":
+                self._row, self._column = self._saved[0] + self._top, self._saved[1]
+            elif part in ("\x1b[K", "\x1b[J"):
                 self._lines[self._row] = self._lines[self._row][: self._column]
-            elif part == "\x1b[J":
-                self._lines[self._row :] = [
-                    self._lines[self._row][: self._column],
-                    *[""] * (self._rows - self._row - 1),
-                ]
+                if part == "\x1b[J":
+                    below = slice(self._row + 1, None)
+                    self._lines[below] = [""] * len(self._lines[below])
             elif match := re.fullmatch(r"\x1b\[(\d+)A", part):
-                self._row = max(self._row - int(match[1]), 0)
-                self._column = min(self._column, self._columns - 1)  # forgets a pending wrap
+                self._row = max(self._row - int(match[1]), self._top)
+                self._column = min(self._column, COLUMNS - 1)  # forgets a pending wrap
             elif match := re.fullmatch(r"\x1b\[(\d+)G", part):
-                self._column = min(int(match[1]), self._columns) - 1
+                self._column = min(int(match[1]), COLUMNS) - 1
             elif not re.fullmatch(r"\x1b\[[0-9;]*m", part):
                 assert len(part) == 1, f"unknown sequence {part!r}"
                 self._put(part)
@@ -93,14 +87,18 @@ class Screen:
     @property
     def text(self) -> str:
         """All lines, beginning with those scrolled off, without empty lines at the end."""
-        return "\n".join(line.rstrip() for line in (*self._gone, *self._lines)).rstrip()
+        return "\n".join(line.rstrip() for line in self._lines).rstrip()
 
     @property
     def cursor_line(self) -> str:
         return self._lines[self._row]
 
+    @property
+    def _top(self) -> int:
+        return len(self._lines) - self._rows
+
     def _put(self, character: str) -> None:
-        if self._column == self._columns:
+        if self._column == COLUMNS:
             self._column = 0
             self._down()
         line = self._lines[self._row].ljust(self._column)
@@ -108,11 +106,9 @@ class Screen:
         self._column += 1
 
     def _down(self) -> None:
-        if self._row == self._rows - 1:
-            self._gone.append(self._lines.pop(0))
+        self._row += 1
+        if self._row == len(self._lines):
             self._lines.append("")
-        else:
-            self._row += 1
 
 
 @dataclass
@@ -141,12 +137,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     with open(slave, "w") as file:
         yield Terminal(file, master)
     os.close(master)
-
-
-def open_terminal(rows: int = ROWS, columns: int = COLUMNS) -> tuple[int, int]:
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    return master, slave
 
 
 # --- status lines -----------------------------------------------------------------------------------------------------
@@ -263,11 +253,11 @@ def progress_of(total: int = 2) -> Any:
 def test_running_tests_are_listed(clock: SimpleNamespace) -> None:
     """Running tests are listed oldest first with time and progress, a few of many, and clipped to the terminal's width."""
     plugin = progress_of(total=20)
-    plugin.pytest_runtest_logstart(nodeid=f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]")
+    plugin.pytest_runtest_logstart(nodeid=CELL_TEST)
     clock.now += 5
     for number in range(5):
         plugin.pytest_runtest_logstart(nodeid=f"selftests/test_a.py::test_{number}")
-    plugin.update(f"selftests/matrix/test_dirty_log.py::test_dirty_log[{CELL}]", Step(12, 32, 1_234_567, 21.0))
+    plugin.update(CELL_TEST, Step(12, 32, 1_234_567, 21.0))
     clock.now += 65
     assert plugin._live_lines(79) == [
         "[........................]  0 of 20 tests, 1 min 10 s",
@@ -381,9 +371,20 @@ esac
 """
 
 
-@pytest.fixture
-def slow_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
-    """A Debian suite with two packages of 1 MB; the second one arrives once the first one has been displayed."""
+@pytest.mark.parametrize(
+    ("live", "output"),
+    [
+        (False, r"downloading 2 packages, 2\.0 MB\n(.*\n)*downloading 2 packages: 1\.0 of 2\.0 MB, \d s\n(.*\n)*"),
+        (True, r"(.*\r)*downloading 2 packages: \[#{12}\.{12}\] 1\.0 of 2\.0 MB, \d s\x1b\[K(.*)\r\x1b\[K"),
+    ],
+)
+def test_progress_of_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    terminal: Terminal, live: bool, output: str,
+) -> None:  # fmt: skip
+    """A download's progress is lines at intervals, or a bar that is erased at the end; then its duration is printed."""
+    if live:
+        monkeypatch.setattr(sys, "stderr", terminal.file)
     (tmp_path / "apt-get").write_text(SLOW_APT)
     (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -396,33 +397,16 @@ def slow_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     def shown(text: str) -> None:
         real(text)
         if "1.0 of 2.0 MB" in text:
-            (tmp_path / "apt-get.seen").touch()
+            (tmp_path / "apt-get.seen").touch()  # now the second package arrives
 
     monkeypatch.setattr(waiting, "_print", shown)
-    return Suite("trixie")
+    assert len(Suite("trixie").download(["a", "b"])) == 2
+    printed = terminal.printed() if live else capsys.readouterr().err
+    assert re.fullmatch(output + r"downloaded 2 packages, 2\.0 MB, in \d s\r?\n", printed)
 
 
-def test_download_without_a_terminal(slow_suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal, a download prints its size, then its progress at intervals, then its duration."""
-    assert len(slow_suite.download(["a", "b"])) == 2
-    first, *between, last = capsys.readouterr().err.splitlines()
-    assert first == "downloading 2 packages, 2.0 MB"
-    assert any(re.fullmatch(r"downloading 2 packages: 1\.0 of 2\.0 MB, \d s", line) for line in between)
-    assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", last)
-
-
-def test_download_on_a_terminal(slow_suite: Suite, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, a download is a progress bar, which its duration replaces at the end."""
-    monkeypatch.setattr(sys, "stderr", terminal.file)
-    slow_suite.download(["a", "b"])
-    printed, screen = terminal.printed(), Screen()
-    assert re.search(r"\rdownloading 2 packages: \[#{12}\.{12}\] 1\.0 of 2\.0 MB, \d s\x1b\[K", printed)
-    screen.feed(printed)
-    assert re.fullmatch(r"downloaded 2 packages, 2\.0 MB, in \d s", screen.text)
-
-
-def test_long_name_is_clipped(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long operation name is clipped so that the line fits into the terminal with its progress."""
+def test_progress_bar_of_an_operation(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, an operation has a bar, which vanishes at the end; a long name is clipped to leave room for it."""
     monkeypatch.setattr(sys, "stderr", terminal.file)
     monkeypatch.setattr(waiting, "_TICK", 0.05)
     calls = threading.Semaphore(0)
@@ -462,70 +446,23 @@ def test_wait_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def command(results: Path, *arguments: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", *ONE_CELL),
-        *(f"--results={results}", *arguments),
-    ]
-
-
-def started(words: list[str], output: int, **environment: str) -> "subprocess.Popen[bytes]":
-    """Start a command; if *output* is a terminal it becomes the command's controlling terminal, so that ^C works."""
-
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may ignore it for background jobs
-        if os.isatty(output):
-            fcntl.ioctl(output, termios.TIOCSCTTY, 0)
-
-    return subprocess.Popen(
-        words, cwd=ROOT, stdin=output, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare,
-        env=os.environ | {"TERM": "xterm"} | environment,
-    )  # fmt: skip
-
-
-@contextmanager
-def ended(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Kill the process when the body ends."""
-    with process:
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-def read(source: int, seconds: float = 60) -> Iterator[str]:
-    """Read a terminal or a pipe to its end; fails the test after *seconds*."""
-    deadline = time.monotonic() + seconds
-    while select.select([source], [], [], max(deadline - time.monotonic(), 0))[0]:
-        try:
-            data = os.read(source, 1 << 16)
-        except OSError:  # EIO: the terminal has no user any more
-            return
-        if not data:
-            return
-        yield data.decode(errors="replace")
-    pytest.fail(f"it did not end within {seconds} s")
-
-
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
 @pytest.mark.usefixtures("kvm")
 @pytest.mark.slow
 def test_status_lines_during_a_cell(tmp_path: Path, workers: list[str]) -> None:
     """A long cell is shown with iteration, writes and time left; after Ctrl-C no trace of that is left."""
-    master, slave = open_terminal()
-    process = started(command(tmp_path / "results", "--iterations=9000", *workers), slave)
-    os.close(slave)
+    ours, theirs = open_terminal()
+    command, environment = pytest_command(tmp_path)
     screen = Screen(rows=200)
     interrupted = False
     figures = r"^ +\d+ s  dirty-\S+\.\.: iteration \d+ of 9000, \d+k? writes, about \d.* left$"
-    with ended(process):
-        for text in read(master):
+    with running([*command, *ONE_CELL, "--test-mem=4M", "--iterations=9000", *workers], environment, theirs) as process:
+        for text in read(ours):
             screen.feed(text)
             if not interrupted and re.search(rf"^\[\.+\]  0 of 1 test, \d+ s\n{figures}", screen.text, re.MULTILINE):
-                os.write(master, b"\x03")
+                os.write(ours, b"\x03")
                 interrupted = True
         assert process.wait(10) == INTERRUPTED, screen.text
-    os.close(master)
     assert interrupted, screen.text
     assert "^C" in screen.text
     assert "KeyboardInterrupt" in screen.text
@@ -542,23 +479,19 @@ harness.progress.SILENCE = harness.progress.MORE_SILENCE = 1.0
 @pytest.mark.slow
 def test_plain_lines_during_a_cell(tmp_path: Path) -> None:
     """Plain lines name a long cell repeatedly in a pipe, on a dumb terminal, and without capture."""
-    (tmp_path / "impatient.py").write_text(IMPATIENT)
-    pipe, terminals = os.pipe(), [open_terminal() for _ in range(2)]
-    path = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
+    cases: list[tuple[str, tuple[int, int], list[str], dict[str, str]]] = [
+        ("pipe", os.pipe(), ["-n2"], {}),
+        ("dumb", open_terminal(), [], {"TERM": "dumb"}),
+        ("no-capture", open_terminal(), ["-s"], {}),
+    ]
     with ExitStack() as stack:
-        runs = {}
-        for name, (source, output), options, environment in (
-            ("pipe", pipe, ["-n2"], {}),
-            ("dumb", terminals[0], [], {"TERM": "dumb"}),
-            ("no capture", terminals[1], ["-s"], {}),
-        ):
-            words = command(tmp_path / name, "-p", "impatient", "--iterations=17", "--interval=200", *options)
-            runs[name] = (source, started(words, output, **environment, **path))
-            stack.enter_context(ended(runs[name][1]))
-            stack.callback(os.close, source)
-            os.close(output)
-        for name, (source, process) in runs.items():
-            text = "".join(read(source)).replace("\r\n", "\n")
+        processes = []
+        for name, (_, theirs), options, changes in cases:
+            command, environment = pytest_command(tmp_path / name, IMPATIENT)
+            command += [*ONE_CELL, "--test-mem=4M", "--iterations=17", "--interval=200", *options]
+            processes.append(stack.enter_context(running(command, environment | changes, theirs)))
+        for (name, (ours, _), _, _), process in zip(cases, processes, strict=True):
+            text = "".join(read(ours)).replace("\r\n", "\n")
             assert process.wait(10) == 0, text
             named = rf"{CELL} \(\d+ s, iteration \d+ of 17, \d+k? writes, about \d s left\)"
             lines = re.findall(rf"(?m)^after \d+ s: 0 of 1 test done, now: {named}$", text)

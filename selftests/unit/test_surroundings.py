@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from runner import ROOT
-from selftests.unit.commands import CELLS, QUICK, Done, start
+from selftests.unit.commands import ONE_CELL, QUICK, Done, start
 
 USAGE_ERROR = 4
 
 
 def run_pytest(folder: Path, /, *words: str, **environment: str) -> Done:
-    command = [sys.executable, "-m", "pytest", *CELLS, *QUICK, "--log-mode=dirty-log", "--collect-only", *words]
+    command = [sys.executable, "-m", "pytest", *ONE_CELL, *QUICK, "--collect-only", *words]
     return start(command, folder, **environment)
 
 
