@@ -23,7 +23,7 @@ from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
 from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
-from kvm_util.memory import BACKINGS, MIB, GuestMemory
+from kvm_util.memory import MIB, GuestMemory
 from kvm_util.vm import Vm
 from selftests.unit.mutants.faults import falsify_bitmaps
 
@@ -37,10 +37,15 @@ def cell(mode: str = "dirty-log", vcpus: int = 1, stop: str = "cooperative") -> 
     return Cell(mode, "48bit-4k", "anonymous", stop, "sparse", vcpus)
 
 
+def replace_code(run: DirtyLogRun, code: bytes, symbol: str = "sparse_writes") -> int:
+    """Replace the guest's code at *symbol*; returns its address."""
+    address = run.guest.program.symbols[symbol]
+    run.guest.memory(address, len(code))[:] = code
+    return address
+
+
 def open_files() -> list[str]:
-    return sorted(
-        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{fd}").exists()
-    )
+    return sorted(str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists())
 
 
 def resident_memory() -> int:
@@ -65,7 +70,7 @@ def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
     def one_run(number: int) -> None:
         with DirtyLogRun(kvm, cell(modes[number % len(modes)], vcpus=1 + number % 2), SETTINGS) as run:
             if number % 10 == 9:
-                run.guest.memory(run.guest.program.symbols["sparse_writes"], 2)[:] = UD2
+                replace_code(run, UD2)
                 with pytest.raises(GuestError):
                     run.run()
             else:
@@ -83,30 +88,23 @@ def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
     assert resident_memory() - before < 20 * MIB
 
 
-def test_guest_exception_while_writing(kvm: Kvm) -> None:
-    """An exception of the guest in the middle of its writes is reported with its vector."""
-    with DirtyLogRun(kvm, cell(), SETTINGS) as run:
-        run.guest.memory(run.guest.program.symbols["sparse_writes"], 2)[:] = UD2
-        with pytest.raises(GuestError, match="dirty_writer took #UD invalid opcode"):
-            run.run()
-
-
-def test_guest_write_to_unmapped_memory(kvm: Kvm) -> None:
-    """A guest write to unmapped memory is reported as a page fault with its address."""
-    with DirtyLogRun(kvm, cell(), SETTINGS) as run:
-        run.guest.memory(run.guest.program.symbols["sparse_writes"], 8)[:] = STORE_TO_0X10
-        with pytest.raises(GuestError, match=r"#PF page fault.*write of 0x10 \(not mapped\)"):
-            run.run()
-
-
-@pytest.mark.parametrize("vcpus", [1, 2])
-def test_hung_vcpu_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, vcpus: int) -> None:
-    """A guest that spins without writing is kicked out and reported with its registers."""
+@pytest.mark.parametrize(
+    ("code", "vcpus", "error", "report"),
+    [
+        (UD2, 1, GuestError, "dirty_writer took #UD invalid opcode"),
+        (STORE_TO_0X10, 1, GuestError, r"#PF page fault.*write of 0x10 \(not mapped\)"),
+        (SPIN, 1, VcpuHang, r"no progress in 0.5 s of writing; writes published[\s\S]*rip=0*{address:x}"),
+        (SPIN, 2, VcpuHang, r"no progress in 0.5 s of writing; writes published[\s\S]*rip=0*{address:x}"),
+    ],
+)
+def test_guest_that_stops_writing(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, code: bytes, vcpus: int, error: type[Exception], report: str
+) -> None:
+    """A guest's exception in the middle of its writes, or its spinning, is reported with its cause and the registers."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=vcpus), SETTINGS) as run:
-        spot = run.guest.program.symbols["sparse_writes"]
-        run.guest.memory(spot, 2)[:] = SPIN
-        with pytest.raises(VcpuHang, match=rf"no progress in 0.5 s of writing; writes published[\s\S]*rip=0*{spot:x}"):
+        address = replace_code(run, code)
+        with pytest.raises(error, match=report.format(address=address)):
             run.run()
 
 
@@ -114,11 +112,10 @@ def test_one_hung_vcpu_of_two(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None
     """A hung vCPU is reported although the other one makes progress."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(vcpus=2), SETTINGS) as run:
-        symbols = run.guest.program.symbols
         block = arch.get_regs(run.guest.vm.vcpus[1].fd).rdi
-        run.guest.memory(block + symbols["BLOCK_SPARSE"], 8).cast("Q")[0] = 0
-        run.guest.memory(symbols["dense_writes"], 2)[:] = SPIN
-        with pytest.raises(VcpuHang, match=rf"vCPU 1: [\s\S]*rip=0*{symbols['dense_writes']:x}"):
+        run.guest.memory(block + run.guest.program.symbols["BLOCK_SPARSE"], 8).cast("Q")[0] = 0
+        address = replace_code(run, SPIN, "dense_writes")
+        with pytest.raises(VcpuHang, match=rf"vCPU 1: [\s\S]*rip=0*{address:x}"):
             run.run()
 
 
@@ -126,12 +123,7 @@ def test_vcpu_ignores_the_stop_flag(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -
     """A guest that ignores the stop flag is reported as hung, and its thread still ends."""
     monkeypatch.setattr(writers, "HANG_TIMEOUT", 0.5)
     with DirtyLogRun(kvm, cell(), SETTINGS) as run:
-        spot = run.guest.program.symbols["sparse_writes"]
-        monkeypatch.setattr(
-            run.writers,
-            "set_stop_flags",
-            lambda value: run.guest.memory(spot, 2).__setitem__(slice(None), SPIN) if value else None,
-        )
+        monkeypatch.setattr(run.writers, "set_stop_flags", lambda stop: replace_code(run, SPIN) if stop else None)
         with pytest.raises(VcpuHang, match=r"no progress in 0\.5 s of stopping"):
             run.run()
 
@@ -205,21 +197,21 @@ def test_ctrl_c_while_vcpus_run(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, stop:
             run.run()
 
 
-def test_failed_setup_leaks_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (BitmapMode, "create_vm_done"), (GuestMemory, "populate")],
+)
+def test_failed_setup_leaks_nothing(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, owner: type, step: str) -> None:
     """If a step of setting up a VM fails, nothing is leaked."""
 
     def fails(*_: object) -> None:
         raise KvmError(errno.ENOMEM, "STEP")
 
-    for owner, step in (
-        (Vm, "set_user_memory_region"), (Vm, "create_vcpu"), (BitmapMode, "create_vm_done"), (GuestMemory, "populate"),
-    ):  # fmt: skip
-        with monkeypatch.context() as patch, pytest.raises(KvmError):
-            patch.setattr(owner, step, fails)
-            DirtyLogRun(kvm, cell(), SETTINGS)
-    for owner, step in ((Vm, "create_vcpu"), (BitmapMode, "create_vm_done")):
-        with monkeypatch.context() as patch, pytest.raises(KvmError):
-            patch.setattr(owner, step, fails)
+    monkeypatch.setattr(owner, step, fails)
+    with pytest.raises(KvmError):
+        DirtyLogRun(kvm, cell(), SETTINGS)
+    if step in ("create_vcpu", "create_vm_done"):
+        with pytest.raises(KvmError):
             ScriptedVm(kvm, "dirty-log")
 
 
@@ -236,11 +228,3 @@ def test_ring_that_stays_full(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None
     collections = [finding.collection for finding in error.value.violations]
     assert collections == sorted(collections)
     assert {finding.kind for finding in error.value.violations} == {Kind.STUCK, Kind.LOST, Kind.GAP}
-
-
-def test_missing_hugetlb_pages() -> None:
-    """Missing hugetlb pages are reported with the number needed."""
-    backing = BACKINGS["anonymous_hugetlb_1gb"]
-    reason = backing.missing(1 << 46)
-    assert reason is not None
-    assert "huge pages" in reason
