@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-Limit = Callable[[], None]
+import pytest
+
+Limit = Callable[[], object]
 
 # <linux/prctl.h>, <linux/seccomp.h>, <linux/filter.h>
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_THP_DISABLE = 38, 22, 41
@@ -18,6 +20,7 @@ _SECCOMP_MODE_FILTER = 2
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _RET_ALLOW, _RET_ERRNO = 0x7FFF0000, 0x00050000
 
+_GROUPS = Path("/sys/fs/cgroup")
 _NAMES_IN_V1 = {"memory.max": "memory.limit_in_bytes"}
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -39,12 +42,11 @@ def no_thp() -> None:
     _prctl(_PR_SET_THP_DISABLE, 1)
 
 
-def why_no_user(user: int) -> str | None:
-    """Why a process cannot change to *user*: its user namespace may lack the id. None if it can."""
+def skip_without_user(user: int) -> None:
+    """Skip the test if a process cannot change to *user*: its user namespace may lack the id."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    if any(first <= user < first + count for first, _, count in ranges):
-        return None
-    return f"this user namespace has no user {user}"
+    if not any(first <= user < first + count for first, _, count in ranges):
+        pytest.skip(f"this user namespace has no user {user}")
 
 
 def refused(*calls: int, code: int = errno.EPERM) -> Limit:
@@ -71,31 +73,29 @@ def _prctl(option: int, *arguments: object) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option})")
 
 
-class NoGroups(Exception):
-    """Control groups cannot be created here; the message says why."""
-
-
 @contextmanager
-def group(controller: str, file: str, value: str) -> Iterator[Limit]:
+def group(file: str, value: str) -> Iterator[Limit]:
     """Create a control group with *value* in *file*; yields a callable by which a child joins it.
 
+    The test is skipped if this user may not create groups, or if they do not have the controller.
+
     :param file: its name in cgroup v2
-    :raises NoGroups: this user may not create groups, or the controller is not available
     """
-    v1 = Path("/sys/fs/cgroup") / controller
-    parent = v1 if v1.is_dir() else Path("/sys/fs/cgroup")
-    if not v1.is_dir() and controller not in _text(parent / "cgroup.subtree_control").split():
-        raise NoGroups(f"no group can have the {controller} controller here")
-    folder = parent / f"dirty-tracking-{os.getpid()}"
+    controller = file.partition(".")[0]
+    v1 = (_GROUPS / controller).is_dir()
+    folder = (_GROUPS / controller if v1 else _GROUPS) / f"dirty-tracking-{os.getpid()}"
     try:
         folder.mkdir()
     except OSError as error:
-        raise NoGroups(f"no group can be created here: {error.strerror}") from error
+        pytest.skip(f"no group can be created here: {error.strerror}")
     try:
-        (folder / (_NAMES_IN_V1.get(file, file) if v1.is_dir() else file)).write_text(value)
+        setting = folder / (_NAMES_IN_V1.get(file, file) if v1 else file)
+        if not setting.exists():
+            pytest.skip(f"no group can have the {controller} controller here")
+        setting.write_text(value)
         if file == "memory.max":
             _forbid_swap(folder, value)
-        yield lambda: _join(folder)
+        yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))
     finally:
         folder.rmdir()
 
@@ -105,14 +105,3 @@ def _forbid_swap(folder: Path, memory: str) -> None:
     for file, value in (("memory.swap.max", "0"), ("memory.memsw.limit_in_bytes", memory)):
         if (folder / file).exists():
             (folder / file).write_text(value)
-
-
-def _join(folder: Path) -> None:
-    (folder / "cgroup.procs").write_text(str(os.getpid()))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -7,12 +7,12 @@ Most tests run a small cell in a process under a real limit. For limits of the w
 import errno
 import mmap
 import os
+import re
 import resource
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -36,17 +36,23 @@ from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissi
 from kvm_util.userfault import MissingPages
 from runner import ROOT
 from selftests.unit import limits
+from selftests.unit.commands import CELLS, ONE_CELL, QUICK, pytest_command
 from selftests.unit.limits import Limit, rlimit
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 
-SIZES = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
-CELL = ["selftests/matrix/test_dirty_log.py", "--guest-mode=48bit-4k", "--stop=forced", "--density=sparse"]
-ONE = [*CELL, *SIZES, "--log-mode=dirty-log", "--backing=anonymous", "--vcpus=1"]
+ONE = [*ONE_CELL, *QUICK]
+ALL_BACKINGS = [word for word in ONE if not word.startswith("--backing")]
 USAGE_ERROR, NOTHING_RAN, FAILED = 4, 5, 1
 SYS_MADVISE, SYS_MEMFD_CREATE = 28, 319
 NOBODY = 54321
 
-MakeGroup = Callable[[str, str, str], Limit]
+EITHER_VERDICT = pytest.mark.parametrize(
+    ("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"]
+)
+
+
+# A file of a control group, by its name in cgroup v2, and its value
+Group = tuple[str, str]
 
 
 class Suite:
@@ -60,33 +66,20 @@ class Suite:
         self._device = device
         self.output = ""
 
-    def __call__(self, *arguments: str, limit: Limit | None = None, plugin: str = "") -> int:
-        (self._folder / "under_test.py").write_text(plugin)
-        options = [f"--results={self._folder}/results", f"--kvm-device={self._device}"]
-        command = [sys.executable, "-m", "pytest", "-p", "under_test", *options, *arguments]
-        environment = os.environ | {"PYTHONPATH": f"{self._folder}:{ROOT / 'lib'}"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=limit, check=False,
-        )  # fmt: skip
+    def __call__(self, *arguments: str, limit: Limit | Group | None = None, plugin: str = "") -> int:
+        """Run pytest with *plugin*, the text of a module; returns the exit status."""
+        command, environment = pytest_command(self._folder, plugin)
+        command += [f"--kvm-device={self._device}", *arguments]
+        with limits.group(*limit) if isinstance(limit, tuple) else nullcontext(limit) as prepare:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                preexec_fn=prepare, check=False,
+            )  # fmt: skip
         self.output = done.stdout
         assert "INTERNALERROR" not in self.output
         assert "Traceback" not in self.output
         assert "Warning" not in self.output  # such as ResourceWarning
         return done.returncode
-
-    def nothing_ran(self, status: int) -> str:
-        """Check that no test ran on KVM and none failed; returns the line that says why."""
-        assert status == NOTHING_RAN, self.output
-        assert "FAIL" not in self.output
-        (line,) = [line for line in self.output.splitlines() if ": cannot be tested: no test ran on KVM" in line]
-        return line
-
-    def refused(self, status: int) -> str:
-        """Check that the run was refused before it began; returns the only line of output."""
-        assert status == USAGE_ERROR, self.output
-        (line,) = [line for line in self.output.splitlines() if line.strip()]
-        return line
 
 
 @pytest.fixture
@@ -94,100 +87,18 @@ def suite(tmp_path: Path, settings: Settings) -> Suite:
     return Suite(tmp_path, settings.kvm_device)
 
 
-@pytest.fixture
-def group() -> Iterator[MakeGroup]:
-    """A function of a controller, one of its files and a value that creates a control group to run under."""
-    with ExitStack() as groups:
-
-        def make(controller: str, file: str, value: str) -> Limit:
-            try:
-                return groups.enter_context(limits.group(controller, file, value))
-            except limits.NoGroups as error:
-                pytest.skip(str(error))
-
-        yield make
-
-
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("most", "vcpus"), [(2, 1), (3, 1), (4, 1), (3, 2), (4, 2), (5, 2)])
-@pytest.mark.usefixtures("kvm")
-def test_pids_limit_of_a_control_group(suite: Suite, group: MakeGroup, most: int, vcpus: int) -> None:
-    """A pids limit is reported whichever thread hits it: a vCPU's, KVM's at the first KVM_RUN, or the collector's."""
-    status = suite(*ONE, f"--vcpus={vcpus}", limit=group("pids", "pids.max", str(most)))
-    line = suite.nothing_ran(status)
-    assert "no more threads can be started: " in line
-    assert f"pids.max allows {most} threads (docker run --pids-limit, or TasksMax= of a systemd unit)" in line
-
-
-@pytest.mark.usefixtures("kvm")
-def test_pids_limit_with_require_kvm(suite: Suite, group: MakeGroup) -> None:
-    """With --require-kvm a pids limit is a failure."""
-    assert suite(*ONE, "--require-kvm", limit=group("pids", "pids.max", "3")) == FAILED
-    assert "required by --require-kvm: KVM_RUN(vCPU 0): EAGAIN" in suite.output
-
-
-@pytest.mark.usefixtures("kvm")
-def test_pids_limit_with_workers(suite: Suite, group: MakeGroup) -> None:
-    """A fixed number of workers that a pids limit does not allow is refused; -n auto starts as many as it allows."""
-    limit = group("pids", "pids.max", "40")
-    line = suite.refused(suite(*ONE, "-n", "4", limit=limit))
-    assert "-n: 4 workers need 64 threads, but " in line
-    assert "pids.max allows 40 threads, 39 of them free (fewer workers, or docker run --pids-limit" in line
-    assert suite(*ONE, "-n", "auto", limit=limit) == 0, suite.output
-
-
-@pytest.mark.usefixtures("kvm")
-def test_no_threads_for_any_worker(suite: Suite, group: MakeGroup) -> None:
-    """Where no thread can be created, -n auto starts no worker and runs the tests in the main process."""
-    suite.nothing_ran(suite(*ONE, "-n", "auto", limit=group("pids", "pids.max", "3")))
-
-
-@pytest.mark.usefixtures("kvm")
-def test_stack_exceeds_address_space(suite: Suite) -> None:
-    """A thread whose stack (RLIMIT_STACK) does not fit into RLIMIT_AS is a limit of the host."""
-
-    def limit() -> None:
-        rlimit(resource.RLIMIT_STACK, 900 * MIB)()
-        rlimit(resource.RLIMIT_AS, 1000 * MIB)()
-
-    line = suite.nothing_ran(suite(*ONE, limit=limit))
-    assert "no more threads can be started: RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
-
-
-def test_thread_limit_of_a_user(kvm: Kvm, tmp_path: Path) -> None:
-    """RLIMIT_NPROC explains a thread that cannot be started; root is exempt, so the test changes to another user."""
-    if os.getuid() == 0 and (reason := limits.why_no_user(NOBODY)):
-        pytest.skip(reason)
-
-    def body() -> str | None:
-        if os.getuid() == 0:
-            os.setuid(NOBODY)
-        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-        cell = Cell("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1)
-        with DirtyLogRun(kvm, cell, Settings(iterations=1, test_mem=MIB, ring_count=1024)) as run:
-            try:
-                run.run()
-            except RuntimeError as error:
-                return explain_error(error)
-        return "no error"
-
-    expected = "no more threads can be started: RLIMIT_NPROC lets this user have 1 threads (ulimit -u unlimited)"
-    assert in_child(body, tmp_path) == expected
-
-
-def in_child(body: Callable[[], str | None], folder: Path) -> str:
-    """Call *body* in a forked child; returns its result, or the exception, as text."""
+def in_child(limit: Limit, body: Callable[[], object], folder: Path) -> str:
+    """Call *body* in a forked child under *limit*; returns its result, or the exception, as text."""
     answer = folder / "answer"
     answer.touch()
     file = os.open(answer, os.O_WRONLY)
     child = os.fork()
     if not child:
         try:
+            limit()
             os.write(file, str(body()).encode())
         except BaseException as error:  # noqa: BLE001 (the child must not go on as pytest)
-            os.write(file, repr(error).encode())
+            os.write(file, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(0)
     os.close(file)
@@ -195,16 +106,44 @@ def in_child(body: Callable[[], str | None], folder: Path) -> str:
     return answer.read_text()
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- runs that are refused, or in which nothing can run ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("most", "workers"), [(10, []), (60, []), (20, ["-n2"])])
-def test_too_few_files_for_any_test(suite: Suite, most: int, workers: list[str]) -> None:
-    """A run with too few file descriptors for any test is refused before it begins."""
-    line = suite.refused(suite(*ONE, *workers, limit=rlimit(resource.RLIMIT_NOFILE, most)))
-    assert (
-        f"a test opens up to 64 files, but RLIMIT_NOFILE lets a process have {most} files open (ulimit -n 1024)" in line
-    )
+TOO_FEW_FILES = r"a test opens up to 64 files, but RLIMIT_NOFILE lets a process have {} files open \(ulimit -n 1024\)"
+TOO_BIG = r"--test-mem: 1 GiB needs .*MiB of memory, but {}"
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "message"),
+    [
+        ([], rlimit(resource.RLIMIT_NOFILE, 10), TOO_FEW_FILES.format(10)),
+        ([], rlimit(resource.RLIMIT_NOFILE, 60), TOO_FEW_FILES.format(60)),
+        (["-n2"], rlimit(resource.RLIMIT_NOFILE, 20), TOO_FEW_FILES.format(20)),
+        (["-n4"], ("pids.max", "40"),
+         r"-n: 4 workers need 64 threads, but .*pids.max allows 40 threads, 39 of them free \(fewer workers, or docker"),
+        (["--test-mem=1G"], rlimit(resource.RLIMIT_AS, 1000 * MIB), TOO_BIG.format("RLIMIT_AS lets a process map 1000 MiB, ")),
+        (["--test-mem=1G"], rlimit(resource.RLIMIT_DATA, 1000 * MIB),
+         TOO_BIG.format("RLIMIT_DATA lets a process map 1000 MiB, ")),
+        (["--test-mem=1G"], ("memory.max", "300M"),
+         TOO_BIG.format(r".* allows 300 MiB, .*\(a smaller --test-mem, or docker run --memory")),
+        ([], rlimit(resource.RLIMIT_FSIZE, 100 * KIB),  # the results of a small run do not fit
+         r"^ERROR: --results: \S+: File too large: RLIMIT_FSIZE lets a file have 102400 bytes \(ulimit -f unlimited\)$"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("kvm")
+def test_run_refused_by_a_limit(
+    suite: Suite, tmp_path: Path, options: list[str], limit: Limit | Group, message: str
+) -> None:
+    """A run that a limit does not allow is refused before it begins, in one line that names option and limit."""
+    assert suite(*ONE, *options, limit=limit) == USAGE_ERROR, suite.output
+    (line,) = [line for line in suite.output.splitlines() if line.strip()]
+    assert re.search(message, line)
+    assert not (tmp_path / "results").exists()
+
+
+def small_address_space_for_a_stack() -> None:
+    rlimit(resource.RLIMIT_STACK, 900 * MIB)()
+    rlimit(resource.RLIMIT_AS, 1000 * MIB)()
 
 
 OPENING_PLUGIN = """
@@ -220,119 +159,113 @@ def after_opening(*arguments):
         return create_vcpu(*arguments)
 Vm.create_vcpu = after_opening
 """
-
-
-@pytest.mark.usefixtures("kvm")
-def test_files_exhausted_during_a_test(suite: Suite) -> None:
-    """EMFILE of KVM_CREATE_VCPU is explained by RLIMIT_NOFILE if no descriptor is left."""
-    status = suite(*ONE, limit=rlimit(resource.RLIMIT_NOFILE, 200), plugin=OPENING_PLUGIN)
-    line = suite.nothing_ran(status)
-    assert (
-        "KVM_CREATE_VCPU(id=0): EMFILE (Too many open files): no more files can be opened: RLIMIT_NOFILE lets a" in line
-    )
-
-
-def test_file_size_limit_skips_shmem(suite: Suite, kvm: Kvm) -> None:
-    """RLIMIT_FSIZE limits memfds: cells with shmem memory are skipped, the others run."""
-    status = suite(*CELL, *SIZES, "--log-mode=dirty-log", limit=rlimit(resource.RLIMIT_FSIZE, MIB))
-    assert status == 0, suite.output
-    assert "FAIL" not in suite.output
-    expected = "cannot create a file of 4108 KiB for shmem guest memory: RLIMIT_FSIZE lets a file have 1048576 bytes"
-    assert f": {expected} (ulimit -f unlimited)" in suite.output
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
+GREEDY_TEST = "def pytest_runtest_call(item):\n    bytearray(1500 << 20)\n"
+HIDING_PLUGIN = "import kvm_util.host, pathlib\nkvm_util.host._MODULES = pathlib.Path('/nonexistent')\n"
+BALANCING_PLUGIN = """
+import kvm_util.host, pathlib
+kvm_util.host._NUMA_BALANCING = pathlib.Path(__file__).with_name("numa_balancing")
+kvm_util.host._NUMA_BALANCING.write_text("{}\\n")
+"""
+NO_THREADS = "no more threads can be started: "
+PIDS = NO_THREADS + r"\S+/pids.max allows {} threads \(docker run --pids-limit, or TasksMax= of a systemd unit\)"
+TOO_SMALL = r"RLIMIT_AS lets a process map 1000 MiB \(ulimit -v unlimited\)"
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [(resource.RLIMIT_AS, "RLIMIT_AS"), (resource.RLIMIT_DATA, "RLIMIT_DATA")],
-    ids=["as", "data"],
-)
+    ("options", "limit", "plugin", "reason"),
+    [
+        *[(options, ("pids.max", str(most)), "", PIDS.format(most)) for most, options in (
+            (2, []), (3, []), (4, []),  # refused to a vCPU, to KVM at the first KVM_RUN, or to the collector
+            (3, ["--vcpus=2"]), (4, ["--vcpus=2"]), (5, ["--vcpus=2"]),
+            (3, ["-nauto"]),  # to any worker: the tests run in the main process
+        )],
+        ([], small_address_space_for_a_stack, "", NO_THREADS + TOO_SMALL),
+        ([], rlimit(resource.RLIMIT_AS, 1000 * MIB), GREEDY_TEST, TOO_SMALL),  # by then the interpreter's memory is free again
+        pytest.param(["-n1"], ("memory.max", "300M"), GREEDY_TEST,
+         r"the kernel killed the test for want of memory: .* allows 300 MiB \(docker run --memory, or MemoryMax= of a",
+         marks=pytest.mark.slow),
+        ([], rlimit(resource.RLIMIT_NOFILE, 200), OPENING_PLUGIN,
+         r"KVM_CREATE_VCPU\(id=0\): EMFILE \(Too many open files\): no more files can be opened: RLIMIT_NOFILE lets a"),
+        ([], limits.refused(SYS_MADVISE), "", "madvise is refused: EPERM, which is the seccomp filter's answer"),
+        ([], limits.refused(arch.SYS_SET_MEMPOLICY), BALANCING_PLUGIN.format(1),
+         r"automatic NUMA balancing would make KVM report pages that were not written \(sysctl kernel.numa_balancing=0\),"
+         " and set_mempolicy, which prevents that, is refused: EPERM, which is the seccomp filter's answer"),
+        ([], None, HIDING_PLUGIN,
+         r"KVM's parameters, which determine its correct behaviour, are not visible here: /nonexistent has no kvm_\*"),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("kvm")
-def test_mapped_memory_limits(suite: Suite, kind: int, name: str) -> None:
-    """With RLIMIT_AS or RLIMIT_DATA, cells that do not fit are refused; a test that maps more is skipped."""
-    line = suite.refused(suite(*ONE, "--test-mem=1G", limit=rlimit(kind, 1000 * MIB)))
-    assert "--test-mem: 1 GiB needs " in line
-    assert f"MiB of memory, but {name} lets a process map 1000 MiB, " in line
-    status = suite(
-        "selftests/memory/test_write_protection.py",
-        *SIZES,
-        "-k",
-        "many_pages and dirty-log",
-        "-rs",
-        limit=rlimit(kind, 3 * GIB),
-    )
-    assert status == 0, suite.output
-    assert "1 passed, 1 skipped" in suite.output
-    expected = f"cannot map 4194316 KiB of anonymous guest memory: {name} lets a process map 3072 MiB (ulimit -"
-    assert expected in suite.output
-
-
-@pytest.mark.usefixtures("kvm")
-def test_interpreter_out_of_memory(suite: Suite) -> None:
-    """A bare MemoryError of the interpreter is explained by RLIMIT_AS, although its memory is free again by then."""
-    plugin = "def pytest_runtest_call(item):\n    bytearray(1500 << 20)\n"
-    line = suite.nothing_ran(suite(*ONE, limit=rlimit(resource.RLIMIT_AS, 1000 * MIB), plugin=plugin))
-    assert "RLIMIT_AS lets a process map 1000 MiB (ulimit -v unlimited)" in line
-
-
-def test_memory_limit_of_a_control_group(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
-    """A control group's memory limit bounds --test-mem and the number of workers of -n auto."""
-    limit = group("memory", "memory.max", "300M")
-    line = suite.refused(suite(*ONE, "--test-mem=1G", limit=limit))
-    assert "--test-mem: 1 GiB needs " in line
-    assert " allows 300 MiB, " in line
-    assert "(a smaller --test-mem, or docker run --memory" in line
-    assert suite(*ONE, "-n", "auto", limit=limit) == 0, suite.output
-    assert "1/1 worker" in suite.output
-
-
-GREEDY_PLUGIN = """
-def pytest_runtest_call(item):
-    bytearray(1 << 30)
-"""
-
-
-@pytest.mark.usefixtures("kvm")
-@pytest.mark.slow
-def test_worker_killed_by_the_oom_killer(suite: Suite, group: MakeGroup) -> None:
-    """A worker that the OOM killer ended in its control group is a skip, or a failure with --require-kvm."""
-    limit = group("memory", "memory.max", "300M")
-    line = suite.nothing_ran(suite(*ONE, "-n1", limit=limit, plugin=GREEDY_PLUGIN))
-    assert "the kernel killed the test for want of memory: " in line
-    assert " allows 300 MiB (docker run --memory, or MemoryMax= of a systemd unit)" in line
+def test_reason_that_nothing_ran(
+    suite: Suite, options: list[str], limit: Limit | Group | None, plugin: str, reason: str
+) -> None:
+    """A limit because of which no test can run on KVM is the reason in the last line, and no test fails."""
+    assert suite(*ONE, *options, limit=limit, plugin=plugin) == NOTHING_RAN, suite.output
     assert "1 cell: 1 skipped" in suite.output
-    assert suite(*ONE, "-n1", "--require-kvm", limit=limit, plugin=GREEDY_PLUGIN) == FAILED
+    (line,) = [line for line in suite.output.splitlines() if ": cannot be tested: no test ran on KVM" in line]
+    assert re.search(reason, line)
 
 
+def test_thread_limit_of_a_user(kvm: Kvm, tmp_path: Path) -> None:
+    """RLIMIT_NPROC explains a thread that cannot be started; root is exempt, so the test changes to another user."""
+
+    def limit() -> None:
+        if os.getuid() == 0:
+            os.setuid(NOBODY)
+        rlimit(resource.RLIMIT_NPROC, 1)()
+
+    def body() -> str | None:
+        cell = Cell("dirty-log", "48bit-4k", "anonymous", "forced", "sparse", 1)
+        with DirtyLogRun(kvm, cell, Settings(iterations=1, test_mem=MIB, ring_count=1024)) as run:
+            try:
+                run.run()
+            except RuntimeError as error:
+                return explain_error(error)
+        return "no error"
+
+    if os.getuid() == 0:
+        limits.skip_without_user(NOBODY)
+    expected = "no more threads can be started: RLIMIT_NPROC lets this user have 1 threads (ulimit -u unlimited)"
+    assert in_child(limit, body, tmp_path) == expected
+
+
+# --- limits that not every test needs to observe ----------------------------------------------------------------------
+
+MANY_PAGES = ["selftests/memory/test_write_protection.py", *QUICK, "-k", "many_pages and dirty-log", "-rs"]
+THP_TESTS = [*ALL_BACKINGS, "--backing=anonymous_thp,anonymous", "selftests/memory/test_huge_pages.py", "-rs"]
+CANNOT_MAP = (
+    r"cannot map 4194316 KiB of anonymous guest memory: {} lets a process map 3072 MiB \(ulimit -.*1 passed, 1 skipped"
+)
+NO_MEMFD = r"1 pass, 1 skipped.*: shmem: memfd_create: {}, which is the seccomp filter's answer \(allow the call"
+
+
+@pytest.mark.parametrize(
+    ("tests", "limit", "plugin", "output"),
+    [
+        (ALL_BACKINGS, rlimit(resource.RLIMIT_FSIZE, MIB), "",  # which includes memfds
+         r"skipped.*: cannot create a file of 4108 KiB for shmem guest memory: RLIMIT_FSIZE lets a file have 1048576 bytes"
+         r" \(ulimit -f unlimited\)"),
+        (MANY_PAGES, rlimit(resource.RLIMIT_AS, 3 * GIB), "", CANNOT_MAP.format("RLIMIT_AS")),
+        (MANY_PAGES, rlimit(resource.RLIMIT_DATA, 3 * GIB), "", CANNOT_MAP.format("RLIMIT_DATA")),
+        (THP_TESTS, limits.no_thp, "", "anonymous_thp: transparent huge pages are off for this process.*PR_SET_THP_DISABLE"),
+        ([*ALL_BACKINGS, "--backing=shmem,anonymous"], limits.refused(SYS_MEMFD_CREATE), "", NO_MEMFD.format("EPERM")),
+        ([*ALL_BACKINGS, "--backing=shmem,anonymous"], limits.refused(SYS_MEMFD_CREATE, code=errno.ENOSYS), "",
+         NO_MEMFD.format("ENOSYS")),
+        # NUMA balancing is off, or the kernel has none
+        (ONE, limits.refused(arch.SYS_SET_MEMPOLICY), BALANCING_PLUGIN.format(0), "1 cell: 1 pass"),
+        (ONE, limits.refused(arch.SYS_SET_MEMPOLICY), BALANCING_PLUGIN + "kvm_util.host._NUMA_BALANCING.unlink()",
+         "1 cell: 1 pass"),
+        ([*ONE, "-nauto"], ("pids.max", "40"), "", "2/2 workers.*1 cell: 1 pass"),
+        ([*ONE, "-nauto"], ("memory.max", "300M"), "", "1/1 worker.*1 cell: 1 pass"),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("kvm")
-def test_worker_killed_for_unknown_reason(suite: Suite) -> None:
-    """A SIGKILL without an OOM kill is a failure: it may come from the kernel."""
-    plugin = "import os\ndef pytest_runtest_call(item):\n    os.kill(os.getpid(), 9)\n"
-    assert suite(*ONE, "-n1", plugin=plugin) == FAILED
-    assert "crashed while running" in suite.output
-    assert "1 cell: 1 FAIL" in suite.output
-
-
-SACRIFICING_PLUGIN = """
-import os, signal
-def pytest_runtest_call(item):
-    if not os.fork():
-        open("/proc/self/oom_score_adj", "w").write("1000")
-        bytearray(1 << 30)
-    assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
-    os.kill(os.getpid(), signal.SIGSEGV)
-"""
-
-
-@pytest.mark.usefixtures("kvm")
-def test_worker_crash_after_an_oom_kill(suite: Suite, group: MakeGroup) -> None:
-    """A worker's SIGSEGV is a failure even right after the OOM killer has killed another process."""
-    limit = group("memory", "memory.max", "300M")
-    assert suite(*ONE, "-n1", limit=limit, plugin=SACRIFICING_PLUGIN) == FAILED, suite.output
-    assert "crashed while running" in suite.output
-    assert "1 cell: 1 FAIL" in suite.output
+def test_what_a_limit_allows_runs(
+    suite: Suite, tests: list[str], limit: Limit | Group, plugin: str, output: str
+) -> None:
+    """Tests that a limit does not allow are skipped with it as the reason, and the others run, in as many workers as fit."""
+    assert suite(*tests, limit=limit, plugin=plugin) == 0, suite.output
+    assert re.search(output, suite.output, re.DOTALL), suite.output
+    assert "fragmented" not in suite.output  # memory, which is the usual reason for missing huge pages
 
 
 @pytest.mark.parametrize(
@@ -372,27 +305,31 @@ Committed_AS:    200000 kB
 """
 
 
+Proc = Callable[..., None]
+
+
 @pytest.fixture
-def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proc:
     """A function that adds files with the given contents to a fake /proc, which is empty at first."""
     monkeypatch.setattr(host_limits, "PROC", tmp_path)
     monkeypatch.setattr(cgroups, "PROC", tmp_path)
 
-    def write(files: dict[str, str]) -> None:
+    def write(files: dict[str, object], folder: str = ".") -> None:
         for name, content in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(content)
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n")
 
     return write
 
 
-def test_no_overcommit_limits_memory(proc: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_overcommit_limits_memory(proc: Proc, monkeypatch: pytest.MonkeyPatch) -> None:
     """With vm.overcommit_memory=2 the commit limit is reported as the reason, and bounds the available memory."""
 
     def refuses(*_arguments: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    proc({"meminfo": MEMINFO, "sys/vm/overcommit_memory": "2\n", "sys/vm/admin_reserve_kbytes": "8192\n"})
+    proc({"meminfo": MEMINFO, "sys/vm/overcommit_memory": 2, "sys/vm/admin_reserve_kbytes": 8192})
     monkeypatch.setattr(mmap, "mmap", refuses)
     expected = (
         r"cannot map 1 GiB of anonymous guest memory: with vm.overcommit_memory=2 all processes may map 976 MiB, used or not"
@@ -401,47 +338,43 @@ def test_no_overcommit_limits_memory(proc: Callable[..., None], monkeypatch: pyt
     with pytest.raises(HostLimit, match=expected):
         GuestMemory(BACKINGS["anonymous"], GIB, 0)
     assert host_limits.available_memory() == (1000000 - 200000 - 8192) * KIB
-    proc({"sys/vm/overcommit_memory": "0\n"})
+    proc({"sys/vm/overcommit_memory": 0})
     assert host_limits.available_memory() == 1500000 * KIB
     with pytest.raises(memory.GuestMemoryError, match="ENOMEM"):
         GuestMemory(BACKINGS["anonymous"], GIB, 0)
 
 
-MOUNTS_V2 = "30 23 0:26 {root} {at} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
-MOUNTS_V1 = "36 32 0:31 {root} {at} rw,nosuid shared:9 - cgroup cgroup rw,memory\n"
+MOUNTS_V2 = "30 23 0:26 {root} {at} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+MOUNTS_V1 = "36 32 0:31 {root} {at} rw,nosuid shared:9 - cgroup cgroup rw,memory"
 
 
 @pytest.mark.parametrize(
     ("groups", "root", "folder"),
     [
-        ("0::/a/b\n", "/", "a/b"),  # a host
-        ("0::/\n", "/", "."),  # a container with a cgroup namespace
-        ("0::/system/docker-1\n", "/system/docker-1", "."),  # one without: the mount begins at its group
-        ("0::/../other\n", "/", "."),  # a process that was moved out of the namespace's root
+        ("0::/a/b", "/", "a/b"),  # a host
+        ("0::/", "/", "."),  # a container with a cgroup namespace
+        ("0::/system/docker-1", "/system/docker-1", "."),  # one without: the mount begins at its group
+        ("0::/../other", "/", "."),  # a process that was moved out of the namespace's root
     ],
 )
-def test_cgroup_v2_paths(proc: Callable[..., None], tmp_path: Path, groups: str, root: str, folder: str) -> None:
+def test_cgroup_v2_paths(proc: Proc, tmp_path: Path, groups: str, root: str, folder: str) -> None:
     """The limits of this process's cgroup v2 group are found on a host and in containers of each kind."""
     at = tmp_path / "cgroup"
     proc({"self/cgroup": groups, "self/mountinfo": MOUNTS_V2.format(root=root, at=at)})
-    proc({f"cgroup/{folder}/memory.max": "max\n", f"cgroup/{folder}/memory.high": f"{500 * MIB}\n"})
-    proc(
-        {f"cgroup/{folder}/memory.current": f"{300 * MIB}\n", f"cgroup/{folder}/memory.stat": f"inactive_file {MIB}\n"}
-    )
-    proc({f"cgroup/{folder}/pids.max": "77\n", f"cgroup/{folder}/pids.current": "7\n"})
-    assert [(one.file, one.limit, one.usage) for one in cgroups.memory()] == [
-        ((at / folder / "memory.high"), 500 * MIB, 299 * MIB)
-    ]
-    assert [(one.limit, one.usage) for one in cgroups.pids()] == [(77, 7)]
+    proc({"memory.max": "max", "memory.high": 500 * MIB, "memory.current": 300 * MIB}, f"cgroup/{folder}")
+    proc({"memory.stat": f"inactive_file {MIB}", "pids.max": 77, "pids.current": 7}, f"cgroup/{folder}")
+    (limit,) = cgroups.memory()
+    assert (limit.file, limit.limit, limit.usage) == (at / folder / "memory.high", 500 * MIB, 299 * MIB)
+    assert [(limit.limit, limit.usage) for limit in cgroups.pids()] == [(77, 7)]
 
 
-def test_cgroup_v1_limit_of_a_parent(proc: Callable[..., None], tmp_path: Path) -> None:
+def test_cgroup_v1_limit_of_a_parent(proc: Proc, tmp_path: Path) -> None:
     """The limit of a parent group counts if the group itself has none; v1 controllers have separate hierarchies."""
     at = tmp_path / "cgroup"
-    proc({"self/cgroup": "4:memory:/a/b\n3:pids:/\n0::/x\n", "self/mountinfo": MOUNTS_V1.format(root="/", at=at)})
-    proc({"cgroup/a/b/memory.limit_in_bytes": "9223372036854771712\n", "cgroup/a/b/memory.usage_in_bytes": "5\n"})
-    proc({"cgroup/a/memory.limit_in_bytes": f"{GIB}\n", "cgroup/a/memory.usage_in_bytes": f"{10 * MIB}\n"})
-    proc({"cgroup/a/memory.stat": f"inactive_file 1\ntotal_inactive_file {4 * MIB}\n"})
+    proc({"self/cgroup": "4:memory:/a/b\n3:pids:/\n0::/x", "self/mountinfo": MOUNTS_V1.format(root="/", at=at)})
+    proc({"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 5}, "cgroup/a/b")
+    proc({"memory.limit_in_bytes": GIB, "memory.usage_in_bytes": 10 * MIB}, "cgroup/a")
+    proc({"memory.stat": f"inactive_file 1\ntotal_inactive_file {4 * MIB}"}, "cgroup/a")
     (limit,) = cgroups.memory()
     assert (limit.file, limit.limit, limit.usage) == (at / "a/memory.limit_in_bytes", GIB, 6 * MIB)
     assert cgroups.pids() == []
@@ -449,34 +382,19 @@ def test_cgroup_v1_limit_of_a_parent(proc: Callable[..., None], tmp_path: Path) 
 
 @pytest.mark.parametrize(("file", "usage"), [("max", "current"), ("rsvd.max", "rsvd.current")])
 def test_hugetlb_limit_of_a_control_group(
-    proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, usage: str
+    proc: Proc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, usage: str
 ) -> None:
     """A control group's hugetlb limit makes a backing unavailable although the pool has free pages."""
     at = tmp_path / "cgroup"
-    proc({"pools/hugepages-2048kB/free_hugepages": "16\n"})
+    proc({"pools/hugepages-2048kB/free_hugepages": 16})
     monkeypatch.setattr(memory, "_HUGEPAGES", tmp_path / "pools")
-    proc({"self/cgroup": "0::/pod\n", "self/mountinfo": MOUNTS_V2.format(root="/", at=at)})
-    proc({f"cgroup/pod/hugetlb.2MB.{file}": f"{8 * MIB}\n", f"cgroup/pod/hugetlb.2MB.{usage}": f"{4 * MIB}\n"})
+    proc({"self/cgroup": "0::/pod", "self/mountinfo": MOUNTS_V2.format(root="/", at=at)})
+    proc({f"hugetlb.2MB.{file}": 8 * MIB, f"hugetlb.2MB.{usage}": 4 * MIB}, "cgroup/pod")
     backing = BACKINGS["anonymous_hugetlb_2mb"]
     assert backing.missing(4 * MIB) is None
-    reason = backing.missing(6 * MIB)
-    assert reason is not None
+    assert "needs 32 free huge pages of 2 MiB, the host has 16 (echo 32 >" in (backing.missing(64 * MIB) or "")
     expected = f"anonymous_hugetlb_2mb: needs 3 huge pages of 2 MiB, but {at}/pod/hugetlb.2MB.{file} allows 8 MiB ("
-    assert reason.startswith(expected)
-
-
-# --- transparent huge pages -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("kvm")
-def test_thp_disabled_by_prctl(suite: Suite) -> None:
-    """PR_SET_THP_DISABLE, which is inherited, is reported as the reason for missing transparent huge pages."""
-    arguments = [*CELL, *SIZES, "selftests/memory/test_huge_pages.py", "--log-mode=dirty-log", "--vcpus=1", "-rs"]
-    status = suite(*arguments, "--backing=anonymous_thp,anonymous", limit=limits.no_thp)
-    assert status == 0, suite.output
-    assert "anonymous_thp: transparent huge pages are off for this process" in suite.output
-    assert "PR_SET_THP_DISABLE" in suite.output
-    assert "fragmented" not in suite.output
+    assert (backing.missing(6 * MIB) or "").startswith(expected)
 
 
 ALL_OFF = "transparent huge pages are off (echo madvise > {at}/enabled)"
@@ -505,49 +423,15 @@ def test_thp_settings_per_size(
     monkeypatch.setattr(memory, "_THP", tmp_path / "enabled")
     reason = f"anonymous_thp: {expected.format(at=tmp_path)}" if expected else None
     assert BACKINGS["anonymous_thp"].missing(2 * MIB) == reason
-    if not reason:
-        return
-    # Memory that was mapped before THP was disabled
+    # Memory that was mapped before THP was disabled, or gets no huge page although it is not: it would test base pages
     guest_memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
     monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
-    with pytest.raises(HugePagesMissing) as error:
+    with pytest.raises(HugePagesMissing, match=re.escape(reason or "gave no huge page")):
         guest_memory.populate()
-    assert str(error.value) == reason
     guest_memory.close()
 
 
 # --- system calls that a container refuses ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
-@pytest.mark.usefixtures("kvm")
-def test_memfd_create_refused(suite: Suite, code: int) -> None:
-    """If a seccomp filter refuses memfd_create, cells with shmem memory are skipped and the filter is named."""
-    arguments = [*CELL, *SIZES, "--log-mode=dirty-log", "--vcpus=1", "--backing=shmem,anonymous"]
-    assert suite(*arguments, limit=limits.refused(SYS_MEMFD_CREATE, code=code)) == 0, suite.output
-    name = errno.errorcode[code]
-    assert f": shmem: memfd_create: {name}, which is the seccomp filter's answer (allow the call" in suite.output
-    assert "1 pass, 1 skipped" in suite.output
-
-
-@pytest.mark.parametrize("balancing", ["0", "1", "2", None])
-@pytest.mark.usefixtures("kvm")
-def test_set_mempolicy_refused(suite: Suite, tmp_path: Path, balancing: str | None) -> None:
-    """A refused set_mempolicy is harmless without NUMA balancing; otherwise no test runs, since KVM cannot be judged."""
-    switch = tmp_path / "numa_balancing"
-    if balancing is not None:
-        switch.write_text(f"{balancing}\n")
-    plugin = f"import kvm_util.host, pathlib\nkvm_util.host._NUMA_BALANCING = pathlib.Path({str(switch)!r})\n"
-    status = suite(*ONE, limit=limits.refused(arch.SYS_SET_MEMPOLICY), plugin=plugin)
-    if balancing in ("0", None):
-        assert status == 0, suite.output
-        return
-    line = suite.nothing_ran(status)
-    assert (
-        "automatic NUMA balancing would make KVM report pages that were not written (sysctl kernel.numa_balancing=0)"
-        in line
-    )
-    assert "set_mempolicy, which prevents that, is refused: EPERM, which is the seccomp filter's answer" in line
 
 
 def test_memory_policy_allows_balancing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -571,30 +455,119 @@ def test_memory_policy_allows_balancing(monkeypatch: pytest.MonkeyPatch, tmp_pat
 )
 def test_userfaultfd_refused(tmp_path: Path, limit: Limit, reason: str) -> None:
     """A refused userfaultfd names the seccomp filter or the sysctl, whichever refuses it."""
-    if os.geteuid() or not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
+    switch = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if os.geteuid() or not switch.exists():
         pytest.skip("needs root, and a kernel with userfaultfd")
-    by_filter = "seccomp" in reason
-    if not by_filter and Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
-        pytest.skip("every user may handle the kernel's page faults here (vm.unprivileged_userfaultfd=1)")
-    if not by_filter and (why := limits.why_no_user(NOBODY)):
-        pytest.skip(why)
+    if "sysctl" in reason:
+        limits.skip_without_user(NOBODY)
+        if switch.read_text().strip() != "0":
+            pytest.skip("every user may handle the kernel's page faults here (vm.unprivileged_userfaultfd=1)")
+    error = in_child(limit, lambda: MissingPages(0, arch.PAGE_SIZE), tmp_path)
+    assert error.startswith(f"HostLimit: userfaultfd: {reason}")
 
-    def body() -> str:
-        limit()
-        try:
-            MissingPages(0, arch.PAGE_SIZE)
-        except HostLimit as error:
-            return str(error)
-        return "no error"
 
-    assert in_child(body, tmp_path).startswith(f"userfaultfd: {reason}")
+@pytest.mark.parametrize("call", ["memfd_create", "madvise", "set_mempolicy", "userfaultfd"])
+def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
+    """A seccomp filter explains only the errors of the calls that it refuses, with the errno that it returns."""
+    numbers = {
+        "memfd_create": SYS_MEMFD_CREATE,
+        "madvise": SYS_MADVISE,
+        "set_mempolicy": arch.SYS_SET_MEMPOLICY,
+        "userfaultfd": arch.SYS_USERFAULTFD,
+    }
+
+    def refused() -> set[tuple[str, str]]:
+        codes = (errno.EPERM, errno.ENOSYS, errno.EACCES)
+        return {
+            (call, errno.errorcode[code])
+            for call in numbers
+            for code in codes
+            if filtered_calls.why_refused(call, code)
+        }
+
+    if os.geteuid():
+        pytest.skip("needs root: others may be refused a userfaultfd by the kernel")
+    before = {answer for answer in refused() if answer[0] != call}  # a container may already have a filter
+    answers = in_child(limits.refused(numbers[call]), lambda: refused() - before, tmp_path)
+    assert answers == str({(call, "EPERM")})
+
+
+# --- files that cannot be read or written -----------------------------------------------------------------------------
+
+
+VANISHING_FOLDER_PLUGIN = """
+import pathlib
+def pytest_runtest_call(item):
+    folder = pathlib.Path(item.config.option.results)
+    folder.rmdir()
+    folder.touch()
+"""
+
+
+@EITHER_VERDICT
+@pytest.mark.usefixtures("kvm")
+def test_results_folder_vanishes(suite: Suite, tmp_path: Path, plugin: str, expected: int) -> None:
+    """A results folder that vanishes during the run is reported, and does not change the verdict."""
+    assert suite(*ONE, plugin=plugin + VANISHING_FOLDER_PLUGIN) == expected, suite.output
+    start = f"THE RESULTS ARE NOT KEPT: {tmp_path}/results: "
+    assert sum(line.startswith(start) for line in suite.output.splitlines()) == (2 if expected else 1)
+    assert ("LOST [R" in suite.output) == bool(expected)
+
+
+@EITHER_VERDICT
+@pytest.mark.usefixtures("kvm")
+def test_junit_file_on_a_full_disk(suite: Suite, plugin: str, expected: int) -> None:
+    """A JUnit file that cannot be written is one line, and does not change the verdict."""
+    assert suite(*ONE, "--junitxml=/dev/full", plugin=plugin) == expected, suite.output
+    (line,) = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT")]
+    assert line == "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device (--junitxml FILE puts them elsewhere)"
+    assert "generated xml file" not in suite.output
+
+
+@EITHER_VERDICT
+@pytest.mark.usefixtures("kvm")
+def test_one_cpu_for_all_threads(suite: Suite, plugin: str, expected: int) -> None:
+    """Two vCPUs and a collector that share a CPU get the same verdict."""
+    cpu = min(os.sched_getaffinity(0))
+    cells = [*CELLS, *QUICK, "--log-mode=dirty-log,clear-log,dirty-ring", "--vcpus=2"]
+    assert suite(*cells, limit=lambda: os.sched_setaffinity(0, {cpu}), plugin=plugin) == expected, suite.output
 
 
 @pytest.mark.usefixtures("kvm")
-def test_refused_madvise_is_named(suite: Suite) -> None:
-    """A refused madvise ends the run with the name of the call and of the seccomp filter."""
-    line = suite.nothing_ran(suite(*ONE, limit=limits.refused(SYS_MADVISE)))
-    assert "madvise is refused: EPERM, which is the seccomp filter's answer" in line
+def test_signals_blocked_by_the_parent(suite: Suite) -> None:
+    """A signal mask inherited from the parent does not keep vCPUs from being kicked."""
+    plugin = "import dirty_tracking.writers\ndirty_tracking.writers.HANG_TIMEOUT = 3\n"
+    status = suite(
+        *[*ONE, "--log-mode=dirty-log,dirty-ring"],
+        limit=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()),
+        plugin=plugin,
+    )
+    assert status == 0, suite.output
+
+
+# --- errors that no limit explains ------------------------------------------------------------------------------------
+
+
+FAILING_IOCTL = """
+import errno, kvm_util.ioctl, kvm_util.vcpu
+from kvm_util import uapi
+honest = kvm_util.ioctl.raw_ioctl
+def raw_ioctl(fd, request, arg=None):
+    return (-1, errno.{code}) if request == uapi.{request} else honest(fd, request, arg)
+kvm_util.ioctl.raw_ioctl = kvm_util.vcpu.raw_ioctl = raw_ioctl
+"""
+
+
+KILLED_TEST = "import os\ndef pytest_runtest_call(item):\n    os.kill(os.getpid(), 9)\n"
+SEGFAULT_AFTER_AN_OOM_KILL = """
+import os, signal
+def pytest_runtest_call(item):
+    if not os.fork():
+        open("/proc/self/oom_score_adj", "w").write("1000")
+        bytearray(1 << 30)
+    assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
 
 
 REFUSING_KVM_PLUGIN = """
@@ -612,182 +585,54 @@ def on_kvm(*arguments, **options):
         {call} = kept
 {name}.{method} = on_kvm
 """
+STATISTICS_TEST = ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_page_size"]
+
+
+def failing(request: str, code: str) -> str:
+    return FAILING_IOCTL.format(request=request, code=code)
+
+
+def refusing(module: str, name: str, method: str, call: str) -> str:
+    return REFUSING_KVM_PLUGIN.format(module=module, name=name, method=method, call=call)
 
 
 @pytest.mark.parametrize(
-    ("where", "tests", "expected"),
+    ("tests", "limit", "plugin", "error"),
     [
-        (("kvm_util.vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, "mmap(struct kvm_run of vCPU 0): EPERM"),
-        (
-            ("dirty_tracking.ring", "DirtyRing", "of", "mmap.mmap"),
-            [*ONE, "--log-mode=dirty-ring"],
-            "mmap(dirty ring of 1024 entries): EPERM",
-        ),
-        (
-            ("kvm_util.binary_stats", "BinaryStats", "__init__", "os.pread"),
-            ["selftests/unit/test_binary_stats.py", "-k", "test_kvm_page_size"],
-            "pread(statistics file, 24 bytes at 0): EPERM",
-        ),
+        *[(ONE, None, failing("KVM_RUN", code), rf"KVM_RUN\(.*: {code} \(") for code in ("EAGAIN", "ENOMEM", "EMFILE")],
+        *[(ONE, None, failing("KVM_CREATE_VCPU", code), rf"KVM_CREATE_VCPU\(.*: {code} \(") for code in ("ENOMEM", "ENFILE")],
+        (ONE, None, failing("KVM_GET_DIRTY_LOG", "EAGAIN"), r"KVM_GET_DIRTY_LOG\(.*: EAGAIN \("),
+        # close to a limit on threads; at the limit, but the ioctl starts no thread
+        *[(ONE, ("pids.max", "17"), failing("KVM_RUN", code), rf"KVM_RUN\(.*: {code} \(") for code in ("EAGAIN", "ENOMEM")],
+        (ONE, ("pids.max", "1"), failing("KVM_CREATE_VCPU", "EAGAIN"), r"KVM_CREATE_VCPU\(id=0\): EAGAIN"),
+        # a limit, but KVM is required
+        ([*ONE, "--require-kvm"], ("pids.max", "3"), "", r"required by --require-kvm: KVM_RUN\(vCPU 0\): EAGAIN"),
+        pytest.param([*ONE, "-n1", "--require-kvm"], ("memory.max", "300M"), GREEDY_TEST,
+         "required by --require-kvm: the kernel killed the test", marks=pytest.mark.slow),
+        # SIGKILL without an OOM kill may come from the kernel; SIGSEGV does not come from the OOM killer
+        ([*ONE, "-n1"], None, KILLED_TEST, "crashed while running"),
+        ([*ONE, "-n1"], ("memory.max", "300M"), SEGFAULT_AFTER_AN_OOM_KILL, "crashed while running"),
+        # a filter refuses another call than the one on a file of KVM
+        *[(tests, limits.refused(arch.SYS_USERFAULTFD), refusing(*where), error) for where, tests, error in (
+            (("kvm_util.vcpu", "Vcpu", "__init__", "mmap.mmap"), ONE, r"mmap\(struct kvm_run of vCPU 0\): EPERM"),
+            (("dirty_tracking.ring", "DirtyRing", "of", "mmap.mmap"), [*ONE, "--log-mode=dirty-ring"],
+             r"mmap\(dirty ring of 1024 entries\): EPERM"),
+            (("kvm_util.binary_stats", "BinaryStats", "__init__", "os.pread"), STATISTICS_TEST,
+             r"pread\(statistics file, 24 bytes at 0\): EPERM"),
+        )],
     ],
-    ids=["kvm_run", "ring", "stats"],
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("kvm")
-def test_no_filter_excuses_kvm(suite: Suite, where: tuple[str, str, str, str], tests: list[str], expected: str) -> None:
-    """EPERM of a call on one of KVM's own files is KVM's, although a seccomp filter refuses other calls."""
-    plugin = REFUSING_KVM_PLUGIN.format(**dict(zip(("module", "name", "method", "call"), where, strict=True)))
-    assert suite(*tests, limit=limits.refused(arch.SYS_USERFAULTFD), plugin=plugin) == FAILED, suite.output
-    assert expected in suite.output
+def test_error_that_nothing_excuses(
+    suite: Suite, tests: list[str], limit: Limit | Group | None, plugin: str, error: str
+) -> None:
+    """An error that no limit explains is a failure, whatever limits there are; so is any with --require-kvm."""
+    assert suite(*tests, limit=limit, plugin=plugin) == FAILED, suite.output
+    assert re.search(error, suite.output), suite.output
+    assert re.search("1 cell: 1 FAIL|1 failed", suite.output)
 
 
-@pytest.mark.parametrize("call", ["memfd_create", "madvise", "set_mempolicy", "userfaultfd"])
-def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
-    """A seccomp filter explains only the errors of the calls that it refuses, with the errno that it returns."""
-    numbers = {
-        "memfd_create": SYS_MEMFD_CREATE,
-        "madvise": SYS_MADVISE,
-        "set_mempolicy": arch.SYS_SET_MEMPOLICY,
-        "userfaultfd": arch.SYS_USERFAULTFD,
-    }
-
-    def refused() -> set[tuple[str, str]]:
-        codes = (errno.EPERM, errno.ENOSYS, errno.EACCES)
-        return {
-            (one, errno.errorcode[code]) for one in numbers for code in codes if filtered_calls.why_refused(one, code)
-        }
-
-    def body() -> str:
-        before = {one for one in refused() if one[0] != call}  # a container may already have a filter
-        limits.refused(numbers[call])()
-        return str(refused() - before)
-
-    if os.geteuid():
-        pytest.skip("needs root: others may be refused a userfaultfd by the kernel")
-    assert in_child(body, tmp_path) == str({(call, "EPERM")})
-
-
-# --- files that cannot be read or written -----------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("kvm")
-def test_hidden_kvm_parameters(suite: Suite, tmp_path: Path) -> None:
-    """Without KVM's module parameters no test runs, since backend and expected behaviour are unknown."""
-    plugin = f"import kvm_util.host, pathlib\nkvm_util.host._MODULES = pathlib.Path({str(tmp_path / 'module')!r})\n"
-    line = suite.nothing_ran(suite(*ONE, plugin=plugin))
-    assert (
-        f"KVM's parameters, which determine its correct behaviour, are not visible here: {tmp_path}/module has no kvm_*"
-        in line
-    )
-
-
-VANISHING_FOLDER_PLUGIN = """
-import pathlib
-def pytest_runtest_call(item):
-    folder = pathlib.Path(item.config.option.results)
-    folder.rmdir()
-    folder.touch()
-"""
-
-
-@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
-@pytest.mark.usefixtures("kvm")
-def test_results_folder_vanishes(suite: Suite, tmp_path: Path, plugin: str, expected: int) -> None:
-    """A results folder that vanishes during the run is reported, and does not change the verdict."""
-    assert suite(*ONE, plugin=plugin + VANISHING_FOLDER_PLUGIN) == expected, suite.output
-    start = f"THE RESULTS ARE NOT KEPT: {tmp_path}/results: "
-    assert sum(line.startswith(start) for line in suite.output.splitlines()) == (2 if expected else 1)
-    assert ("LOST [R" in suite.output) == bool(expected)
-
-
-@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
-@pytest.mark.usefixtures("kvm")
-def test_junit_file_on_a_full_disk(suite: Suite, plugin: str, expected: int) -> None:
-    """A JUnit file that cannot be written is one line, and does not change the verdict."""
-    assert suite(*ONE, "--junitxml=/dev/full", plugin=plugin) == expected, suite.output
-    (line,) = [line for line in suite.output.splitlines() if line.startswith("THE RESULTS ARE NOT KEPT")]
-    assert line == "THE RESULTS ARE NOT KEPT: /dev/full: No space left on device (--junitxml FILE puts them elsewhere)"
-    assert "generated xml file" not in suite.output
-
-
-@pytest.mark.usefixtures("kvm")
-def test_file_size_limit_below_results(suite: Suite, tmp_path: Path) -> None:
-    """A run is refused if RLIMIT_FSIZE is below the size of the results of a small run."""
-    line = suite.refused(suite(*ONE, limit=rlimit(resource.RLIMIT_FSIZE, 100 << 10)))
-    limit = "RLIMIT_FSIZE lets a file have 102400 bytes (ulimit -f unlimited)"
-    assert line == f"ERROR: --results: {tmp_path}/results: File too large: {limit}"
-    assert not (tmp_path / "results").exists()
-
-
-# --- inherited CPU affinity and signal mask ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("plugin", "expected"), [("", 0), (LOSING_PLUGIN, FAILED)], ids=["sound", "broken"])
-@pytest.mark.usefixtures("kvm")
-def test_one_cpu_for_all_threads(suite: Suite, plugin: str, expected: int) -> None:
-    """Two vCPUs and a collector that share a CPU get the same verdict."""
-    cpu = min(os.sched_getaffinity(0))
-    cells = [*CELL, *SIZES, "--log-mode=dirty-log,clear-log,dirty-ring", "--backing=anonymous", "--vcpus=2"]
-    assert suite(*cells, limit=lambda: os.sched_setaffinity(0, {cpu}), plugin=plugin) == expected, suite.output
-
-
-@pytest.mark.usefixtures("kvm")
-def test_signals_blocked_by_the_parent(suite: Suite) -> None:
-    """A signal mask inherited from the parent does not keep vCPUs from being kicked."""
-
-    def limit() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-
-    plugin = "import dirty_tracking.writers\ndirty_tracking.writers.HANG_TIMEOUT = 3\n"
-    status = suite(*ONE, "--log-mode=dirty-log,dirty-ring", limit=limit, plugin=plugin)
-    assert status == 0, suite.output
-
-
-# --- errors that no limit explains ------------------------------------------------------------------------------------
-
-
-PLANTED = """
-import errno, kvm_util.ioctl, kvm_util.vcpu
-from kvm_util import uapi
-honest = kvm_util.ioctl.raw_ioctl
-def raw_ioctl(fd, request, arg=None):
-    return (-1, errno.{code}) if request == uapi.{request} else honest(fd, request, arg)
-kvm_util.ioctl.raw_ioctl = kvm_util.vcpu.raw_ioctl = raw_ioctl
-"""
-
-
-NO_FAULT_OF_THE_HOST = pytest.mark.parametrize(
-    ("request_", "code"),
-    [("KVM_RUN", code) for code in ("EAGAIN", "ENOMEM", "EMFILE")]
-    + [("KVM_CREATE_VCPU", "ENOMEM"), ("KVM_CREATE_VCPU", "ENFILE"), ("KVM_GET_DIRTY_LOG", "EAGAIN")],
-)
-
-
-@NO_FAULT_OF_THE_HOST
-@pytest.mark.usefixtures("kvm")
-def test_error_without_a_limit_fails(suite: Suite, request_: str, code: str) -> None:
-    """An ioctl error that no limit explains is a failure."""
-    assert suite(*ONE, plugin=PLANTED.format(code=code, request=request_)) == FAILED
-    assert f"{request_}(" in suite.output
-    assert f": {code} (" in suite.output
-    assert "1 cell: 1 FAIL" in suite.output
-
-
-@NO_FAULT_OF_THE_HOST
-@pytest.mark.usefixtures("kvm")
-def test_near_limit_explains_nothing(suite: Suite, group: MakeGroup, request_: str, code: str) -> None:
-    """A thread limit that is close but not reached does not explain an error."""
-    limit = group("pids", "pids.max", "17")
-    assert suite(*ONE, limit=limit, plugin=PLANTED.format(code=code, request=request_)) == FAILED, suite.output
-    assert "1 cell: 1 FAIL" in suite.output
-
-
-def test_thread_limit_needs_a_new_thread(suite: Suite, group: MakeGroup, kvm: Kvm) -> None:
-    """EAGAIN of an ioctl that starts no thread is a failure even if the thread limit is reached."""
-    plugin = PLANTED.format(code="EAGAIN", request="KVM_CREATE_VCPU")
-    assert suite(*ONE, limit=group("pids", "pids.max", "1"), plugin=plugin) == FAILED, suite.output
-    assert "KVM_CREATE_VCPU(id=0): EAGAIN" in suite.output
-
-
-def test_memory_left_explains_no_enomem(proc: Callable[..., None]) -> None:
+def test_memory_left_explains_no_enomem(proc: Proc) -> None:
     """ENOMEM is explained only if less memory is left than the call asked for plus what KVM may allocate."""
     proc({"meminfo": MEMINFO.replace("1500000", "13000")})
     assert explain(errno.ENOMEM) is None
@@ -800,45 +645,34 @@ def test_one_file_left_explains_no_emfile(tmp_path: Path) -> None:
     """RLIMIT_NOFILE explains EMFILE only if no more file can be opened."""
 
     def body() -> str:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         number = 0
         while number < 98:
             number = os.open("/", os.O_PATH)
         return f"{number} {explain(errno.EMFILE)} {os.open('/', os.O_PATH)} {explain(errno.EMFILE)}"
 
     expected = "RLIMIT_NOFILE lets a process have 100 files open (ulimit -n 1024)"
-    assert in_child(body, tmp_path) == f"98 None 99 no more files can be opened: {expected}"
+    answer = in_child(rlimit(resource.RLIMIT_NOFILE, 100), body, tmp_path)
+    assert answer == f"98 None 99 no more files can be opened: {expected}"
 
 
 @pytest.mark.parametrize(("taken", "explained"), [(2, 1), (0, 0)])
 def test_refused_fork_explains_one_error(
-    proc: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, explained: int
+    proc: Proc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int, explained: int
 ) -> None:
     """A fork refused by a control group explains one error, also after other threads have ended."""
-    proc({"self/cgroup": "0::/\n", "self/mountinfo": MOUNTS_V2.format(root="/", at=tmp_path / "cgroup")})
-    proc({"cgroup/pids.max": "4\n", "cgroup/pids.current": f"{taken}\n", "cgroup/pids.events": "max 7\n"})
+    proc({"self/cgroup": "0::/", "self/mountinfo": MOUNTS_V2.format(root="/", at=tmp_path / "cgroup")})
+    proc({"pids.max": 4, "pids.current": taken, "pids.events": "max 7"}, "cgroup")
     monkeypatch.setattr(host_limits, "_refusals", host_limits._Refusals())
     assert host_limits.why_thread_refused() is None
-    proc({"cgroup/pids.events": f"max {7 + explained}\n"})
-    found = [host_limits.why_thread_refused() for _ in range(2)]
-    assert [one is not None for one in found] == [bool(explained), False]
+    proc({"pids.events": f"max {7 + explained}"}, "cgroup")
+    assert [host_limits.why_thread_refused() is not None for _ in range(2)] == [bool(explained), False]
 
 
 def test_no_file_left_for_the_device(tmp_path: Path, settings: Settings, kvm: Kvm) -> None:
     """EMFILE when opening /dev/kvm is a limit of the host, not an unavailable KVM."""
-
-    def body() -> str:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-        try:
-            Kvm(settings.kvm_device)
-        except HostLimit as error:
-            return str(error)
-        return "no error"
-
-    expected = (
-        f"{settings.kvm_device} cannot be opened: no more files can be opened: RLIMIT_NOFILE lets a process have 3"
-    )
-    assert in_child(body, tmp_path).startswith(expected)
+    error = in_child(rlimit(resource.RLIMIT_NOFILE, 3), lambda: Kvm(settings.kvm_device), tmp_path)
+    expected = "cannot be opened: no more files can be opened: RLIMIT_NOFILE lets a process have 3"
+    assert error.startswith(f"HostLimit: {settings.kvm_device} {expected}")
 
 
 def test_userfaultfd_closed_on_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -856,43 +690,40 @@ def test_userfaultfd_closed_on_error(monkeypatch: pytest.MonkeyPatch) -> None:
         os.fstat(fd)
 
 
-@pytest.mark.parametrize("verdict", [AssertionError, GuestError, VcpuHang])
-def test_limits_never_excuse_findings(verdict: type[Exception]) -> None:
-    """A finding about KVM is not excused by a limit that is its cause, its context, or raised after it."""
-    error = verdict("lost")
-    error.__context__ = HostLimit("no threads")
-    assert explain_error(error) is None
-    error = verdict("lost")
-    error.__cause__ = HostLimit("no threads")
-    assert explain_error(error) is None
-    limit = HostLimit("no threads")
-    limit.__context__ = verdict("lost")
-    assert explain_error(limit) is None
-    limit.__suppress_context__ = True
-    assert explain_error(limit) is None
+def raised(
+    error: Exception, *, cause: Exception | None = None, context: Exception | None = None, suppress: bool = False
+) -> Exception:
+    """*error* as if it had been raised from *cause*, or while *context* was being handled."""
+    error.__cause__, error.__context__, error.__suppress_context__ = cause, context, suppress
+    return error
 
 
-def test_explanation_follows_causes() -> None:
-    """An error is explained by its cause, or by a limit that was being handled unless its context is suppressed."""
-    error = ValueError("an empty ring")
-    error.__context__ = HostLimit("no threads")
-    assert explain_error(error) == "no threads"
-    error.__suppress_context__ = True
-    assert explain_error(error) is None
-    error.__cause__ = HostLimit("no files")
-    assert explain_error(error) == "no files"
-    error = ValueError("an empty ring")
-    error.__context__ = KeyError("another one")
-    error.__context__.__context__ = HostLimit("no threads")
-    assert explain_error(error) is None
-    kvm_error = KvmError(errno.ENOMEM, "KVM_CREATE_VM")
-    kvm_error.__context__ = HostLimit("no threads")
-    assert explain_error(kvm_error) is None
+THREADS = HostLimit("no threads")
+FINDINGS: Sequence[type[Exception]] = (AssertionError, GuestError, VcpuHang)
 
 
-def test_unexplained_errors() -> None:
-    """Errors that no limit explains have no explanation."""
-    assert explain_error(RuntimeError("anything")) is None
-    assert explain_error(MemoryError("slot 0 has no room")) is None
-    assert explain_error(KvmError(errno.ENOMEM, "KVM_CREATE_VM")) is None
+@pytest.mark.parametrize(
+    ("error", "explanation"),
+    [
+        (raised(ValueError(), context=THREADS), "no threads"),
+        (raised(ValueError(), context=THREADS, suppress=True), None),
+        (raised(ValueError(), cause=HostLimit("no files"), context=THREADS, suppress=True), "no files"),
+        (raised(ValueError(), context=raised(KeyError(), context=THREADS)), None),
+        (raised(KvmError(errno.ENOMEM, "KVM_CREATE_VM"), context=THREADS), None),
+        (KvmError(errno.ENOMEM, "KVM_CREATE_VM"), None),
+        (RuntimeError("anything"), None),
+        (MemoryError("slot 0 has no room"), None),
+        *[(raised(finding("lost"), context=THREADS), None) for finding in FINDINGS],
+        *[(raised(finding("lost"), cause=THREADS), None) for finding in FINDINGS],
+        *[(raised(HostLimit("no threads"), context=finding("lost")), None) for finding in FINDINGS],
+        *[(raised(HostLimit("a limit"), context=finding("lost"), suppress=True), None) for finding in FINDINGS],
+    ],
+)
+def test_limit_that_explains_an_error(error: Exception, explanation: str | None) -> None:
+    """An error is explained by its cause, or by a limit that was being handled; a finding about KVM by no limit at all."""
+    assert explain_error(error) == explanation
+
+
+def test_other_errors_are_unexplained() -> None:
+    """An errno that no limit leads to has no explanation."""
     assert explain(errno.EINVAL) is None
