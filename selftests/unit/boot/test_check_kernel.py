@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""check_kernel.py as users run it, with good, broken and unusable kernels. Most of these tests boot one."""
+"""check_kernel.py as users run it, with good, broken and unusable kernels."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,16 +24,15 @@ from runner.guest_init import INIT_MARKER
 from runner.kernel import Kernel, local_kernels
 from runner.qemu import find_qemu
 
+pytestmark = [pytest.mark.boots, pytest.mark.slow]
+
 GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED = 0, 1, 125, 128, 130
 BREAKING = "selftests/unit/boot/broken_kernel.py"
 UNFLUSHED = "selftests/unit/boot/unflushed_kernel.py"
 PLANTED = "selftests/unit/mutants/planted.py::test_planted[page-added]"
 ONE_CELL = [
-    "--log-mode=dirty-ring",
-    "--guest-mode=48bit-4k",
-    "--backing=anonymous",
-    "--stop=forced",
-    "--density=sparse",
+    *("selftests/matrix/test_dirty_log.py", "--log-mode=dirty-ring", "--guest-mode=48bit-4k", "--backing=anonymous"),
+    *("--stop=forced", "--density=sparse", "--vcpus=1"),
 ]
 
 
@@ -50,6 +48,20 @@ class Checked:
     def data(self) -> Any:
         return json.loads((self.results / "results.json").read_text())
 
+    @property
+    def verdicts(self) -> dict[str, list[str]]:
+        """The names of the tests that passed, and that have a failure, an error or a skip."""
+        verdicts: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
+        for case in cases_of(self.results):
+            found = [child.tag for child in case if child.tag in verdicts]
+            verdicts[found[0] if found else "passed"].append(case.attrib["name"])
+        return verdicts
+
+
+def cases_of(results: Path) -> list[ElementTree.Element]:
+    """The test cases in a run's junit.xml."""
+    return list(ElementTree.parse(results / "junit.xml").getroot().iter("testcase"))
+
 
 class CheckKernel:
     """Runs check_kernel.py in a process, with its results in a folder of the test."""
@@ -57,19 +69,10 @@ class CheckKernel:
     def __init__(self, results: Path) -> None:
         self.results = results
 
-    def __call__(
-        self,
-        kernel: str | Path,
-        *arguments: str,
-        environment: dict[str, str] | None = None,
-        largest_file: int | None = None,
-    ) -> Checked:
-        command = self._command(kernel, *arguments)
-        if largest_file is not None:
-            command = ["prlimit", f"--fsize={largest_file}", *command]
-        done = subprocess.run(
-            command, cwd=self.results.parent, env=environment, capture_output=True, text=True, check=False
-        )
+    def __call__(self, kernel: str | Path, *arguments: str, before: tuple[str, ...] = ()) -> Checked:
+        """Run it to its end; *before* is a program that runs it, and that program's arguments."""
+        command = [*before, *self._command(kernel, *arguments)]
+        done = subprocess.run(command, cwd=self.results.parent, capture_output=True, text=True, check=False)
         return Checked(done.returncode, done.stdout + done.stderr, self.results)
 
     @contextmanager
@@ -106,18 +109,14 @@ def kernel() -> Kernel:
     return fit[0]
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that passes is good with status 0; the table says where it ran, the files have the parameters and figures."""
-    done = check_kernel(
-        kernel.image, *ONE_CELL, "--vcpus=1", "--kvm-params=kvm_amd.npt=0", "selftests/matrix/test_dirty_log.py"
-    )
+    done = check_kernel(kernel.image, *ONE_CELL, "--kvm-params=kvm_amd.npt=0")
     assert done.status == GOOD, done.output
     assert f"kernel {kernel.release}, kvm_amd: emulated by QEMU" in done.output
-    assert re.search(
-        rf"^{re.escape(kernel.release)}, kvm_amd in QEMU \S+ \(emulated\): good: 1 passed; ", done.output, re.M
-    )
+    release = re.escape(kernel.release)
+    assert re.search(rf"^booting Linux {release} in QEMU [\d.]+ \(emulated\)$", done.output, re.M)
+    assert re.search(rf"^{release}, kvm_amd in QEMU \S+ \(emulated\): good: 1 passed; ", done.output, re.M)
     assert "1 cell: 1 pass" in done.output
     sizes = "32 MiB of test memory (--test-mem), 6 iterations (--iterations), rings of 4096 entries"
     assert sizes in " ".join(done.output.split())
@@ -131,12 +130,9 @@ def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) ->
     assert data["cells"][0]["writes"] >= 6 * 256
     assert "Linux version" in (done.results / "kernel.log").read_text()
     assert (done.results / "console.log").exists()
-    (case,) = ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
-    assert "dirty-ring-48bit-4k" in case.attrib["name"]
+    (name,) = done.verdicts["passed"]
+    assert "dirty-ring-48bit-4k" in name
     assert not list(done.results.glob("*.cpio"))
-    assert re.search(
-        rf"^booting Linux {re.escape(kernel.release)} in QEMU [\d.]+ \(emulated\)$", done.output, re.MULTILINE
-    )
     assert "\x1b" not in done.output
 
 
@@ -144,36 +140,35 @@ def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) ->
     "here", [[], ["selftests/unit/test_uapi.py", "-n2"]], ids=["alone", "beside-tests-of-the-host"]
 )
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.boots
-@pytest.mark.slow
 def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
     """With --kernel auto and no usable KVM, the KVM tests run in a booted kernel, the suite's own tests on the host."""
-    tests = ["selftests/matrix/test_dirty_log.py", *ONE_CELL, "--vcpus=1"]
     options = ["--kernel=auto", "--kvm-device=/nonexistent", "--accel=tcg", f"--results={tmp_path}", "-v"]
-    command = [sys.executable, "-m", "pytest", *tests, *here, *options]
+    command = [sys.executable, "-m", "pytest", *ONE_CELL, *here, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == GOOD, done.stdout + done.stderr
     assert "KVM cannot be used on this host (/nonexistent does not exist" in done.stderr
     assert "kvm_amd: emulated by QEMU" in done.stdout
     assert "1 cell: 1 pass" in done.stdout
-    passed = [case.attrib["classname"] for case in ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase")]
-    assert ("selftests.unit.test_uapi" in passed) == bool(here)
-    assert "selftests.matrix.test_dirty_log" in passed
+    files = {case.attrib["classname"] for case in cases_of(tmp_path)}
+    assert files == {"selftests.matrix.test_dirty_log", *(["selftests.unit.test_uapi"] if here else [])}
 
 
-BROKEN = {
-    "panic": ("PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
-    "oops": ("OOPS", "the kernel oopsed: Oops: invalid opcode"),
-    "hang": ("HANG", "the kernel hung: no message for 120 s (--time-limit)"),
-    "killed": ("SUITE_DIED", "the suite died in the kernel"),
-}
-
-
-@pytest.mark.parametrize(("how", "ending", "text"), [(how, *end) for how, end in BROKEN.items()], ids=list(BROKEN))
-@pytest.mark.boots
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "ending", "text"),
+    [
+        ("panic", "PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
+        ("oops", "OOPS", "the kernel oopsed: Oops: invalid opcode"),
+        ("hang", "HANG", "the kernel hung: no message for 120 s (--time-limit)"),
+        ("killed", "SUITE_DIED", "the suite died in the kernel"),
+        (
+            "ends_all",
+            "SUITE_DIED",
+            "the suite died in the kernel: pytest ended with status 0, with 2 tests left to run",
+        ),
+    ],
+)
 def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
-    """A panic, an oops, a hang and a killed suite each have a name, fail the running test, and keep the results before it."""
+    """A kernel or a suite that ends early has a name, fails the running test, and keeps the results before it."""
     done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
     assert done.status == BAD, done.output
     assert f"KERNEL {kernel.release}: {text}" in done.output
@@ -182,36 +177,25 @@ def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str,
     assert f"broken_kernel.py: {text.partition(':')[0]}" in done.output
     assert done.data["end"]["ending"] == ending
     assert done.data["end"]["console"]
-    cases = {
-        case.attrib["name"]: case for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase")
-    }
-    assert cases[f"test_{how}"].find("failure") is not None
-    assert cases["test_after"].find("skipped") is not None
-    assert {child.tag for child in cases["test_before"]} <= {"properties"}
+    expected = {"passed": ["test_before"], "failure": [f"test_{how}"], "error": [], "skipped": ["test_after"]}
+    assert done.verdicts == expected
     assert (done.results / "kernel.log").stat().st_size > 1000
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 def test_one_of_two_machines_dies(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """The test that ran in a kernel that panics fails; another machine runs the others, and the verdict is bad."""
     others = "selftests/interface/test_arguments.py"
     done = check_kernel(kernel.image, f"{BREAKING}::test_panic", others, "--machines=2", "--kvm-params=kvm_amd.npt=1")
     assert done.status == BAD, done.output
-    verdicts = verdicts_of(done)
-    assert verdicts["failure"] == ["test_panic"]
-    assert len(verdicts["passed"]) > 80
-    assert re.search(
-        rf"^KERNEL {re.escape(kernel.release)} \(kernel(-2)?\.log\): the kernel panicked: ", done.output, re.M
-    )
+    assert done.verdicts["failure"] == ["test_panic"]
+    assert len(done.verdicts["passed"]) > 80
+    log = r"\(kernel(-2)?\.log\)"
+    assert re.search(rf"^KERNEL {re.escape(kernel.release)} {log}: the kernel panicked: ", done.output, re.M)
     assert done.data["end"]["ending"] == "PANIC"
-    assert {"console.log", "console-2.log", "kernel.log", "kernel-2.log"} <= {
-        path.name for path in done.results.iterdir()
-    }
+    files = {path.name for path in done.results.iterdir()}
+    assert {"console.log", "console-2.log", "kernel.log", "kernel-2.log"} <= files
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A WARN() of the kernel fails the test during which it came, and no other, and the kernel is bad."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_warn or test_after")
@@ -224,8 +208,6 @@ def test_warn_fails_the_running_test(check_kernel: CheckKernel, kernel: Kernel) 
     assert "svm_init" in report["title"]
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 @pytest.mark.mutants
 def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """Tests that only such a kernel can run fail under a planted fault: SMM, huge pages, nested guests, KVM's emulator, AVX.
@@ -242,17 +224,12 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
     )  # fmt: skip
     assert done.status == BAD, done.output
-    verdicts = verdicts_of(done)
-    assert {name.partition("[")[0] for name in verdicts["passed"]} == {
-        "test_falsified_statistics",
-        "test_planted",
-    }
+    verdicts = done.verdicts
+    assert {name.partition("[")[0] for name in verdicts["passed"]} == {"test_falsified_statistics", "test_planted"}
     assert len(verdicts["failure"]) > 200
     assert not verdicts["error"]
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 @pytest.mark.mutants
 def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A KVM that flushes no remote TLBs fails test_stale_translations in each log mode, with small pages and huge ones."""
@@ -261,22 +238,10 @@ def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -
         "--thorough",  # an interrupt on the vCPU's CPU flushes too: on a busy host now and then in all of a few turns
     )  # fmt: skip
     assert done.status == BAD, done.output
-    verdicts = verdicts_of(done)
-    assert verdicts["passed"] == ["test_disable_tlb_flushes"]
-    assert len(verdicts["failure"]) == 2 * 2 * len(LOG_MODES)
+    assert done.verdicts["passed"] == ["test_disable_tlb_flushes"]
+    assert len(done.verdicts["failure"]) == 2 * 2 * len(LOG_MODES)
 
 
-def verdicts_of(done: Checked) -> dict[str, list[str]]:
-    """The names of the tests that passed, and that have a failure, an error or a skip."""
-    verdicts: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
-    for case in ElementTree.parse(done.results / "junit.xml").getroot().iter("testcase"):
-        found = [child.tag for child in case if child.tag in verdicts]
-        verdicts[found[0] if found else "passed"].append(case.attrib["name"])
-    return verdicts
-
-
-@pytest.mark.boots
-@pytest.mark.slow
 def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A failing test in the kernel makes it bad; its report, its file and the command to reproduce it are there."""
     done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
@@ -289,23 +254,11 @@ def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     assert done.data["end"]["ending"] == "FINISHED"
 
 
-@pytest.mark.boots
-@pytest.mark.slow
-def test_early_exit_of_pytest(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A session that exits with status 0 before its last test is bad."""
-    done = check_kernel(kernel.image, BREAKING, "-k", "test_before or test_ends_all or test_after")
-    assert done.status == BAD, done.output
-    assert "the suite died in the kernel: pytest ended with status 0, with 2 tests left to run" in done.output
-
-
 @pytest.mark.parametrize("failure", [False, True], ids=["alone", "after-a-failure"])
-@pytest.mark.boots
-@pytest.mark.slow
 def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, failure: bool) -> None:
     """The remaining tests run in another boot after an emulator fault; the third ends the run, and a failure stays one."""
-    done = check_kernel(
-        kernel.image, BREAKING, "-k", f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
-    )
+    selected = f"test_before or test_int3 or {'test_fails or' if failure else ''} test_after"
+    done = check_kernel(kernel.image, BREAKING, "-k", selected)
     assert done.status == (BAD if failure else CANNOT_TEST), done.output
     assert done.output.count("EMULATOR FAULT: Oops: int3") == 3
     assert done.output.count("the remaining tests run in another boot") == 2
@@ -317,8 +270,6 @@ def test_emulator_fault_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, fai
     ("number", "text"),
     [(signal.SIGKILL, "signal SIGKILL"), (signal.SIGTERM, "status 0: qemu-system-x86_64: terminating on signal 15")],
 )
-@pytest.mark.boots
-@pytest.mark.slow
 def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number: int, text: str) -> None:
     """A QEMU that the host kills says nothing about the kernel, which cannot be tested."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -331,8 +282,6 @@ def test_killed_qemu_is_no_bug(check_kernel: CheckKernel, kernel: Kernel, number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.boots
-@pytest.mark.slow
 def test_interrupted_run_cleans_up(check_kernel: CheckKernel, kernel: Kernel, number: int) -> None:
     """An interrupted run leaves no QEMU and no initramfs, and writes its logs and which tests did not run."""
     with check_kernel.started(kernel.image, f"{BREAKING}::test_hang") as process:
@@ -361,8 +310,6 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.boots
-@pytest.mark.slow
 def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel in which no test on KVM ran cannot be tested; a results file that cannot be written does not change that."""
     done = check_kernel(kernel.image, BREAKING, "-k", "test_before", "--junitxml=/dev/full", "-n2")
@@ -373,56 +320,31 @@ def test_no_kvm_test_is_no_verdict(check_kernel: CheckKernel, kernel: Kernel) ->
     assert "Traceback" not in done.output
 
 
-@pytest.mark.boots
-@pytest.mark.slow
-def test_panic_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A kernel that panics before init starts cannot be tested."""
-    done = check_kernel(kernel.image, "--append=rdinit=/nonexistent")
-    assert done.status == CANNOT_TEST
-    assert (
-        f"KERNEL {kernel.release}: the kernel does not boot: Kernel panic - not syncing: VFS: Unable to mount"
-        in done.output
-    )
-    assert done.data["end"]["ending"] == "NO_BOOT"
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_hang_during_boot(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A kernel that sends no message within the time limit cannot be tested."""
-    done = check_kernel(kernel.image, "--time-limit=1")
-    assert done.status == CANNOT_TEST
-    assert "the kernel does not boot: no message for 1 s (--time-limit)" in done.output
+@pytest.mark.parametrize(
+    ("option", "ending", "text"),
+    [
+        ("--append=rdinit=/nonexistent", "NO_BOOT", "does not boot: Kernel panic - not syncing: VFS: Unable to mount"),
+        ("--time-limit=1", "NO_BOOT", "the kernel does not boot: no message for 1 s (--time-limit)"),
+        (
+            "--append=module_blacklist=kvm_amd",
+            "NO_KVM",
+            "module kvm_amd.ko does not load here: Operation not permitted",
+        ),
+        ("--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1", "NO_KVM", "kvm.tdp_mmu=1 did not take effect: it is N"),
+        ("--vm-cpus=9999", "NOT_TESTED", "QEMU ended with status 1: qemu-system-x86_64: Invalid SMP CPUs 10000"),
+    ],
+    ids=["panic", "hang", "module-refused", "parameter-ignored", "qemu"],
+)
+def test_kernel_that_cannot_be_tested(
+    check_kernel: CheckKernel, kernel: Kernel, option: str, ending: str, text: str
+) -> None:
+    """A kernel that does not boot, or has no KVM as it is wanted, cannot be tested."""
+    done = check_kernel(kernel.image, option)
+    assert done.status == CANNOT_TEST, done.output
+    assert f"KERNEL {kernel.release}: " in done.output
+    assert text in done.output
     assert "no test ran on KVM" not in done.output
-
-
-@pytest.mark.boots
-def test_cpu_without_svm(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A CPU model that cannot run guests is reported before the kernel is booted."""
-    line = one_line(check_kernel(kernel.image, "--cpu-model=max,-svm"))
-    assert line.startswith("this CPU model cannot run guests: it has no SVM")
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_module_load_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A kernel that refuses KVM's module cannot be tested."""
-    done = check_kernel(kernel.image, "--append=module_blacklist=kvm_amd")
-    assert done.status == CANNOT_TEST
-    assert (
-        "KVM cannot be tested in this kernel: module kvm_amd.ko does not load here: Operation not permitted"
-        in done.output
-    )
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A parameter that the kernel accepts and ignores, as the TDP MMU without nested paging, means "cannot be tested"."""
-    done = check_kernel(kernel.image, "--kvm-params=kvm_amd.npt=0 kvm.tdp_mmu=1")
-    assert done.status == CANNOT_TEST
-    assert "KVM parameter kvm.tdp_mmu=1 did not take effect: it is N" in done.output
-    assert "no test ran on KVM" not in done.output
+    assert done.data["end"]["ending"] == ending
 
 
 @pytest.mark.parametrize(
@@ -448,11 +370,9 @@ def test_ineffective_parameter(check_kernel: CheckKernel, kernel: Kernel) -> Non
         (["-m", "kvm and slow and boots"], "no test matches -m 'kvm and slow and boots' in selftests"),
         (["selftests/nope.py"], "file or directory not found: selftests/nope.py"),
         (["selftests/interface/test_slots.py::test_nope"], "not found: selftests/interface/test_slots.py::test_nope"),
-        (["--kernel=x"], "--kernel: the kernel is named already"),
     ],
     ids=lambda value: " ".join(value).replace("/", "-") if isinstance(value, list) else "",
 )
-@pytest.mark.slow
 def test_usage_error_ends_a_bisection(check_kernel: CheckKernel, arguments: list[str], message: str) -> None:
     """A wrong option or test is one line, before the kernel (here a missing one) is looked for, and status 128."""
     done = check_kernel("/nonexistent/bzImage", *arguments)
@@ -462,125 +382,36 @@ def test_usage_error_ends_a_bisection(check_kernel: CheckKernel, arguments: list
     assert "no kernel" not in done.output
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--cpu-model=max,-svm", "this CPU model cannot run guests: it has no SVM"),
+        ("--cpu-model=z80", "unable to find CPU model 'z80'"),
+        ("--kvm-params=kvm.tdp_mu=0", "kvm has no parameter tdp_mu (did you mean tdp_mmu?)"),
+        ("--kvm-params=kvm_amdd.npt=0", "no such module is loaded"),
+        ("--vm-memory=9000000", "--vm-memory: 9000000 MiB are not there, the host or its control group has "),
+    ],
+)
+def test_refused_machine(check_kernel: CheckKernel, kernel: Kernel, option: str, message: str) -> None:
+    """A machine or a parameter that cannot be had is one line, before the kernel is booted."""
+    assert message in one_line(check_kernel(kernel.image, option))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_refused_kernel(check_kernel: CheckKernel) -> None:
+    """A kernel that is not there is one line."""
+    assert "neither a file or folder, nor an installed release" in one_line(check_kernel("/nonexistent/bzImage"))
+
+
 def one_line(done: Checked) -> str:
     assert done.status == CANNOT_TEST, done.output
     (line,) = done.output.strip().splitlines()
-    return line.removeprefix("cannot be tested: ")
+    return line
 
 
-def unpacked(kernel: Kernel, root: Path) -> Path:
-    """A copy of a kernel at *root*, as an unpacked package has it, with the modules that KVM needs."""
-    assert kernel.modules is not None
-    (root / "boot").mkdir(parents=True)
-    shutil.copy(kernel.image, root / "boot" / f"vmlinuz-{kernel.release}")
-    folder = root / "lib/modules" / kernel.release
-    folder.mkdir(parents=True)
-    for name in ("kvm", "kvm-amd", "irqbypass"):
-        (path,) = kernel.modules.rglob(f"{name}.ko*")
-        shutil.copy(path, folder)
-    return root
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_kernel_without_kvm_modules(check_kernel: CheckKernel, kernel: Kernel, tmp_path: Path) -> None:
-    """A kernel without KVM's module, or without any modules, is one line."""
-    root = unpacked(kernel, tmp_path / "root")
-    next(root.rglob("kvm-amd.ko*")).unlink()
-    assert f"kernel {kernel.release} has no KVM to test: no module kvm_amd under" in one_line(check_kernel(root))
-    shutil.rmtree(root / "lib")
-    assert "no modules for" in one_line(check_kernel(root / "boot" / f"vmlinuz-{kernel.release}"))
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_misspelt_parameters(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A misspelt parameter or module is one line, with the name that was probably meant."""
-    line = one_line(check_kernel(kernel.image, "--kvm-params=kvm.tdp_mu=0"))
-    assert line.endswith("kvm has no parameter tdp_mu (did you mean tdp_mmu?)")
-    assert "no such module is loaded" in one_line(check_kernel(kernel.image, "--kvm-params=kvm_amdd.npt=0"))
-
-
-@pytest.mark.boots
-def test_too_much_guest_memory(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """A machine with more memory than the host has free is one line."""
-    line = one_line(check_kernel(kernel.image, "--vm-memory=9000000"))
-    assert line.startswith("--vm-memory: 9000000 MiB are not there, the host or its control group has ")
-
-
-@pytest.mark.boots
 def test_no_space_for_the_initramfs(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """An initramfs that cannot be written, as on a full disk, means "cannot be tested"."""
-    done = check_kernel(kernel.image, *ONE_CELL, largest_file=1 << 20)
+    done = check_kernel(kernel.image, *ONE_CELL, before=("prlimit", f"--fsize={1 << 20}"))
     assert done.status == CANNOT_TEST
     assert f"it cannot be tested: the initramfs cannot be made: {done.results}: File too large" in done.output
     assert "Traceback" not in done.output
-
-
-@pytest.mark.boots
-@pytest.mark.slow
-def test_qemu_launch_failure(check_kernel: CheckKernel, kernel: Kernel) -> None:
-    """QEMU's own error is in the line, whether it fails at the probe or at the boot."""
-    line = one_line(check_kernel(kernel.image, "--cpu-model=z80"))
-    assert line.endswith("unable to find CPU model 'z80'")
-    done = check_kernel(kernel.image, "--vm-cpus=9999")
-    assert done.status == CANNOT_TEST
-    assert "it cannot be tested: QEMU ended with status 1: " in done.output
-    assert "Invalid SMP CPUs 10000" in done.output
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"no kernel at all", "is not a kernel image (no x86_64 boot header)"),
-        (bytes(56) + b"ARM\x64" + bytes(4096), "is a kernel for arm64, this machine is"),
-        (b"\x7fELF" + bytes(14) + b"\xf3\0" + bytes(4096), "is an ELF file for riscv, this machine is"),
-        (b"\x7fELF" + bytes(14) + b"\x3e\0" + bytes(4096), "give the compressed image (arch/x86/boot/bzImage)"),
-        (bytes(0x202) + b"HdrS" + bytes(4096), "is a 32-bit x86 kernel"),
-        (b"", "is not a kernel image"),
-    ],
-    ids=["text", "arm64", "riscv", "vmlinux", "i386", "empty"],
-)
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.boots
-def test_images_of_other_machines(check_kernel: CheckKernel, tmp_path: Path, content: bytes, message: str) -> None:
-    """A file that is no kernel, or another architecture's, is one line that says what it is."""
-    path = tmp_path / "image"
-    path.write_bytes(content)
-    assert message in one_line(check_kernel(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("/nonexistent/bzImage", "neither a file or folder, nor an installed release"),
-        ("99.9", "neither a file or folder, nor an installed release"),
-        ("debian:six", "write it as debian:6.12"),
-        (str(ROOT / "lib"), "is neither a kernel build tree nor a folder with boot/vmlinuz-*"),
-    ],
-)
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.boots
-def test_unknown_kernel_names(check_kernel: CheckKernel, name: str, message: str) -> None:
-    """A name that fits no kernel is one line."""
-    assert message in one_line(check_kernel(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("", "no kernel is named"), ("-v", "no kernel is named"), ("auto", "auto is no kernel to check")],
-)
-def test_missing_kernel_name(check_kernel: CheckKernel, name: str, message: str) -> None:
-    """An empty name, an option or ``auto`` in the kernel's place is one line, with status 128."""
-    done = check_kernel(name)
-    assert done.status == NOT_LIKE_THIS
-    (line,) = done.output.splitlines()
-    assert message in line
-
-
-def test_usage_lists_all_statuses(check_kernel: CheckKernel) -> None:
-    """``--help`` lists every exit status."""
-    done = check_kernel("--help")
-    assert done.status == GOOD
-    for status in (GOOD, BAD, CANNOT_TEST, NOT_LIKE_THIS, INTERRUPTED):
-        assert f"\n  {status} " in done.output
