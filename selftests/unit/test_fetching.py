@@ -11,32 +11,43 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from runner import apt, apt_sources, debian, emulator, fetch, initramfs, qemu
+from runner import apt, apt_sources, debian, emulator, fetch, initramfs
 from runner.apt import Suite, cause
 from runner.apt_sources import mirror
 from runner.arch import this_arch
-from runner.emulator import debian_emulator, find_emulator
+from runner.emulator import Emulator, debian_emulator, find_emulator
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.store import fill, is_complete
 
 SOUND, UNSOUND = "10.0.13", "7.2.22"
 
 
+@pytest.fixture(autouse=True)
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of the checkout's build/."""
+    for module in (apt, debian, emulator):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
+    return tmp_path / "build"
+
+
+def make_program(path: Path, text: str) -> Path:
+    """Write a shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
 # --- folders that are filled once -------------------------------------------------------------------------------------
 
 
-def test_folder_is_filled_once(tmp_path: Path) -> None:
-    """A complete folder is left as it is."""
-    folder = fill(tmp_path / "cache/a", lambda path: (path / "first").touch())
-    fill(folder, lambda path: (path / "second").touch())
-    assert sorted(path.name for path in folder.iterdir()) == [".complete", "first"]
-
-
 def test_interrupted_fill(tmp_path: Path) -> None:
-    """A fill that fails leaves no folder, and an incomplete folder is filled from nothing."""
+    """A fill that fails leaves no folder, an incomplete folder is filled from nothing, and a complete one is left as it is."""
 
     def fail(path: Path) -> None:
         (path / "half").touch()
@@ -49,23 +60,19 @@ def test_interrupted_fill(tmp_path: Path) -> None:
     (tmp_path / "a/half").touch()
     assert not is_complete(tmp_path / "a")
     fill(tmp_path / "a", lambda path: (path / "whole").touch())
+    fill(tmp_path / "a", lambda path: (path / "second").touch())
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".complete", "whole"]
 
 
-def _fill_slowly(folder: Path, log: Path) -> None:
-    def write(path: Path) -> None:
-        with log.open("a") as file:
-            file.write("x")
-        time.sleep(0.5)
-        (path / "file").touch()
-
-    fill(folder, write)
+def _write_slowly(folder: Path) -> None:
+    with (folder.parents[1] / "log").open("a") as log:
+        log.write("x")
+    time.sleep(0.5)
 
 
 def test_concurrent_fills(tmp_path: Path) -> None:
     """The second run waits for the first one, and uses what it wrote."""
-    arguments = (tmp_path / "a", tmp_path / "log")
-    runs = [multiprocessing.Process(target=_fill_slowly, args=arguments) for _ in range(3)]
+    runs = [multiprocessing.Process(target=fill, args=(tmp_path / "a", _write_slowly)) for _ in range(3)]
     for run in runs:
         run.start()
     for run in runs:
@@ -184,8 +191,8 @@ def test_mirror_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_archive(folder: Path) -> None:
     """An archive of the suite trixie, unsigned, with one package, ``tiny``."""
     index = folder / "dists/trixie/main/binary-amd64/Packages"
-    for path in (index.parent, folder / "tree/DEBIAN"):
-        path.mkdir(parents=True)
+    index.parent.mkdir(parents=True)
+    (folder / "tree/DEBIAN").mkdir(parents=True)
     control = "Package: tiny\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <n@o.test>\nDescription: none\n"
     (folder / "tree/DEBIAN/control").write_text(control)
     subprocess.run(["dpkg-deb", "-b", str(folder / "tree"), str(folder / "tiny.deb")], check=True, capture_output=True)
@@ -195,7 +202,7 @@ def make_archive(folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt-get is not there")
-def test_hostile_apt_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_apt_configuration(tmp_path: Path, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's apt configuration has no effect: no hooks run, no release is preferred, and its archives are kept."""
     mine, marker = tmp_path / "mine/user.deb", tmp_path / "marker"
     mine.parent.mkdir()
@@ -208,7 +215,6 @@ def test_hostile_apt_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "hostile.conf").write_text("\n".join(settings))
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "hostile.conf"))
     monkeypatch.setenv("DEBIAN_MIRROR", f"file://{tmp_path}/archive")
-    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
     make_archive(tmp_path / "archive")
     suite = Suite("trixie")
     source = suite._folder / "sources.list"
@@ -216,7 +222,7 @@ def test_hostile_apt_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     suite._update()
     assert suite.packages("t") == ["tiny"]
     (downloaded,) = suite.download_with_dependencies("tiny")
-    assert downloaded.is_relative_to(tmp_path / "build")
+    assert downloaded.is_relative_to(build)
     assert [path.name for path in suite.download(["tiny"])] == ["tiny_1_amd64.deb"]
     suite.forget_archives()
     assert (mine.exists(), downloaded.exists(), marker.exists()) == (True, False, False)
@@ -253,12 +259,9 @@ def test_cause_in_output_of_apt(said: str, line: int) -> None:
 )
 def test_remedy_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, network: bool) -> None:
     """Only a missing network is answered with the remedy for one."""
-    tool = tmp_path / "apt-get"
-    tool.write_text(f'#!/bin/sh\necho "{said}" >&2\nexit 100\n')
-    tool.chmod(0o755)
+    make_program(tmp_path / "apt-get", f'echo "{said}" >&2; exit 100')
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("DEBIAN_MIRROR", MIRROR)
-    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
     with pytest.raises(CannotTest) as raised:
         Suite("trixie")._update()
     assert str(raised.value).startswith(f"apt-get update (trixie) failed: {said}")
@@ -266,13 +269,11 @@ def test_remedy_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.fixture
-def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive that cannot be reached, and an empty cache."""
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that cannot be reached."""
     if not Path(apt._KEYRING).exists():
         pytest.skip(f"{apt._KEYRING} is not there (apt install debian-archive-keyring)")
     monkeypatch.setenv("DEBIAN_MIRROR", "file:///nonexistent/debian")
-    monkeypatch.setattr(apt, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
     Suite.updated.cache_clear()
 
 
@@ -287,19 +288,17 @@ def test_fetch_without_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run make fetch in a clone that has it, and copy its build/kernels and build/qemu here" in shown[1]
 
 
-@pytest.mark.usefixtures("no_network")
+USAGE = "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"
+
+
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        (
-            "nonsense",
-            CANNOT_TEST,
-            "cannot fetch: no kernel 'nonsense': neither a file or folder, nor an installed release",
-        ),
-        ("--help", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
-        ("", 128, "usage: python -m runner.fetch KERNEL ..., such as debian:6.12"),
+        ("nonsense", CANNOT_TEST, "cannot fetch: no kernel 'nonsense': neither a file or folder, nor an installed release"),
+        ("--help", 128, USAGE),
+        ("", 128, USAGE),
     ],
-)
+)  # fmt: skip
 def test_wrong_kernel_to_fetch(capsys: pytest.CaptureFixture[str], name: str, status: int, message: str) -> None:
     """A wrong name is one line, before QEMU is fetched."""
     assert fetch.main([name]) == status
@@ -307,7 +306,6 @@ def test_wrong_kernel_to_fetch(capsys: pytest.CaptureFixture[str], name: str, st
     assert line.startswith(message)
 
 
-@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("kernels", [[], ["debian:6.12"], ["debian:6.12-rt-arm64"]], ids=["qemu", "kernel", "flavour"])
 def test_unsupported_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kernels: list[str]
@@ -324,13 +322,8 @@ def test_unsupported_machine(
 def test_host_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     """The missing tool is named, and what the user can do instead."""
     monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/usr/bin/{name}")
-    for module in (emulator, debian):
-        monkeypatch.setattr(module, "BUILD", tmp_path)
-    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "qemu")
     lacks = f"fetched with {tool}, which this machine lacks"
-    with pytest.raises(
-        CannotTest, match=f"{lacks}: install {this_arch().qemu}, or name one with --qemu PATH, or run make fetch"
-    ):
+    with pytest.raises(CannotTest, match=f"{lacks}: install {this_arch().qemu}, or name one .*, or run make fetch"):
         debian_emulator("why")
     with pytest.raises(CannotTest, match=f"{lacks}: give the path of a kernel instead of debian:6.12, or run make"):
         debian.fetch("6.12", tmp_path / "kernels")
@@ -344,80 +337,57 @@ def test_host_without_archive_key(monkeypatch: pytest.MonkeyPatch) -> None:
         apt.require("give a path")
 
 
-def test_unwritable_build_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_build_folder(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A fetch that cannot write is one line."""
-    (tmp_path / "build").touch()
-    monkeypatch.setattr(emulator, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "build/qemu")
+    build.touch()
     assert fetch.main([]) == CANNOT_TEST
-    assert capsys.readouterr().err == f"cannot fetch: {tmp_path}/build/apt: Not a directory\n"
+    assert capsys.readouterr().err == f"cannot fetch: {build}/apt: Not a directory\n"
 
 
 # --- which QEMU -------------------------------------------------------------------------------------------------------
 
 
-def make_qemu(folder: Path, version: str) -> Path:
-    """A program that reports *version* as QEMU does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / this_arch().qemu
-    path.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian 1:{version})'\n")
-    path.chmod(0o755)
-    return path
-
-
 @pytest.fixture
 def host_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of this host's QEMU; Debian's has the version "fetched"."""
+    """The path of this host's QEMU, where none is yet; Debian's has the version "fetched"."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-
-    def fetched(why: str) -> emulator.Emulator:
-        return emulator.Emulator(("fetched",), "fetched", why)
-
-    monkeypatch.setattr(emulator, "debian_emulator", fetched)
+    monkeypatch.setattr(emulator, "debian_emulator", lambda why: Emulator(("fetched",), "fetched", why))
     other = replace(this_arch(), qemu="qemu-of-the-test")
     monkeypatch.setattr(emulator, "this_arch", lambda: other)
-    return tmp_path / "bin"
+    return tmp_path / "bin/qemu-of-the-test"
 
 
-def install(folder: Path, version: str) -> Path:
-    return make_qemu(folder, version).rename(folder / "qemu-of-the-test")
+def make_qemu(path: Path, version: str) -> str:
+    """Write a program that reports *version* as QEMU does."""
+    return str(make_program(path, f"echo 'QEMU emulator version {version} (Debian 1:{version})'"))
 
 
-def test_sound_qemu_of_the_host(host_qemu: Path) -> None:
-    """A QEMU whose emulation has no fault to avoid is used."""
-    path = install(host_qemu, SOUND)
-    found = find_emulator(None, emulates=True)
-    assert (found.command, found.version) == ((str(path),), SOUND)
-
-
-def test_faulty_qemu_of_the_host(host_qemu: Path) -> None:
-    """Debian's QEMU replaces it, and the reason names the fault."""
-    install(host_qemu, UNSOUND)
-    found = find_emulator(None, emulates=True)
-    assert found.version == "fetched"
-    assert found.origin.startswith(f"this host's QEMU {UNSOUND} lets a guest set XCR0 behind KVM's back")
-
-
-def test_faulty_qemu_without_emulation(host_qemu: Path) -> None:
-    """Faults of the emulation do not matter with nested virtualization."""
-    install(host_qemu, UNSOUND)
-    assert find_emulator(None, emulates=False).version == UNSOUND
-
-
-def test_host_without_qemu(host_qemu: Path) -> None:
-    """Debian's QEMU is used, with the reason."""
-    assert not host_qemu.exists()
-    found = find_emulator(None, emulates=True)
-    assert (found.version, found.origin) == ("fetched", "this host has no qemu-of-the-test")
+@pytest.mark.parametrize(
+    ("installed", "emulates", "version", "why"),
+    [
+        (SOUND, True, SOUND, "this host's"),
+        (UNSOUND, True, "fetched", f"this host's QEMU {UNSOUND} lets a guest set XCR0 behind KVM's back"),
+        (UNSOUND, False, UNSOUND, "this host's"),
+        (None, True, "fetched", "this host has no qemu-of-the-test"),
+        ("v9.2.0-rc1", True, "9.2.0-rc1", "this host's"),
+        ("unknown", True, "fetched", "this host's qemu-of-the-test does not run"),
+    ],
+    ids=["sound", "faulty", "faulty-not-emulating", "none", "of-ones-own", "without-number"],
+)
+def test_choice_of_a_qemu(host_qemu: Path, installed: str | None, emulates: bool, version: str, why: str) -> None:
+    """This host's QEMU is used, unless there is none, or its emulation is used and has a fault to avoid."""
+    if installed:
+        make_qemu(host_qemu, installed)
+    found = find_emulator(None, emulates)
+    assert found.version == version
+    assert found.origin.startswith(why)
+    assert found.command == ("fetched" if version == "fetched" else str(host_qemu),)
 
 
 def test_qemu_named_by_option(host_qemu: Path, tmp_path: Path) -> None:
     """--qemu is used whatever its version; a program that is missing or no QEMU is one line."""
-    install(host_qemu, SOUND)
-    named = str(make_qemu(tmp_path / "named", UNSOUND))
-    assert find_emulator(named, emulates=True).version == UNSOUND
+    make_qemu(host_qemu, SOUND)
+    assert find_emulator(make_qemu(tmp_path / "named", UNSOUND), emulates=True).version == UNSOUND
     with pytest.raises(CannotTest, match="--qemu /nonexistent: there is no such program"):
         find_emulator("/nonexistent", emulates=True)
     with pytest.raises(CannotTest, match="/bin/true is not a QEMU that runs here: "):
@@ -428,12 +398,8 @@ def test_faulty_qemu_without_network(
     host_qemu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is used anyway, and one line says so and why."""
-
-    def fetched(_why: str) -> emulator.Emulator:
-        raise CannotTest("no network")
-
-    monkeypatch.setattr(emulator, "debian_emulator", fetched)
-    install(host_qemu, UNSOUND)
+    monkeypatch.setattr(emulator, "debian_emulator", Mock(side_effect=CannotTest("no network")))
+    make_qemu(host_qemu, UNSOUND)
     assert find_emulator(None, emulates=True).version == UNSOUND
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "it is used anyway, as there is no other: no network" in line
@@ -442,22 +408,13 @@ def test_faulty_qemu_without_network(
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 127\n", "\x7fELF of another machine"], ids=["script", "binary"])
 def test_broken_qemu_of_the_host(host_qemu: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     """Debian's QEMU replaces one that does not run, with the reason; if --qemu names it, that is an error."""
-    path = install(host_qemu, SOUND)
-    path.write_text(content)
+    make_program(host_qemu, "").write_text(content)
     assert find_emulator(None, emulates=True).version == "fetched"
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"{path} is not a QEMU that runs here: ")
+    assert line.startswith(f"{host_qemu} is not a QEMU that runs here: ")
     assert line.endswith("; Debian's is used instead")
     with pytest.raises(CannotTest, match="is not a QEMU that runs here"):
-        find_emulator(str(path), emulates=True)
-
-
-def test_versions_of_own_builds(host_qemu: Path) -> None:
-    """A leading v is ignored; a version without a number is not a QEMU to use."""
-    install(host_qemu, "v9.2.0-rc1")
-    assert find_emulator(None, emulates=True).version == "9.2.0-rc1"
-    install(host_qemu, "unknown")
-    assert find_emulator(None, emulates=True).version == "fetched"
+        find_emulator(str(host_qemu), emulates=True)
 
 
 @pytest.mark.parametrize("mark", [":", ";"])
@@ -468,25 +425,9 @@ def test_checkout_path_with_separators(tmp_path: Path, monkeypatch: pytest.Monke
         debian_emulator("why")
 
 
-def test_archive_without_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_without_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A download that lacks QEMU's package is one line."""
-
-    class Empty:
-        def download_with_dependencies(self, _name: str) -> list[Path]:
-            return []
-
     monkeypatch.setattr(emulator, "require", lambda _instead: None)
-    monkeypatch.setattr(Suite, "updated", lambda _name: Empty())
-    monkeypatch.setattr(emulator, "BUILD", tmp_path)
-    monkeypatch.setattr(emulator, "_CACHE", tmp_path / "qemu")
+    monkeypatch.setattr(Suite, "updated", Mock(return_value=Mock(download_with_dependencies=Mock(return_value=[]))))
     with pytest.raises(CannotTest, match="downloaded other packages only: install qemu-system-x86_64"):
         debian_emulator("why")
-
-
-@pytest.mark.usefixtures("no_network")
-def test_no_qemu_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says how to copy one from elsewhere."""
-    other = replace(this_arch(), qemu="qemu-of-the-test")
-    monkeypatch.setattr(emulator, "this_arch", lambda: other)
-    with pytest.raises(CannotTest, match="run make fetch in a clone that has it"):
-        qemu.find_qemu(None, "tcg", ())
