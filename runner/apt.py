@@ -28,11 +28,7 @@ _CAUSES = ("No space left|enough free space", _NO_NETWORK, "^E: ", "error:")
 
 
 def require(instead: str) -> None:
-    """Check that this host can fetch packages.
-
-    :param instead: what the user can do if it cannot
-    :raises CannotTest: apt or the archive's key is missing
-    """
+    """Check that this host can fetch packages."""
     for tool in _TOOLS:
         if shutil.which(tool) is None:
             raise CannotTest(
@@ -43,10 +39,7 @@ def require(instead: str) -> None:
 
 
 class Suite:
-    """The main component of one suite of the Debian archive, such as ``trixie``.
-
-    :raises CannotTest: this host's apt has no mirror of it
-    """
+    """The main component of one suite of the Debian archive, such as ``trixie``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -75,10 +68,7 @@ class Suite:
     @classmethod
     @cache
     def updated(cls, name: str) -> "Suite":
-        """The suite *name* with its current package lists, which are fetched once.
-
-        :raises CannotTest: the mirror cannot be reached
-        """
+        """The suite *name* with its current package lists, which are fetched once."""
         suite = cls(name)
         suite._update()
         return suite
@@ -88,10 +78,7 @@ class Suite:
         return self._run("apt-cache", "pkgnames", prefix).split()
 
     def download(self, names: Sequence[str]) -> list[Path]:
-        """Download the packages *names*.
-
-        :raises CannotTest: one is not there, or the download fails
-        """
+        """Download the packages *names*."""
         folder = self._folder / "download"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -99,10 +86,7 @@ class Suite:
         return sorted(folder.glob("*.deb"))
 
     def download_with_dependencies(self, name: str) -> list[Path]:
-        """Download the package *name* and its dependencies, down to the C library, without recommended packages.
-
-        :raises CannotTest: one is not there, or the download fails
-        """
+        """Download the package *name* and its dependencies, down to the C library, without recommended packages."""
         self._run("apt-get", "clean")
         archives = self._folder / "archives"
         self._fetch(archives, "-y", "--no-install-recommends", "--download-only", "install", name)
@@ -150,10 +134,7 @@ class Suite:
 
 
 def unpack(packages: Sequence[Path], folder: Path) -> None:
-    """Unpack package files into *folder*.
-
-    :raises CannotTest: one is damaged, or there is no space
-    """
+    """Unpack package files into *folder*."""
     unpacked = 0
     with waiting("unpacking packages", lambda: (unpacked / len(packages), f"{unpacked} of {len(packages)}")):
         for package in packages:

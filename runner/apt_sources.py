@@ -3,12 +3,13 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import CannotTest
 
+_Source = tuple[list[str], list[str], list[str], str]  # URIs, suites, components and key of an entry of apt's sources
 _APT = Path("/etc/apt")
 # sources.list(5): the two formats
 _ONE_LINE = re.compile(r"^[ \t]*deb[ \t]+(?:\[([^\]]*)\][ \t]*)?(\S+)[ \t]+(\S+)[ \t]+([^#\n]*)", re.MULTILINE)
@@ -22,36 +23,16 @@ _SUITE = re.compile(
 _ARCHIVE = re.compile(r"/debian/?$")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One entry of apt's sources.
-
-    :ivar key: its signed-by option; empty without one
-    """
-
-    uris: list[str]
-    suites: list[str]
-    components: list[str]
-    key: str
-
-    @property
-    def is_debian(self) -> bool:
-        """Whether it is the Debian archive; third parties use Debian's names of suites, but keys of their own."""
-        named = "main" in self.components and any(map(_SUITE.fullmatch, self.suites))
-        return named and (not self.key or "debian-archive" in self.key)
-
-
 def mirror() -> str:
-    """The URI of the mirror that DEBIAN_MIRROR names, or else that this host's apt uses.
-
-    :raises CannotTest: there is none
-    """
+    """The URI of the mirror that DEBIAN_MIRROR names, or else that this host's apt uses."""
     if named := os.environ.get("DEBIAN_MIRROR"):
         return named
-    for source in _sources():
-        for uri in source.uris if source.is_debian else ():
-            if _ARCHIVE.search(real := _resolve(uri)):
-                return real
+    for uris, suites, components, key in _sources():
+        # Third parties use Debian's names of suites, but keys of their own.
+        is_debian = "main" in components and any(map(_SUITE.fullmatch, suites)) and (not key or "debian-archive" in key)
+        for uri in map(_resolve, uris if is_debian else ()):
+            if _ARCHIVE.search(uri):
+                return uri
     raise CannotTest("apt has no mirror of the Debian archive among its sources: name one in DEBIAN_MIRROR=URI")
 
 
@@ -65,19 +46,14 @@ def _sources() -> Iterator[_Source]:
 
 def _lines(text: str) -> Iterator[_Source]:
     for options, uri, suite, components in _ONE_LINE.findall(text):
-        key = re.search(r"signed-by=(\S+)", options)
-        yield _Source([uri], [suite], components.split(), key[1] if key else "")
+        yield [uri], [suite], components.split(), "".join(re.findall(r"signed-by=(\S+)", options))
 
 
 def _stanzas(text: str) -> Iterator[_Source]:
-    text = re.sub(r"^#.*\n?", "", text, flags=re.MULTILINE)
-    for stanza in re.split(r"\n\s*\n", text):
-        fields = {name.lower(): value.split() for name, value in _FIELD.findall(stanza)}
-        types, enabled, uris, suites, components, key = (
-            fields.get(name, []) for name in ("types", "enabled", "uris", "suites", "components", "signed-by")
-        )
-        if "deb" in types and not (enabled and enabled[0].lower() in _NO):
-            yield _Source(uris, suites, components, " ".join(key))
+    for stanza in re.split(r"\n\s*\n", re.sub(r"^#.*\n?", "", text, flags=re.MULTILINE)):
+        fields = defaultdict(list, {name.lower(): value.split() for name, value in _FIELD.findall(stanza)})
+        if "deb" in fields["types"] and not {*map(str.lower, fields["enabled"])} & {*_NO}:
+            yield fields["uris"], fields["suites"], fields["components"], " ".join(fields["signed-by"])
 
 
 def _resolve(uri: str) -> str:

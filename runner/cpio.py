@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Archives in the "newc" format of an initramfs (Documentation/driver-api/early-userspace/buffer-format.rst)."""
 
-import os
 import stat
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -34,13 +33,10 @@ class CpioWriter:
 
     def add_tree(self, name: str, source: Path) -> None:
         """Add all files under *source*, below the folder *name*."""
-        for folder, subfolders, files in os.walk(source):
-            subfolders.sort()
-            for file in sorted(files):
-                path = Path(folder) / file
-                status = path.stat()
-                inside = f"{name}/{path.relative_to(source)}"
-                self.add_file(inside, path.read_bytes(), stat.S_IMODE(status.st_mode), int(status.st_mtime))
+        for path in sorted(path for path in source.rglob("*") if not path.is_dir()):
+            status = path.stat()
+            inside = f"{name}/{path.relative_to(source)}"
+            self.add_file(inside, path.read_bytes(), stat.S_IMODE(status.st_mode), int(status.st_mtime))
 
     def finish(self) -> None:
         """Write the end of the archive, which another one may follow."""

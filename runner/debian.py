@@ -21,7 +21,6 @@ def fetch(wanted: str, cache: Path) -> Path:
     """The folder of the newest Debian kernel that matches *wanted*: in *cache*, or else in the first suite that has one.
 
     :param wanted: the start of a version, with or without a flavour (``6.12-rt-amd64``)
-    :raises CannotTest: there is none, or it cannot be downloaded
     """
     architecture = this_arch().debian
     if candidate := re.fullmatch(r"(\d+(?:\.\d+)*)[-~]?rc\d+.*", wanted):
@@ -64,20 +63,18 @@ def unpack_files(packages: Sequence[Path], cache: Path) -> Path:
     return fill(target, lambda folder: unpack(packages, folder))
 
 
-def package_fields(package: Path) -> dict[str, str]:
-    """The control fields of a package file.
-
-    :raises CannotTest: it is no Debian package
-    """
+def name_of_package(package: Path) -> tuple[str, str]:
+    """The name and the architecture of a package file."""
     if shutil.which("dpkg-deb") is None:
         raise CannotTest(
             f"{package} is unpacked with dpkg-deb, which this machine lacks: unpack it and give the folder"
         )
-    done = subprocess.run(["dpkg-deb", "-f", str(package)], capture_output=True, text=True, check=False)
-    fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", done.stdout, re.MULTILINE))
-    if done.returncode or "Package" not in fields:
+    command = ["dpkg-deb", "--show", "--showformat=${Package} ${Architecture}", str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
         raise CannotTest(f"{package} is not a Debian package: {cause(done.stderr)}")
-    return fields
+    name, architecture = done.stdout.split(" ")
+    return name, architecture
 
 
 def _download(suite: Suite, release: str, folder: Path) -> None:

@@ -19,11 +19,7 @@ _SUITE = "trixie"  # QEMU 10.0, the newest version in which the whole suite was 
 
 @dataclass(frozen=True)
 class Emulator:
-    """A QEMU that runs on this host.
-
-    :ivar command: the words that start it
-    :ivar origin: where it comes from, for users
-    """
+    """A QEMU that runs on this host."""
 
     command: tuple[str, ...]
     version: str
@@ -35,7 +31,6 @@ def find_emulator(named: str | None, emulates: bool) -> Emulator:
 
     :param named: the path of one; None to choose
     :param emulates: whether it will emulate the CPU; if not, the faults of its emulation do not matter
-    :raises CannotTest: there is none, and none can be fetched
     """
     if named is not None:
         path = shutil.which(named)
@@ -67,11 +62,7 @@ def _installed(path: str, origin: str) -> Emulator:
 
 
 def debian_emulator(why: str) -> Emulator:
-    """Debian's QEMU, which is fetched once.
-
-    :param why: the reason for the download, for users
-    :raises CannotTest: it cannot be fetched
-    """
+    """Debian's QEMU, which is fetched once."""
     if re.search("[:;]", str(_CACHE)):  # both separate the folders of --library-path (ld.so(8))
         raise CannotTest(
             f"Debian's QEMU does not run from {_CACHE}: move the suite to a path without : and ;, or {_instead()}"
@@ -84,15 +75,10 @@ def debian_emulator(why: str) -> Emulator:
     root, arch = folder / "root", this_arch()
     # With its own loader and C library, as the host's may be older, or another one.
     loader = root / arch.loader
-    libraries = [
-        loader.parent,
-        *(path for path in loader.parent.iterdir() if path.is_dir() and any(path.glob("*.so.*"))),
-    ]
+    libraries = [loader.parent, *sorted({library.parent for library in loader.parent.glob("*/*.so.*")})]
     data = [word for name in arch.qemu_data for word in ("-L", str(root / "usr/share" / name))]
-    command = (
-        *(str(loader), "--library-path", ":".join(map(str, libraries))),
-        *(str(root / "usr/bin" / arch.qemu), *data),
-    )
+    paths = ":".join(map(str, libraries))
+    command = (str(loader), "--library-path", paths, str(root / "usr/bin" / arch.qemu), *data)
     return Emulator(command, _version(command), str(shown(folder)))
 
 

@@ -111,9 +111,6 @@ def probe(command: Sequence[str], cpu_model: str, accel: str) -> dict[str, str]:
 
     :param command: starts QEMU, without the options of a machine
     :param cpu_model: as ``-cpu`` takes it; features that it lacks are not checked
-    :param accel: as ``-accel`` takes it
-    :returns: the checks that failed, each with a reason in one line
-    :raises CannotTest: QEMU does not run, or the CPU cannot run guests
     """
     try:
         assemble(SOURCE, OUTPUT)
@@ -142,7 +139,6 @@ def evaluate(output: str, end: str) -> dict[str, str]:
     """The checks that failed, by the output of the probe.
 
     :param end: how the probe ended, in case its output is incomplete
-    :raises CannotTest: there is no output, or the CPU cannot run guests
     """
     lines = output.splitlines()
     if not lines:

@@ -5,4 +5,4 @@ CANNOT_TEST = 125  # the exit status for it, by which git bisect run skips a com
 
 
 class CannotTest(Exception):
-    """The kernel cannot be tested; the text is one line with the reason and a remedy."""
+    """What all of this folder raises where a kernel cannot be tested; the text is one line with the reason and a remedy."""

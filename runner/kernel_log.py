@@ -65,7 +65,6 @@ class Splat:
     """One report in the kernel log.
 
     :ivar kind: of the last title in the report: a BUG that ends in an Oops is an Oops
-    :ivar lines: the whole report, beginning with its title
     """
 
     kind: Kind
@@ -80,9 +79,6 @@ class Splat:
     def titles(self) -> list[str]:
         """All title lines of the report: an oops has one for the cause and one for the oops itself."""
         return [line for line in self.lines if _kind(line) is not None]
-
-    def __str__(self) -> str:
-        return f"{self.kind.value}: {self.title}"
 
 
 def find_splats(lines: Iterable[str]) -> list[Splat]:

@@ -50,8 +50,6 @@ class WatchedOutput:
     """A proxy for the text file *file* that counts writes, and lets other threads print lines in between.
 
     Those lines are written to a duplicate of the file's descriptor: pytest redirects the original while it captures output.
-
-    :ivar writes: how often :meth:`write` was called
     """
 
     def __init__(self, file: TextIO) -> None:

@@ -17,12 +17,7 @@ from runner.kernel import Kernel, decompress_module
 
 @dataclass(frozen=True)
 class Module:
-    """A module.
-
-    :ivar data: its ELF file
-    :ivar depends: the names of the modules to load before it
-    :ivar parameters: the names of its parameters
-    """
+    """A module."""
 
     name: str
     data: bytes
@@ -42,10 +37,7 @@ class Module:
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """Parse parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``.
-
-    :raises CannotTest: one is not of that form, or has two values
-    """
+    """Parse parameters as ``KVM_PARAMS`` has them: ``kvm.tdp_mmu=0 kvm_amd.npt=0``."""
     found: dict[str, str] = {}
     for word in text.split():
         match = re.fullmatch(r"([\w-]+)\.(\w+)=(\S*)", word)
@@ -59,11 +51,7 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 
 def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
-    """The modules to load for KVM in *kernel*, in this order; those that are built in are left out.
-
-    :param vendor: the module for the CPU, such as ``kvm_amd``
-    :raises CannotTest: the kernel has no KVM
-    """
+    """The modules to load for KVM in *kernel*, in this order; those that are built in are left out."""
     files = {module_name(path): path for path in kernel.modules.rglob("*.ko*") if ".ko" in path.suffixes}
     built_in = _built_in(kernel.modules)
     loaded: dict[str, Module] = {}
@@ -79,8 +67,6 @@ def check_parameters(parameters: Mapping[str, str], modules: Iterable[Module], v
 
     Modules of KVM that are not among *modules* are built in: their parameters are only checked in the booted kernel, like
     the values of all.
-
-    :raises CannotTest: a module lacks one, or is not loaded
     """
     by_name = {module.name: module for module in modules}
     for full_name in parameters:

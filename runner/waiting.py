@@ -24,7 +24,6 @@ Figure = Callable[[], tuple[float | None, str]]
 def waiting(what: str, figure: Figure | None = None, begin: str | None = None) -> Iterator[None]:
     """Show on standard error what the body does and for how long, until it ends.
 
-    :param what: the operation in words
     :param figure: its progress; called on another thread
     :param begin: a line to print first, unless standard error is a terminal
     """
