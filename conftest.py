@@ -14,7 +14,6 @@ pytest_plugins = [
     "harness.session",
     "harness.collection",
     "harness.fixtures",
-    "harness.requirements",
     "harness.verdicts",
     "harness.summary",
 ]

@@ -10,6 +10,7 @@ from dirty_tracking.cell import Cell
 from dirty_tracking.modes import LOG_MODES
 from harness.kernel_options import OWN_TESTS
 from harness.run_state import PLAN
+from runner.guest_session import guest_session
 
 # Groups of log modes that the marker log_modes accepts
 _GROUPS = {
@@ -22,7 +23,7 @@ _GROUPS = {
 def log_modes_of(node: Any) -> list[str]:
     """The log modes of a test, in the order of its marker ``log_modes``; all of them without one."""
     marker = node.get_closest_marker("log_modes")
-    names = list(LOG_MODES) if marker is None else [one for name in marker.args for one in _GROUPS.get(name, [name])]
+    names = list(LOG_MODES) if marker is None else [mode for name in marker.args for mode in _GROUPS.get(name, [name])]
     for name in names:
         if name not in LOG_MODES:
             raise pytest.UsageError(
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a case of each cell, or of each log mode; a single log mode is not in the test's id."""
     if "planned_cell" in metafunc.fixturenames:
         planned = metafunc.config.stash[PLAN]
-        metafunc.parametrize("planned_cell", planned, ids=[str(one.cell) for one in planned])
+        metafunc.parametrize("planned_cell", planned, ids=[str(planned_cell.cell) for planned_cell in planned])
     of_test = any(marker.name == "log_modes" for marker in metafunc.definition.own_markers)  # not of its file
     if of_test and "log_mode" not in metafunc.fixturenames:
         metafunc.fixturenames.append("log_mode")
@@ -59,8 +60,9 @@ def cell_of(item: pytest.Item) -> Cell | None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that use KVM, before ``-m`` selects, and add each test's cell to its report."""
+    on_host = guest_session(config) is None
     for item in items:
         names = getattr(item, "fixturenames", [])
         if "log_mode" not in names and any(marker.name == "log_modes" for marker in item.own_markers):
@@ -71,6 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("kvm")
         if item.nodeid.startswith(OWN_TESTS):
             item.add_marker("unit")
+        if on_host and item.get_closest_marker("disposable_kernel"):
+            why = "could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)"
+            item.add_marker(pytest.mark.skip(why))
         item.user_properties.append(("kvm", on_kvm))
         if cell := cell_of(item):
             item.user_properties += asdict(cell).items()

@@ -19,45 +19,45 @@ def explain_error(error: BaseException) -> str | None:
 
     A limit may also explain the error's cause, or an OSError or HostLimit that was being handled when it was raised.
     """
-    if any(isinstance(one, _VERDICTS) for one in _context_chain(error)):
+    if any(isinstance(seen, _VERDICTS) for seen in _context_chain(error)):
         return None
-    for one in _origins(error):
-        if isinstance(one, KvmError):
+    for origin in _origins(error):
+        if isinstance(origin, KvmError):
             return None  # ioctl() has already checked the limits: it would have raised HostLimit
-        if limit := _explain_one(one):
+        if limit := _explain_alone(origin):
             return limit
     return None
 
 
 def was_interrupted(error: BaseException) -> bool:
     """Whether *error* was raised while a KeyboardInterrupt was being handled, or is one."""
-    return any(isinstance(one, KeyboardInterrupt) for one in _context_chain(error))
+    return any(isinstance(seen, KeyboardInterrupt) for seen in _context_chain(error))
 
 
-def _context_chain(error: BaseException) -> Iterator[BaseException]:
+def _context_chain(error: BaseException) -> list[BaseException]:
     """*error* with all its causes and contexts, suppressed ones included."""
     seen: list[BaseException] = []
-    waiting = [error]
+    waiting: list[BaseException | None] = [error]
     while waiting:
-        one = waiting.pop()
-        if not any(one is other for other in seen):
-            seen.append(one)
-            waiting += [other for other in (one.__cause__, one.__context__) if other is not None]
-            yield one
+        current = waiting.pop()
+        if current is not None and not any(current is other for other in seen):
+            seen.append(current)
+            waiting += [current.__cause__, current.__context__]
+    return seen
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:
     """*error*, then its cause or a HostLimit or OSError that is its context, and so on."""
-    one: BaseException | None = error
     seen: list[BaseException] = []
-    while one is not None and not any(one is other for other in seen):
-        seen.append(one)
-        yield one
-        handled = None if one.__suppress_context__ else one.__context__
-        one = one.__cause__ or (handled if isinstance(handled, HostLimit | OSError) else None)
+    current: BaseException | None = error
+    while current is not None and not any(current is other for other in seen):
+        seen.append(current)
+        yield current
+        handled = None if current.__suppress_context__ else current.__context__
+        current = current.__cause__ or (handled if isinstance(handled, HostLimit | OSError) else None)
 
 
-def _explain_one(error: BaseException) -> str | None:
+def _explain_alone(error: BaseException) -> str | None:
     if isinstance(error, HostLimit):
         return str(error)
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":

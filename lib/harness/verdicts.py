@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Plugin: the verdict on a test on KVM. A violation of the contract is a known bug, or a failure with a report.
+"""Plugin: the verdict on a test on KVM. A violation of the contract is a known bug, or a failure with a report; an error
+from what the host lacks is no verdict on KVM, and skips the test.
 
 Only this plugin turns a violation into a verdict: tests raise ContractViolation, and do not depend on known bugs.
 """
@@ -23,6 +24,7 @@ from harness.command_line import SETTING_PARSERS
 from harness.failure_report import Context, cell_command, failure_data, file_name, this_pytest
 from harness.kernel_options import flags_given, options_given
 from harness.known_bugs import KnownBug
+from harness.limited_errors import explain_error, was_interrupted
 from harness.report_stream import ReportStream
 from harness.run_report import not_kept, verdict, write_failure
 from harness.run_state import SETTINGS
@@ -50,11 +52,16 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Make the verdict on a test on KVM, and add environment and command to each failure."""
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, Exception) and was_interrupted(error):
+        raise KeyboardInterrupt from error  # an error because of a signal is no failure of the test
     if not item.get_closest_marker("kvm"):
         return (yield)
     if call.when == "call" and _figures_key in item.stash:
         item.user_properties += asdict(item.stash[_figures_key]).items()
-    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, Exception) and (limit := explain_error(error)):
+        error = pytest.skip.Exception(limit)
+        _end_with(call, error)
     reported = False
     if isinstance(error, ContractViolation):
         reported = _judge_violation(item, call, error)
