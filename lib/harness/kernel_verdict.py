@@ -61,32 +61,28 @@ def verdict_on_kernel(summary: RunSummary) -> tuple[Verdict, str]:
     ran = sum(summary.kernel.values()) + sum(summary.own.values()) - summary.kernel["not run"] - summary.own["not run"]
     stopped = summary.stopped or ("stopped" if ran < summary.planned else "")
     if stopped:
-        of = f" of {summary.planned}" if summary.planned else ""
-        tests = "test" if (summary.planned or ran) == 1 else "tests"
-        results = counts_of_tests(
-            Counter({result: number for result, number in summary.kernel.items() if result != "not run"})
-        )
-        counts = f"{stopped}: {ran}{of} {tests} ran" + (f" ({results})" if results else "")
+        results = counts_of_tests(summary.kernel - Counter({"not run": summary.kernel["not run"]}))
+        of = f" of {counted(summary.planned, 'test')}" if summary.planned else f" {'test' if ran == 1 else 'tests'}"
+        counts = f"{stopped}: {ran}{of} ran" + (f" ({results})" if results else "")
     if summary.kernel["FAIL"] or summary.log_reports or ended.exit_status == 1:
-        in_log = f"{counted(summary.log_reports, 'report')} in the kernel's log" if summary.log_reports else ""
-        died = ended.value if ended.exit_status == 1 else ""
-        verdict, text = Verdict.BAD, "; ".join(filter(None, (died, in_log, counts)))
+        died = [ended.value] if ended.exit_status == 1 else []
+        in_log = [f"{counted(summary.log_reports, 'report')} in the kernel's log"] if summary.log_reports else []
+        verdict, reasons = Verdict.BAD, [*died, *in_log]
     elif ended is not BootOutcome.FINISHED:
-        why = summary.end["text"].removeprefix(f"{BootOutcome.NOT_TESTED.value}: ")
-        verdict, text = Verdict.CANNOT, "; ".join(filter(None, (why, counts)))
+        verdict, reasons = Verdict.CANNOT, [summary.end["text"].removeprefix(f"{BootOutcome.NOT_TESTED.value}: ")]
     elif summary.uncollected:
         files = counted(summary.uncollected, "file")
         return Verdict.NONE, f"{files} of tests could not be collected; {counts}: {Verdict.NONE.value}{_own(summary)}"
     elif stopped:
         return Verdict.NONE, f"{counts}: {Verdict.NONE.value}{_own(summary)}"
     elif summary.untested is not None and (summary.kernel or summary.own):
-        verdict, text = Verdict.CANNOT, "; ".join(filter(None, (_untested(summary.untested), counts)))
+        verdict, reasons = Verdict.CANNOT, [_untested(summary.untested)]
     elif any(summary.kernel[result] for result in summary.kernel if result not in UNTESTED):
-        verdict, text = Verdict.GOOD, counts
+        verdict, reasons = Verdict.GOOD, []
     else:
         own = _own(summary).removeprefix("; ") or "no test was selected"
         return Verdict.NONE, f"{Verdict.NONE.value}: {own}"
-    return verdict, f"{verdict.value}: {text}{_own(summary)}"
+    return verdict, f"{verdict.value}: {'; '.join(filter(None, [*reasons, counts]))}{_own(summary)}"
 
 
 def _own(summary: RunSummary) -> str:

@@ -5,6 +5,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ class Facts:
     """What a run tests and where, as plain data for JSON.
 
     :ivar host: the fields of ``kvm_util.host.Host``
-    :ivar settings: sizes, iterations, seed
     :ivar cells: the planned cells, in the order of the table
     :ivar place: where the kernel runs, in words
     :ivar kernel_log: why the kernel log is not watched; None if it is
@@ -88,14 +89,7 @@ class RunReport:
         self.results = results
         self._session: pytest.Session | None = None
         self._uncollected: set[str] = set()
-        self._verdicts: dict[str, str] = {}
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._tests: dict[str, dict[str, str]] = {}
-        self._on_kvm = 0
-        self._not_on_kvm: list[str] = []
-        self._untested: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in table.UNTESTED}
-        self._caught: dict[str, list[str]] = {}
-        self._migrations: dict[str, dict[str, Any]] = {}
+        self._tests: dict[str, dict[str, Any]] = {}  # properties, verdict and reason of each test, by its id
         self._tests_by_title: dict[str, list[str]] = {}
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -106,31 +100,12 @@ class RunReport:
             return
         properties: dict[str, Any] = dict(report.user_properties)
         outcome, reason = verdict(report, properties)
-        self._verdicts[report.nodeid] = "FAIL" if self._verdicts.get(report.nodeid) == "FAIL" else outcome
-        if outcome in table.UNTESTED:
-            self._untested[outcome].setdefault(reason, []).append(report.nodeid)
-        if properties.get("kvm"):
-            if outcome in table.UNTESTED:
-                self._not_on_kvm.append(reason)
-            else:
-                self._on_kvm += 1
+        # What comes first is the verdict, unless something fails later.
+        if outcome == "FAIL" or report.nodeid not in self._tests:
+            self._tests[report.nodeid] = properties | {"test": report.nodeid, "verdict": outcome, "reason": reason}
         for name, value in report.user_properties:
             if name == "kernel_log":
                 self._tests_by_title.setdefault(str(value), []).append(report.nodeid)
-        if "fault" in properties:
-            within = f"{properties['fault_in']} {properties['caught_within']}"
-            self._caught.setdefault(properties["fault"], []).append(within)
-        if properties.get("kvm") and "log_mode" not in properties:
-            before = self._tests.get(report.nodeid, {}).get("verdict")
-            shown = "FAIL" if before == "FAIL" else outcome
-            self._tests[report.nodeid] = {"test": report.nodeid, "verdict": shown, "reason": reason}
-        if "rounds" in properties:
-            name = properties["migration"]
-            self._migrations[report.nodeid] = {"name": name, "rounds": properties["rounds"], "verdict": outcome}
-        if "log_mode" in properties:
-            row = properties | {"verdict": outcome, "reason": reason}
-            if report.when == "call" or report.nodeid not in self._rows or outcome == "FAIL":
-                self._rows[report.nodeid] = row
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -142,7 +117,7 @@ class RunReport:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._rows or self._tests or self.end:
+        if any(test.get("kvm") for test in self._tests.values()) or self.end:
             try:
                 self._write()
             except OSError as error:  # says nothing about the kernel
@@ -152,7 +127,7 @@ class RunReport:
                 session.exitstatus = self.nothing_ran_status
             elif self._interrupted:
                 session.exitstatus = pytest.ExitCode.INTERRUPTED
-            elif self._unexplained:
+            elif any(report.known_bug is None for report in self.kernel_reports):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _write(self) -> None:
@@ -165,34 +140,38 @@ class RunReport:
             "settings": self.facts.settings,
             "end": self.end,
             "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
-            "cells": self._ordered_rows(),
-            "tests": list(self._tests.values()),
-            "migrations": self._migrations,
+            "cells": self._cells(),
+            "tests": [{name: test[name] for name in ("test", "verdict", "reason")} for test in self._others()],
+            "migrations": {
+                test["test"]: {"name": test["migration"], "rounds": test["rounds"], "verdict": test["verdict"]}
+                for test in self._migrations()
+            },
         }
         (self.results / _RESULTS).write_text(json.dumps(data, indent=1))
-        (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._ordered_rows())))
+        (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._cells())))
         self.kept = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         screen = Screen(terminalreporter)
         verbose = terminalreporter.config.get_verbosity() > 0
-        rows = self._ordered_rows()
-        if rows:
-            self._show_matrix(screen, rows, verbose)
-        if bugs := _known_bugs([*self._tests.values()]):
-            screen.section("known bugs in the other tests" if rows else "known bugs")
-            for bug, tests in bugs.items():
+        tests, cells = self._tests.values(), self._cells()
+        if cells:
+            self._show_cells(screen, cells, verbose)
+        if bugs := _known_bugs(self._others()):
+            screen.section("known bugs in the other tests" if cells else "known bugs")
+            for bug, those in bugs.items():
                 screen.line(f"{bug} (described in known_bugs.toml):")
-                for test, cases in Counter(one["test"].partition("[")[0] for one in tests).items():
+                for test, cases in Counter(row["test"].partition("[")[0] for row in those).items():
                     screen.line(f"  {test}" + (f", {cases} cases" if cases > 1 else ""))
-        if self._migrations:
+        if migrations := self._migrations():
             screen.section("migrations: pages that each round copied (times: results.json)")
-            for line in table.migration_lines([*self._migrations.values()]):
+            for line in table.migration_lines(migrations):
                 screen.line(line)
-        if self._caught:
+        faulty = [test for test in tests if "fault" in test]
+        if caught := sorted((test["fault"], f"{test['fault_in']} {test['caught_within']}") for test in faulty):
             screen.section("planted faults: within how many iterations each was caught")
-            for fault, within in sorted(self._caught.items()):
-                screen.line(f"{fault}: {', '.join(sorted(within))}")
+            for fault, within in groupby(caught, key=itemgetter(0)):
+                screen.line(f"{fault}: {', '.join(where for _, where in within)}")
         if self.kernel_reports:
             self._show_kernel_reports(screen)
         self._show_untested(screen)
@@ -206,20 +185,19 @@ class RunReport:
         """Print the run's last line: kernel, where it ran, verdict, counts, and where the files are."""
         if exit_status == pytest.ExitCode.USAGE_ERROR:
             return  # pytest has printed what is wrong with the command line
-        on_kvm = {test: row["verdict"] for test, row in (self._rows | self._tests).items()}
-        judges = {test for test in on_kvm if self.requires_kvm_tests or not test.startswith(OWN_TESTS)}
-        if self.requires_kvm_tests:
-            judges |= set(self._verdicts)
-        verdicts = self._verdicts | on_kvm
+        judges, own = Counter[str](), Counter[str]()
+        for test in self._tests.values():
+            of_kernel = self.requires_kvm_tests or (test.get("kvm") and not test["test"].startswith(OWN_TESTS))
+            (judges if of_kernel else own)[test["verdict"]] += 1
         summary = RunSummary(
-            kernel=Counter(verdict for test, verdict in verdicts.items() if test in judges),
-            own=Counter(verdict for test, verdict in verdicts.items() if test not in judges),
+            kernel=judges,
+            own=own,
             planned=self._session.testscollected if self._session is not None else 0,
             uncollected=len(self._uncollected),
             stopped=self._stopped(terminalreporter.config, exit_status),
             log_reports=sum(report.known_bug is None for report in self.kernel_reports),
             end=self.end,
-            untested=Counter(self._not_on_kvm) if self._nothing_ran else None,
+            untested=Counter(self._untested_on_kvm()) if self._nothing_ran else None,
         )
         word, text = verdict_on_kernel(summary)
         files = f"; files: {self.shown_results}" if self.kept else ""
@@ -245,7 +223,7 @@ class RunReport:
             return "stopped"
         return _STOPPED.get(exit_status, "")
 
-    def _show_matrix(self, screen: Screen, rows: list[dict[str, Any]], verbose: bool) -> None:
+    def _show_cells(self, screen: Screen, rows: list[dict[str, Any]], verbose: bool) -> None:
         screen.section("dirty tracking, cell by cell")
         host = self.facts.host
         screen.line(f"kernel {host['kernel']}, {host['backend']}: {self.facts.place}")
@@ -267,13 +245,17 @@ class RunReport:
 
     def _show_untested(self, screen: Screen) -> None:
         """List the tests that were skipped or not run, a line per reason."""
-        if not any(self._untested.values()):
+        untested: dict[str, dict[str, list[str]]] = {verdict: {} for verdict in reversed(table.UNTESTED)}
+        for test in self._tests.values():
+            if test["verdict"] in untested:
+                untested[test["verdict"]].setdefault(test["reason"], []).append(test["test"])
+        if not any(untested.values()):
             return
         screen.section("what did not run: how many tests, of which files, and why")
-        for verdict in reversed(table.UNTESTED):
-            for line in table.untested_lines(self._untested[verdict], verdict):
+        for verdict, tests in untested.items():
+            for line in table.untested_lines(tests, verdict):
                 screen.line(line, indent="    ")
-        if self._untested["skipped"] and self._not_on_kvm and not self.facts.machine:
+        if untested["skipped"] and self._untested_on_kvm() and not self.facts.machine:
             screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
 
     def _show_kernel_reports(self, screen: Screen) -> None:
@@ -292,25 +274,35 @@ class RunReport:
                 screen.verbatim(f"  {line}")
 
     @property
-    def _unexplained(self) -> bool:
-        return any(report.known_bug is None for report in self.kernel_reports)
-
-    @property
     def _interrupted(self) -> bool:
         """Whether a planned test has not run."""
-        return "not run" in self._verdicts.values()
+        return any(test["verdict"] == "not run" for test in self._tests.values())
 
     @property
     def _nothing_ran(self) -> bool:
-        return not self._on_kvm and not self._interrupted and (bool(self._not_on_kvm) or self.requires_kvm_tests)
+        on_kvm = [test for test in self._tests.values() if test.get("kvm")]
+        tested = any(test["verdict"] not in table.UNTESTED for test in on_kvm)
+        return not tested and not self._interrupted and (bool(on_kvm) or self.requires_kvm_tests)
 
-    def _ordered_rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of the plan; with workers, they arrive in any order."""
+    def _untested_on_kvm(self) -> list[str]:
+        """Why tests on KVM did not run, for each of them."""
+        tests = self._tests.values()
+        return [test["reason"] for test in tests if test.get("kvm") and test["verdict"] in table.UNTESTED]
+
+    def _cells(self) -> list[dict[str, Any]]:
+        """The cells of the matrix in the order of the plan; with workers, they arrive in any order."""
         order = {tuple(cell.values()): index for index, cell in enumerate(self.facts.cells)}
         return sorted(
-            self._rows.values(),
-            key=lambda row: order.get(tuple(row[name] for name in table.DIMENSIONS), len(order)),
+            (test for test in self._tests.values() if "log_mode" in test),
+            key=lambda test: order.get(tuple(test[name] for name in table.DIMENSIONS), len(order)),
         )
+
+    def _others(self) -> list[dict[str, Any]]:
+        """The other tests on KVM."""
+        return [test for test in self._tests.values() if test.get("kvm") and "log_mode" not in test]
+
+    def _migrations(self) -> list[dict[str, Any]]:
+        return [test for test in self._tests.values() if "rounds" in test]
 
 
 def write_failure(results: Path, name: str, data: Any) -> None:

@@ -2,7 +2,7 @@
 """The tables and lists of a run's summary. Each row is a mapping: a cell's dimensions, figures, verdict and reason."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from kvm_util.wording import WIDTH, counted, short_number
 
 DIMENSIONS = ("log_mode", "guest_mode", "backing", "stop", "density", "vcpus")
 VERDICTS = ("pass", "FAIL", "known bug", "known bug, not seen", "skipped", "not run")
+_FIGURES = ("iterations", "writes", "dirty", "clean", "ring_full_exits", "seconds")
+_FIRST_NUMBER = DIMENSIONS.index("vcpus")
 # Verdicts of cells and tests whose body did not run
 UNTESTED = ("skipped", "not run")
 _PLURALS = {"known bug": "known bugs", "known bug, not seen": "known bugs not seen"}
@@ -31,32 +33,31 @@ class Line:
         return self.text + self.verdict + self.reason
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A column of the table.
-
-    :ivar text: returns a row's text in this column
-    :ivar number: whether to align it to the right
-    """
-
-    header: str
-    text: Callable[[Row], str]
-    number: bool = False
-
-
 def long_table(rows: Sequence[Row]) -> list[Line]:
     """All rows and columns: full names, exact figures, verdict and reason."""
-    return _table(_LONG, rows, "  ", str, reasons=True)
+    header = [name.removesuffix("_exits").replace("_", " ") for name in (*DIMENSIONS, *_FIGURES)]
+    lines = [
+        [str(row.get(name, "")) for name in DIMENSIONS] + [_exact(row.get(name)) for name in _FIGURES] for row in rows
+    ]
+    return _table(header, lines, "  ", [(row["verdict"], row.get("reason")) for row in rows])
 
 
 def short_table(rows: Sequence[Row], width: int = WIDTH) -> list[Line]:
     """The rows that were tested, abbreviated to fit into *width* columns; 80 are enough for every cell."""
     tested = [row for row in rows if row["verdict"] not in UNTESTED]
-    for gap, reasons in (("  ", True), ("  ", False)):
-        lines = _table(_SHORT, tested, gap, _short_verdict, reasons)
-        if all(len(str(line)) <= width for line in lines):
-            return lines
-    return _table(_SHORT, tested, " ", _short_verdict, reasons=False)
+    header = [*_SHORT_HEADERS.values(), "writes", "sec"]
+    lines = [
+        [*(_short_name(row, name) for name in DIMENSIONS), _writes(row.get("writes")), _seconds(row.get("seconds"))]
+        for row in tested
+    ]
+    verdicts = [_SHORT_VERDICTS.get(row["verdict"], str(row["verdict"])) for row in tested]
+    with_reasons = [(verdict, row.get("reason")) for verdict, row in zip(verdicts, tested, strict=True)]
+    without_reasons = [(verdict, None) for verdict in verdicts]
+    for gap, ends in (("  ", with_reasons), ("  ", without_reasons), (" ", without_reasons)):
+        table = _table(header, lines, gap, ends)
+        if all(len(str(line)) <= width for line in table):
+            break
+    return table
 
 
 def table_for(rows: Sequence[Row], width: int, verbose: bool) -> list[Line]:
@@ -78,8 +79,8 @@ def counts_of_tests(verdicts: Counter[str]) -> str:
 def migration_lines(migrations: Sequence[Row]) -> list[str]:
     """A line per migration, sorted: its name, its verdict, and how many pages each round copied."""
     lines = [
-        [str(one["name"]), str(one["verdict"]), " ".join(str(done["copied"]) for done in one["rounds"])]
-        for one in migrations
+        [str(row["migration"]), str(row["verdict"]), " ".join(str(done["copied"]) for done in row["rounds"])]
+        for row in migrations
     ]
     return _left(sorted(lines))
 
@@ -88,22 +89,20 @@ def untested_lines(tests: Mapping[str, Sequence[str]], verdict: str) -> list[str
     """A line per reason why tests did not run, the most frequent first.
 
     Reasons that differ only in their first word (``57bit-4k: no LA57``, ``57bit-2m: no LA57``) share a line.
-
-    :param tests: the tests' ids, by reason
     """
-    names: dict[str, list[str]] = {}
-    ids: dict[str, list[str]] = {}
-    for reason, those in tests.items():
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for reason, ids in tests.items():
         name, colon, text = reason.partition(": ")
         if not colon or " " in name:
             name, text = "", reason
-        names.setdefault(text, []).append(name)
-        ids.setdefault(text, []).extend(those)
+        names, those = groups.setdefault(text, ([], []))
+        names += filter(None, [name])
+        those += ids
     lines = []
-    for text, those in sorted(ids.items(), key=lambda item: -len(item[1])):
+    for text, (names, those) in sorted(groups.items(), key=lambda item: -len(item[1][1])):
         files = dict.fromkeys(test.partition("::")[0].removeprefix("selftests/") for test in those)
-        about = ", ".join(sorted(filter(None, names[text])))
-        lines.append(f"{len(those):5} {verdict}, {', '.join(files)}: {about + ': ' if about else ''}{text}")
+        about = f"{', '.join(sorted(names))}: " if names else ""
+        lines.append(f"{len(those):5} {verdict}, {', '.join(files)}: {about}{text}")
     return lines
 
 
@@ -112,11 +111,7 @@ _IN_CROSS_TABLE = {"known bug": "bug", "known bug, not seen": "bug?", "skipped":
 
 
 def cross_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[str]:
-    """The verdicts of several runs: a line per cell, a column per run, and a legend.
-
-    :param names: of the runs
-    :param runs: the rows of each run
-    """
+    """The verdicts of several runs: a line per cell, a column per run, and a legend."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for name, rows in zip(names, runs, strict=True):
         for row in rows:
@@ -166,31 +161,29 @@ def _left(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(
-    columns: Sequence[_Column], rows: Sequence[Row], gap: str, word: Callable[[str], str], reasons: bool
+    header: Sequence[str], lines: Sequence[Sequence[str]], gap: str, ends: Sequence[tuple[str, str | None]]
 ) -> list[Line]:
-    """A header and the rows, with *gap* between columns and *word* to abbreviate verdicts."""
-    cells = [[column.header for column in columns], *([column.text(row) for column in columns] for row in rows)]
-    widths = [max(map(len, texts)) for texts in zip(*cells, strict=True)]
+    """A header and *lines*, with *gap* between columns, and with a verdict and its reason, if any, at each end.
+
+    Columns from the number of vCPUs on are numbers, which are aligned to the right.
+    """
+    widths = [max(map(len, texts)) for texts in zip(header, *lines, strict=True)]
     texts = [
         "".join(
-            (text.rjust(width) if column.number else text.ljust(width)) + gap
-            for text, width, column in zip(line, widths, columns, strict=True)
+            (text.rjust(width) if column >= _FIRST_NUMBER else text.ljust(width)) + gap
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
         )
-        for line in cells
+        for line in (header, *lines)
     ]
-    lines = [Line(f"{texts[0]}verdict")]
-    for text, row in zip(texts[1:], rows, strict=True):
-        reason = f": {row['reason']}" if reasons and row.get("reason") else ""
-        lines.append(Line(text, word(row["verdict"]), reason))
-    return lines
+    table = [Line(f"{texts[0]}verdict")]
+    for text, (verdict, reason) in zip(texts[1:], ends, strict=True):
+        table.append(Line(text, verdict, f": {reason}" if reason else ""))
+    return table
 
 
 def _counts(verdicts: Counter[str], words: Mapping[str, str]) -> str:
-    def named(verdict: str) -> str:
-        singular = words.get(verdict, verdict.replace(",", ""))  # commas separate the counts
-        return counted(verdicts[verdict], singular, _PLURALS.get(verdict, singular))
-
-    return ", ".join(named(verdict) for verdict in VERDICTS if verdicts[verdict])
+    found = [(verdicts[name], words.get(name, name.replace(",", "")), name) for name in VERDICTS if verdicts[name]]
+    return ", ".join(counted(number, word, _PLURALS.get(name, word)) for number, word, name in found)
 
 
 def _exact(value: Any) -> str:
@@ -199,8 +192,8 @@ def _exact(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _writes(row: Row) -> str:
-    return short_number(row["writes"]) if row.get("writes") is not None else _exact(None)
+def _writes(number: int | None) -> str:
+    return "-" if number is None else short_number(number)
 
 
 def _seconds(value: float | None) -> str:
@@ -211,7 +204,7 @@ def _seconds(value: float | None) -> str:
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-# Abbreviations of dimension values
+# Abbreviations of dimension values and verdicts
 _SHORT_NAMES = {
     "anonymous": "anon",
     "anonymous_thp": "thp",
@@ -221,6 +214,7 @@ _SHORT_NAMES = {
     "dense-sequential": "dense-seq",
     "dense-random": "dense-rnd",
 }
+_SHORT_VERDICTS = {"known bug, not seen": "bug not seen"}
 _SHORT_HEADERS = {
     "log_mode": "log mode",
     "guest_mode": "guest",
@@ -234,31 +228,3 @@ _SHORT_HEADERS = {
 def _short_name(row: Row, dimension: str) -> str:
     name = str(row.get(dimension, ""))
     return _SHORT_NAMES.get(name, name)
-
-
-def _short_verdict(verdict: str) -> str:
-    return {"known bug, not seen": "bug not seen"}.get(verdict, verdict)
-
-
-def _name(dimension: str) -> Callable[[Row], str]:
-    return lambda row: str(row.get(dimension, ""))
-
-
-def _short(dimension: str) -> Callable[[Row], str]:
-    return lambda row: _short_name(row, dimension)
-
-
-def _figure(name: str) -> Callable[[Row], str]:
-    return lambda row: _exact(row.get(name))
-
-
-_LONG = [_Column(name.replace("_", " "), _name(name), name == "vcpus") for name in DIMENSIONS]
-_LONG += [
-    _Column(name.removesuffix("_exits").replace("_", " "), _figure(name), number=True)
-    for name in ("iterations", "writes", "dirty", "clean", "ring_full_exits", "seconds")
-]
-_SHORT = [_Column(_SHORT_HEADERS[name], _short(name), name == "vcpus") for name in DIMENSIONS]
-_SHORT += [
-    _Column("writes", _writes, number=True),
-    _Column("sec", lambda row: _seconds(row.get("seconds")), number=True),
-]

@@ -119,7 +119,7 @@ def test_migration_is_one_line() -> None:
     """A migration's eight rounds fit into a line of 80 columns, and the lines are sorted by name."""
     rounds = [{"copied": pages, "ms": 1234.5} for pages in (10216, 10216, 403, 180, 117, 120, 98, 55)]
     names = ["dirty-ring-plain, 2 vCPUs, sequential", "clear-log, 1 vCPU, random"]
-    first, second = migration_lines([{"name": name, "verdict": "pass", "rounds": rounds} for name in names])
+    first, second = migration_lines([{"migration": name, "verdict": "pass", "rounds": rounds} for name in names])
     assert first == "clear-log, 1 vCPU, random              pass  10216 10216 403 180 117 120 98 55"
     assert second.startswith("dirty-ring-plain, ")
     assert len(first) == len(second) <= 80
