@@ -35,7 +35,7 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS
-from harness.results import new_folder
+from harness.output_paths import new_folder
 from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from harness.toml_file import TomlError, TomlFile
 from kvm_util.wording import counted

@@ -19,13 +19,11 @@ from harness.kernel_options import (
     option_name,
     other_kernel_options,
 )
-from harness.output_paths import check_file, check_folder
-from harness.results import RESULTS
+from harness.output_paths import RESULTS, check_file, check_folder
 from harness.run_report import FILES_OF_A_RUN
 from harness.selection import (
     DEFAULT_VCPUS,
     DIMENSIONS,
-    SelectionError,
     check_memory,
     check_values,
     parse_milliseconds,
@@ -71,46 +69,33 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
         group.addoption(
             option_name(name), metavar="NAME,...", help=f"which of {', '.join(values)}; default all{letter}"
         )
-    group.addoption("--vcpus", metavar="N", help="vCPUs of each VM; default both 1 and 2")
-    group.addoption("--full", action="store_true", help="every combination of these; default: every pair of values")
     default = Settings()
-    group.addoption(
-        "--iterations",
-        metavar="N",
-        help=f"how often to verify, up to {_MOST_ITERATIONS}; default {default.iterations} [-i]",
-    )
-    group.addoption(
-        "--interval",
-        metavar="MS",
-        help=f"for how many milliseconds the guest writes in each, up to an hour; default {default.interval:g} [-I]",
-    )
-    group.addoption(
-        "--ring-count",
-        metavar="N",
-        help=f"entries of a dirty ring, a power of two that this KVM takes; default {default.ring_count} [-c]",
-    )
-    group.addoption("--phys-offset", metavar="GPA", help="where the test memory begins; default: at the top [-p]")
-    group.addoption(
-        "--test-mem",
-        metavar="SIZE",
-        help="test memory in bytes, or with a unit: K, M, G or T (1024, its square, ...), whole pages; 3 pages are added;"
-        " default 1G",
-    )
-    group.addoption(
-        "--seed", metavar="N", help="decides what is written and when it is collected, 0 or more; default: a new one"
-    )
-    group.addoption("--thorough", action="store_true", help="the long form of each test that has one")
-    group.addoption(
-        "--soak",
-        metavar="S",
-        help="run random operation sequences for so many seconds in each log mode, up to a week (test_sequences.py)",
-    )
-    group.addoption("--kvm-device", metavar="PATH", help=f"this host's KVM; default {DEFAULT_DEVICE}")
-    group.addoption("--require-kvm", action="store_true", help="fail where a missing capability would skip")
-    group.addoption(
-        "--no-known-bugs", action="store_true", help="known kernel bugs (known_bugs.toml) are plain failures"
-    )
-    group.addoption("--results", metavar="DIR", help="where to put result files; default results/<kernel>-<time>")
+    texts = {
+        "vcpus N": "vCPUs of each VM; default both 1 and 2",
+        "iterations N": f"how often to verify, up to {_MOST_ITERATIONS}; default {default.iterations} [-i]",
+        "interval MS": "for how many milliseconds the guest writes in each, up to an hour;"
+        f" default {default.interval:g} [-I]",
+        "ring-count N": "entries of a dirty ring, a power of two that this KVM takes;"
+        f" default {default.ring_count} [-c]",
+        "phys-offset GPA": "where the test memory begins; default: at the top [-p]",
+        "test-mem SIZE": "test memory in bytes, or with a unit: K, M, G or T (1024, its square, ...), whole pages;"
+        " 3 pages are added; default 1G",
+        "seed N": "decides what is written and when it is collected, 0 or more; default: a new one",
+        "soak S": "run random operation sequences for so many seconds in each log mode, up to a week (test_sequences.py)",
+        "kvm-device PATH": f"this host's KVM; default {DEFAULT_DEVICE}",
+        "results DIR": "where to put result files; default results/<kernel>-<time>",
+    }
+    for words, text in texts.items():
+        name, metavar = words.split()
+        group.addoption(f"--{name}", metavar=metavar, help=text)
+    flags = {
+        "full": "every combination of these; default: every pair of values",
+        "thorough": "the long form of each test that has one",
+        "require-kvm": "fail where a missing capability would skip",
+        "no-known-bugs": "known kernel bugs (known_bugs.toml) are plain failures",
+    }
+    for name, text in flags.items():
+        group.addoption(f"--{name}", action="store_true", help=text)
     if not pluginmanager.hasplugin("xdist") and (
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ or not find_spec("xdist")
     ):
@@ -120,11 +105,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
 
 
 def check_options(config: pytest.Config) -> None:
-    """Check the options as far as possible without KVM.
-
-    :raises SelectionError: a value is wrong, or options exclude each other
-    :raises OutputError: a file or folder of the run cannot be written
-    """
+    """Check the options as far as possible without KVM."""
     option = config.option
     texts = {
         "--kernel": (option.kernel, "kernel"),
@@ -136,21 +117,27 @@ def check_options(config: pytest.Config) -> None:
     }
     for name, (text, what) in texts.items():
         if text == "":
-            raise SelectionError(f"{name}: '' names no {what}")
+            raise pytest.UsageError(f"{name}: '' names no {what}")
     if option.kernel is None and (unused := other_kernel_options(option)):
-        raise SelectionError(
+        raise pytest.UsageError(
             f"{', '.join(unused)}: only for tests in another kernel (--kernel NAME, or make check-kernel)"
         )
     if option.kernel not in (None, AUTO) and option.kvm_device is not None:
-        raise SelectionError(
+        raise pytest.UsageError(
             "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
         )
     workers = getattr(option, "numprocesses", None)
     if isinstance(workers, int) and not 0 <= workers <= _MOST_WORKERS:
-        raise SelectionError(f"-n: {workers} is out of range, it must be from 0 to {_MOST_WORKERS}")
+        raise pytest.UsageError(f"-n: {workers} is out of range, it must be from 0 to {_MOST_WORKERS}")
     numbers = machine_numbers(option)
     if option.kernel is not None and option.kvm_params:
-        _check_form(option.kvm_params)
+        # Imported here: the other kernel loads this file too, and each import costs emulated time.
+        from runner.modules import parse_parameters
+
+        try:
+            parse_parameters(option.kvm_params)
+        except CannotTest as error:
+            raise pytest.UsageError(f"--kvm-params: {error}") from None
     settings = settings_of(option)
     check_values(settings, vcpus_of(option)[-1])
     soak_of(option)
@@ -160,29 +147,14 @@ def check_options(config: pytest.Config) -> None:
         limit = Limit(f"the machine has {memory} MiB", memory * MIB, "a larger --vm-memory")
         check_memory(settings, vcpus_of(option)[-1], 1, [limit])
     if not only_shows(option):
-        check_folder("--results", RESULTS if option.results is None else seen_from(config, option.results))
+        results = RESULTS if option.results is None else seen_from(config, option.results)
+        check_folder("--results", results)
+        taken = () if option.results is None else (results, *(results / name for name in FILES_OF_A_RUN))
         for name, path in _files(option).items():
             if path is not None:
-                _check_apart(option, config, name, path)
+                if seen_from(config, path) in taken:
+                    raise pytest.UsageError(f"{name}: {path} is what the run's own results are written to (--results)")
                 check_file(name, seen_from(config, path))
-
-
-def _check_apart(option: Any, config: pytest.Config, name: str, path: str) -> None:
-    """Check that a file of pytest is none of the run's result files."""
-    if option.results is not None:
-        folder, file = seen_from(config, option.results), seen_from(config, path)
-        if file in (folder, *(folder / taken for taken in FILES_OF_A_RUN)):
-            raise SelectionError(f"{name}: {path} is what the run's own results are written to (--results)")
-
-
-def _check_form(parameters: str) -> None:
-    # Imported here: the other kernel loads this file too, and each import costs emulated time.
-    from runner.modules import parse_parameters
-
-    try:
-        parse_parameters(parameters)
-    except CannotTest as error:
-        raise SelectionError(f"--kvm-params: {error}") from None
 
 
 def _files(option: Any) -> dict[str, str | None]:

@@ -10,10 +10,7 @@ from harness.run_report import RunReport, not_kept
 
 
 class JunitFile(LogXML):
-    """pytest's writer with its errors turned into notes of the run's report.
-
-    :param writer: pytest's own writer, to be replaced
-    """
+    """pytest's writer with its errors turned into notes of the run's report."""
 
     def __init__(self, writer: LogXML, report: RunReport) -> None:
         vars(self).update(vars(writer))

@@ -31,7 +31,7 @@ class TestWatch:
         unexplained = [splat for splat in splats if self._explain(splat) is None]
         if unexplained:
             text = "\n".join(
-                ["the kernel reported while this test ran:", *(line for one in unexplained for line in one.lines)]
+                ["the kernel reported while this test ran:", *(line for splat in unexplained for line in splat.lines)]
             )
             if report.failed:
                 report.sections.append(("kernel log", text))
@@ -39,9 +39,6 @@ class TestWatch:
                 report.outcome, report.longrepr = "failed", text
                 vars(report).pop("wasxfail", None)  # the test's known bug does not explain this report
         return report
-
-    def pytest_unconfigure(self) -> None:
-        self._log.close()
 
 
 class RunWatch:
@@ -64,6 +61,3 @@ class RunWatch:
             self._report.kernel_reports.append(
                 KernelReport(splat.kind.value, splat.title, splat.lines, known_bug, tests)
             )
-
-    def pytest_unconfigure(self) -> None:
-        self._log.close()

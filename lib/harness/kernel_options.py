@@ -74,7 +74,7 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
 def machine_numbers(option: Any) -> dict[str, int]:
     """The values of the machine's numeric options, by name; the default of an option that is not given.
 
-    :raises SelectionError: a value is not a number, or out of range
+    :raises pytest.UsageError: a value is not a number, or out of range
     """
     return {
         name: default if (text := getattr(option, name)) is None else parse_number(option_name(name), text, low, high)

@@ -49,10 +49,9 @@ class KnownBug:
 
     def concerns(self, test: str, cell: Cell | None = None) -> bool:
         """Whether the entry has a test, by the name of its function, or the *cell* of the test."""
-        return test in self.tests or (cell is not None and self._names(cell))
-
-    def _names(self, cell: Cell) -> bool:
-        return bool(self.cells) and all(str(getattr(cell, name)) in values for name, values in self.cells.items())
+        if test in self.tests or cell is None or not self.cells:
+            return test in self.tests
+        return all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
     def explains(self, kinds: Set[Kind]) -> bool:
         """Whether the bug causes all of these *kinds* of violations, and at least one is among those it needs."""
@@ -65,10 +64,7 @@ class KnownBug:
 
 @cache
 def load(path: Path = PATH) -> tuple[KnownBug, ...]:
-    """Read the list, once in a process.
-
-    :raises TomlError: it cannot be read, or an entry has an unknown field, a wrong value, or a test that does not exist
-    """
+    """Read the list, once in a process."""
     file = TomlFile(path)
     for name in file.data:
         if name != "bug":
@@ -106,19 +102,24 @@ class _Entry:
         return self._file.error(f"{bug}: {key}: {text}", key, "bug", self._number)
 
     def parse(self) -> KnownBug:
-        known = {one.name for one in fields(KnownBug)} - {"always"} | {"shows"}
+        known = {field.name for field in fields(KnownBug)} - {"always"} | {"shows"}
         for key in self._values:
             if key not in known:
                 raise self.error(key, f"no such field (there are {', '.join(sorted(known))})")
         findings = self._kinds("findings")
+        needs = self._kinds("needs") if "needs" in self._values else findings
+        if others := ", ".join(sorted(kind.name for kind in needs - findings)):
+            raise self.error("needs", f"{others}: not among the findings")
+        backends = self._texts("backend") if isinstance(self._values.get("backend"), list) else [self._text("backend")]
+        (shows,) = self._chosen("shows", [self._text("shows")], ("always", "sometimes"))
         bug = KnownBug(
             id=self._text("id"),
             summary=self._text("summary"),
             evidence=self._text("evidence"),
-            backend=self._backend(),
+            backend=self._chosen("backend", backends, _VENDORS, "vendor module"),
             findings=findings,
-            always=self._one_of("shows", [self._text("shows")], ("always", "sometimes")) == ("always",),
-            needs=self._kinds("needs") if "needs" in self._values else frozenset(Kind),
+            always=shows == "always",
+            needs=needs,
             kernels=self._kernels(),
             parameters=self._parameters(),
             cells=self._cells(),
@@ -127,9 +128,6 @@ class _Entry:
         )
         if not bug.cells and not bug.tests:
             raise self.error("id", "the entry names neither cells nor tests")
-        if "needs" in self._values and not bug.needs <= findings:
-            others = ", ".join(sorted(kind.name for kind in bug.needs - findings))
-            raise self.error("needs", f"{others}: not among the findings")
         return bug
 
     def _text(self, key: str) -> str:
@@ -140,8 +138,11 @@ class _Entry:
             raise self.error(key, f"must be a string, not {value!r}")
         return value
 
-    def _texts(self, key: str, value: object) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    def _texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
+        return self._strings(key, self._values.get(key, list(default)))
+
+    def _strings(self, key: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise self.error(key, f"must be a list of strings, not {value!r}")
         return tuple(value)
 
@@ -151,25 +152,20 @@ class _Entry:
             raise self.error(key, f"must be a table in braces, not {value!r}")
         return value
 
-    def _one_of(self, key: str, values: Iterable[str], choices: Sequence[str], what: str = "value") -> tuple[str, ...]:
+    def _chosen(self, key: str, values: Iterable[str], choices: Sequence[str], what: str = "value") -> tuple[str, ...]:
         for value in values:
             if value not in choices:
                 raise self.error(key, f"no such {what}: {value!r} (there are {', '.join(choices)})")
         return tuple(values)
 
     def _kinds(self, key: str) -> frozenset[Kind]:
-        names = self._texts(key, self._values.get(key, []))
+        names = self._chosen(key, self._texts(key), tuple(Kind.__members__), "kind")
         if not names:
             raise self.error(key, "it is missing, or has no kind")
-        return frozenset(Kind[name] for name in self._one_of(key, names, tuple(Kind.__members__), "kind"))
-
-    def _backend(self) -> tuple[str, ...]:
-        value = self._values.get("backend")
-        names = [self._text("backend")] if not isinstance(value, list) else self._texts("backend", value)
-        return self._one_of("backend", names, _VENDORS, "vendor module")
+        return frozenset(Kind[name] for name in names)
 
     def _kernels(self) -> tuple[str, str]:
-        bounds = self._texts("kernels", self._values.get("kernels", ["", ""]))
+        bounds = self._texts("kernels", ("", ""))
         if len(bounds) != 2 or not all(re.fullmatch(r"(\d+(\.\d+)*)?", bound) for bound in bounds):
             raise self.error("kernels", f'must be ["from", "before"], such as ["6.1", "6.12"], not {list(bounds)}')
         first, before = bounds
@@ -186,24 +182,23 @@ class _Entry:
 
     def _cells(self) -> dict[str, list[str]]:
         table = self._table("cells")
-        for name in self._one_of("cells", table, tuple(_VALUES), "dimension"):
+        for name in self._chosen("cells", table, tuple(_VALUES), "dimension"):
             choices = _VALUES[name]
-            for value in self._texts("cells", table[name]):
+            for value in self._strings("cells", table[name]):
                 if value not in choices:
                     some = f"1 to {MAX_VCPUS}" if name == "vcpus" else ", ".join(choices)
                     raise self.error("cells", f"{name} has no value {value!r} (there are {some})")
         return table
 
     def _tests(self) -> tuple[str, ...]:
-        names = self._texts("tests", self._values.get("tests", []))
-        known = _test_names() if names else frozenset()
+        names = self._texts("tests")
         for name in names:
-            if name not in known:
+            if name not in _test_names():
                 raise self.error("tests", f"no test function of selftests/ has the name {name!r}")
         return names
 
     def _log(self) -> tuple[str, ...]:
-        patterns = self._texts("log", self._values.get("log", []))
+        patterns = self._texts("log")
         for pattern in patterns:
             try:
                 re.compile(pattern)

@@ -1,71 +1,57 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Checks before a run that its output files and folders can be written, so that no result is lost at its end."""
+"""The folder for a run's files, and checks before the run that all its files can be written, so that none is lost.
+
+One that cannot is a pytest.UsageError: one line for the user.
+"""
 
 import errno
 import os
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kvm_util.host_limits import explain
+import pytest
 
+from kvm_util.host_limits import explain
+from runner import ROOT
+
+RESULTS = ROOT / "results"
 # A probe writes as much as the results of a small run, to find out whether the file system is full
 _BLOCK, _BLOCKS = 4096, 64
 _ATTEMPTS = 3
 
 
-class OutputError(ValueError):
-    """A file or folder cannot be written; the message is one line for the user."""
+def new_folder(label: str) -> Path:
+    """An unused path below results/, named after *label* and the time; nothing is created."""
+    name = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (name, *(f"{name}-{number}" for number in range(2, 100)))
+    return next(path for path in (RESULTS / name for name in names) if not path.exists())
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Check that *folder* can be created and written to; leaves nothing behind.
-
-    :param option: the option that names the folder
-    :raises OutputError: it cannot
-    """
-    try:
-        folder = folder.resolve()  # the target of a symbolic link may not exist yet
-        made = _make(folder)
-        try:
-            _write(folder / f".probe-{os.getpid()}")
-        finally:
-            remove_if_empty(made)
-    except OSError as error:
-        raise _refusal(option, folder, error, f"{option} DIR puts the files elsewhere") from None
+    """Check that *folder*, which *option* names, can be created and written to; leaves nothing behind."""
+    with _refusals(f"{option} DIR puts the files elsewhere", folder):
+        _probe(folder.resolve() / f".probe-{os.getpid()}")  # the target of a symbolic link may not exist yet
 
 
 def check_file(option: str, path: Path) -> None:
-    """Check that file *path* can be written, and its folder created; keeps an existing file and leaves nothing behind.
-
-    :param option: the option that names the file
-    :raises OutputError: it cannot
-    """
-    try:
-        path = path.resolve()
-        if not path.exists():
-            made = _make(path.parent)
-            try:
-                _write(path)
-            finally:
-                remove_if_empty(made)
-        elif stat.S_ISFIFO(path.stat().st_mode):
-            pass  # opening it would block until there is a reader
-        else:
+    """Check that file *path* can be written, and its folder created; keeps an existing file and leaves nothing behind."""
+    with _refusals(f"{option} FILE puts it elsewhere", path):
+        if not (path := path.resolve()).exists():
+            _probe(path)
+        elif not stat.S_ISFIFO(path.stat().st_mode):  # opening a pipe would block until there is a reader
             path.open("ab").close()
-    except OSError as error:
-        raise _refusal(option, path, error, f"{option} FILE puts it elsewhere") from None
 
 
 def make_folder(option: str, folder: Path) -> list[Path]:
     """Create *folder* for the run, and its parents.
 
     :returns: the folders that were missing, outermost first, for :func:`remove_if_empty`
-    :raises OutputError: it cannot be created
     """
-    try:
+    with _refusals(f"{option} DIR puts the files elsewhere", folder):
         return _make(folder)
-    except OSError as error:
-        raise _refusal(option, folder, error, f"{option} DIR puts the files elsewhere") from None
 
 
 def remove_if_empty(made: list[Path]) -> None:
@@ -95,17 +81,27 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _write(path: Path) -> None:
-    """Write a new file to disk, and remove it."""
-    with path.open("xb", buffering=0) as file:
-        try:
-            for _ in range(_BLOCKS):
-                file.write(bytes(_BLOCK))
-            os.fsync(file.fileno())
-        finally:
-            path.unlink()
+def _probe(path: Path) -> None:
+    """Write a new file *path* to disk, and remove it and its folders, where they were missing."""
+    made = _make(path.parent)
+    try:
+        with path.open("xb", buffering=0) as file:
+            try:
+                for _ in range(_BLOCKS):
+                    file.write(bytes(_BLOCK))
+                os.fsync(file.fileno())
+            finally:
+                path.unlink()
+    finally:
+        remove_if_empty(made)
 
 
-def _refusal(option: str, path: Path, error: OSError, remedy: str) -> OutputError:
-    limit = explain(error.errno or 0, _BLOCK * _BLOCKS)
-    return OutputError(f"{option}: {path}: {error.strerror}" + (f": {limit}" if limit else f" ({remedy})"))
+@contextmanager
+def _refusals(remedy: str, path: Path) -> Iterator[None]:
+    """Turn an error about *path* into a UsageError; *remedy* begins with the option that names the path."""
+    try:
+        yield
+    except OSError as error:
+        limit = explain(error.errno or 0, _BLOCK * _BLOCKS)
+        hint = f": {limit}" if limit else f" ({remedy})"
+        raise pytest.UsageError(f"{remedy.split()[0]}: {path}: {error.strerror}{hint}") from None

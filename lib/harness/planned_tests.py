@@ -65,12 +65,22 @@ class PlannedTests:
         # The terminal's counts, and the list for --lf, are about tests that ran.
         plugins = config.pluginmanager
         others = [plugins.get_plugin(name) for name in ("terminalreporter", "lfplugin")]
-        hook = plugins.subset_hook_caller("pytest_runtest_logreport", [one for one in others if one is not None])
+        hook = plugins.subset_hook_caller(
+            "pytest_runtest_logreport", [plugin for plugin in others if plugin is not None]
+        )
         why = self.why or self._why_ended(session)
         for nodeid, properties in list(self._left.items()):
-            where = (nodeid.partition("::")[0], 0, nodeid.partition("::")[2])
-            reason = f"{why}, during the test" if nodeid in self._started else why
-            report = _not_run(nodeid, where, reason, properties)
+            file, _, name = nodeid.partition("::")
+            reason = f"Skipped: not run: {why}{', during the test' if nodeid in self._started else ''}"
+            report = pytest.TestReport(
+                nodeid,
+                (file, 0, name),
+                {},
+                "skipped",
+                (file, 0, reason),
+                "setup",
+                user_properties=[*properties, NOT_RUN],
+            )
             if nodeid in self._workers:
                 # junitxml matches the reports of a test by worker.
                 report.node = self._workers[nodeid]  # type: ignore[attr-defined]
@@ -86,11 +96,3 @@ class PlannedTests:
         if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "pytest failed"
         return "the run ended early"
-
-
-def _not_run(
-    nodeid: str, location: tuple[str, int | None, str], reason: str, properties: Properties
-) -> pytest.TestReport:
-    """Create the report of a test that did not run."""
-    longrepr = (location[0], location[1] or 0, f"Skipped: not run: {reason}")
-    return pytest.TestReport(nodeid, location, {}, "skipped", longrepr, "setup", user_properties=[*properties, NOT_RUN])

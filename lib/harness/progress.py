@@ -32,12 +32,7 @@ _RECORD = 1024
 
 @dataclass
 class _Activity:
-    """A running test, or an operation between tests.
-
-    :ivar started: monotonic time, in seconds
-    :ivar step: the last progress that the test's cell has reported
-    :ivar stepped: monotonic time of that report, in seconds
-    """
+    """A running test, or an operation between tests."""
 
     name: str
     started: float = field(default_factory=lambda: time.monotonic())
@@ -201,7 +196,7 @@ class Progress:
     def _live_lines(self, columns: int) -> list[str]:
         if between := self._between:
             return [f"{between.name}: {duration(between.age)}"[:columns]]
-        tests = self._oldest()
+        tests = [*self._running.values()]  # the oldest first
         if not tests:
             return []
         total = self._session.testscollected
@@ -221,19 +216,15 @@ class Progress:
         after = f"after {duration(time.monotonic() - self._started)}"
         if between := self._between:
             return f"{after}: {between.name}, for {duration(between.age)} now"
-        tests = self._oldest()
+        tests = [*self._running.values()]  # the oldest first
         if not tests:
             return None
         named = [
-            f"{_short_name(test.name)} ({', '.join(filter(None, (duration(test.age), test.figures)))})"
+            f"{_short_name(test.name)} ({duration(test.age)}{test.figures and f', {test.figures}'})"
             for test in tests[:_MOST_TESTS]
         ]
-        more = [f"{len(tests) - _MOST_TESTS} more"] if len(tests) > _MOST_TESTS else []
-        return f"{after}: {self._count()} done, now: {'; '.join(named + more)}"
-
-    def _oldest(self) -> list[_Activity]:
-        """The running tests, the oldest first."""
-        return sorted([*self._running.values()], key=lambda test: test.started)
+        named += [f"{len(tests) - _MOST_TESTS} more"] * (len(tests) > _MOST_TESTS)
+        return f"{after}: {self._count()} done, now: {'; '.join(named)}"
 
     def _count(self) -> str:
         return f"{len(self._done)} of {counted(self._session.testscollected, 'test')}"

@@ -16,11 +16,7 @@ _STEPS_EVERY = 2.0  # seconds between progress messages of a test
 
 
 class ReportStream:
-    """A pytest plugin that writes each event of the session to *path* at once.
-
-    :param path: a file or device to write to
-    :param report: provides the run's facts, which are sent first, and its kernel log reports, which are sent last
-    """
+    """A pytest plugin that writes each event of the session to *path* at once."""
 
     def __init__(self, config: pytest.Config, path: str, report: RunReport) -> None:
         self._config = config
@@ -54,7 +50,7 @@ class ReportStream:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        self.send(kernel_log=[vars(one) for one in self._report.kernel_reports])
+        self.send(kernel_log=[vars(report) for report in self._report.kernel_reports])
 
     def pytest_unconfigure(self) -> None:
         progress.listener = None

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The user's selection of cells and settings: parses it, checks it on this host, and plans the cells of a run."""
+"""The user's selection of cells and settings: parses it, checks it on this host, and plans the cells of a run.
+
+An invalid or impossible selection is a pytest.UsageError: one line that begins with the option.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from dirty_tracking.cell import DENSITIES, MAX_VCPUS, STOPS, Cell, Settings, guest_data_size, place_test_memory
-from dirty_tracking.modes import LOG_MODES, LogMode, ring_accepted, smallest_ring
+from dirty_tracking.modes import LOG_MODES, ring_accepted, smallest_ring
 from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.vm import PAGE
-from harness.matrix import full_matrix, pairwise_matrix
+from harness.combinations import all_cells, pairwise_cells
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.host_limits import (
@@ -39,11 +44,6 @@ DEFAULT_VCPUS = (1, 2)
 _WORKER_MEMORY = 150 * MIB
 _HOUR = 3_600_000  # in milliseconds
 _UNITS = {"k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
-_UNITS_TEXT = "K, M, G or T"
-
-
-class SelectionError(ValueError):
-    """The user's selection is invalid or impossible here; the message is one line that begins with the option."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,22 @@ class PlannedCell:
 
 
 def parse_names(option: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
-    """Parse comma-separated names; returned in the order of *choices*.
-
-    :raises SelectionError: a name is not in *choices*
-    """
+    """Parse comma-separated names; returned in the order of *choices*."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in choices:
-            raise SelectionError(f"{option}: no such value: {name!r} (choose from {', '.join(choices)})")
+            raise pytest.UsageError(f"{option}: no such value: {name!r} (choose from {', '.join(choices)})")
     return tuple(choice for choice in choices if choice in names)
 
 
 def parse_number(option: str, text: str, least: int, most: int | None = None) -> int:
-    """Parse a whole number from *least* to *most*, in any base that Python has a prefix for.
-
-    :raises SelectionError: it is not a number, or out of range
-    """
+    """Parse a whole number from *least* to *most*, in any base that Python has a prefix for."""
     value = _whole_number(text)
     if value is None:
-        raise SelectionError(f"{option}: {text!r} is not a whole number")
+        raise pytest.UsageError(f"{option}: {text!r} is not a whole number")
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise SelectionError(f"{option}: {text} is out of range, it must be {bounds}")
+        raise pytest.UsageError(f"{option}: {text} is out of range, it must be {bounds}")
     return value
 
 
@@ -88,37 +82,29 @@ def _whole_number(text: str) -> int | None:
 
 
 def parse_milliseconds(option: str, text: str) -> float:
-    """Parse a time in milliseconds, above 0 and at most an hour.
-
-    :raises SelectionError: it is not a number, or out of range
-    """
+    """Parse a time in milliseconds, above 0 and at most an hour."""
     try:
         value = float(text)
     except ValueError:
-        raise SelectionError(f"{option}: {text!r} is not a number of milliseconds") from None
+        raise pytest.UsageError(f"{option}: {text!r} is not a number of milliseconds") from None
     if not 0 < value <= _HOUR:
-        raise SelectionError(f"{option}: {text} ms is out of range, it must be above 0 and at most {_HOUR}")
+        raise pytest.UsageError(f"{option}: {text} ms is out of range, it must be above 0 and at most {_HOUR}")
     return value
 
 
 def parse_size(option: str, text: str) -> int:
-    """Parse a size with an optional unit (K, M, G, T) into bytes; it must be one or more whole pages.
-
-    :raises SelectionError: it is not a size, or not whole pages
-    """
-    number, unit = (text, "") if _whole_number(text) is not None else (text[:-1], text[-1:])
-    value = _whole_number(number)
+    """Parse a size with an optional unit (K, M, G, T) into bytes; it must be one or more whole pages."""
+    unit = text[-1:].lower()
+    value = _whole_number(text[:-1] if unit in _UNITS else text)
     if value is None:
-        raise SelectionError(
-            f"{option}: {text!r} is no size: write a whole number and a unit ({_UNITS_TEXT}), such as 64M"
+        raise pytest.UsageError(
+            f"{option}: {text!r} is no size: write a whole number and a unit (K, M, G or T), such as 64M"
         )
-    if unit and unit.lower() not in _UNITS:
-        raise SelectionError(f"{option}: {text!r} has an unknown unit {unit!r} (the units are {_UNITS_TEXT})")
-    size = value * _UNITS.get(unit.lower(), 1)
+    size = value * _UNITS.get(unit, 1)
     if size % PAGE:
-        raise SelectionError(f"{option}: {text} is not a multiple of the page size ({PAGE})")
+        raise pytest.UsageError(f"{option}: {text} is not a multiple of the page size ({PAGE})")
     if size < PAGE:
-        raise SelectionError(f"{option}: {text} is out of range, it must be at least a page ({PAGE})")
+        raise pytest.UsageError(f"{option}: {text} is out of range, it must be at least a page ({PAGE})")
     return size
 
 
@@ -126,13 +112,12 @@ def check_values(settings: Settings, vcpus: int) -> None:
     """Check what does not depend on the host.
 
     :param vcpus: number of vCPUs of the largest VM
-    :raises SelectionError: a value that no KVM accepts
     """
     count = settings.ring_count
     if count & (count - 1):
-        raise SelectionError(f"--ring-count: {count} is not a power of two")
+        raise pytest.UsageError(f"--ring-count: {count} is not a power of two")
     if vcpus > MAX_VCPUS:
-        raise SelectionError(f"--vcpus: {vcpus} is out of range, a page has words for {MAX_VCPUS}")
+        raise pytest.UsageError(f"--vcpus: {vcpus} is out of range, a page has words for {MAX_VCPUS}")
 
 
 def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
@@ -140,26 +125,21 @@ def check_settings(settings: Settings, vcpus: int, workers: int) -> None:
 
     :param vcpus: number of vCPUs of the largest VM
     :param workers: number of cells that run at the same time
-    :raises SelectionError: a value that no KVM accepts, or more memory or threads than the host allows
     """
     check_values(settings, vcpus)
     check_memory(settings, vcpus, workers, [*memory_limits(), *overcommit_limits()])
     check_memory(settings, vcpus, 1, address_space_limits())
     if workers > 1 and (limit := tightest(thread_limits(), workers * THREADS)):
-        raise SelectionError(
+        raise pytest.UsageError(
             f"-n: {workers} workers need {workers * THREADS} threads, but {limit.text}, {max(limit.left, 0)} of them free"
             f" (fewer workers, or {limit.remedy})"
         )
 
 
 def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[Limit]) -> None:
-    """Check that *limits* leave enough memory for *workers* cells at the same time.
-
-    :raises SelectionError: they do not; the message names the option that needs most of it
-    """
+    """Check that *limits* leave enough memory for *workers* cells at the same time."""
     needed = workers * _worker_memory(settings, vcpus)
-    limit = tightest(limits, needed)
-    if limit is None:
+    if (limit := tightest(limits, needed)) is None:
         return
     if workers * vcpus * settings.ring_count * ENTRY_SIZE > needed // 2:
         option, what = "--ring-count", f"rings of {settings.ring_count} entries"
@@ -167,7 +147,7 @@ def check_memory(settings: Settings, vcpus: int, workers: int, limits: Sequence[
         option, what = "--test-mem", size_text(settings.test_mem)
     verb = f"{workers} at a time need" if workers > 1 else "need" if option == "--ring-count" else "needs"
     fewer = ", fewer workers with -n" if workers > 1 else ""
-    raise SelectionError(
+    raise pytest.UsageError(
         f"{option}: {what} {verb} {needed // MIB} MiB of memory, but {limit.text},"
         f" {max(limit.left, 0) // MIB} MiB of it free (a smaller {option}{fewer}, or {limit.remedy})"
     )
@@ -190,13 +170,10 @@ def _worker_memory(settings: Settings, vcpus: int) -> int:
 
 
 def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any, ...]]) -> None:
-    """Check what depends on this host's KVM.
-
-    :raises SelectionError: a number of vCPUs, a gpa or a ring size that this KVM does not accept
-    """
+    """Check what depends on this host's KVM."""
     most = kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS)
     if max(dimensions["vcpus"]) > most:
-        raise SelectionError(f"--vcpus: {max(dimensions['vcpus'])} is out of range, this KVM has at most {most}")
+        raise pytest.UsageError(f"--vcpus: {max(dimensions['vcpus'])} is out of range, this KVM has at most {most}")
     limit = arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd))
     for backing in dimensions["backing"]:
         names = {name: values[0] for name, values in dimensions.items()}
@@ -205,26 +182,21 @@ def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any
             place_test_memory(settings, cell, limit)
         except ValueError as error:
             option = "--test-mem" if settings.phys_offset is None else "--phys-offset"
-            raise SelectionError(f"{option}: {error}") from None
+            raise pytest.UsageError(f"{option}: {error}") from None
     for mode in (LOG_MODES[name] for name in dimensions["log_mode"]):
         if mode.uses_ring and mode.supported(kvm) is None:
-            _check_ring_count(kvm, mode, settings.ring_count)
-
-
-def _check_ring_count(kvm: Kvm, mode: type[LogMode], count: int) -> None:
-    largest = mode.largest_ring(kvm)
-    if count > largest:
-        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at most {largest}")
-    if not ring_accepted(kvm, count, mode):
-        smallest = smallest_ring(kvm, mode)
-        raise SelectionError(f"--ring-count: {count} is out of range, this KVM takes at least {smallest}")
+            count, largest = settings.ring_count, mode.largest_ring(kvm)
+            if count > largest:
+                raise pytest.UsageError(f"--ring-count: {count} is out of range, this KVM takes at most {largest}")
+            if not ring_accepted(kvm, count, mode):
+                smallest = smallest_ring(kvm, mode)
+                raise pytest.UsageError(f"--ring-count: {count} is out of range, this KVM takes at least {smallest}")
 
 
 def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, ...]], full: bool) -> list[PlannedCell]:
     """The cells of a run: of the values that this host supports, and one for each other value, with the reason.
 
     :param kvm: None if KVM cannot be used; then all values count as supported, and each cell is skipped with the reason
-    :param full: all combinations of the values; otherwise a pairwise selection
     """
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
     if kvm is not None:
@@ -239,7 +211,7 @@ def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, .
     present = {name: tuple(v for v in values if v not in reasons[name]) for name, values in dimensions.items()}
     planned = []
     if all(present.values()):
-        planned += [PlannedCell(cell) for cell in (full_matrix if full else pairwise_matrix)(present)]
+        planned += [PlannedCell(cell) for cell in (all_cells if full else pairwise_cells)(present)]
     some = {name: (present[name] or values)[0] for name, values in dimensions.items()}
     for name, absent in reasons.items():
         planned += [PlannedCell(Cell(**some | {name: value}), reason) for value, reason in absent.items()]

@@ -17,15 +17,14 @@ from harness.command_line import dimensions_of, settings_of, vcpus_of
 from harness.elsewhere import prepare_remote
 from harness.kernel_log_watch import RunWatch, TestWatch
 from harness.limited_errors import explain_error
-from harness.output_paths import OutputError
 from harness.planned_tests import PlannedTests
 from harness.progress import Progress, WorkerProgress
 from harness.report_stream import ReportStream
 from harness.run_report import Facts, RunReport
 from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, PLAN, SETTINGS, TARGET, is_worker
-from harness.selection import PlannedCell, SelectionError, check_settings, check_with_kvm, plan, workers_here
+from harness.selection import PlannedCell, check_settings, check_with_kvm, plan, workers_here
 from harness.startup import make_results
-from harness.static_keys import StaticKeys
+from harness.static_keys import hold_static_keys
 from harness.worker_crashes import WorkerCrashes
 from kvm_util import guest_program
 from kvm_util.host import this_host
@@ -40,7 +39,7 @@ _MAX_WORKERS = 8
 def pytest_configure(config: pytest.Config) -> None:
     try:
         _prepare(config)
-    except (SelectionError, OutputError, guest_program.GuestProgramError) as error:
+    except guest_program.GuestProgramError as error:
         raise pytest.UsageError(str(error)) from None
     except Exception as error:
         if limit := explain_error(error):
@@ -85,9 +84,8 @@ def _prepare_here(config: pytest.Config) -> None:
     guest = guest_session(config)
     make_results(config, os.uname().release)
     if guest is not None and guest.emulated:
-        keys = StaticKeys(settings.kvm_device)
-        keys.hold()
-        config.pluginmanager.register(keys, "static-keys")
+        for vm in hold_static_keys(settings.kvm_device):
+            config.add_cleanup(vm.close)
     check_settings(settings, dimensions["vcpus"][-1], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:
@@ -96,15 +94,15 @@ def _prepare_here(config: pytest.Config) -> None:
     except KvmUnavailable:
         planned = plan(None, settings, dimensions, option.full)  # each test skips with the reason, by the fixture kvm
     config.stash[PLAN] = planned
-    facts = Facts(asdict(this_host()), asdict(settings), [asdict(one.cell) for one in planned])
+    cells = {str(planned_cell.cell): asdict(planned_cell.cell) for planned_cell in planned}
+    facts = Facts(asdict(this_host()), asdict(settings), [*cells.values()])
     report = RunReport(Path(option.results), facts)
     if NO_LOCAL_KERNEL in config.stash:
         report.notes.append(config.stash[NO_LOCAL_KERNEL])
     facts.kernel_log = _watch_kernel_log(config, report)
     config.pluginmanager.register(report, "run-report")
     if guest is None:
-        by_id = {str(one.cell): asdict(one.cell) for one in planned}
-        planned_tests = PlannedTests(by_id, config.stash[INTERRUPTION])
+        planned_tests = PlannedTests(cells, config.stash[INTERRUPTION])
         config.pluginmanager.register(planned_tests, "planned-tests")
         config.pluginmanager.register(WorkerCrashes(planned_tests, option.require_kvm), "worker-crashes")
     else:  # the host knows which tests this kernel was not given
@@ -122,11 +120,16 @@ def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | 
     def explain(splat: Splat) -> str | None:
         return next((bug.id for bug in bugs if bug.explains_log(splat.titles)), None)
 
+    def open_log() -> KernelLog:
+        log = KernelLog()
+        config.add_cleanup(log.close)
+        return log
+
     try:
         if report is not None:
-            config.pluginmanager.register(RunWatch(KernelLog(), explain, report), "run-watch")
+            config.pluginmanager.register(RunWatch(open_log(), explain, report))
         if is_worker(config) or not config.getoption("numprocesses", None):
-            config.pluginmanager.register(TestWatch(KernelLog(), explain), "test-watch")
+            config.pluginmanager.register(TestWatch(open_log(), explain))
     except OSError as error:
         return f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
     return None
@@ -147,5 +150,5 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     try:
         most = workers_here(settings_of(config.option), max(vcpus_of(config.option)))
         return min(len(os.sched_getaffinity(0)), _MAX_WORKERS, most)
-    except (SelectionError, HostLimit, OSError):
+    except (pytest.UsageError, HostLimit, OSError):
         return 0  # pytest_configure reports what is wrong

@@ -14,11 +14,7 @@ class TomlError(ValueError):
 
 
 class TomlFile:
-    """A parsed TOML file.
-
-    :ivar data: its contents
-    :raises TomlError: it cannot be read, or is not TOML
-    """
+    """A parsed TOML file."""
 
     def __init__(self, path: Path) -> None:
         self._shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

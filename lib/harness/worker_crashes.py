@@ -17,10 +17,7 @@ _ENDS_WITHIN = 10  # seconds from the end of a worker's pipe to the end of its p
 
 
 class WorkerCrashes:
-    """A pytest plugin for the xdist controller that turns crashes without a failure of KVM into skips.
-
-    :param required: fail instead of skip if the host runs out of memory (--require-kvm)
-    """
+    """A pytest plugin for the xdist controller that turns crashes without a failure of KVM into skips."""
 
     def __init__(self, planned: PlannedTests, required: bool) -> None:
         self._planned = planned
@@ -39,7 +36,7 @@ class WorkerCrashes:
             report.user_properties.append(NOT_RUN)
             self._excuse(report, f"not run: {signal.Signals(died_of).name} ended its process")
         elif died_of == signal.SIGKILL and self._killed_for_memory(crashitem):
-            limit = min(host_limits.memory_limits(), key=lambda one: one.left)
+            limit = min(host_limits.memory_limits(), key=lambda limit: limit.left)
             reason = f"the kernel killed the test for want of memory: {limit}"
             if self._required:
                 report.longrepr = f"required by --require-kvm: {reason}"

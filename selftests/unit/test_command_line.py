@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from dirty_tracking.modes import RingMode, smallest_ring
-from harness.output_paths import OutputError, check_file, check_folder
+from harness.output_paths import check_file, check_folder
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner import ROOT
@@ -110,7 +110,7 @@ def test_require_kvm_fails_skipped_tests(suite: Suite) -> None:
         (["--results=/tmp/x", "--junitxml=/tmp/x/table.txt"], "is what the run's own results are written to (--results)"),
         (["--ring-count=1048576"], "--ring-count: 1048576 is out of range, this KVM takes at most 65536"),
         (["--ring-count=1099511627776"], "--ring-count: rings of 1099511627776 entries need "),
-        (["--test-mem=10X"], "--test-mem: '10X' has an unknown unit 'X' (the units are K, M, G or T)"),
+        (["--test-mem=10X"], "--test-mem: '10X' is no size: write a whole number and a unit (K, M, G or T)"),
         (["--kvm-device="], "--kvm-device: '' names no device"),
         (["--kernel="], "--kernel: '' names no kernel"),
         (["--kernel=auto", "--qemu="], "--qemu: '' names no program"),
@@ -261,9 +261,9 @@ def test_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OutputError, match=f"^--results: {tmp_path}/a/b: {os.strerror(code)} "):
+    with pytest.raises(pytest.UsageError, match=f"^--results: {tmp_path}/a/b: {os.strerror(code)} "):
         check_folder("--results", tmp_path / "a/b")
-    with pytest.raises(OutputError, match=f"^--junitxml: {tmp_path}/a/x.xml: {os.strerror(code)} "):
+    with pytest.raises(pytest.UsageError, match=f"^--junitxml: {tmp_path}/a/x.xml: {os.strerror(code)} "):
         check_file("--junitxml", tmp_path / "a/x.xml")
     assert not list(tmp_path.iterdir())
 

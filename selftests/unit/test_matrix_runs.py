@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import results
+from harness import output_paths
 from harness.table import DIMENSIONS
 from runner import ROOT
 from runner import kernel_matrix as matrix
@@ -145,7 +145,7 @@ def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) ->
 
 def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each matrix has a folder of its own."""
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(output_paths, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(time, "strftime", lambda _: "now")
     assert [matrix._make_folder(None).name for _ in range(3)] == ["matrix-now", "matrix-now-2", "matrix-now-3"]
 
@@ -235,7 +235,7 @@ def planned_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         return matrix.RunResult(kernel, parameters, status, [CELL | {"verdict": "pass"}], [], kernel, "")
 
     monkeypatch.setattr(matrix, "run", run)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(output_paths, "RESULTS", tmp_path / "results")
     return runs
 
 

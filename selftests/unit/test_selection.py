@@ -10,11 +10,10 @@ import pytest
 from dirty_tracking.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
 from dirty_tracking.violations import Kind
 from harness import known_bugs
+from harness.combinations import all_cells, pairwise_cells
 from harness.failure_report import cell_command
-from harness.matrix import full_matrix, pairwise_matrix
 from harness.selection import (
     DIMENSIONS,
-    SelectionError,
     check_settings,
     parse_milliseconds,
     parse_names,
@@ -57,11 +56,11 @@ def test_sizes_with_units(text: str, size: int) -> None:
         (lambda: parse_size("--test-mem", "1000"), "--test-mem: 1000 is not a multiple of the page size"),
         (
             lambda: parse_size("--test-mem", "1P"),
-            "--test-mem: '1P' has an unknown unit 'P' (the units are K, M, G or T)",
+            "--test-mem: '1P' is no size: write a whole number and a unit (K, M, G or T)",
         ),
         (
             lambda: parse_size("--test-mem", "10X"),
-            "--test-mem: '10X' has an unknown unit 'X' (the units are K, M, G or T)",
+            "--test-mem: '10X' is no size: write a whole number and a unit (K, M, G or T)",
         ),
         (
             lambda: parse_size("--test-mem", "G"),
@@ -82,7 +81,7 @@ def test_sizes_with_units(text: str, size: int) -> None:
 )
 def test_bad_values_of_options(parse: object, message: str) -> None:
     """A bad value is an error of one line, with the option, the value and what is allowed."""
-    with pytest.raises(SelectionError) as error:
+    with pytest.raises(pytest.UsageError) as error:
         parse()  # type: ignore[operator]
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -127,8 +126,8 @@ def test_default_matrix_is_pairwise(left_out: tuple[str, ...], vcpus: tuple[int,
     """The default matrix has every pair of values of any two dimensions, also if some dimensions are pinned."""
     dimensions = {name: values[:1] if name in left_out else values for name, values in DIMENSIONS.items()}
     every = {**dimensions, "vcpus": vcpus}
-    cells = pairwise_matrix(every)
-    assert len(set(cells)) == len(cells) <= len(full_matrix(every))
+    cells = pairwise_cells(every)
+    assert len(set(cells)) == len(cells) <= len(all_cells(every))
     for first, second in combinations(every, 2):
         met = {(getattr(cell, first), getattr(cell, second)) for cell in cells}
         assert met == {(one, two) for one in every[first] for two in every[second]}
@@ -137,7 +136,7 @@ def test_default_matrix_is_pairwise(left_out: tuple[str, ...], vcpus: tuple[int,
 def test_full_matrix_is_the_product() -> None:
     """The full matrix has each combination of values once."""
     every = {**DIMENSIONS, "vcpus": (1, 2)}
-    cells = full_matrix(every)
+    cells = all_cells(every)
     assert len(set(cells)) == len(cells) == 5 * 6 * len(BACKINGS) * len(STOPS) * len(DENSITIES) * 2
 
 
