@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from runner.errors import CannotTest
 
+# Offset and value of the magic number in a boot image (Documentation/arch/x86/boot.rst, Documentation/arch/arm64/booting.rst,
+# Documentation/arch/riscv/boot-image-header.rst), and e_machine of an ELF file (include/uapi/linux/elf-em.h)
+BOOT_MAGICS = {"x86_64": (0x202, b"HdrS"), "arm64": (56, b"ARM\x64"), "riscv": (56, b"RSC\x05")}
+ELF_MACHINES = {3: "i386", 22: "s390", 62: "x86_64", 183: "arm64", 243: "riscv", 258: "loongarch"}
 # How much of an image's start has its header
 HEADER_SIZE = 0x10000
 
@@ -21,10 +25,11 @@ HEADER_SIZE = 0x10000
 class Arch:
     """One architecture.
 
+    :ivar name: the kernel's name for it, a key of BOOT_MAGICS
     :ivar debian: Debian's name for it, in packages and in the flavours of kernels
     :ivar image: where a build tree has the image to boot, which ``make <file name>`` builds
-    :ivar image_release: reads the release (``uname -r``) from the first HEADER_SIZE bytes of an image; a ValueError
-        completes the sentence "<image> ..."
+    :ivar image_release: reads the release (``uname -r``) from the first HEADER_SIZE bytes of an image that has the magic
+        number; a ValueError completes the sentence "<image> ..."
     :ivar qemu: QEMU's program
     :ivar qemu_package: Debian's package that has it
     :ivar qemu_data: folders of ``usr/share`` with the firmware that it loads
@@ -41,6 +46,7 @@ class Arch:
     :ivar added_parameters: parameters of KVM's modules that the suite sets where a module has them
     """
 
+    name: str
     debian: str
     image: str
     image_release: Callable[[bytes], str]
@@ -61,7 +67,10 @@ class Arch:
 
 
 def this_arch() -> Arch:
-    """The architecture of this machine, and of the kernels that it boots."""
+    """The architecture of this machine, and of the kernels that it boots.
+
+    :raises CannotTest: it is not supported
+    """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise CannotTest(f"no kernel can be booted on {machine} yet: only {', '.join(_ARCHITECTURES)} is supported")
@@ -69,9 +78,7 @@ def this_arch() -> Arch:
 
 
 def _bzimage_release(head: bytes) -> str:
-    """Read the release from a bzImage (Documentation/arch/x86/boot.rst: header, xloadflags and kernel_version)."""
-    if head[0x202:0x206] != b"HdrS":
-        raise ValueError("is no kernel for x86_64 to boot: give a bzImage (arch/x86/boot/bzImage), or the build tree")
+    """Read the release from a bzImage (Documentation/arch/x86/boot.rst: xloadflags and kernel_version)."""
     if len(head) < 0x260:
         raise ValueError("ends within its header: it is damaged")
     (flags,) = struct.unpack_from("<H", head, 0x236)
@@ -86,6 +93,7 @@ def _bzimage_release(head: bytes) -> str:
 
 _ARCHITECTURES = {
     "x86_64": Arch(
+        name="x86_64",
         debian="amd64",
         image="arch/x86/boot/bzImage",
         image_release=_bzimage_release,

@@ -6,13 +6,14 @@ import lzma
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner import debian
-from runner.arch import HEADER_SIZE, this_arch
+from runner.arch import BOOT_MAGICS, ELF_MACHINES, HEADER_SIZE, this_arch
 from runner.errors import CannotTest
 from runner.store import BUILD, is_complete, version_key
 
@@ -131,10 +132,29 @@ def image_release(image: Path) -> str:
     """The release in the header of a boot image."""
     with image.open("rb") as file:
         head = file.read(HEADER_SIZE)
+    offset, magic = BOOT_MAGICS[this_arch().name]
+    if not head.startswith(magic, offset):
+        raise CannotTest(f"{image} {_describe_other_file(head)}")
     try:
         return this_arch().image_release(head)
     except ValueError as error:
         raise CannotTest(f"{image} {error}") from None
+
+
+def _describe_other_file(head: bytes) -> str:
+    """What a file is that has no boot header of this architecture, to complete the sentence "<image> ..."."""
+    arch, here = this_arch(), f"this machine is {platform.machine()}"
+    for other, (offset, magic) in BOOT_MAGICS.items():
+        if head.startswith(magic, offset):
+            return f"is a kernel for {other}, {here}"
+    if head[:4] == b"\x7fELF":
+        machine = ELF_MACHINES.get(struct.unpack_from("<H", head, 18)[0], "an unknown machine")
+        if machine == arch.name:
+            return f"is an ELF file: give the compressed image ({arch.image}), or the build tree"
+        return f"is an ELF file for {machine}, {here}"
+    if head[:2] == b"\x1f\x8b" or head[4:8] == b"zimg":
+        return f"is compressed as kernels of other architectures are; {here}"
+    return f"is not a kernel image (no {arch.name} boot header)"
 
 
 def _package_set(package: Path) -> list[Path]:
