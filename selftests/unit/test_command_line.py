@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,9 +21,12 @@ from harness.output_paths import check_file, check_folder
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner import ROOT
+from selftests.unit.commands import Done, start
 
 QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1"]
+MATRIX = "selftests/matrix/test_dirty_log.py"
+NO_MATRIX = f"--deselect={MATRIX}"
 USAGE_ERROR, NOTHING_RAN = 4, 5
 
 
@@ -33,17 +37,10 @@ class Suite:
         self.results = results
 
     def command(self, *arguments: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "selftests/matrix/test_dirty_log.py",
-            f"--results={self.results}",
-            *arguments,
-        ]
+        return [sys.executable, "-m", "pytest", MATRIX, f"--results={self.results}", *arguments]
 
-    def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(self.command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+    def __call__(self, *arguments: str, folder: Path = ROOT, **environment: str) -> Done:
+        return start(self.command(*arguments), folder, **environment)
 
 
 @pytest.fixture
@@ -70,51 +67,33 @@ def test_sound_run_ends_with_the_table(suite: Suite, workers: list[str]) -> None
 
 
 def test_run_without_a_kvm_device(suite: Suite) -> None:
-    """Without the KVM device each test is skipped with the reason, and the run is no success."""
+    """Without the named KVM device each test is skipped with the reason, no module is to be loaded, and it is no success."""
     done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent")
     assert done.returncode == NOTHING_RAN
-    assert re.search(
-        r" on this host: cannot be tested: no test ran on KVM: /nonexistent .*; 5 skipped; files: ", done.stdout
-    )
-    assert "/nonexistent does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
-    assert re.search(r"^ +5 skipped, matrix/test_dirty_log\.py: /nonexistent does not exist", done.stdout, re.MULTILINE)
-
-
-def test_require_kvm_fails_skipped_tests(suite: Suite) -> None:
-    """With --require-kvm, a test that lacks KVM fails, with the reason."""
-    done = suite(*QUICK, *ONE_CELL, "--kvm-device=/nonexistent", "--require-kvm", "--log-mode=dirty-log")
-    assert done.returncode == 1
-    assert "required by --require-kvm: /nonexistent does not exist" in done.stdout
+    end = r" on this host: cannot be tested: no test ran on KVM: /nonexistent .*; 5 skipped; files: "
+    assert re.search(end, done.stdout)
+    reason = "/nonexistent does not exist (--kvm-device; KVM's own is /dev/kvm)"
+    assert re.search(rf"^ +5 skipped, matrix/test_dirty_log\.py: {re.escape(reason)}", done.stdout, re.MULTILINE)
+    assert "modprobe" not in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ring-count=1000"], "--ring-count: 1000 is not a power of two"),
         (["--iterations=0"], "--iterations: 0 is out of range, it must be from 1 to 1000000"),
-        (["--iterations=99999999999999999999"], "is out of range, it must be from 1 to 1000000"),
         (["--interval=1e300"], "--interval: 1e300 ms is out of range, it must be above 0 and at most 3600000"),
         (["--vcpus="], "--vcpus: '' is not a whole number"),
         (["--seed="], "--seed: '' is not a whole number"),
         (["--log-mode="], "--log-mode: no such value: ''"),
-        (["--interval=-1"], "--interval: -1 ms is out of range"),
-        (["--log-mode=dirty"], "--log-mode: no such value: 'dirty' (choose from dirty-log, clear-log,"),
         (["--test-mem=900G"], "--test-mem: 900 GiB needs"),
-        (["--seed=x"], "--seed: 'x' is not a whole number"),
         (["--vcpus=0"], "--vcpus: 0 is out of range"),
-        (["--phys-offset=0x1234"], "--phys-offset: offset 0x1234 is not a multiple of the page size"),
         (["--phys-offset=0x100000"], "--phys-offset: test memory at 0x100000 runs into the guest's own memory"),
-        (["--phys-offset=0x8000000000000"], "ends beyond the guest-physical limit"),
         (["-n", "99999999999"], "-n: 99999999999 is out of range, it must be from 0 to 1024"),
-        (["-n", "-3"], "-n: -3 is out of range"),
         (["--results=/tmp/x", "--junitxml=/tmp/x/table.txt"], "is what the run's own results are written to (--results)"),
         (["--ring-count=1048576"], "--ring-count: 1048576 is out of range, this KVM takes at most 65536"),
-        (["--ring-count=1099511627776"], "--ring-count: rings of 1099511627776 entries need "),
-        (["--test-mem=10X"], "--test-mem: '10X' is no size: write a whole number and a unit (K, M, G or T)"),
         (["--kvm-device="], "--kvm-device: '' names no device"),
         (["--kernel="], "--kernel: '' names no kernel"),
         (["--kernel=auto", "--qemu="], "--qemu: '' names no program"),
-        (["--kernel=auto", "--cpu-model="], "--cpu-model: '' names no CPU model"),
         (["--kernel=debian:6.12", "--kvm-device=/dev/kvm"], "--kvm-device: is this host's KVM, and the tests run in another"),
         (["--kernel=debian:6.12", "--collect-only"], "--collect-only cannot be used where the tests run in another kernel"),
         (["--kernel=debian:6.12", "--lf"], "--lf cannot be used where the tests run in another kernel"),
@@ -125,11 +104,9 @@ def test_require_kvm_fails_skipped_tests(suite: Suite) -> None:
         ),
         (["--junitxml="], "--junitxml: '' names no file"),
         (["--junitxml=/proc/nope"], "--junitxml: /proc/nope: No such file or directory (--junitxml FILE puts it elsewhere)"),
-        (["--junitxml=/etc/passwd/x"], "--junitxml: /etc/passwd/x: Not a directory (--junitxml FILE puts it elsewhere)"),
         (["--log-file=/proc/nope"], "--log-file: /proc/nope: No such file or directory"),
         (["--results="], "--results: '' names no folder"),
         (["--results=/proc/nope"], "--results: /proc/nope: No such file or directory (--results DIR puts the "),
-        (["--results=/etc/passwd"], "--results: /etc/passwd: Not a directory"),
         (["--results=/etc/passwd/x"], "--results: /etc/passwd/x: Not a directory"),
         (["--results=/sys/kernel"], "--results: /sys/kernel: Permission denied"),
         (["--results=/dev/full"], "--results: /dev/full: Not a directory"),
@@ -145,12 +122,10 @@ def test_bad_input_is_a_usage_error(suite: Suite, arguments: list[str], message:
     assert message in line
 
 
-@pytest.mark.parametrize("option", ["--emulated", "--report-to=/dev/null", "--repeat-with=x"])
-def test_facts_of_a_booted_kernel(suite: Suite, option: str) -> None:
+def test_facts_of_a_booted_kernel(suite: Suite) -> None:
     """Options that only the runner of a booted kernel may set are refused: they allow tests that may harm a host."""
-    done = suite(option, "--collect-only")
-    assert done.returncode == USAGE_ERROR
-    assert f"unrecognized arguments: {option}" in done.stderr
+    options = ("--emulated", "--report-to=/dev/null", "--repeat-with=x")
+    assert f"unrecognized arguments: {' '.join(options)}" in suite(*options, "--collect-only").stderr
 
 
 @pytest.mark.parametrize("option", ["--help", "--markers", "--fixtures", "--cache-show"])
@@ -170,9 +145,8 @@ def test_path_as_a_separate_argument(suite: Suite, tmp_path: Path) -> None:
     """A path in an argument of its own, as in `--results DIR`, does not change where pytest looks for settings."""
     folder = tmp_path / "there already"
     folder.mkdir()
-    command = [sys.executable, "-m", "runner.suite_pytest", "-o", "testpaths=selftests/matrix/test_dirty_log.py"]
-    cells = [*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device", "/dev/kvm", "--results", str(folder)]
-    done = subprocess.run([*command, *cells], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "runner.suite_pytest", "-o", f"testpaths={MATRIX}", *QUICK, *ONE_CELL]
+    done = start([*command, "--log-mode=dirty-log", "--kvm-device", "/dev/kvm", "--results", str(folder)], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "results.json").exists()
 
@@ -180,7 +154,7 @@ def test_path_as_a_separate_argument(suite: Suite, tmp_path: Path) -> None:
 @pytest.mark.parametrize("closed", [1, 2])
 def test_closed_output_streams(closed: int) -> None:
     """A closed stdout or stderr does not change the exit status."""
-    command = [sys.executable, "-m", "runner.suite_pytest", "selftests/matrix/test_dirty_log.py", "-k", "nothing_like"]
+    command = [sys.executable, "-m", "runner.suite_pytest", MATRIX, "-k", "nothing_like"]
     done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: os.close(closed), check=False)
     assert done.returncode == USAGE_ERROR
 
@@ -200,7 +174,7 @@ def test_selection_that_matches_nothing(suite: Suite, more: list[str]) -> None:
     """If no test matches, the run says which selection that was, and nothing about KVM."""
     done = suite("-k", "nothing_like", *more)
     assert done.returncode == USAGE_ERROR, done.stdout
-    assert "\nno test matches -k 'nothing_like' in selftests/matrix/test_dirty_log.py\n" in done.stdout
+    assert f"\nno test matches -k 'nothing_like' in {MATRIX}\n" in done.stdout
     assert "no test ran on KVM" not in done.stdout
 
 
@@ -215,9 +189,8 @@ def test_unused_options_of_the_machine(suite: Suite) -> None:
 
 def test_no_needless_boot(suite: Suite) -> None:
     """With --kernel auto no kernel is booted if all selected tests run on the host, even without KVM."""
-    done = suite(
-        "selftests/unit/test_selection.py", "-k", "test_sizes_with_units", "--kernel=auto", "--kvm-device=/nonexistent"
-    )
+    tests = ["selftests/unit/test_selection.py", "-k", "test_sizes_with_units"]
+    done = suite(*tests, "--kernel=auto", "--kvm-device=/nonexistent")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "machine  " not in done.stdout
     assert " passed, " in done.stdout
@@ -225,28 +198,16 @@ def test_no_needless_boot(suite: Suite) -> None:
 
 def test_remedy_for_missing_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     """If /dev/kvm does not exist, the error names the modules to load."""
-
-    def no_device(path: str, flags: int) -> int:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-    monkeypatch.setattr(os, "open", no_device)
+    monkeypatch.setattr(os, "open", Mock(side_effect=FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))))
     with pytest.raises(KvmUnavailable, match=r"^/dev/kvm does not exist: load KVM \(modprobe kvm_intel or modprobe"):
         Kvm()
-
-
-def test_mistyped_kvm_device(suite: Suite) -> None:
-    """If the device that the user named does not exist, the error names it, and no module to load."""
-    done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log", "--kvm-device=kvm")
-    assert done.returncode == NOTHING_RAN
-    assert "KVM: kvm does not exist (--kvm-device; KVM's own is /dev/kvm)" in done.stdout
-    assert "modprobe" not in done.stdout
 
 
 def test_no_folder_without_results(suite: Suite, tmp_path: Path) -> None:
     """A run without results removes the folders that it made for them, and no others."""
     (tmp_path / "there").mkdir()
     options = [f"--results={tmp_path}/there/made/results", f"--junitxml={tmp_path}/junit/x.xml"]
-    done = suite("--deselect=selftests/matrix/test_dirty_log.py", "selftests/unit/test_uapi.py", *options)
+    done = suite(NO_MATRIX, "selftests/unit/test_uapi.py", *options)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "junit/x.xml").exists()
     assert not list((tmp_path / "there").iterdir())
@@ -256,11 +217,7 @@ def test_no_folder_without_results(suite: Suite, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 def test_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """A disk error that shows only at fsync() is found before the run, and the probe leaves no file."""
-
-    def fails(fd: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(code, os.strerror(code))))
     with pytest.raises(pytest.UsageError, match=f"^--results: {tmp_path}/a/b: {os.strerror(code)} "):
         check_folder("--results", tmp_path / "a/b")
     with pytest.raises(pytest.UsageError, match=f"^--junitxml: {tmp_path}/a/x.xml: {os.strerror(code)} "):
@@ -321,10 +278,9 @@ Vm.get_dirty_log = falsified
 def test_failure_report_and_its_command(suite: Suite, tmp_path: Path) -> None:
     """A failure has environment, cell, seed, page history and map, in text and JSON, and its command reproduces it."""
     (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
+    path = f"{tmp_path}:{ROOT / 'lib'}"
     options = ["--no-known-bugs", "--require-kvm", "--thorough"]
-    command = suite.command(*QUICK, *ONE_CELL, *options, "--log-mode=dirty-log", "-p", "faulty", "-n2")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    done = suite(*QUICK, *ONE_CELL, *options, "--log-mode=dirty-log", "-p", "faulty", "-n2", PYTHONPATH=path)
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
         f"kernel   {os.uname().release}", "backend  kvm_", "cpu      ", "cell     log_mode dirty-log, guest_mode 48bit-4k",
@@ -337,43 +293,9 @@ def test_failure_report_and_its_command(suite: Suite, tmp_path: Path) -> None:
     assert {"host", "cell", "settings", "reproduce", "findings", "history", "map"} <= set(data)
     assert data["findings"][0]["kind"] == "LOST"
     assert set(options) <= {*data["reproduce"].split()}
-    command_again = f"{data['reproduce']} -p faulty --results={suite.results}"
-    again = subprocess.run(
-        command_again, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
-    )
+    again = start(["sh", "-c", f"{data['reproduce']} -p faulty --results={suite.results}"], ROOT, PYTHONPATH=path)
     assert again.returncode == 1, again.stdout + again.stderr
     assert "1 cell: 1 FAIL" in again.stdout
-
-
-@pytest.mark.usefixtures("kvm")
-def test_command_that_reproduces_a_test(tmp_path: Path) -> None:
-    """The command that reproduces a test has every option of the run."""
-    (tmp_path / "faulty.py").write_text(FAULTY_PLUGIN)
-    test = "selftests/memory/test_write_protection.py::test_tlb_flush_reaches_every_vcpu[dirty-log]"
-    options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
-    command = [sys.executable, "-m", "pytest", "-p", "faulty", test, *options, f"--results={tmp_path}/results"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'lib'}"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("reproduce ")]
-    assert f"'{test}'" in line
-    assert set(options) <= {*line.split()}
-
-
-def test_no_known_bugs_on_request(suite: Suite, host: object) -> None:
-    """A known bug is counted apart, and with --no-known-bugs it is a failure."""
-    if getattr(host, "backend", "") != "kvm_pvm":
-        pytest.skip("the cell whose bug shows every time is one of kvm_pvm's")
-    dense = ["selftests/matrix/test_known_bugs.py"]
-    expected = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense)
-    assert expected.returncode == 0, expected.stdout
-    assert "1 known bug" in expected.stdout
-    test = "selftests/matrix/test_known_bugs.py::test_dense_writer_never_overruns_its_ring"
-    named = f"(described in known_bugs.toml):\n  {test}\n"
-    assert f"pvm-ring-overflow-always {named}" in expected.stdout
-    plain = suite("--deselect=selftests/matrix/test_dirty_log.py", *dense, "--no-known-bugs")
-    assert plain.returncode == 1
-    assert "LOST [R" in plain.stdout
 
 
 @pytest.mark.parametrize(
@@ -426,16 +348,42 @@ def test_unknown_kvm_api_version(monkeypatch: pytest.MonkeyPatch) -> None:
         Kvm()
 
 
-def test_missing_assembler(suite: Suite, tmp_path: Path) -> None:
-    """If guest code has to be assembled and ``as`` is missing, the error names the package to install."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name in ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml", "guest_code", "selftests"):
-        (copy / name).symlink_to(ROOT / name)
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the checkout, without the list of known bugs and what was built."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("conftest.py", "pytest.ini", "pyproject.toml", "guest_code", "selftests"):
+        (folder / name).symlink_to(ROOT / name)
     for name in ("lib", "runner"):  # not links: modules find the checkout through their own path
-        shutil.copytree(ROOT / name, copy / name)
-    done = subprocess.run(
-        suite.command(*QUICK), cwd=copy, capture_output=True, text=True, env={"PATH": str(tmp_path)}, check=False
-    )
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def test_missing_assembler(suite: Suite, copy: Path) -> None:
+    """If guest code has to be assembled and ``as`` is missing, the error names the package to install."""
+    (copy / "known_bugs.toml").symlink_to(ROOT / "known_bugs.toml")
+    done = suite(*QUICK, folder=copy, PATH=str(copy))
     assert done.returncode == USAGE_ERROR
     assert "no as on this machine: install binutils (apt install binutils, or gcc)" in done.stderr
+
+
+BROKEN = "[[bug]]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [(None, []), (BROKEN, []), (BROKEN, ["--kernel=debian:0.1"]), (BROKEN, ["-n1"])],
+    ids=["missing", "broken", "in-a-kernel", "xdist"],
+)
+def test_broken_list_stops_the_run(suite: Suite, copy: Path, text: str | None, options: list[str]) -> None:
+    """A broken list of known bugs is one line and a usage error, before a kernel is looked for."""
+    (copy / "build").symlink_to(ROOT / "build")
+    if text is not None:
+        (copy / "known_bugs.toml").write_text(text)
+    done = suite("--collect-only", *options, folder=copy)
+    assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    missing = "bug 1 of the list: findings: it is missing, or has no kind" if text else "No such file or directory"
+    assert line.startswith("ERROR: known_bugs.toml:")
+    assert line.endswith(missing)

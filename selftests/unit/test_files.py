@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Mistakes in the files that people edit, known_bugs.toml and matrix.toml, are one line with file, line and key."""
 
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from harness.toml_file import TomlError
 from runner import ROOT
 from runner.kernel_matrix import load as load_matrix
 
-USAGE_ERROR = 4
 LIST = (ROOT / "known_bugs.toml").read_text()
 
 
@@ -121,35 +117,6 @@ def test_known_bugs_load_quickly(tmp_path: Path) -> None:
     assert known_bugs.load(path)
     assert time.thread_time() - start < 0.1
     assert known_bugs.load(path) is known_bugs.load(path)
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the checkout whose files a test may break."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name in ("conftest.py", "pytest.ini", "pyproject.toml", "guest_code", "selftests", "build"):
-        (folder / name).symlink_to(ROOT / name)
-    for name in ("lib", "runner"):  # not links: modules find the checkout through their own path
-        shutil.copytree(ROOT / name, folder / name)
-    return folder
-
-
-@pytest.mark.parametrize("text", [None, "[[bug]]\n"], ids=["missing", "broken"])
-@pytest.mark.parametrize("options", [[], ["--kernel=debian:0.1"], ["-n1"]], ids=["here", "in-a-kernel", "xdist"])
-def test_broken_list_stops_the_run(copy: Path, text: str | None, options: list[str]) -> None:
-    """A broken list of known bugs is one line and a usage error, before a kernel is looked for."""
-    if text is not None:
-        write(copy, "known_bugs.toml", text)
-    command = [sys.executable, "-m", "pytest", "selftests/matrix/test_dirty_log.py", "--collect-only", *options]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == USAGE_ERROR, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-    expected = (
-        "No such file or directory" if text is None else "bug 1 of the list: findings: it is missing, or has no kind"
-    )
-    assert line.startswith("ERROR: known_bugs.toml:")
-    assert line.endswith(expected)
 
 
 @pytest.mark.parametrize(
