@@ -18,12 +18,12 @@ import pytest
 
 from dirty_tracking.modes import RingMode, smallest_ring
 from harness.output_paths import check_file, check_folder
+from harness.version import suite_version
 from kvm_util.ioctl import raw_ioctl
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner import ROOT
-from selftests.unit.commands import Done, start
+from selftests.unit.commands import QUICK, Done, start
 
-QUICK = ["--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024"]
 ONE_CELL = ["--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1"]
 MATRIX = "selftests/matrix/test_dirty_log.py"
 NO_MATRIX = f"--deselect={MATRIX}"
@@ -54,6 +54,7 @@ def test_sound_run_ends_with_the_table(suite: Suite, workers: list[str]) -> None
     """A sound run passes, and table and results have a row per cell; the header has the seed."""
     done = suite(*QUICK, *ONE_CELL, "--log-mode=dirty-log,clear-log", "--seed=7", *workers)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"\nsuite    {suite_version()}\nkernel   " in done.stdout
     assert "seed     7" in done.stdout
     assert re.search(r"dirty-log .* pass\nclear-log .* pass\n", done.stdout)
     assert "2 cells: 2 pass" in done.stdout
@@ -64,6 +65,7 @@ def test_sound_run_ends_with_the_table(suite: Suite, workers: list[str]) -> None
     assert all(cell["writes"] >= 2 * 256 for cell in results["cells"])
     assert results["settings"]["seed"] == 7
     assert results["host"]["kernel"] == os.uname().release
+    assert results["suite"] == suite_version()
 
 
 def test_run_without_a_kvm_device(suite: Suite) -> None:

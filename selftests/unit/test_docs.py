@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The documentation agrees with the tree: examples run, links lead somewhere, and every option is described."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from harness import known_bugs
+from harness.version import suite_version
 from runner import ROOT
+from selftests.unit.commands import CELLS, QUICK, Done, start
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "docs/examples").glob("[!_]*.py"))
@@ -18,12 +18,9 @@ BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 TEMPLATE = "docs/examples/test_straddling_store.py"
 
 
-def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def python(*arguments: str) -> Done:
     """Run this Python in the suite's folder."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/lib"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return start([sys.executable, *arguments], ROOT, PYTHONPATH=f"{ROOT}:{ROOT}/lib")
 
 
 def anchors(page: Path) -> set[str]:
@@ -47,6 +44,13 @@ def test_links_of_a_page(page: Path) -> None:
 def test_length_of_the_readme() -> None:
     """The README is a page to begin with: 200 lines at most."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_change_log_has_the_version() -> None:
+    """The newest section of CHANGELOG.md is the version's; between two releases it is "Unreleased"."""
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == ("Unreleased" if ".dev" in suite_version() else suite_version())
 
 
 def test_every_option_is_described() -> None:
@@ -86,10 +90,8 @@ def test_template_of_a_test(tmp_path: Path, plugins: list[str], status: int, abs
 @pytest.mark.usefixtures("kvm")
 def test_log_mode_of_ones_own(tmp_path: Path) -> None:
     """The log mode of docs/extending.md takes part in the matrix once it is registered, and passes there."""
-    sizes = ("--test-mem=8M", "--iterations=2", "--ring-count=4096", f"--results={tmp_path}")
-    cell = ("--log-mode=clear-log-by-word", "--guest-mode=48bit-4k", "--backing=anonymous", "--stop=forced")
-    command = ("-m", "pytest", "-p", "docs.examples.log_mode", "selftests/matrix/test_dirty_log.py", *cell, *sizes)
-    done = python(*command, "--density=sparse", "--vcpus=1")
+    plugin = ("-m", "pytest", "-p", "docs.examples.log_mode", f"--results={tmp_path}")
+    done = python(*plugin, *CELLS, *QUICK, "--log-mode=clear-log-by-word", "--vcpus=1")
     assert "1 cell: 1 pass" in done.stdout, done.stdout + done.stderr
 
 

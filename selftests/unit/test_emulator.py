@@ -2,6 +2,7 @@
 """The known faults of emulators, and the probe that finds them; it runs in a real QEMU if there is one."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -82,17 +83,16 @@ def test_cpu_that_cannot_be_probed(qemu: Emulator, cpu_model: str, said: str) ->
         probe(qemu.command, cpu_model, ACCEL)
 
 
-def test_missing_emulator(tmp_path: Path) -> None:
-    """A program that does not exist is one line."""
-    with pytest.raises(CannotTest, match="No such file"):
-        probe([str(tmp_path / "qemu")], "max", ACCEL)
-
-
-def test_probe_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that does not end in time is one line."""
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(["/nonexistent/qemu"], "No such file"), (["sh", "-c", "exec sleep 60"], r"gave no answer: no end within 0\.2 s")],
+    ids=["missing", "hangs"],
+)
+def test_probe_without_an_answer(monkeypatch: pytest.MonkeyPatch, command: list[str], said: str) -> None:
+    """A program that does not exist, and a probe that does not end in time, are one line each."""
     monkeypatch.setattr(emulator_probe, "_TIMEOUT", 0.2)
-    with pytest.raises(CannotTest, match=r"gave no answer: no end within 0\.2 s"):
-        probe(["sh", "-c", "exec sleep 60"], "max", ACCEL)
+    with pytest.raises(CannotTest, match=said):
+        probe(command, "max", ACCEL)
 
 
 def test_answers_of_a_correct_cpu() -> None:
@@ -131,12 +131,8 @@ def test_incomplete_output(index: int) -> None:
     ],
 )
 def test_versions_to_avoid(version: str, names: list[str]) -> None:
-    """Versions are compared as numbers, and a fault is gone in the version that fixes it."""
+    """Versions are compared as numbers, and a fault is gone in the version that fixes it; one without a number is refused."""
     assert [fault.name for fault in faults_of(version) if fault.avoid] == names
-
-
-def test_version_without_number() -> None:
-    """A version without a number is refused."""
     with pytest.raises(ValueError, match="not a version"):
         faults_of("unknown")
 
@@ -147,18 +143,6 @@ def test_withheld_features() -> None:
     assert withheld([]) == ()
     assert without("max", ("avx", "xsave")) == "max,-avx,-xsave"
     assert without("EPYC,+svm", ()) == "EPYC,+svm"
-
-
-class Probe:
-    """Stands in for the probe: returns one answer after the other, and records the CPU models."""
-
-    def __init__(self, *answers: dict[str, str]) -> None:
-        self.cpu_models: list[str] = []
-        self._answers = list(answers)
-
-    def __call__(self, _command: object, cpu_model: str, _accel: str) -> dict[str, str]:
-        self.cpu_models.append(cpu_model)
-        return self._answers.pop(0)
 
 
 @pytest.fixture
@@ -172,15 +156,14 @@ def named(tmp_path: Path) -> Path:
 
 def test_withheld_feature_is_reprobed(monkeypatch: pytest.MonkeyPatch, named: Path) -> None:
     """A feature that fails is withheld, the CPU is probed once more, and the restrictions have the reason."""
-    answers = Probe({"xsetbv": "it is not intercepted"}, {})
-    monkeypatch.setattr("runner.qemu.probe", answers)
+    probed = Mock(side_effect=[{"xsetbv": "it is not intercepted"}, {}])
+    monkeypatch.setattr("runner.qemu.probe", probed)
     qemu = find_qemu("max", "tcg", (), str(named))
-    assert answers.cpu_models == ["max", "max,-avx"]
+    assert [call.args[1] for call in probed.call_args_list] == ["max", "max,-avx"]
     assert (qemu.accel, qemu.cpu_model) == ("tcg,thread=single", "max,-avx")
-    assert qemu.restrictions[0].startswith(
-        "all CPUs share a thread, as QEMU 7.2.22 misses what another CPU writes to code"
-    )
-    assert qemu.restrictions[1:] == ("the CPU is max,-avx, as it is not intercepted",)
+    thread, feature = qemu.restrictions
+    assert thread.startswith("all CPUs share a thread, as QEMU 7.2.22 misses what another CPU writes to code")
+    assert feature == "the CPU is max,-avx, as it is not intercepted"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +173,7 @@ def test_withheld_feature_is_reprobed(monkeypatch: pytest.MonkeyPatch, named: Pa
 )
 def test_fault_without_remedy(monkeypatch: pytest.MonkeyPatch, named: Path, answers: list[dict[str, str]]) -> None:
     """An emulator that still fails a check cannot be used."""
-    monkeypatch.setattr("runner.qemu.probe", Probe(*answers))
+    monkeypatch.setattr("runner.qemu.probe", Mock(side_effect=answers))
     with pytest.raises(CannotTest, match=r"QEMU 7\.2\.22 .*: it (does not fault|broke down)"):
         find_qemu("max", "tcg", (), str(named))
 

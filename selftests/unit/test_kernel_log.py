@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Kernel log: recognizing reports, and failing the test and the run during which one appears."""
 
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from harness.known_bugs import load
 from runner import ROOT
 from runner.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
+from selftests.unit.commands import start
 
 # First lines of reports of Linux 6.1 to 7.2
 TITLES = {
@@ -53,36 +53,28 @@ def test_kinds_of_kernel_reports(title: str, kind: Kind) -> None:
     assert splat.lines[-1].startswith("---[ end trace")
 
 
-def test_harmless_lines_are_ignored() -> None:
-    """Lines that merely look like reports are ignored."""
-    assert find_splats(HARMLESS) == []
+END = "---[ end trace 0 ]---"
+WARN, OTHER_WARN = "WARNING: CPU: 0 PID: 1 at a.c:1 f", "WARNING: CPU: 0 PID: 1 at b.c:2 g"
+FAULT, KASAN = "BUG: kernel NULL pointer dereference, address: 0", "BUG: KASAN: use-after-free in f"
+PANIC = "Kernel panic - not syncing: kernel: panic_on_warn set ..."
 
 
-def test_oops_is_a_single_report() -> None:
-    """A BUG line followed by an Oops is one report, of kind Oops."""
-    lines = [
-        "BUG: kernel NULL pointer dereference, address: 0",
-        "#PF: supervisor write",
-        "Oops: 0002 [#1] SMP",
-        "RIP: 0010:f",
-    ]
-    (splat,) = find_splats([*lines, "---[ end trace 0 ]---"])
-    assert splat.kind is Kind.OOPS
-    assert splat.title == lines[0]
-
-
-def test_report_within_a_report() -> None:
-    """A report that begins within another one is a report of its own, which a known bug must explain separately."""
-    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 kvm_dirty_ring_push", "Call Trace:", "BUG: KASAN: use-after-free in f"]
-    assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.KASAN]
-    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "Kernel panic - not syncing: kernel: panic_on_warn set ..."]
-    assert [splat.kind for splat in find_splats(lines)] == [Kind.WARN, Kind.PANIC]
-
-
-def test_consecutive_reports() -> None:
-    """Two reports with an end marker between them are found separately."""
-    lines = ["WARNING: CPU: 0 PID: 1 at a.c:1 f", "---[ end trace 0 ]---", "WARNING: CPU: 0 PID: 1 at b.c:2 g"]
-    assert [splat.title for splat in find_splats(lines)] == [lines[0], lines[2]]
+@pytest.mark.parametrize(
+    ("lines", "reports"),
+    [
+        (HARMLESS, []),
+        # A BUG line that an Oops follows is one report.
+        ([FAULT, "#PF: supervisor write", "Oops: 0002 [#1] SMP", "RIP: 0010:f", END], [(Kind.OOPS, FAULT)]),
+        # One that begins within another one is of its own: a known bug has to explain both.
+        ([WARN, "Call Trace:", KASAN], [(Kind.WARN, WARN), (Kind.KASAN, KASAN)]),
+        ([WARN, PANIC], [(Kind.WARN, WARN), (Kind.PANIC, PANIC)]),
+        ([WARN, END, OTHER_WARN], [(Kind.WARN, WARN), (Kind.WARN, OTHER_WARN)]),
+    ],
+    ids=["harmless", "oops", "within", "panic-within", "consecutive"],
+)
+def test_reports_in_a_log(lines: list[str], reports: list[tuple[Kind, str]]) -> None:
+    """Each report of a log is found once, and lines that merely look like one are ignored."""
+    assert [(splat.kind, splat.title) for splat in find_splats(lines)] == reports
 
 
 def test_records_of_user_space_are_ignored() -> None:
@@ -109,18 +101,9 @@ def test_overrun_of_the_kernel_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "kmsg"
     path.write_text("")
     log = KernelLog(str(path))
-    answers: Iterator[Exception | bytes] = iter(
-        [BrokenPipeError(), b"4,9,9,-;WARNING: still here\n", BlockingIOError()]
-    )
-
-    def read(_file: int, _size: int) -> bytes:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
+    records = [BrokenPipeError(), b"4,9,9,-;WARNING: still here\n", BlockingIOError()]
     with monkeypatch.context() as patched:
-        patched.setattr("runner.kernel_log.os.read", read)
+        patched.setattr("runner.kernel_log.os.read", Mock(side_effect=records))
         splats = log.new_splats()
     assert [splat.kind for splat in splats] == [Kind.LOST, Kind.WARN]
     log.close()
@@ -129,9 +112,7 @@ def test_overrun_of_the_kernel_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_no_known_bug_explains_an_overrun() -> None:
     """An overrun of the kernel log is never explained by a known bug."""
     (bug,) = [bug for bug in load() if bug.id == "pvm-ring-overflow"]
-    assert bug.explains_log(
-        ["WARNING: CPU: 1 PID: 717 at virt/kvm/dirty_ring.c:255 kvm_dirty_ring_push+0xab/0xc0 [kvm]"]
-    )
+    assert bug.explains_log([next(iter(TITLES))])
     assert not bug.explains_log(Splat(Kind.LOST, ["the kernel's log overran before it could be read"]).titles)
 
 
@@ -143,7 +124,7 @@ def report(text):
 def test_before():
     pass
 def test_one():
-    report("WARNING: CPU: 0 PID: 1 at virt/kvm/kvm_main.c:1 {function}+0x1/0x2 [kvm]")
+    report("WARNING: CPU: 0 PID: 1 at virt/kvm/kvm_main.c:1 kvm_arch_thing+0x1/0x2 [kvm]")
 def test_after():
     pass
 """
@@ -155,26 +136,16 @@ def test_kernel_report_fails_test_and_run(tmp_path: Path, workers: list[str], ex
     """A kernel report fails the test that was running and the run, unless a known bug explains it."""
     path = tmp_path / "kmsg"
     path.write_text("")
-    (tmp_path / "test_it.py").write_text(REPORTING_TEST.format(path=str(path), function="kvm_arch_thing"))
+    (tmp_path / "test_it.py").write_text(REPORTING_TEST.format(path=str(path)))
     plugin = "import runner.kernel_log, harness.known_bugs\n"
     plugin += f"runner.kernel_log.KernelLog.__init__.__defaults__ = ({str(path)!r},)\n"
     if explained:
         plugin += "harness.known_bugs.KnownBug.on = lambda self, host: True\n"
         plugin += "harness.known_bugs.KnownBug.explains_log = lambda self, titles: 'kvm_arch_thing' in titles[0]\n"
     (tmp_path / "plugin.py").write_text(plugin)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "plugin",
-        "-v",
-        str(tmp_path / "test_it.py"),
-        f"-c{ROOT}/pytest.ini",
-    ]
-    command += [f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest", *workers]
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'lib'}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", str(tmp_path / "test_it.py"), *workers]
+    command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest"]
+    done = start(command, ROOT, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'lib'}")
     assert "virt/kvm/kvm_main.c:1 kvm_arch_thing" in done.stdout, done.stdout + done.stderr
     if explained:
         assert done.returncode == 0, done.stdout

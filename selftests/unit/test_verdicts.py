@@ -4,14 +4,14 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from runner import ROOT
+from selftests.unit.commands import start
 
 # The bugs that a run knows, on any host
 BUGS = """
@@ -54,9 +54,10 @@ def kvm():
 def failing(kvm):
     raise violated(Kind.LOST, "in a fixture")
 
-def test_lost(kvm, record_figures):
+@pytest.mark.parametrize("page", [3])
+def test_lost(kvm, record_figures, page):
     record_figures(Figures(writes=77))
-    raise ContractViolation([Violation(Kind.LOST, "page 3", 1, (3,))], "a write", Evidence())
+    raise ContractViolation([Violation(Kind.LOST, "page 3", 1, (page,))], "a write", Evidence())
 
 def test_lost_in_setup(failing):
     pass
@@ -107,16 +108,13 @@ class Run:
         self.results = folder / "results"
         command = [sys.executable, "-m", "pytest", str(folder / "test_it.py"), "-p", "bugs", "-p", "conftest"]
         command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", f"--results={self.results}"]
-        environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "NO_COLOR": "1"}
-        self.output = subprocess.run(
-            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        ).stdout
+        self.output = start([*command, *arguments], ROOT, PYTHONPATH=f"{folder}:{ROOT}", NO_COLOR="1").stdout
         file = self.results / "results.json"
         self._tests = json.loads(file.read_text())["tests"] if file.exists() else []
 
     def results_of(self, *names: str) -> list[tuple[str, str]]:
         """The verdict and the reason that the results have of each test."""
-        results = {one["test"].partition("::")[2]: (one["verdict"], one["reason"]) for one in self._tests}
+        results = {test["test"].partition("::")[2]: (test["verdict"], test["reason"]) for test in self._tests}
         return [results[name] for name in names]
 
 
@@ -129,33 +127,37 @@ def run(tmp_path: Path) -> Callable[..., Run]:
 def test_known_bugs_of_any_test(run: Callable[..., Run], workers: list[str]) -> None:
     """A known bug that names a test has to explain all kinds of its violations, and to show if it always does."""
     done = run(*workers)
-    assert done.results_of("test_lost", "test_lost_in_setup", "test_lost_and_more") == [
+    assert done.results_of("test_lost[3]", "test_lost_in_setup", "test_lost_and_more") == [
         ("known bug", "second-bug"), ("known bug", "third-bug"), ("FAIL", ""),
     ]  # fmt: skip
     assert done.results_of("test_always", "test_sometimes", "test_no_bug") == [
         ("FAIL", ""), ("known bug, not seen", ""), ("pass", ""),
     ]  # fmt: skip
     assert "known bug second-bug did not show: is it fixed? Then its entry in known_bugs.toml has to go" in done.output
+    assert re.search(r"^second-bug \(described in known_bugs\.toml\):\n  \S*::test_lost$", done.output, re.M)
 
 
 def test_option_no_known_bugs(run: Callable[..., Run]) -> None:
     """Under --no-known-bugs each violation is a failure, and whatever passes has passed."""
     done = run("--no-known-bugs")
-    assert done.results_of("test_lost", "test_lost_in_setup", "test_always", "test_sometimes") == [
+    assert done.results_of("test_lost[3]", "test_lost_in_setup", "test_always", "test_sometimes") == [
         ("FAIL", ""), ("FAIL", ""), ("pass", ""), ("pass", ""),
     ]  # fmt: skip
 
 
 def test_report_of_a_violation(run: Callable[..., Run]) -> None:
     """A violation's report has evidence, environment and command, in text and JSON, also of a known bug."""
-    done = run("--no-known-bugs", "--seed=7", "-k", "test_lost and not setup and not more")
+    options = ["--no-known-bugs", "--seed=7", "--iterations=3", "--test-mem=8M", "--kvm-device=/dev/kvm", "--soak=9"]
+    done = run(*options, "-k", "test_lost and not setup and not more")
     report = done.output.partition("= FAILURES =")[2]
     assert re.search(r"^a write: slot 1: LOST \(written but not reported\): page 3$", report, re.MULTILINE)
     assert re.search(rf"^kernel   {re.escape(os.uname().release)}$", report, re.MULTILINE)
-    assert re.search(r"^reproduce .* --no-known-bugs \S*::test_lost --seed=7$", report, re.MULTILINE)
+    (reproduce,) = re.findall(r"^reproduce (.*)$", report, re.MULTILINE)
+    assert {*options} < {*reproduce.split()}
+    assert "::test_lost[3]'" in reproduce
     assert "\nseen by a witness\n" in report
     run("-k", "test_lost and not setup and not more")
-    (file,) = done.results.glob("*-test_lost.json")
+    (file,) = done.results.glob("*-test_lost*.json")
     data = json.loads(file.read_text())
     assert data["findings"][0] == {
         "kind": "LOST", "detail": "page 3", "slot": 1, "pages": [3], "vcpu": None, "iteration": 0, "collection": 0, "rule": "",
@@ -168,17 +170,12 @@ def test_report_of_a_violation(run: Callable[..., Run]) -> None:
 def test_skips_of_tests_on_kvm(run: Callable[..., Run], required: bool) -> None:
     """With --require-kvm, skips of tests on KVM are failures; known bugs and other skips are not."""
     done = run(*["--require-kvm"] * required)
-    names = (
-        "test_lacks_something",
-        "test_that_may_harm",
-        "test_one_mode",
-        "test_one_mode_and_size[1]",
-        "test_some_modes[dirty-ring]",
-    )
+    names = ["test_lacks_something", "test_that_may_harm", "test_one_mode", "test_one_mode_and_size[1]"]
+    names += ["test_some_modes[dirty-ring]"]
     assert {verdict for verdict, _ in done.results_of(*names)} == {"FAIL" if required else "skipped"}, done.output
     assert ("required by --require-kvm: no such capability" in done.output) == required
     assert "1 skipped" in done.output or not required
-    assert done.results_of("test_lost", "test_some_modes[dirty-log]") == [("known bug", "second-bug"), ("pass", "")]
+    assert done.results_of("test_lost[3]", "test_some_modes[dirty-log]") == [("known bug", "second-bug"), ("pass", "")]
 
 
 def test_cases_of_log_modes(run: Callable[..., Run]) -> None:
