@@ -91,7 +91,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     flags = {
         "full": "every combination of these; default: every pair of values",
         "thorough": "the long form of each test that has one",
-        "require-kvm": "fail where a missing capability would skip",
+        "require-kvm": "fail where a test on KVM would skip, whatever the reason",
         "no-known-bugs": "known kernel bugs (known_bugs.toml) are plain failures",
     }
     for name, text in flags.items():

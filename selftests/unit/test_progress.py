@@ -300,9 +300,9 @@ def test_finished_tests_are_counted() -> None:
     plugin.pytest_runtest_logreport(report("a", "teardown", "failed"))
     plugin.pytest_runtest_logreport(report("b", "setup", "skipped"))
     plugin.pytest_runtest_logreport(report("b", "teardown", "passed"))
-    assert (plugin._count(), [test.name for test in plugin._oldest()]) == ("2 of 4 tests", ["c"])
+    assert (plugin._count(), [test.name for test in plugin._running.values()]) == ("2 of 4 tests", ["c"])
     plugin.pytest_runtest_logreport(report("c", "???", "failed"))
-    assert (plugin._count(), plugin._oldest(), plugin._plain_line()) == ("3 of 4 tests", [], None)
+    assert (plugin._count(), plugin._running, plugin._plain_line()) == ("3 of 4 tests", {}, None)
 
 
 def test_progress_of_workers(restored_listener: None) -> None:
@@ -319,11 +319,11 @@ def test_progress_of_workers(restored_listener: None) -> None:
         progress.listener(Step(2, 9, 10, None))
         plugin._read_records()
         worker.pytest_unconfigure()
-    assert [test.step for test in plugin._oldest()] == [Step(2, 9, 10, None)] * 2
+    assert [test.step for test in plugin._running.values()] == [Step(2, 9, 10, None)] * 2
     os.pwrite(plugin._records, b'["b", 3, 9, 100, n', nodes[1].workerinput["progress"][1])
     plugin.pytest_runtest_logreport(report("a", "teardown", "passed"))
     plugin._read_records()
-    assert [test.step for test in plugin._oldest()] == [Step(2, 9, 10, None)]
+    assert [test.step for test in plugin._running.values()] == [Step(2, 9, 10, None)]
     plugin.pytest_unconfigure()
 
 
