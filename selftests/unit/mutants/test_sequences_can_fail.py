@@ -7,15 +7,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dirty_tracking.bitmap import BITS_PER_WORD
 from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.ring import DirtyRing, Entries
@@ -26,12 +23,12 @@ from kvm_util import uapi
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
-from kvm_util.vm import Vm
+from kvm_util.wording import counted
 from runner import ROOT
 from selftests.scenarios.test_sequences import RING_RESET_BUG
+from selftests.unit.mutants.catalogue import MUTANTS
 
 SEEDS = range(6)  # as many as in test_sequences.py without --thorough
-MARKER = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
 SOUND = [Create(1, 0, 70), Write(1, range(10)), Collect()]
 
 
@@ -42,173 +39,83 @@ FULL = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A way in which KVM could fail.
-
-    :ivar most: how many steps the shortest failing sequence may have
-    """
-
-    name: str
-    modes: tuple[str, ...]
-    target: type
-    method: str
-    falsify: Callable[[Any], Any]
-    most: int
-
-
-BITMAPS = ("dirty-log", "clear-log")
-MANUAL = ("clear-log-unset",)
-RINGS = ("dirty-ring",)
-
-
-def on_bitmap(change: Callable[[bytearray], None]) -> Callable[[Any], Any]:
-    def falsify(honest: Any) -> Any:
-        def get_dirty_log(vm: Vm, slot: int, bitmap: bytearray) -> None:
-            honest(vm, slot, bitmap)
-            change(bitmap)
-
-        return get_dirty_log
-
-    return falsify
-
-
-def drop_last_bit(bitmap: bytearray) -> None:
-    for index in reversed(range(len(bitmap))):
-        if bitmap[index]:
-            bitmap[index] &= ~(1 << bitmap[index].bit_length() - 1)
-            return
-
-
-def add_bit(bitmap: bytearray) -> None:
-    bitmap[0] |= 1
-
-
-def add_bit_behind_end(bitmap: bytearray) -> None:
-    if len(bitmap) * 8 > BITS_PER_WORD:
-        bitmap[-1] |= 0x80
-
-
-def on_entries(change: Callable[[Entries], Entries]) -> Callable[[Any], Any]:
-    return lambda honest: lambda *arguments: change(honest(*arguments))
-
-
-def on_each(change: Callable[[list[int]], list[int]]) -> Callable[[Entries], Entries]:
-    """Change slots and offsets in the same way."""
-    return lambda taken: (change(taken[0]), change(taken[1]))
-
-
-def clear_all_of_range(honest: Any) -> Any:
-    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
-        honest(vm, slot, bytearray(b"\xff" * len(bitmap)), first_page, num_pages)
-
-    return clear_dirty_log
-
-
-def clear_first_word(honest: Any) -> Any:
-    def clear_dirty_log(vm: Vm, slot: int, bitmap: bytearray, first_page: int, num_pages: int) -> None:
-        honest(vm, slot, bitmap[:8] + bytes(len(bitmap) - 8), first_page, num_pages)
-
-    return clear_dirty_log
-
-
-def claimed_reset(_honest: Any) -> Any:
-    """Return the number of harvested entries, and reset none."""
-
-    def reset_dirty_rings(vm: Vm) -> int:
-        taken = 0
-        for vcpu in vm.vcpus:
-            with closing(DirtyRing.of(vcpu, 256)) as ring:
-                taken += [ring.entry(number).flags for number in range(ring.entries)].count(MARKER)
-        return taken
-
-    return reset_dirty_rings
-
-
-def on_region(change: Callable[[Vm, int, int, int], tuple[int, int]]) -> Callable[[Any], Any]:
-    """*change* takes VM, slot, gpa and flags, and returns the gpa and flags that are passed to KVM."""
-
-    def falsify(honest: Any) -> Any:
-        def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
-            seen_gpa, seen_flags = change(vm, slot, gpa, flags)
-            memslot = honest(vm, slot, seen_gpa, memory, seen_flags)
-            memslot.gpa, memslot.flags = gpa, flags
-            return memslot
-
-        return set_user_memory_region
-
-    return falsify
-
-
-def stays_off(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
-    return gpa, 0 if slot in vm.memslots else flags
-
-
-def stays_on(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
-    return gpa, flags or (vm.memslots[slot].flags if slot in vm.memslots else 0)
-
-
-def stays_where_it_is(vm: Vm, slot: int, gpa: int, flags: int) -> tuple[int, int]:
-    return (vm.memslots[slot].gpa if slot in vm.memslots else gpa), flags
-
-
-def move_forgets(honest: Any) -> Any:
-    def set_user_memory_region(vm: Vm, slot: int, gpa: int, memory: Any, flags: int = 0) -> Any:
-        if slot in vm.memslots and vm.memslots[slot].gpa != gpa:
-            honest(vm, slot, vm.memslots[slot].gpa, memory, 0)
-        return honest(vm, slot, gpa, memory, flags)
-
-    return set_user_memory_region
-
-
-FAULTS = [
-    Fault("drops a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(drop_last_bit), 3),
-    Fault("adds a bit", BITMAPS, Vm, "get_dirty_log", on_bitmap(add_bit), 4),
-    Fault("adds a bit behind the end", ("dirty-log",), Vm, "get_dirty_log", on_bitmap(add_bit_behind_end), 2),
-    Fault("skips CLEAR", MANUAL, Vm, "clear_dirty_log", lambda _honest: lambda *_arguments: None, 4),
-    Fault("clears what was not asked for", MANUAL, Vm, "clear_dirty_log", clear_all_of_range, 4),
-    Fault("clears the first word only", MANUAL, Vm, "clear_dirty_log", clear_first_word, 4),
-    Fault("stays off", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_off), 4),
-    Fault("stays on", ("dirty-log", "dirty-ring"), Vm, "set_user_memory_region", on_region(stays_on), 5),
-    Fault("does not move", ("clear-log",), Vm, "set_user_memory_region", on_region(stays_where_it_is), 4),
-    Fault("forgets when it moves", ("dirty-log",), Vm, "set_user_memory_region", move_forgets, 4),
-    Fault("does not push an entry", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[:-1])), 2),
-    Fault("pushes an entry twice", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[:1] + part)), 2),
-    Fault("changes a slot", RINGS, DirtyRing, "peek", on_entries(lambda taken: ([9 for _ in taken[0]], taken[1])), 2),
-    Fault("swaps entries", RINGS, DirtyRing, "peek", on_entries(on_each(lambda part: part[::-1])), 2),
-    Fault("loses an entry", RINGS, DirtyRing, "harvest", on_entries(on_each(lambda part: part[1:])), 3),
-    Fault("repeats an entry", RINGS, DirtyRing, "harvest", on_entries(on_each(lambda part: part + part[-1:])), 3),
-    Fault("resets nothing", RINGS, Vm, "reset_dirty_rings", lambda _honest: lambda _vm: 0, 4),
-    Fault("resets nothing, and says it did", RINGS, Vm, "reset_dirty_rings", claimed_reset, 4),
-]
+# The mutants in log modes that can show them, and how many steps the shortest failing sequence may have
+MOST_STEPS = {
+    "page-lost": 3,
+    "page-added": 4,
+    "page-beyond-end": 3,
+    "page-repeated": 4,
+    "entry-of-another-slot": 3,
+    "entry-in-another-ring": 3,
+    "entries-reversed": 3,
+    "clear-ignored": 4,
+    "clear-skips-page": 4,
+    "clear-takes-whole-range": 4,
+    "reset-undone": 4,
+    "reset-ignored": 4,
+    "logging-stays-off": 4,
+    "logging-stays-on": 5,
+    "move-ignored": 4,
+    "move-forgets-pages": 4,
+}
+# clear-log and dirty-ring-plain differ from these only in how they are enabled.
+MODES = ("dirty-log", "clear-log-unset", "dirty-ring")
 
 
 @pytest.mark.parametrize(
-    ("fault", "log_mode"),
-    [pytest.param(fault, mode, id=f"{mode}-{fault.name}") for fault in FAULTS for mode in fault.modes],
+    ("name", "log_mode"),
+    [(name, mode) for name in MOST_STEPS for mode in MODES if mode in MUTANTS[name].modes],
     indirect=["log_mode"],
 )
 @pytest.mark.mutants
 @pytest.mark.slow
-def test_fault_is_found_and_shrunk(
-    kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], fault: Fault, log_mode: str,
-) -> None:  # fmt: skip
-    """The search finds each fault in the default rounds; its short script fails with the fault, and passes without."""
+def test_mutant_is_found_and_shrunk(
+    kvm: Kvm, host: Host, capsys: pytest.CaptureFixture[str], name: str, log_mode: str
+) -> None:
+    """The search finds each mutant in the default rounds; its short script fails with the mutant, and passes without."""
 
     def run(steps: Sequence[Step]) -> None:
-        run_sequence(kvm, host, log_mode, steps)
+        with planted(name):
+            run_sequence(kvm, host, log_mode, steps)
 
-    monkeypatch.setattr(fault.target, fault.method, fault.falsify(getattr(fault.target, fault.method)))
     found = search(run, LOG_MODES[log_mode].uses_ring, SEEDS)
     assert found is not None, "no sequence failed"
     failure = found[1]
-    assert len(failure.sequence.steps) <= fault.most, failure.sequence.script
-    with pytest.raises(SystemExit, match=log_mode):
+    assert len(failure.sequence.steps) <= MOST_STEPS[name], failure.sequence.script
+    with planted(name), pytest.raises(SystemExit, match=log_mode):
         exec(failure.sequence.script, {})
-    monkeypatch.undo()
     exec(failure.sequence.script, {})
-    assert f"KVM and the model agree in all of {len(failure.sequence.steps)} steps" in capsys.readouterr().out
+    steps = counted(len(failure.sequence.steps), "step")
+    assert f"KVM and the model agree in all of {steps}\n" in capsys.readouterr().out
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Plant a mutant anew: it must not remember the VM of another sequence."""
+    with pytest.MonkeyPatch.context() as patch:
+        MUTANTS[name].plant(patch)
+        yield
+
+
+PUSHES: dict[str, Callable[[Entries], Entries]] = {
+    "lacks-an-entry": lambda entries: (entries[0][:-1], entries[1][:-1]),
+    "has-an-entry-twice": lambda entries: (entries[0][:1] + entries[0], entries[1][:1] + entries[1]),
+    "names-another-slot": lambda entries: ([9 for _ in entries[0]], entries[1]),
+    "reversed": lambda entries: (entries[0][::-1], entries[1][::-1]),
+}
+
+
+@pytest.mark.parametrize("change", PUSHES.values(), ids=PUSHES)
+@pytest.mark.log_modes("dirty-ring")
+@pytest.mark.mutants
+def test_wrong_pushes_are_found(
+    kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch, change: Callable[[Entries], Entries]
+) -> None:
+    """A sequence fails at the write for which KVM pushes other entries than the model predicts."""
+    honest = DirtyRing.peek
+    monkeypatch.setattr(DirtyRing, "peek", lambda ring: change(honest(ring)))
+    with pytest.raises(SequenceFailed, match="step 2, "):
+        run_sequence(kvm, host, "dirty-ring", SOUND)
 
 
 @pytest.mark.usefixtures("kvm")
@@ -256,13 +163,13 @@ def test_wrong_ring_full_exit_is_found(kvm: Kvm, host: Host, monkeypatch: pytest
 @pytest.mark.mutants
 def test_failure_names_its_step(kvm: Kvm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message of a failed sequence has the log mode, the step that failed and the violation."""
-    monkeypatch.setattr(Vm, "get_dirty_log", on_bitmap(drop_last_bit)(Vm.get_dirty_log))
+    MUTANTS["page-lost"].plant(monkeypatch)
     with pytest.raises(SequenceFailed, match=r"^dirty-log: step 3, Collect\(\): slot 1: LOST \(.*\): page 9$"):
         run_sequence(kvm, host, "dirty-log", SOUND)
 
 
+# It loses a slot's first page: some rounds do not show that.
 FAULTY_PLUGIN = """
-from kvm_util.vcpu import Vcpu
 from kvm_util.vm import Vm
 honest = Vm.get_dirty_log
 def falsified(vm, slot, bitmap):
