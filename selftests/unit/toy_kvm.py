@@ -300,54 +300,33 @@ class ToyKvm:
         if isinstance(event, Counted):
             event.after = self._counts()
         if last and self.fault is not None and isinstance(event, Collection):
-            falsify(self.fault.name, event, self)
+            falsify(self.fault, event, self)
         event.end = self.ledger.now()
         self.events.append(event)
 
 
-FAULTS = ["drop", "drop-all", "add", "ignored-on", "ignored-off"]
-RING_FAULTS = ["repeat", "other-ring", "reset-less", "reset-more", "beyond", "other-slot", "gap"]
+FAULTS = ["drop", "add", "ignored-on", "ignored-off"]
+RING_FAULTS = ["repeat", "other-ring"]
 
 
-def falsify(fault: str, one: Collection, kvm: ToyKvm) -> None:
+def falsify(fault: Fault, event: Collection, kvm: ToyKvm) -> None:
     """Plant *fault* in the report of the last collection, whose pages were written since the one before."""
-    first = next((source for source, pages in enumerate(one.reported) if pages), None)
-    if fault == "drop-all":
-        one.reported = [[] for _ in one.reported]
-        one.reset = 0
-    elif fault == "add":
-        one.reported[0].append(next(page for page in sorted(UNWRITTEN) if one.first <= page < one.last))
-        one.reset += 1
-    elif fault == "beyond":
-        one.strays.append((0, 2, NPAGES))
-        one.reset += 1
-    elif fault == "other-slot":
-        one.strays.append((0, 77, 0))
-        one.reset += 1
-    elif fault == "gap":
-        one.behind_gap = [3, *(0 for _ in one.reported[1:])]
-    elif fault == "reset-less":
-        one.reset -= 1
-    elif fault == "reset-more":
-        one.reset += 1
-    elif first is not None and not fault.startswith("ignored"):
-        written = kvm.vcpus[first].stream.between(kvm.vcpus[first].done - 4, kvm.vcpus[first].done)
-        page = next((page for page in written if page in one.reported[first]), one.reported[first][0])
-        if fault == "drop":
-            count = sum(map(len, one.reported))
-            one.reported = [[its for its in pages if its != page] for pages in one.reported]
-            one.reset -= count - sum(map(len, one.reported))
-        elif fault == "repeat":
-            one.reported[first] += [page] * 40
-            one.reset += 40
-        elif fault == "other-ring":
-            others = [its for its in kvm.vcpus if page not in its.stream.pages]
+    if fault.name == "add":
+        event.reported[0].append(next(page for page in sorted(UNWRITTEN) if event.first <= page < event.last))
+    source = next((source for source, pages in enumerate(event.reported) if pages), None)
+    if source is not None:
+        written = kvm.vcpus[source].stream.between(kvm.vcpus[source].done - 4, kvm.vcpus[source].done)
+        page = next((page for page in written if page in event.reported[source]), event.reported[source][0])
+        if fault.name == "drop":
+            event.reported = [[other for other in pages if other != page] for pages in event.reported]
+        elif fault.name == "repeat":
+            event.reported[source] += [page] * 40
+        elif fault.name == "other-ring":
+            others = [vcpu for vcpu in kvm.vcpus if page not in vcpu.stream.pages]
+            fault.planted = bool(others)
             if others:
-                one.reported[others[0].id].append(page)
-                one.reset += 1
-            else:
-                assert kvm.fault is not None
-                kvm.fault.planted = False
+                event.reported[others[0].id].append(page)
+    event.reset = event.harvested
 
 
 def collectors(count: int, toggles: bool = False) -> Callable[[ToyKvm], list[Iterator[Iterator[None]]]]:
