@@ -67,10 +67,11 @@ PANIC = "Kernel panic - not syncing: kernel: panic_on_warn set ..."
         ([FAULT, "#PF: supervisor write", "Oops: 0002 [#1] SMP", "RIP: 0010:f", END], [(Kind.OOPS, FAULT)]),
         # One that begins within another one is of its own: a known bug has to explain both.
         ([WARN, "Call Trace:", KASAN], [(Kind.WARN, WARN), (Kind.KASAN, KASAN)]),
+        ([FAULT, WARN], [(Kind.BUG, FAULT), (Kind.WARN, WARN)]),
         ([WARN, PANIC], [(Kind.WARN, WARN), (Kind.PANIC, PANIC)]),
         ([WARN, END, OTHER_WARN], [(Kind.WARN, WARN), (Kind.WARN, OTHER_WARN)]),
     ],
-    ids=["harmless", "oops", "within", "panic-within", "consecutive"],
+    ids=["harmless", "oops", "within", "within-bug", "panic-within", "consecutive"],
 )
 def test_reports_in_a_log(lines: list[str], reports: list[tuple[Kind, str]]) -> None:
     """Each report of a log is found once, and lines that merely look like one are ignored."""

@@ -397,7 +397,7 @@ def test_paths_of_check_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["auto"], "auto is no kernel to check"),
         (["6.1", "--kernel=x"], "--kernel: the kernel is named already"),
     ],
-    ids=" ".join,
+    ids=["empty", "option", "auto", "twice"],
 )
 def test_kernel_of_check_kernel(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     """A kernel that is not named, not by name, or named twice, is one line with the status that ends a bisection."""

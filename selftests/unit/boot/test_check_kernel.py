@@ -339,7 +339,7 @@ def test_kernel_that_cannot_be_tested(
     check_kernel: CheckKernel, kernel: Kernel, option: str, ending: str, text: str
 ) -> None:
     """A kernel that does not boot, or has no KVM as it is wanted, cannot be tested."""
-    done = check_kernel(kernel.image, option)
+    done = check_kernel(kernel.image, f"{BREAKING}::test_lost", option)
     assert done.status == CANNOT_TEST, done.output
     assert f"KERNEL {kernel.release}: " in done.output
     assert text in done.output
