@@ -128,7 +128,8 @@ def find_target(
 def number_of_machines(target: Target, asked: int, tests: int) -> int:
     """How many machines are to share the tests: as many as asked for, else what this host's CPUs and memory allow.
 
-    The two CPUs of an emulated machine are busy for less than half of the time: it takes about one of the host's.
+    A machine for each of its CPUs that the host has: tests whose threads wait for each other need all of them at once, and
+    spin when they do not get them.
 
     :param asked: 0 for no wish
     :param tests: how many tests there are; no machine is to be without one, and a few tests are not worth another boot
@@ -142,8 +143,8 @@ def number_of_machines(target: Target, asked: int, tests: int) -> int:
         )
     if asked:
         return max(1, min(asked, tests))
-    cpus = len(os.sched_getaffinity(0)) // (1 if target.qemu.emulated else target.machine.cpus)
-    return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
+    by_cpus = len(os.sched_getaffinity(0)) // target.machine.cpus
+    return max(1, min(by_cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
 
 
 def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:

@@ -170,7 +170,7 @@ def test_interrupted_matrix(tmp_path: Path, number: signal.Signals) -> None:
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=50)
     assert process.returncode == INTERRUPTED, output
     assert "[1/3] a defaults ... interrupted (1 cell, 0 other tests, " in output
     assert "\nA  6.0  defaults: interrupted\nB  b  defaults: not run\nC  c  defaults: not run\n" in output

@@ -220,7 +220,7 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
         "selftests/memory/test_write_protection.py::test_prefaulted_pages_are_logged",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
-        "--kvm-params=kvm_amd.npt=1",
+        "--kvm-params=kvm_amd.npt=1", "--machines=1",  # the one with the fault
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
     )  # fmt: skip
     assert done.status == BAD, done.output
@@ -235,6 +235,7 @@ def test_missing_tlb_flush_is_found(check_kernel: CheckKernel, kernel: Kernel) -
     """A KVM that flushes no remote TLBs fails test_stale_translations in each log mode, with small pages and huge ones."""
     done = check_kernel(
         kernel.image, UNFLUSHED, "selftests/memory/test_stale_translations.py", "--tb=no", "--kvm-params=kvm_amd.npt=1",
+        "--machines=1",  # the one without TLB flushes
         "--thorough",  # an interrupt on the vCPU's CPU flushes too: on a busy host now and then in all of a few turns
     )  # fmt: skip
     assert done.status == BAD, done.output

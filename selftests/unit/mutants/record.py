@@ -67,6 +67,8 @@ class Runner:
             command += [str(path.relative_to(ROOT)) for path in files]
             command += ["-q", "--tb=no", "-p", "no:cacheprovider", *SIZES, f"--seed={seed}", *self._options]
             command += [f"--results={folder}", f"--junitxml={junit}"]
+            # The mutant is planted in one machine.
+            command += ["--machines=1"] if any(option.startswith("--kernel") for option in self._options) else []
             command += ["-k", " and ".join(f"not {mode}" for mode in left_out)] if left_out else []
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
             if done.returncode not in (0, 1) or not junit.exists():
