@@ -24,7 +24,7 @@ from harness.run_report import Facts, RunReport
 from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, PLAN, SETTINGS, TARGET, is_worker
 from harness.selection import PlannedCell, check_settings, check_with_kvm, plan, workers_here
 from harness.startup import make_results
-from harness.static_keys import hold_static_keys
+from harness.static_keys import StaticKeys
 from harness.worker_crashes import WorkerCrashes
 from kvm_util import guest_program
 from kvm_util.host import this_host
@@ -84,8 +84,9 @@ def _prepare_here(config: pytest.Config) -> None:
     guest = guest_session(config)
     make_results(config, os.uname().release)
     if guest is not None and guest.emulated:
-        for vm in hold_static_keys(settings.kvm_device):
-            config.add_cleanup(vm.close)
+        keys = StaticKeys(settings.kvm_device)
+        keys.hold()
+        config.pluginmanager.register(keys, "static-keys")  # unflushed_kernel.py releases them for a while
     check_settings(settings, dimensions["vcpus"][-1], config.getoption("numprocesses", None) or 1)
     try:
         with Kvm(settings.kvm_device) as kvm:

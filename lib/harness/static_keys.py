@@ -10,18 +10,31 @@ from kvm_util.kvm import Kvm, KvmUnavailable
 from kvm_util.vm import Vm
 
 
-def hold_static_keys(device: str) -> list[Vm]:
-    """Create two VMs, to keep open: one without local APICs, and one with all else that KVM has static keys for."""
-    try:
-        kvm = Kvm(device)
-    except KvmUnavailable:
-        return []  # every test will report it
-    vms = []
-    with kvm:
-        for prepare in (None, arch.use_static_key_features):
-            vm = kvm.create_vm()
-            vms.append(vm)
-            if prepare is not None:
-                prepare(kvm.fd, vm.fd)
-            vm.create_vcpu(0)
-    return vms
+class StaticKeys:
+    """A pytest plugin that keeps two VMs on *device* open until the end of the session."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._vms: list[Vm] = []
+
+    def hold(self) -> None:
+        """Create the VMs: one without local APICs, and one with all other features that KVM has static keys for."""
+        try:
+            kvm = Kvm(self._device)
+        except KvmUnavailable:
+            return  # every test will report it
+        with kvm:
+            for prepare in (None, arch.use_static_key_features):
+                vm = kvm.create_vm()
+                self._vms.append(vm)
+                if prepare is not None:
+                    prepare(kvm.fd, vm.fd)
+                vm.create_vcpu(0)
+
+    def release(self) -> None:
+        """Close the VMs, which keep KVM's modules from being unloaded."""
+        while self._vms:
+            self._vms.pop().close()
+
+    def pytest_unconfigure(self) -> None:
+        self.release()
