@@ -116,7 +116,7 @@ class Boot:
         if self.status < 0:  # killed by a signal, as after an oops
             return self.diagnose_death(None)
         self._add_reports()
-        if oops := next((one for one in self.reports if one.kind == "Oops"), None):
+        if oops := next((report for report in self.reports if report.kind == "Oops"), None):
             return Diagnosis(BootOutcome.OOPS, oops.title, tuple(oops.lines))
         output = tuple(self.output.splitlines()[-_DETAIL_LINES:])
         if self.status == pytest.ExitCode.TESTS_FAILED and not self.tests:

@@ -162,11 +162,15 @@ class RemoteSession:
 
     def _wait(self, archive: BinaryIO) -> None:
         """Wait until a machine has sent something, or has been silent for too long."""
-        left = min(boot.deadline for boot in self._boots) - time.monotonic()
-        for boot in select.select(self._boots, [], [], max(left, 0))[0]:
+        now = time.monotonic()
+        left = min(boot.deadline for boot in self._boots) - now
+        ready = select.select(self._boots, [], [], max(left, 0))[0]
+        # As of before select(): on a busy host, messages may wait while this process does not run.
+        silent = [boot for boot in self._boots if boot not in ready and boot.deadline <= now]
+        for boot in ready:
             if end := self._receive(boot):
                 self._end(boot, end, archive)
-        for boot in [one for one in self._boots if one.deadline < time.monotonic()]:
+        for boot in silent:
             limit = f"no message for {self._target.time_limit:g} s (--time-limit)"
             self._end(boot, boot.diagnose_death(limit), archive)
 

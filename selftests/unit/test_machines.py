@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Tests shared by several machines: who runs which, what a machine that dies costs, and the verdict of all."""
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -349,3 +351,27 @@ def test_machines_need_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     target: Any = SimpleNamespace(machine=Machine(3072, 2, ""))
     with pytest.raises(CannotTest, match="--machines: 2 of 3072 MiB need more than the 5000 MiB that are free"):
         number_of_machines(target, 2, 1000)
+
+
+def test_waiting_messages_are_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine hangs only if it has sent nothing by its time limit, not if this host has not read what it sent."""
+    run = Run(tmp_path, machines=1)
+    (boot,) = run.boots
+    messages, orders = os.pipe()
+    boot._last_message, boot._target = 40.0, run.session._target  # with a time limit of 60 s
+    boot._machine.fileno = lambda: messages  # type: ignore[method-assign]
+    boot.diagnose_death = lambda timeout: Diagnosis(BootOutcome.HANG, timeout or "")  # type: ignore[method-assign]
+    ended: list[Diagnosis] = []
+    run.session._end = lambda _boot, end, _archive: ended.append(end)
+    run.session._receive = lambda _boot: os.read(messages, 1) and None
+
+    for now, sent in ((99.99, b""), (101.0, b"x"), (101.0, b"")):
+        assert ended == []
+        os.write(orders, sent)
+        clock = iter([now])  # from the next look at it on it is much later
+        monkeypatch.setattr(time, "monotonic", lambda clock=clock: next(clock, 200.0))
+        run.session._wait(None)
+    monkeypatch.undo()
+    os.close(messages)
+    os.close(orders)
+    assert [str(end.detail) for end in ended] == ["no message for 60 s (--time-limit)"]
