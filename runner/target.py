@@ -128,8 +128,7 @@ def find_target(
 def number_of_machines(target: Target, asked: int, tests: int) -> int:
     """How many machines are to share the tests: as many as asked for, else what this host's CPUs and memory allow.
 
-    A machine for each of its CPUs that the host has: tests whose threads wait for each other need all of them at once, and
-    spin when they do not get them.
+    The two CPUs of an emulated machine are rarely busy at once: it takes about one of the host's.
 
     :param asked: 0 for no wish
     :param tests: how many tests there are; no machine is to be without one, and a few tests are not worth another boot
@@ -143,8 +142,8 @@ def number_of_machines(target: Target, asked: int, tests: int) -> int:
         )
     if asked:
         return max(1, min(asked, tests))
-    by_cpus = len(os.sched_getaffinity(0)) // target.machine.cpus
-    return max(1, min(by_cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
+    cpus = len(os.sched_getaffinity(0)) // (1 if target.qemu.emulated else target.machine.cpus)
+    return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
 
 
 def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:

@@ -323,25 +323,26 @@ def test_splats_that_no_test_saw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "tests", "cpus", "free", "number"),
+    ("accel", "asked", "tests", "cpus", "free", "number"),
     [
-        (0, 1000, 8, 20000, 4),
-        (0, 1000, 2, 20000, 1),
-        (0, 1000, 1, 20000, 1),
-        (0, 1000, 4, 5000, 1),
-        (0, 15, 4, 20000, 1),
-        (0, 1000, 64, 200000, 8),
-        (3, 1000, 2, 20000, 3),
-        (3, 2, 2, 20000, 2),
+        ("tcg", 0, 1000, 2, 20000, 2),
+        ("tcg", 0, 1000, 2, 5000, 1),
+        ("tcg", 0, 15, 2, 20000, 1),
+        ("tcg", 0, 1000, 64, 200000, 8),
+        ("tcg", 3, 1000, 2, 20000, 3),
+        ("tcg", 3, 2, 2, 20000, 2),
+        ("kvm", 0, 1000, 8, 20000, 4),
+        ("kvm", 0, 1000, 1, 20000, 1),
     ],
 )
 def test_number_of_machines(
-    monkeypatch: pytest.MonkeyPatch, asked: int, tests: int, cpus: int, free: int, number: int
+    monkeypatch: pytest.MonkeyPatch, accel: str, asked: int, tests: int, cpus: int, free: int, number: int
 ) -> None:
-    """A machine takes as many of the host's CPUs as it has; a few tests share one machine."""
+    """An emulated machine takes one of the host's CPUs, a virtualized one as many as it has; a few tests share one machine."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cpus))
     monkeypatch.setattr(targets, "available_memory", lambda: free << 20)
-    target: Any = SimpleNamespace(machine=Machine(3072, 2, ""))
+    qemu = Qemu(Emulator(("qemu",), "10.0", "here"), accel, "max", "kvm_amd")
+    target: Any = SimpleNamespace(qemu=qemu, machine=Machine(3072, 2, ""))
     assert number_of_machines(target, asked, tests) == number
 
 
