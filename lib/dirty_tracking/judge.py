@@ -392,7 +392,7 @@ class Judge:
         pages = set().union(*(stream.written(first, end) for first, end in spans if first < end))
         return pages if self._is_all(scope) else {page for page in pages if page in scope}
 
-    def _of_slot(self, entries: list[int], state: _SlotState) -> list[int]:
+    def _of_slot(self, entries: Sequence[int], state: _SlotState) -> Sequence[int]:
         pages = state.pages.range
         return entries if self._is_all(pages) else [page for page in entries if page in pages]
 

@@ -108,7 +108,7 @@ class Collection(Counted):
 
     first: int = 0
     last: int = 0
-    reported: list[list[int]] = field(default_factory=list)
+    reported: list[Sequence[int]] = field(default_factory=list)
     strays: list[tuple[int, int, int]] = field(default_factory=list)
     reset: int = 0
     behind_gap: list[int] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Collection(Counted):
     iteration: int = 0
     number: int = 0
 
-    def add(self, pages: list[int], strays: Iterable[Entry]) -> None:
+    def add(self, pages: Sequence[int], strays: Iterable[Entry]) -> None:
         """Add what the next source reported: page numbers, and entries that are no page of the ledger."""
         self.strays += ((len(self.reported), slot, offset) for slot, offset in strays)
         self.reported.append(pages)
@@ -206,7 +206,7 @@ class Ledger:
                 self._recent.append((event.number, event.iteration, array("I", event.pages)))
         return events
 
-    def page_numbers(self, slot: int, offsets: list[int]) -> tuple[list[int], list[Entry]]:
+    def page_numbers(self, slot: int, offsets: Sequence[int]) -> tuple[Sequence[int], list[Entry]]:
         """The numbers of a slot's pages, and the entries whose page does not exist.
 
         >>> slots = [SlotPages(1, 0, 8), SlotPages(2, 8, 12)]
@@ -221,9 +221,9 @@ class Ledger:
             offsets = [offset for offset in offsets if offset < npages]
         return [its.first + offset for offset in offsets] if its.first else offsets, strays
 
-    def entry_numbers(self, slots: Sequence[int], offsets: list[int]) -> tuple[list[int], list[Entry]]:
+    def entry_numbers(self, slots: Sequence[int], offsets: Sequence[int]) -> tuple[Sequence[int], list[Entry]]:
         """As :meth:`page_numbers`, for the entries of a ring, each with a slot of its own."""
-        if len(set(slots)) <= 1:
+        if slots[1:] == slots[:-1]:
             return self.page_numbers(slots[0], offsets) if slots else ([], [])
         numbers: list[int] = []
         strays: list[Entry] = []
@@ -271,4 +271,4 @@ class Ledger:
 
     def _write(self, event: Event) -> None:
         assert self._trace is not None
-        self._trace.write(json.dumps({"event": type(event).__name__} | asdict(event)) + "\n")
+        self._trace.write(json.dumps({"event": type(event).__name__} | asdict(event), default=list) + "\n")

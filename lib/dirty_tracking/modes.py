@@ -141,13 +141,14 @@ class BitmapMode(LogMode):
         return None
 
     def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
-        bitmaps = Source()
+        pages_of = {}
         for slot in slots:
             bitmap = new_bitmap(vm.memslots[slot].npages)
             vm.get_dirty_log(slot, bitmap)
             self._clear(vm, slot, bitmap)
-            bitmaps.add(slot, set_pages(bitmap))
-        return DirtyReport([bitmaps])
+            pages_of[slot] = set_pages(bitmap)
+        slot_of_each = [slot for slot, pages in pages_of.items() for _ in pages]
+        return DirtyReport([Source(slot_of_each, [page for pages in pages_of.values() for page in pages])])
 
     def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
         """Clear the pages of *bitmap* in memslot *slot*, if KVM_GET_DIRTY_LOG has not done that."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What one collection over a whole VM brought: entries of a bitmap, of a ring per vCPU, or of both."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dirty_tracking.violations import ContractViolation, Kind, Violation
 from kvm_util.wording import counted
@@ -15,17 +16,12 @@ class Source:
     :ivar behind_gap: how many dirty entries of the ring come after a clean one; looked at when no vCPU runs
     """
 
-    slots: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    slots: Sequence[int]
+    offsets: Sequence[int]
     vcpu: int | None = None
     behind_gap: int = 0
 
-    def add(self, slot: int, offsets: list[int]) -> None:
-        """Add pages of a memslot."""
-        self.slots += [slot] * len(offsets)
-        self.offsets += offsets
-
-    def of_slot(self, slot: int) -> list[int]:
+    def of_slot(self, slot: int) -> Sequence[int]:
         """The pages that are of memslot *slot*, in order, with what is there several times."""
         if self.slots.count(slot) == len(self.slots):
             return self.offsets

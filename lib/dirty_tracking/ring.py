@@ -4,7 +4,7 @@
 import ctypes
 import mmap
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from kvm_util import uapi
@@ -12,9 +12,11 @@ from kvm_util.arch import current as arch
 from kvm_util.vcpu import Vcpu
 
 ENTRY_SIZE = 16
-_WORDS = ENTRY_SIZE // 4  # 32-bit words per entry: flags, slot, and the two halves of offset
-_QUADS = ENTRY_SIZE // 8
-_CHUNK = 4096
+_DIRTY = bytes([uapi.KVM_DIRTY_GFN_F_DIRTY])
+
+# How many entries' flags are read at first, and by how much more each time: a ring with few entries should be cheap to read,
+# and so should a full one.
+_FIRST_BLOCK, _GROWTH = 64, 4
 
 # How many KVM_RESET_DIRTY_RINGS in a row may reset nothing before the rest counts as not reset. Since Linux 6.17 (commit
 # 49005a2a3d2a) a pending signal ends the call early, possibly before it has reset any entry; but not this many in a row,
@@ -23,8 +25,9 @@ _IDLE_RESETS = 1000
 # How many calls there may be in all, so that a KVM that returns a count and resets nothing ends the loop too
 _MOST_RESETS = 100_000
 
-# The slots and the offsets of entries, in the ring's order
-Entries = tuple[list[int], list[int]]
+# The slots and the offsets of entries, in the ring's order. They stay arrays: to make Python's integers of 65,536 entries
+# takes longer than everything else that a harvest does.
+Entries = tuple[Sequence[int], Sequence[int]]
 
 
 class DirtyRing:
@@ -52,9 +55,6 @@ class DirtyRing:
         self._map = memory
         self._bytes = memoryview(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._words = self._bytes.cast("I")
-        self._quads = self._bytes.cast("Q")
-        self._dirty = array("I", [uapi.KVM_DIRTY_GFN_F_DIRTY]) * _CHUNK
 
     @classmethod
     def of(cls, vcpu: Vcpu, entries: int) -> "DirtyRing":
@@ -66,13 +66,11 @@ class DirtyRing:
 
     def peek(self) -> Entries:
         """The dirty entries that are not harvested, and that no earlier call returned; the ring is not changed."""
-        slots: list[int] = []
-        offsets: list[int] = []
         self._seen = max(self._seen, self.next)
         # At most once around the ring: in a full one all entries are dirty.
-        while count := self._read_chunk(self._seen, self.next + self.entries - self._seen, slots, offsets):
-            self._seen += count
-        return slots, offsets
+        entries = self._read(self._seen, self._count_dirty(self._seen, self.next + self.entries - self._seen))
+        self._seen += len(entries[0])
+        return entries
 
     def harvest(self, most: int | None = None) -> Entries:
         """Take the dirty entries in order, or *most* of them, and mark each as harvested; returns their slots and offsets.
@@ -80,34 +78,45 @@ class DirtyRing:
         All are read before any is marked: another thread's KVM_RESET_DIRTY_RINGS may reset a marked entry at once, and an
         entry that is pushed in its place belongs to the next harvest.
         """
-        slots: list[int] = []
-        offsets: list[int] = []
-        left = self.entries if most is None else min(most, self.entries)
-        position = self.next
-        while count := self._read_chunk(position, left, slots, offsets):
-            position += count
-            left -= count
-        while self.next < position:
-            first = self.next % self.entries
-            count = min(_CHUNK, self.entries - first, position - self.next)
-            self._words[first * _WORDS : (first + count) * _WORDS : _WORDS] = array("I", [self.mark]) * count
-            self.next += count
-        return slots, offsets
+        most = self.entries if most is None else min(most, self.entries)
+        entries = self._read(self.next, self._count_dirty(self.next, most))
+        for first, end in self._parts(self.next, len(entries[0])):
+            # All four bytes of the flags change: KVM and _read() left the upper three 0.
+            self._map[first * ENTRY_SIZE : end * ENTRY_SIZE : ENTRY_SIZE] = bytes([self.mark]) * (end - first)
+        self.next += len(entries[0])
+        return entries
 
-    def _read_chunk(self, position: int, most: int, slots: list[int], offsets: list[int]) -> int:
-        """Read the dirty entries from *position* to the end of its chunk; returns how many there were."""
-        first = position % self.entries
-        room = min(_CHUNK, self.entries - first, most)
-        flags = self._words[first * _WORDS : (first + room) * _WORDS : _WORDS].tobytes()
-        if flags == memoryview(self._dirty)[:room].tobytes():
-            count = room
-        else:
-            is_dirty = uapi.KVM_DIRTY_GFN_F_DIRTY.__eq__
-            count = sum(1 for _ in takewhile(is_dirty, memoryview(flags).cast("I")))
-        last = first + count
-        slots += self._words[first * _WORDS + 1 : last * _WORDS : _WORDS].tolist()
-        offsets += self._quads[first * _QUADS + 1 : last * _QUADS : _QUADS].tolist()
+    def _count_dirty(self, position: int, most: int) -> int:
+        """How many entries from *position* on are dirty, up to the first that is not; by the lowest byte of their flags."""
+        count, block = 0, _FIRST_BLOCK
+        while count < most:
+            first, end = self._parts(position + count, min(block, most - count))[0]
+            flags = self._map[first * ENTRY_SIZE : end * ENTRY_SIZE : ENTRY_SIZE]
+            if flags != _DIRTY * len(flags):
+                return count + len(flags) - len(flags.lstrip(_DIRTY))
+            count += len(flags)
+            block *= _GROWTH
         return count
+
+    def _read(self, position: int, count: int) -> Entries:
+        """Read *count* entries from *position* on, up to the first whose flags are not DIRTY alone."""
+        quads = array("Q")
+        for first, end in self._parts(position, count):
+            quads.frombytes(self._bytes[first * ENTRY_SIZE : end * ENTRY_SIZE])
+        heads, offsets = memoryview(quads)[::2], quads[1::2]  # flags and slot, little-endian; offset
+        dirty = uapi.KVM_DIRTY_GFN_F_DIRTY
+        if count and heads[0] & 0xFFFFFFFF == dirty and heads == memoryview(quads[:1] * count):
+            return array("I", [heads[0] >> 32]) * count, offsets
+        slots = array("I", [head >> 32 for head in takewhile(lambda head: head & 0xFFFFFFFF == dirty, heads)])
+        return slots, offsets[: len(slots)]
+
+    def _parts(self, position: int, count: int) -> list[tuple[int, int]]:
+        """The *count* entries from *position* on as first and end of a part of the ring, or of two, where they wrap."""
+        first = position % self.entries
+        end = first + count
+        if end <= self.entries:
+            return [(first, end)]
+        return [(first, self.entries), (0, end - self.entries)]
 
     def entry(self, number: int) -> uapi.kvm_dirty_gfn:
         """The memory of entry *number*, counted from the first entry ever pushed."""
@@ -129,13 +138,11 @@ class DirtyRing:
         Call it right after :meth:`harvest`, with the vCPU stopped: each dirty entry is then behind a gap, and a harvest in
         order does not reach it.
         """
-        flags = self._words[::_WORDS].tobytes()
-        return memoryview(flags).cast("I").tolist().count(uapi.KVM_DIRTY_GFN_F_DIRTY)
+        return self._map[::ENTRY_SIZE].count(_DIRTY)
 
     def close(self) -> None:
         """Unmap the ring."""
-        for view in (self._words, self._quads, self._bytes):
-            view.release()
+        self._bytes.release()
         self._map.close()
 
 

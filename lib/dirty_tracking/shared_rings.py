@@ -23,7 +23,7 @@ class SharedRings:
         self._calls = 0
         self._in_progress: set[int] = set()
 
-    def harvest(self, vcpu: int, most: int | None = None) -> tuple[list[int], list[int], int]:
+    def harvest(self, vcpu: int, most: int | None = None) -> tuple[Sequence[int], Sequence[int], int]:
         """Harvest entries of a ring, in order: all, or *most* at most.
 
         :returns: their slots and offsets, and the position up to which the ring is harvested after that

@@ -248,7 +248,7 @@ def collection(
 
 
 def of_both(
-    start: int, counts: list[int], reported: list[list[int]], exact: bool = False, kicked: bool = False
+    start: int, counts: list[int], reported: list[Sequence[int]], exact: bool = False, kicked: bool = False
 ) -> Collection:
     """A collection of two vCPUs, neither of which writes meanwhile."""
     event = Collection(start, start + 1, counts, counts, [exact, exact], 0, 64, reported, kicked=kicked)

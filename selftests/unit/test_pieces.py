@@ -95,6 +95,13 @@ class FakeRing:
             struct.pack_into("=IIQ", self.map, self._index % self._entries * ENTRY_SIZE, flags, slot, page)
             self._index += 1
 
+    def harvest(self, most: int | None = None) -> list[tuple[int, int]]:
+        """Slot and offset of each entry that the ring's own harvest returns."""
+        return list(zip(*self.ring.harvest(most), strict=True))
+
+    def peek(self) -> list[tuple[int, int]]:
+        return list(zip(*self.ring.peek(), strict=True))
+
     def flags(self) -> list[int]:
         return memoryview(self.map).cast("I")[::4].tolist()
 
@@ -102,28 +109,33 @@ class FakeRing:
 def test_harvest_in_ring_order() -> None:
     """harvest() returns the dirty entries in order and marks them for reset, many times around the ring."""
     fake = FakeRing(8192)
-    ring = fake.ring
     page = 0
     for count in (1, 0, 4095, 4097, 8191, 8192, 5000, 3):
         for _ in range(count):
             fake.push(page + (1 << 33), slot=page % 7)
             page += 1
-        slots, offsets = ring.harvest()
-        assert offsets == [(1 << 33) + number for number in range(page - count, page)]
-        assert slots == [number % 7 for number in range(page - count, page)]
+        assert fake.harvest() == [(number % 7, (1 << 33) + number) for number in range(page - count, page)]
         assert fake.flags().count(2) >= count
-        assert ring.harvest() == ([], [])
+        assert fake.harvest() == []
 
 
-def test_harvest_stops_at_a_gap() -> None:
-    """harvest() stops at the first entry that is not dirty; dirty entries after that gap are counted."""
+@pytest.mark.parametrize("other", [0, 2, 3, 1 << 8 | 1, 1 << 31 | 1], ids=hex)
+@pytest.mark.parametrize("slot", [1, 7])
+@pytest.mark.parametrize("before", [0, 2, 63, 64, 65, 200])
+def test_harvest_stops_at_a_gap(before: int, slot: int, other: int) -> None:
+    """harvest() stops at the first entry whose flags are not DIRTY alone; dirty entries after that gap are counted."""
     fake = FakeRing(256)
-    ring = fake.ring
-    for page, flags in enumerate((1, 1, 0, 1, 2, 1)):
-        fake.push(page, flags=flags)
-    assert ring.harvest() == ([1, 1], [0, 1])
-    assert fake.flags()[:6] == [2, 2, 0, 1, 2, 1]
-    assert ring.dirty_behind_gap() == 2
+    fake.push(*range(250))
+    assert len(fake.harvest()) == 250  # so that the next ones wrap
+    fake.map[: 250 * ENTRY_SIZE] = bytes(250 * ENTRY_SIZE)
+    fake.push(*range(before))
+    fake.push(before, flags=other, slot=slot)
+    fake.push(before + 1, before + 2)
+    flags = fake.flags()
+    assert fake.harvest() == [(1, page) for page in range(before)]
+    harvested = {(250 + number) % 256 for number in range(before)}
+    assert fake.flags() == [2 if number in harvested else value for number, value in enumerate(flags)]
+    assert fake.ring.dirty_behind_gap() == 2 + (other & 0xFF == 1)
 
 
 def test_peek_leaves_the_ring_unchanged() -> None:
@@ -131,15 +143,15 @@ def test_peek_leaves_the_ring_unchanged() -> None:
     fake = FakeRing(256)
     ring = fake.ring
     fake.push(*range(256))
-    assert ring.peek() == ([1] * 256, list(range(256)))
-    assert ring.peek() == ([], [])
+    assert fake.peek() == [(1, page) for page in range(256)]
+    assert fake.peek() == []
     ring.mark = uapi.KVM_DIRTY_GFN_F_DIRTY | uapi.KVM_DIRTY_GFN_F_RESET
-    assert ring.harvest(3) == ([1] * 3, [0, 1, 2])
+    assert fake.harvest(3) == [(1, 0), (1, 1), (1, 2)]
     assert fake.flags()[:4] == [3, 3, 3, 1]
-    assert ring.peek() == ([], [])
+    assert fake.peek() == []
     fake.push(300, 301, 302)
-    assert ring.peek() == ([1] * 3, [300, 301, 302])
-    assert ring.harvest() == ([1] * 256, [*range(3, 256), 300, 301, 302])
+    assert fake.peek() == [(1, 300), (1, 301), (1, 302)]
+    assert fake.harvest() == [(1, page) for page in (*range(3, 256), 300, 301, 302)]
 
 
 def test_not_reset_counts_entries_once() -> None:

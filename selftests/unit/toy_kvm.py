@@ -311,21 +311,23 @@ RING_FAULTS = ["repeat", "other-ring"]
 
 def falsify(fault: Fault, event: Collection, kvm: ToyKvm) -> None:
     """Plant *fault* in the report of the last collection, whose pages were written since the one before."""
+    reported = [list(pages) for pages in event.reported]
     if fault.name == "add":
-        event.reported[0].append(next(page for page in sorted(UNWRITTEN) if event.first <= page < event.last))
-    source = next((source for source, pages in enumerate(event.reported) if pages), None)
+        reported[0].append(next(page for page in sorted(UNWRITTEN) if event.first <= page < event.last))
+    source = next((source for source, pages in enumerate(reported) if pages), None)
     if source is not None:
         written = kvm.vcpus[source].stream.between(kvm.vcpus[source].done - 4, kvm.vcpus[source].done)
-        page = next((page for page in written if page in event.reported[source]), event.reported[source][0])
+        page = next((page for page in written if page in reported[source]), reported[source][0])
         if fault.name == "drop":
-            event.reported = [[other for other in pages if other != page] for pages in event.reported]
+            reported = [[other for other in pages if other != page] for pages in reported]
         elif fault.name == "repeat":
-            event.reported[source] += [page] * 40
+            reported[source] += [page] * 40
         elif fault.name == "other-ring":
             others = [vcpu for vcpu in kvm.vcpus if page not in vcpu.stream.pages]
             fault.planted = bool(others)
             if others:
-                event.reported[others[0].id].append(page)
+                reported[others[0].id].append(page)
+    event.reported = [*reported]
     event.reset = event.harvested
 
 

@@ -178,7 +178,7 @@ def test_page_lost_in_a_running_collection(
                 page = next((page for page in source.offsets if page in long_done), None)
                 if page is not None:
                     source.offsets = [other for other in source.offsets if other != page]
-                    del source.slots[len(source.offsets) :]
+                    source.slots = source.slots[: len(source.offsets)]
                     report.reset = report.harvested
                     planter.plant()
             return report

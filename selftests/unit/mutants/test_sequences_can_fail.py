@@ -99,7 +99,7 @@ def planted(name: str) -> Iterator[None]:
 
 PUSHES: dict[str, Callable[[Entries], Entries]] = {
     "lacks-an-entry": lambda entries: (entries[0][:-1], entries[1][:-1]),
-    "has-an-entry-twice": lambda entries: (entries[0][:1] + entries[0], entries[1][:1] + entries[1]),
+    "has-an-entry-twice": lambda entries: ([*entries[0][:1], *entries[0]], [*entries[1][:1], *entries[1]]),
     "names-another-slot": lambda entries: ([9 for _ in entries[0]], entries[1]),
     "reversed": lambda entries: (entries[0][::-1], entries[1][::-1]),
 }
