@@ -46,7 +46,7 @@ class DirtyLogRun(WritersVm):
             make_stream(density.pattern, npages, vcpu, cell.vcpus, settings.seed, batch) for vcpu in range(cell.vcpus)
         ]
         pace = Pace.SPARSE if density.sparse else Pace.DENSE
-        gpa = place_test_memory(settings, cell, arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)))
+        gpa = place_test_memory(settings, cell, arch.guest_phys_limit(kvm.supported_cpuid))
         shapes = [(npages, cell.backing)]
         super().__init__(kvm, cell.log_mode, shapes, self.streams, settings.ring_count, pace, cell.guest_mode, gpa)
         self.memslot = self.vm.memslots[self.slots[0].slot]

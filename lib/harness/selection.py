@@ -174,7 +174,7 @@ def check_with_kvm(kvm: Kvm, settings: Settings, dimensions: dict[str, tuple[Any
     most = kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS)
     if max(dimensions["vcpus"]) > most:
         raise pytest.UsageError(f"--vcpus: {max(dimensions['vcpus'])} is out of range, this KVM has at most {most}")
-    limit = arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd))
+    limit = arch.guest_phys_limit(kvm.supported_cpuid)
     for backing in dimensions["backing"]:
         names = {name: values[0] for name, values in dimensions.items()}
         cell = Cell(**names | {"backing": backing, "vcpus": max(dimensions["vcpus"])})
@@ -200,7 +200,7 @@ def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, .
     """
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
     if kvm is not None:
-        cpuid = arch.get_supported_cpuid(kvm.fd)
+        cpuid = kvm.supported_cpuid
         checks: dict[str, Callable[[str], str | None]] = {
             "log_mode": lambda name: LOG_MODES[name].supported(kvm),
             "guest_mode": lambda name: arch.GUEST_MODES[name].missing(cpuid),

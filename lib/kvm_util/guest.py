@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A VM that runs a guest program.
 
-Memslot 0 begins at gpa 0 and holds program, page tables, stacks and shared variables. The guest maps it one to one, except
-for page 0, which stays unmapped. Test memory goes into other memslots.
+Memslot 0 begins at gpa 0 and holds program, page tables, stacks and shared variables. The guest maps it one to one with pages
+of 2 MiB, except for the first one, which stays unmapped. Test memory goes into other memslots.
 """
 
 from enum import Enum
 
 from kvm_util.arch import current as arch
 from kvm_util.closing import Closing
-from kvm_util.guest_program import GuestProgram
+from kvm_util.guest_program import LOAD_ADDRESS, GuestProgram
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB, align_up
 from kvm_util.vcpu import Vcpu
 
 PROGRAM_SLOT = 0
 _STACK_PAGES = 4
+_MAPPING = 2 * MIB  # size of the pages that map slot 0
 
 
 class Ucall(Enum):
@@ -47,7 +48,7 @@ class GuestVm(Closing):
         self.guest_mode = arch.GUEST_MODES[guest_mode]
         self.vm = kvm.create_vm()
         try:
-            self.cpuid = arch.get_supported_cpuid(kvm.fd)
+            self.cpuid = kvm.supported_cpuid
             self.size = program_slot_size(data_size)
             self._memory = self.vm.add_memory(PROGRAM_SLOT, 0, self.size).memory.view
             self._next_free = align_up(program.end, arch.PAGE_SIZE)
@@ -56,7 +57,8 @@ class GuestVm(Closing):
             self.page_tables = arch.PageTables(
                 self.guest_mode.levels, lambda: self.allocate(arch.PAGE_SIZE), self._table_words
             )
-            self.page_tables.map(arch.PAGE_SIZE, arch.PAGE_SIZE, self.size - arch.PAGE_SIZE)
+            # Few entries, since each VM of the suite writes them: no property of dirty logging depends on slot 0's pages.
+            self.page_tables.map(LOAD_ADDRESS, LOAD_ADDRESS, self.size - LOAD_ADDRESS, _MAPPING)
             self._tables = self.allocate(arch.PAGE_SIZE)
             arch.init_descriptor_tables(self.memory(self._tables, arch.PAGE_SIZE), program.symbols)
             self._commands = {program.symbols[call.value]: call for call in Ucall}
@@ -150,7 +152,7 @@ class GuestVm(Closing):
 
 def program_slot_size(data_size: int) -> int:
     """The size of slot 0 in bytes, for *data_size* bytes of data. Test memory must lie above it."""
-    return align_up(32 * MIB + data_size, 2 * MIB)
+    return align_up(32 * MIB + data_size, _MAPPING)
 
 
 def unexpected_exit(vcpu: Vcpu, code: int) -> str:

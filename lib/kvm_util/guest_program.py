@@ -12,13 +12,14 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from kvm_util.arch import current as arch
+from kvm_util.memory import MIB
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 SOURCES = _CHECKOUT / "guest_code" / arch.NAME
 OUTPUT = _CHECKOUT / "build" / "guest_code" / arch.NAME
 
-# Programs are linked for this address. The first MiB stays unused; page 0 is not mapped.
-LOAD_ADDRESS = 0x100000
+# Programs are linked for this address, and nothing is below it: those pages are not mapped.
+LOAD_ADDRESS = 2 * MIB
 ENTRY_SYMBOL = "guest_main"
 
 
@@ -88,11 +89,12 @@ def assemble_all() -> None:
 
 
 def assemble(source: Path, target: Path) -> None:
-    """Build one program if it is missing, or older than *source* and the ``*.inc`` files next to it.
+    """Build one program if it is missing, or older than *source*, the ``*.inc`` files next to it, or this module.
 
     :raises GuestProgramError: binutils are missing, or reject the program
     """
-    newest = max(path.stat().st_mtime_ns for path in (source, *source.parent.glob("*.inc")))
+    sources = (source, *source.parent.glob("*.inc"), Path(__file__))
+    newest = max(path.stat().st_mtime_ns for path in sources)
     if target.exists() and target.stat().st_mtime_ns >= newest:
         return
     try:

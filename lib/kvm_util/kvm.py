@@ -5,8 +5,10 @@ import errno
 import grp
 import os
 import stat
+from functools import cached_property
 
 from kvm_util import uapi
+from kvm_util.arch import current as arch
 from kvm_util.closing import Closing
 from kvm_util.host_limits import explained
 from kvm_util.ioctl import ioctl, raw_ioctl
@@ -54,6 +56,11 @@ class Kvm(Closing):
     def get_vcpu_mmap_size(self) -> int:
         """KVM_GET_VCPU_MMAP_SIZE: the size in bytes of a vCPU's shared region, which begins with ``struct kvm_run``."""
         return ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, "KVM_GET_VCPU_MMAP_SIZE")
+
+    @cached_property
+    def supported_cpuid(self) -> arch.Cpuid:
+        """KVM_GET_SUPPORTED_CPUID, which does not change."""
+        return arch.get_supported_cpuid(self.fd)
 
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM with the default machine type."""

@@ -106,7 +106,7 @@ def test_slot_across_page_table_boundary(
 ) -> None:
     """Pages on both sides of a page table's boundary are logged, within a word of the bitmap and at its end."""
     middle = align_up(FIRST_GPA + PAGE, boundary)
-    if middle + HUGE_PAGE_SIZE > arch.guest_phys_limit(arch.get_supported_cpuid(kvm.fd)):
+    if middle + HUGE_PAGE_SIZE > arch.guest_phys_limit(kvm.supported_cpuid):
         pytest.skip(f"a guest's physical addresses end below {middle + HUGE_PAGE_SIZE:#x} here")
     for below in (1, 2, 31, 32, 33, 63, 64, 65, 100) if thorough else (1, 33, 64):
         check_slot(vm, middle - below * PAGE, 130, draw)

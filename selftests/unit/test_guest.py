@@ -50,7 +50,7 @@ def test_unexpected_guest_exit(guest: GuestVm, entry: str, report: str) -> None:
 def test_guest_runs_in_each_mode(kvm: Kvm, name: str) -> None:
     """A guest runs in each guest mode that KVM supports."""
     mode = arch.GUEST_MODES[name]
-    if reason := mode.missing(arch.get_supported_cpuid(kvm.fd)):
+    if reason := mode.missing(kvm.supported_cpuid):
         pytest.skip(reason)
     with GuestVm(kvm, GuestProgram.load("self_test"), name) as guest:
         guest.write_symbol("question", 1)

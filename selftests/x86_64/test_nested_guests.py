@@ -107,7 +107,7 @@ class NestedGuest:
 @pytest.fixture(params=[True, False], ids=["nested-paging", "no-nested-paging"])
 def nested(request: pytest.FixtureRequest, kvm: Kvm) -> bool:
     """Whether L2 has nested page tables; skips where KVM does not offer that."""
-    cpuid = arch.get_supported_cpuid(kvm.fd)
+    cpuid = kvm.supported_cpuid
     if not has_svm(cpuid):
         pytest.skip("KVM offers its guests no SVM here (CPUID SVM)")
     if request.param and not has_nested_paging(cpuid):
