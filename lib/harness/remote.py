@@ -280,6 +280,7 @@ class RemoteSession:
             boot.finish()
 
     def _handle_report(self, boot: Boot, data: dict[str, Any]) -> None:
+        data = {"keywords": {}} | data if data["$report_type"] == "TestReport" else data
         report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
         if isinstance(report, pytest.CollectReport):
             if self._items is None:  # the other machines' are the same

@@ -62,4 +62,6 @@ class ReportStream:
             self.send(step=astuple(step))
 
     def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        self.send(report=self._config.hook.pytest_report_to_serializable(config=self._config, report=report))
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        data.pop("keywords", None)  # nothing on the host looks at them, and they are half of a report
+        self.send(report=data)
