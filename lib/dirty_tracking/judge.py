@@ -135,36 +135,46 @@ class Judge:
     def _check_collection(self, collection: Collection, state: _SlotState) -> None:
         if not self._ledger.per_vcpu and not self._is_answered(collection, state):
             return
-        self._check_spurious(collection, state)
-        if collection.complete and (self._ledger.per_vcpu or not state.toggled_during(collection)):
-            self._check_lost(collection, state)
+        is_judged = collection.complete and (self._ledger.per_vcpu or not state.toggled_during(collection))
+        scope = range(max(collection.first, state.pages.first), min(collection.last, state.pages.end))
+        spans = [self._spans_to_report(collection, state, vcpu) if is_judged else [] for vcpu in self._vcpus]
+        written = [self._written(vcpu, spans[vcpu], scope) for vcpu in self._vcpus]
+        self._check_spurious(collection, state, written)
+        if is_judged:
+            self._check_lost(collection, state, scope, spans, written)
             state.judged.append(collection)
 
     # --- R1, R2: what must be reported ------------------------------------------------------------------------------------
 
-    def _check_lost(self, collection: Collection, state: _SlotState) -> None:
-        scope = range(max(collection.first, state.pages.first), min(collection.last, state.pages.end))
+    def _spans_to_report(self, collection: Collection, state: _SlotState, vcpu: int) -> list[Span]:
+        """The writes of *vcpu* that were made with dirty logging enabled, and that no earlier collection had to report."""
+        oldest = self._oldest(state.last_enabled(collection), vcpu)
+        since = max((last.before[vcpu] for last in state.judged if last.covers(collection)), default=0)
+        return [
+            (max(since, first), min(end, collection.before[vcpu])) for first, end in state.logged[vcpu] if end > oldest
+        ]
+
+    def _oldest(self, enabled: Toggle | None, vcpu: int) -> int:
+        """The first write that can be reported: disabling dirty logging discards a bitmap's pages (E5)."""
+        return enabled.after[vcpu] if enabled is not None and not self._ledger.per_vcpu else -1
+
+    def _check_lost(
+        self, collection: Collection, state: _SlotState, scope: range, spans: list[list[Span]], written: list[set[int]]
+    ) -> None:
+        """Check that each page is reported that was *written* in *spans*, which is looked at for each vCPU."""
         enabled = state.last_enabled(collection)
         absent = self._absent_at_first(collection, state, enabled, scope)
         if absent:
             self._find("R2", Kind.LOST, collection, state, None, absent, ": all pages are dirty at first")
-        # Disabling dirty logging discards the pages of a bitmap that were not collected (E5).
-        bitmap_since = enabled if not self._ledger.per_vcpu else None
         deferred = {key: write for key, write in state.deferred.items() if key[1] not in scope}
         for vcpu in self._vcpus:
-            oldest = bitmap_since.after[vcpu] if bitmap_since is not None else 0
-            since = max((last.before[vcpu] for last in state.judged if last.covers(collection)), default=0)
-            spans = [
-                (max(since, first), min(end, collection.before[vcpu]))
-                for first, end in state.logged[vcpu]
-                if bitmap_since is None or end > oldest
-            ]
-            required = self._written(vcpu, spans, scope)
+            oldest = self._oldest(enabled, vcpu)
             owed = {page: write for (writer, page), write in state.deferred.items() if writer == vcpu and page in scope}
+            required = written[vcpu]
             required.update(page for page, write in owed.items() if write >= oldest)
             self.pages_required += len(required)
             missing = required - collection.pages
-            if missing and (lost := self._lost(collection, state, vcpu, missing, spans, owed, deferred) - absent):
+            if missing and (lost := self._lost(collection, state, vcpu, missing, spans[vcpu], owed, deferred) - absent):
                 begin = "the collection before" if state.judged else "dirty logging was enabled"
                 detail = f", of {len(required)} written since {begin}"
                 self._find("R1", Kind.LOST, collection, state, vcpu, lost, detail)
@@ -222,7 +232,8 @@ class Judge:
 
     # --- R3: what may be reported, and R5: how often -----------------------------------------------------------------------
 
-    def _check_spurious(self, collection: Collection, state: _SlotState) -> None:
+    def _check_spurious(self, collection: Collection, state: _SlotState, written: list[set[int]]) -> None:
+        """Check that each page that is reported may be; those *written* by each vCPU, which have to be, are most of them."""
         rings = self._ledger.per_vcpu
         enabled = state.last_enabled(collection)
         free = self._pages_still_set(collection, state)
@@ -230,7 +241,8 @@ class Judge:
             return
         for source, entries in enumerate(collection.reported):
             pages = self._of_slot(entries, state)
-            reported = set(pages) if rings or pages is not entries else collection.pages
+            is_all = pages is entries and len(collection.reported) == 1
+            reported = collection.pages if is_all else set(pages)
             spans: list[tuple[int, Span]] = []
             for vcpu in (source,) if rings else self._vcpus:
                 since = max(
@@ -245,9 +257,10 @@ class Judge:
                     since = max(since, enabled.before[vcpu])
                 # The write in flight may be reported before it is made (E1).
                 spans += ((vcpu, span) for span in _without(since, collection.after[vcpu] + 1, state.unlogged[vcpu]))
-            spurious = reported.difference(free)
+            spurious = reported.difference(free, *((written[source],) if rings else written))
             for vcpu, span in spans:
-                spurious.difference_update(self._ledger.streams[vcpu].written(*span))
+                if spurious:
+                    spurious.difference_update(self._ledger.streams[vcpu].written(*span))
             if spurious:
                 detail = f", of {len(reported)} reported"
                 self._find("R3", Kind.SPURIOUS, collection, state, source if rings else None, spurious, detail)

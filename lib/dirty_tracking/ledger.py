@@ -177,7 +177,7 @@ class Ledger:
         self._clock = 0
         self._events: list[Event] = []
         self._trace: TextIO | None = None
-        self._recent: deque[tuple[int, int, array[int]]] = deque(maxlen=_REMEMBERED)
+        self._recent: deque[tuple[int, int, list[array[int]]]] = deque(maxlen=_REMEMBERED)
 
     def now(self) -> int:
         """The next moment."""
@@ -203,7 +203,8 @@ class Ledger:
         events.sort(key=lambda event: event.end)
         for event in events:
             if isinstance(event, Collection):
-                self._recent.append((event.number, event.iteration, array("I", event.pages)))
+                pages = [array("I", numbers) for numbers in event.reported]
+                self._recent.append((event.number, event.iteration, pages))
         return events
 
     def page_numbers(self, slot: int, offsets: Sequence[int]) -> tuple[Sequence[int], list[Entry]]:
@@ -235,8 +236,8 @@ class Ledger:
 
     def last_report(self, page: int) -> str:
         """In which verified collection *page* was last reported."""
-        for number, iteration, pages in reversed(self._recent):
-            if page in pages:
+        for number, iteration, reported in reversed(self._recent):
+            if any(page in pages for pages in reported):
                 return f"last reported in collection {number}" + (f" (iteration {iteration})" if iteration else "")
         return f"not reported in the last {counted(len(self._recent), 'collection')}"
 
