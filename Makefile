@@ -71,7 +71,7 @@ guest_code: $(VENV)/run ## assemble the guest programs
 	PYTHONPATH=lib $(VENV)/bin/python -c 'from kvm_util.guest_program import assemble_all; assemble_all()'
 
 bench: $(VENV)/run ## the inner loops beside C; with C_TEST=path the whole runs beside the C dirty_log_test
-	PYTHONPATH=.:lib $(VENV)/bin/python bench/bench.py $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
+	PYTHONPATH=.:lib $(VENV)/bin/python -m bench.bench $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
 
 clean: ## remove what was built; results stay
 	rm -rf build $(VENV) .mypy_cache .ruff_cache

@@ -90,7 +90,7 @@ def test_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["fetch", "KERNEL=debian:6.1"], "-m runner.fetch debian:6.1"),
         (["fetch"], "-m runner.fetch debian:6.12"),
         (["fetch", "run", "ARGS=-v"], "--kernel auto -v"),
-        (["bench", "C_TEST=a b"], 'bench/bench.py --c-test "a b"'),
+        (["bench", "C_TEST=a b"], '-m bench.bench --c-test "a b"'),
         (["matrix"], 'runner/kernel_matrix.py "matrix.toml"'),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
     ],
@@ -138,7 +138,7 @@ def test_file_in_args_replaces_matrix(named: list[str], collected: str) -> None:
 )
 def test_invalid_benchmark_arguments(words: list[str], message: str) -> None:
     """Invalid arguments of the benchmark are one line of error, before anything is measured."""
-    done = start([sys.executable, "bench/bench.py", *words], ROOT, PYTHONPATH=".:lib")
+    done = start([sys.executable, "-m", "bench.bench", *words], ROOT, PYTHONPATH=".:lib")
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The figures of a benchmark: a line of each as it is measured, with the one that is kept of this machine beside it.
+
+``figures.json`` keeps a run's figures, by machine and kernel: a slowdown shows as a figure above the kept one.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+from harness.version import suite_version
+from kvm_util.arch import current as arch
+
+_KEPT = Path(__file__).with_name("figures.json")
+_WIDTH = 50
+
+
+class Figures:
+    """Prints figures, and collects them by name."""
+
+    def __init__(self) -> None:
+        self._machine = f"{os.uname().release}, {arch.cpu_model()}, {os.cpu_count()} CPUs"
+        self._all = json.loads(_KEPT.read_text()) if _KEPT.exists() else {}
+        self._kept = self._all.get(self._machine, {"figures": {}})
+        self._found: dict[str, float] = {}
+        print(self._machine)
+        since = f"kept {self._kept['date']}" if "date" in self._kept else "none kept"
+        print(f"{'':{_WIDTH}}{'suite':>12}{'C':>12}{'ratio':>8}   {since}")
+
+    def beside_c(self, name: str, suite: Sequence[float], c: Sequence[float]) -> None:
+        """Add what took *suite* and *c* seconds in each round: the median of the ratios of the rounds."""
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(suite, c, strict=True))
+        self._add(name, ratio, f"{_milliseconds(statistics.median(suite))}{_milliseconds(statistics.median(c))}")
+
+    def per_unit(self, name: str, seconds: float, units: int) -> None:
+        """Add what took *seconds* for *units*, in microseconds for each."""
+        self._add(f"{name}, us each", seconds / units * 1e6, f"{_milliseconds(seconds)}{'':12}")
+
+    def growth(self, title: str, unit: str, times: dict[int, float]) -> None:
+        """Add what took so many seconds at each size: as multiples of the time at the first size."""
+        first = next(iter(times.values()))
+        for size, seconds in times.items():
+            self._add(f"{title}, {size} {unit}", seconds / first, f"{_milliseconds(seconds)}{'':12}")
+
+    def keep(self) -> None:
+        """Keep these figures as those of this machine."""
+        figures = {name: round(value, 3) for name, value in self._found.items()}
+        self._all[self._machine] = {
+            "date": date.today().isoformat(),
+            "suite": suite_version(),
+            "figures": self._kept["figures"] | figures,
+        }
+        _KEPT.write_text(json.dumps(self._all, indent=1) + "\n")
+
+    def _add(self, name: str, value: float, times: str) -> None:
+        self._found[name] = value
+        kept = self._kept["figures"].get(name)
+        print(f"{name:{_WIDTH}}{times}{value:8.2f}" + ("" if kept is None else f"   {kept:.2f}"), flush=True)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """How long *call* takes, in seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:9.3f} ms"
