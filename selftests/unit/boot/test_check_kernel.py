@@ -158,7 +158,7 @@ def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
     [
         ("panic", "PANIC", "the kernel panicked: Kernel panic - not syncing: sysrq triggered crash"),
         ("oops", "OOPS", "the kernel oopsed: Oops: invalid opcode"),
-        ("hang", "HANG", "the kernel hung: no message for 120 s (--time-limit)"),
+        ("hang", "HANG", "the kernel hung: no message for 60 s (--time-limit)"),
         ("killed", "SUITE_DIED", "the suite died in the kernel"),
         (
             "ends_all",
@@ -169,7 +169,7 @@ def test_auto_kernel_without_kvm(tmp_path: Path, here: list[str]) -> None:
 )
 def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str, ending: str, text: str) -> None:
     """A kernel or a suite that ends early has a name, fails the running test, and keeps the results before it."""
-    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=120")
+    done = check_kernel(kernel.image, BREAKING, "-k", f"test_before or test_{how} or test_after", "--time-limit=60")
     assert done.status == BAD, done.output
     assert f"KERNEL {kernel.release}: {text}" in done.output
     assert "test_before PASSED" in done.output
@@ -184,11 +184,11 @@ def test_dead_kernel_is_bad(check_kernel: CheckKernel, kernel: Kernel, how: str,
 
 def test_one_of_two_machines_dies(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """The test that ran in a kernel that panics fails; another machine runs the others, and the verdict is bad."""
-    others = "selftests/interface/test_arguments.py"
+    others = "selftests/interface/test_get_and_clear.py"
     done = check_kernel(kernel.image, f"{BREAKING}::test_panic", others, "--machines=2", "--kvm-params=kvm_amd.npt=1")
     assert done.status == BAD, done.output
     assert done.verdicts["failure"] == ["test_panic"]
-    assert len(done.verdicts["passed"]) > 80
+    assert len(done.verdicts["passed"]) > 40
     log = r"\(kernel(-2)?\.log\)"
     assert re.search(rf"^KERNEL {re.escape(kernel.release)} {log}: the kernel panicked: ", done.output, re.M)
     assert done.data["end"]["ending"] == "PANIC"
@@ -219,14 +219,14 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
         kernel.image, statistics, PLANTED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
         "selftests/memory/test_write_protection.py::test_prefaulted_pages_are_logged",
-        "--no-known-bugs", "--tb=no", "-k", "not plain and not clear-log-unset",
+        "--no-known-bugs", "--tb=no", "-k", "not plain and not clear",  # a ring, and a bitmap
         "--kvm-params=kvm_amd.npt=1", "--machines=1",  # the one with the fault
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
     )  # fmt: skip
     assert done.status == BAD, done.output
     verdicts = done.verdicts
     assert {name.partition("[")[0] for name in verdicts["passed"]} == {"test_falsified_statistics", "test_planted"}
-    assert len(verdicts["failure"]) > 200
+    assert len(verdicts["failure"]) > 150
     assert not verdicts["error"]
 
 
