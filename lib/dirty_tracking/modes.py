@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
-from functools import cached_property
+from functools import cache
 
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.platform import uses_pml
@@ -20,6 +20,11 @@ from kvm_util.vm import Vm
 
 _MANUAL_PROTECT = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 _INITIALLY_SET = uapi.KVM_DIRTY_LOG_INITIALLY_SET
+
+
+@cache
+def _this_host_uses_pml() -> bool:
+    return uses_pml(this_host())
 
 
 def set_dirty_logging(vm: Vm, slot: int, on: bool) -> None:
@@ -114,10 +119,10 @@ class LogMode(ABC):
         if self.has_cpu_logs:
             kick()
 
-    @cached_property
+    @property
     def has_cpu_logs(self) -> bool:
         """Whether the CPUs log dirty pages into buffers of their own (PML)."""
-        return uses_pml(this_host())
+        return _this_host_uses_pml()
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:
         """Decide what it means that KVM_RUN returned *code*; on the vCPU's thread.
@@ -244,11 +249,7 @@ LOG_MODES: dict[str, type[LogMode]] = {
 def ring_accepted(kvm: Kvm, entries: int, mode: type[LogMode] = RingMode) -> bool:
     """Whether this KVM accepts a ring of *entries* entries in *mode*."""
     with kvm.create_vm() as vm:
-        try:
-            mode(entries).create_vm_done(vm)
-        except KvmError:
-            return False
-        return True
+        return _accepts_ring(vm, entries, mode)
 
 
 def smallest_ring(kvm: Kvm, mode: type[LogMode] = RingMode) -> int:
@@ -258,4 +259,14 @@ def smallest_ring(kvm: Kvm, mode: type[LogMode] = RingMode) -> int:
     """
     largest = mode.largest_ring(kvm)
     sizes = [1 << bit for bit in range(largest.bit_length())]
-    return next((entries for entries in sizes if ring_accepted(kvm, entries, mode)), largest)
+    # A VM whose ring is refused still takes another one: kvm_vm_ioctl_enable_dirty_log_ring(), virt/kvm/kvm_main.c.
+    with kvm.create_vm() as vm:
+        return next((entries for entries in sizes if _accepts_ring(vm, entries, mode)), largest)
+
+
+def _accepts_ring(vm: Vm, entries: int, mode: type[LogMode]) -> bool:
+    try:
+        mode(entries).create_vm_done(vm)
+    except KvmError:
+        return False
+    return True

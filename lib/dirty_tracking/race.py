@@ -4,10 +4,11 @@
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from dirty_tracking.vcpu_thread import KICK_SIGNAL, State
-from dirty_tracking.writers import POLL
+from dirty_tracking.writers import poll_interval
 from dirty_tracking.writers_vm import WritersVm
 
 # How many times HANG_TIMEOUT to wait for threads whose progress is not observed
@@ -23,6 +24,7 @@ class Worker(threading.Thread):
 
     :param pause: how many writes to wait for between two operations at most
     :ivar failure: what ended it, if anything did
+    :ivar ended: whether it has done all that it will
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.failure: BaseException | None = None
+        self.ended = False
         self._vm = vm
         self._operations = operations
         self._draw = draw
@@ -62,12 +65,16 @@ class Worker(threading.Thread):
         finally:
             with self._lock:
                 self._running = False
+            with self._vm.writers.cond:
+                self.ended = True
+                self._vm.writers.cond.notify_all()
 
     def _wait_for_writes(self) -> None:
         """Wait until the vCPUs have made some more writes, or one of them waits for its ring."""
         writers = self._vm.writers
+        begun = time.monotonic()
         goal = sum(writers.published()) + self._draw.randint(0, self._pause)
-        while sum(writers.published()) < goal and not self._quit.wait(POLL):
+        while sum(writers.published()) < goal and not self._quit.wait(poll_interval(begun)):
             if writers.any_ring_full():
                 return
 
@@ -92,12 +99,13 @@ def race(vm: WritersVm, workers: Sequence[Worker], background: Sequence[Worker] 
 
     def done() -> bool:
         written = all(now > then for now, then in zip(writers.published(), started, strict=True))
-        return written and not any(worker.is_alive() for worker in workers)
+        # One that has failed ends the wait itself.
+        return written and all(worker.ended and worker.failure is None for worker in workers)
 
     writers.wait(done, "the race", patience=_PATIENCE)
     for worker in background:
         worker.quit()
-    writers.wait(lambda: not any(worker.is_alive() for worker in background), "the end of the race", patience=_PATIENCE)
+    writers.wait(lambda: all(worker.ended for worker in background), "the end of the race", patience=_PATIENCE)
     vm.stop()
 
 

@@ -16,9 +16,17 @@ from dirty_tracking.write_stream import WriteStream
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestVm
 
-POLL = 0.001
+_LEAST_POLL, _MOST_POLL = 0.001, 0.02
 _JOIN_TIMEOUT = 10.0
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def poll_interval(begun: float) -> float:
+    """How long to wait until the next look at what has been waited for since *begun*, in seconds.
+
+    Each look takes time from the threads that are waited for, as only one thread at a time runs Python code: about a tenth.
+    """
+    return min(max((time.monotonic() - begun) / 10, _LEAST_POLL), _MOST_POLL)
 
 
 class Pace(IntEnum):
@@ -179,7 +187,8 @@ class Writers:
         :param patience: how many times HANG_TIMEOUT to wait at least
         :raises VcpuHang: the time is up
         """
-        deadline = time.monotonic() + HANG_TIMEOUT * patience
+        begun = time.monotonic()
+        deadline = begun + HANG_TIMEOUT * patience
         counts = self.published()
         deadlines = [deadline for _ in counts]
         with self.cond:
@@ -197,7 +206,7 @@ class Writers:
                     late = now > min(deadlines)
                 if late:
                     raise VcpuHang(self._describe_hang(what))
-                self.cond.wait(POLL)
+                self.cond.wait(poll_interval(begun))
 
     def last_exits(self) -> str:
         """The last exit of each vCPU, a line each."""
@@ -264,4 +273,4 @@ class Writers:
             for thread in threads:
                 # Again and again: a signal that came in the moment before KVM_RUN must not be the only one.
                 thread.quit()
-                thread.join(POLL)
+                thread.join(_LEAST_POLL)
