@@ -168,6 +168,7 @@ class Ledger:
     ) -> None:
         self.streams = streams
         self.slots = slots
+        self._places = {pages.slot: (pages.first, pages.end - pages.first) for pages in slots}
         self.per_vcpu = per_vcpu
         self.initially_set = initially_set
         self.entries_per_write = entries_per_write
@@ -214,13 +215,12 @@ class Ledger:
         >>> Ledger([], slots, per_vcpu=False, initially_set=False).page_numbers(2, [0, 3, 4])
         ([8, 11], [(2, 4)])
         """
-        its = next((one for one in self.slots if one.slot == slot), SlotPages(slot, 0, 0))
-        npages = its.end - its.first
+        first, npages = self._places.get(slot, (0, 0))
         strays: list[Entry] = []
         if offsets and max(offsets) >= npages:
             strays = [(slot, offset) for offset in offsets if offset >= npages]
             offsets = [offset for offset in offsets if offset < npages]
-        return [its.first + offset for offset in offsets] if its.first else offsets, strays
+        return [first + offset for offset in offsets] if first else offsets, strays
 
     def entry_numbers(self, slots: Sequence[int], offsets: Sequence[int]) -> tuple[Sequence[int], list[Entry]]:
         """As :meth:`page_numbers`, for the entries of a ring, each with a slot of its own."""
@@ -229,9 +229,11 @@ class Ledger:
         numbers: list[int] = []
         strays: list[Entry] = []
         for slot, offset in zip(slots, offsets, strict=True):
-            number, stray = self.page_numbers(slot, [offset])
-            numbers += number
-            strays += stray
+            first, npages = self._places.get(slot, (0, 0))
+            if offset < npages:
+                numbers.append(first + offset)
+            else:
+                strays.append((slot, offset))
         return numbers, strays
 
     def last_report(self, page: int) -> str:
