@@ -25,6 +25,7 @@ class Boot:
 
     :param initramfs: a file descriptor
     :param number: of this boot in the run, from 1; from the second on it is part of the names of the boot's files
+    :ivar number: as above
     :ivar log: the name of the file that gets the kernel's log
     :ivar tests: the collected tests, in the order in which the session there numbers them; None until they are known
     :ivar given: the tests that it was given and that have not ended, in the order in which they run
@@ -37,6 +38,7 @@ class Boot:
 
     def __init__(self, target: Target, initramfs: int, results: Path, number: int) -> None:
         suffix = "" if number == 1 else f"-{number}"
+        self.number = number
         self.log = f"kernel{suffix}.log"
         self.tests: list[str] | None = None
         self.given: list[str] = []

@@ -275,12 +275,13 @@ class RemoteSession:
 
     def _give_next(self, boot: Boot) -> None:
         if self._waiting and not boot.ending:
-            boot.give(self._waiting.popleft())
+            # From both ends: neighbours are alike, and tests with many threads at once in two machines delay each other.
+            boot.give(self._waiting.popleft() if boot.number % 2 else self._waiting.pop())
         else:
             boot.finish()
 
     def _handle_report(self, boot: Boot, data: dict[str, Any]) -> None:
-        data = {"keywords": {}} | data if data["$report_type"] == "TestReport" else data
+        data = {"keywords": {}} | data  # which ReportStream leaves out
         report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
         if isinstance(report, pytest.CollectReport):
             if self._items is None:  # the other machines' are the same

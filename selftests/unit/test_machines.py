@@ -32,8 +32,8 @@ FINISHED = Diagnosis(BootOutcome.FINISHED, "")
 class FakeBoot(Boot):
     """A boot without a machine; it keeps the orders that the session in it would get."""
 
-    def __init__(self, *, log: str) -> None:
-        self.log = log
+    def __init__(self, number: int) -> None:
+        self.number, self.log = number, f"kernel-{number}.log"
         self.tests, self.given, self.running, self.ending = None, [], None, False
         self.status, self.output, self.reports = 0, "", []
         self.orders: list[str] = []
@@ -79,7 +79,7 @@ class Run:
     def boot(self, _archive: object = None) -> None:
         """Boot a machine; it has not collected its tests."""
         self.session._booted += 1
-        self.session._boots.append(FakeBoot(log=f"kernel-{self.session._booted}.log"))
+        self.session._boots.append(FakeBoot(self.session._booted))
 
     @property
     def boots(self) -> list[FakeBoot]:
@@ -138,7 +138,7 @@ class Items:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Run:
-    """A run with two machines that have both collected the tests: a and b are in the first, c and d in the second."""
+    """A run with two machines that have both collected the tests: a and b are in the first, f and e in the second."""
     run = Run(tmp_path, 2)
     for boot in run.boots:
         run.collect(boot)
@@ -167,15 +167,15 @@ def test_orders_to_a_kernel(tmp_path: Path, orders: list[str], ran: list[tuple[s
 def test_each_test_runs_in_one_machine(two: Run) -> None:
     """A machine has one test running and one waiting; the faster machine gets more; at the end both are told so."""
     first, second = two.boots
-    assert (first.given, second.given) == (["a", "b"], ["c", "d"])
+    assert (first.given, second.given) == (["a", "b"], ["f", "e"])
     for _ in range(3):
         two.run(second)
-    assert second.given == ["f"]
+    assert second.given == ["c"]
     two.run(second)
     two.run(first)
     two.run(first)
     assert first.orders == ["0", "1", NO_MORE]
-    assert second.orders == ["2", "3", "4", "5", NO_MORE]
+    assert second.orders == ["5", "4", "3", "2", NO_MORE]
     assert two.outcomes == dict.fromkeys(TESTS, "passed")
     for boot in two.boots:
         two.end(boot, FINISHED)
