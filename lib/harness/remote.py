@@ -38,6 +38,8 @@ _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
 }
+# Only what Python prints is captured there: to read the files that get the output of all else takes time in each test.
+_CAPTURE = "--capture=sys"
 # Exit statuses of this session that the kernel does not change
 _KEPT = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
 # Outcomes that are not the fault of the test that was running
@@ -156,7 +158,7 @@ class RemoteSession:
             modules=[(module.guest_path, module.arguments(parameters)) for module in target.modules],
             parameters=target.parameters,
             keep_off_cpu_0=target.qemu.keeps_off_cpu_0,
-            command=[*program, *_UNUSED_PLUGINS, *self._options, *self._tests],
+            command=[*program, *_UNUSED_PLUGINS, _CAPTURE, *self._options, *self._tests],
             environment=_ENVIRONMENT,
         )
 

@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kvm_util import filtered_calls, host_limits
@@ -93,6 +94,11 @@ BACKINGS = {
         Backing("shmem", shared=True),
     )
 }
+
+
+@cache
+def _kernel_has_thp() -> bool:
+    return _THP.exists()
 
 
 def _why_no_thp(page_size: int) -> str | None:
@@ -212,7 +218,7 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
             os.close(fd)
     if backing.page_size and not backing.hugetlb:
         _madvise(mapped, mmap.MADV_HUGEPAGE, 0, length)
-    elif not backing.page_size and not backing.shared and _THP.exists():
+    elif not backing.page_size and not backing.shared and _kernel_has_thp():
         # With THP set to "always" this memory would be huge too, and base-page cells would test the same as THP cells.
         _madvise(mapped, mmap.MADV_NOHUGEPAGE, 0, length)
     return mapped
