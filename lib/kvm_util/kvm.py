@@ -58,7 +58,7 @@ class Kvm(Closing):
         return ioctl(self.fd, uapi.KVM_GET_VCPU_MMAP_SIZE, "KVM_GET_VCPU_MMAP_SIZE")
 
     @cached_property
-    def supported_cpuid(self) -> arch.Cpuid:
+    def supported_cpuid(self) -> "arch.Cpuid":
         """KVM_GET_SUPPORTED_CPUID, which does not change."""
         return arch.get_supported_cpuid(self.fd)
 
