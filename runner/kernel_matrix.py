@@ -13,12 +13,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,16 +35,19 @@ if __name__ == "__main__":
 import pytest
 from _pytest._io import TerminalWriter
 
-from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS
+from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS, VM_MEMORY
 from harness.output_paths import new_folder
 from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from harness.toml_file import TomlError, TomlFile
+from kvm_util.host_limits import available_memory
+from kvm_util.memory import MIB
 from kvm_util.wording import counted
 from runner import ROOT
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.modules import parse_parameters
 from runner.store import shown
+from runner.target import MOST_MACHINES
 from runner.waiting import waiting
 
 _USAGE = "usage: kernel_matrix.py FILE [options of pytest]"
@@ -95,6 +99,10 @@ class _Terminated(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+
+
+class _MatrixEnded(Exception):
+    """The matrix has ended before this run began."""
 
 
 class _UsageError(Exception):
@@ -156,31 +164,107 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
     return kernels, sets, arguments
 
 
-def run(kernel: str, parameters: str, folder: Path, arguments: list[str]) -> RunResult:
-    """Test one kernel, with all files in *folder*. A signal that ends the matrix is passed on to the run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
-    options = [f"--results={folder}", *arguments]
-    if kernel == _HOST:
-        testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
-        command = [sys.executable, "-m", "pytest", "-v", "-o", testpaths, *_split_options(options, MACHINE_OPTIONS)[1]]
-    else:
-        program = str(ROOT / "runner" / "check_kernel.py")
-        command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
-    interrupted = False
-    with (folder / "output.txt").open("wb") as output:
-        # Unbuffered, or pytest's errors, which go to standard error, would stand in the middle of another line.
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        while process.returncode is None:
-            try:
-                process.wait()
-            except _Terminated as signalled:
-                interrupted = True
-                process.send_signal(signalled.number)
-            except KeyboardInterrupt:
-                interrupted = True  # the terminal has sent it to the run too
-    return _read_result(kernel, parameters, _INTERRUPTED if interrupted else process.returncode, folder)
+class Runs:
+    """Runs of kernels, several at once, each with *options* and a folder below *folder*.
+
+    :ivar interrupted: whether a signal has ended the matrix: runs end with it, and no more begin
+    """
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        self.interrupted = False
+        self._folder = folder
+        self._options = options
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}  # by label, those that run
+        self._results: list[RunResult | None] = []
+        self._ended = False  # by a signal, or by an option that is wrong in each run
+        self._lock = threading.Lock()  # of all of these
+
+    def run_all(self, pairs: Sequence[tuple[str, str]], at_once: int) -> list[RunResult]:
+        """Test each kernel with its parameters, until all are done, or a signal or a wrong option ends the matrix."""
+        labels = [
+            f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'}"
+            for number, (kernel, parameters) in enumerate(pairs, 1)
+        ]
+        self._results = [None for _ in pairs]
+        with ThreadPoolExecutor(at_once) as pool, waiting(counted(len(pairs), "run"), self._progress):
+            left = {pool.submit(self._run_one, number, label, *pairs[number]) for number, label in enumerate(labels)}
+            while left:
+                try:
+                    left = wait(left).not_done
+                except _Terminated as signalled:
+                    self._interrupt(signalled.number)
+                except KeyboardInterrupt:
+                    self._interrupt(None)  # the terminal has sent it to the runs too
+        return [
+            result or RunResult(*pair, _NOT_RUN, [], [], pair[0], "")
+            for pair, result in zip(pairs, self._results, strict=True)
+        ]
+
+    def _run_one(self, number: int, label: str, kernel: str, parameters: str) -> None:
+        """Test one kernel, unless the matrix has ended, and print its verdict; on a thread of the pool."""
+        start = time.monotonic()
+        try:
+            result = self.run(kernel, parameters, self._folder / f"{number + 1:02}", label)
+        except _MatrixEnded:
+            return
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            result = RunResult(kernel, parameters, CANNOT_TEST, [], [], kernel, reason)
+        self._results[number] = result
+        cells, tests, seconds = len(result.cells), len(result.tests), time.monotonic() - start
+        counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
+        _print_line(f"{label} ... {result.verdict} ({counts})")
+        if result.status >= _USAGE_ERROR:
+            self._ended = True
+
+    def run(self, kernel: str, parameters: str, folder: Path, label: str = "") -> RunResult:
+        """Test one kernel, with all files in *folder*.
+
+        :raises _MatrixEnded: the matrix has ended meanwhile
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
+        options = [f"--results={folder}", *self._options]
+        if kernel == _HOST:
+            testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
+            here = _split_options(options, MACHINE_OPTIONS)[1]
+            command = [sys.executable, "-m", "pytest", "-v", "-o", testpaths, *here]
+        else:
+            program = str(ROOT / "runner" / "check_kernel.py")
+            command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
+        with (folder / "output.txt").open("wb") as output:
+            # Unbuffered, or pytest's errors, which go to standard error, would stand in the middle of another line.
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+            with self._lock:
+                if self._ended:
+                    raise _MatrixEnded
+                process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                self._processes[label] = process
+            status = process.wait()
+            with self._lock:
+                del self._processes[label]
+        return _read_result(kernel, parameters, _INTERRUPTED if self.interrupted else status, folder)
+
+    def _interrupt(self, number: int | None) -> None:
+        """End the matrix, and pass signal *number* on to the runs."""
+        with self._lock:
+            self.interrupted = self._ended = True
+            for process in self._processes.values():
+                if number is not None:
+                    process.send_signal(number)
+
+    def _progress(self) -> tuple[float | None, str]:
+        """The share of the runs that is done; and in words the runs that are not."""
+        done = float(sum(result is not None for result in self._results))
+        running = []
+        with self._lock:
+            labels = list(self._processes)
+        for label in labels:
+            number = int(label[1:].partition("/")[0])
+            share, words = _read_progress(self._folder / f"{number:02}" / "output.txt")
+            done += share or 0
+            running.append(f"{label} {words}".strip())
+        return done / max(len(self._results), 1), ", ".join(running)
 
 
 def _read_result(kernel: str, parameters: str, status: int, folder: Path) -> RunResult:
@@ -259,11 +343,10 @@ def main(arguments: list[str]) -> int:
         if handler is not signal.SIG_IGN:
             signal.signal(number, _raise_terminated)
     try:
-        results = _run_all(pairs, folder, options)
+        results = Runs(folder, options).run_all(pairs, _at_once())
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    results += [RunResult(*pair, _NOT_RUN, [], [], pair[0], "") for pair in pairs[len(results) :]]
     lines = _summary(results)
     try:
         (folder / "table.txt").write_text("\n".join(lines) + "\n")
@@ -300,6 +383,12 @@ def _prepare(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str], Pa
         raise _UsageError(f"{error.filename}: {error.strerror} (--results DIR puts the files elsewhere)") from None
 
 
+def _at_once() -> int:
+    """How many kernels are tested at once: one, unless its machines leave most CPUs and most memory of this host idle."""
+    machines = min(len(os.sched_getaffinity(0)), available_memory() // (VM_MEMORY * MIB))
+    return max(1, machines // MOST_MACHINES)
+
+
 def _make_folder(given: str | None) -> Path:
     """Make the folder of the matrix.
 
@@ -309,29 +398,6 @@ def _make_folder(given: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("")
     return folder
-
-
-def _run_all(pairs: Sequence[tuple[str, str]], folder: Path, options: list[str]) -> list[RunResult]:
-    """Test one kernel after the other, until all are done, or a signal or a wrong option ends the matrix."""
-    results: list[RunResult] = []
-    with suppress(KeyboardInterrupt):  # between two runs
-        for number, (kernel, parameters) in enumerate(pairs, 1):
-            label = f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'}"
-            own_folder = folder / f"{number:02}"
-            start = time.monotonic()
-            try:
-                with waiting(label, partial(_read_progress, own_folder / "output.txt"), f"{label} ..."):
-                    result = run(kernel, parameters, own_folder, options)
-            except OSError as error:
-                reason = f"{error.filename}: {error.strerror}"
-                result = RunResult(kernel, parameters, CANNOT_TEST, [], [], kernel, reason)
-            results.append(result)
-            cells, tests, seconds = len(result.cells), len(result.tests), time.monotonic() - start
-            counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
-            _print_line(f"{label} ... {result.verdict} ({counts})")
-            if result.status >= _USAGE_ERROR:
-                break
-    return results
 
 
 def _raise_terminated(number: int, _frame: FrameType | None) -> None:

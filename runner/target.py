@@ -20,7 +20,7 @@ DEFAULT_KERNEL = "debian:6.12"
 # The suite's options for sizes at which a cell takes seconds although TCG emulates every instruction
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
-_MOST_MACHINES = 8
+MOST_MACHINES = 8
 _WORTH_A_BOOT = 10  # tests
 
 
@@ -143,7 +143,7 @@ def number_of_machines(target: Target, asked: int, tests: int) -> int:
     if asked:
         return max(1, min(asked, tests))
     cpus = len(os.sched_getaffinity(0)) // (1 if target.qemu.emulated else target.machine.cpus)
-    return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, _MOST_MACHINES))
+    return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, MOST_MACHINES))
 
 
 def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:

@@ -17,9 +17,10 @@ AUTO = "auto"
 ACCELERATORS = ("auto", "tcg", "kvm")
 
 LONGEST = 7 * 24 * 3600  # seconds
+VM_MEMORY = 3072  # MiB of a machine, by default
 # Options with a number: default, minimum, maximum, unit, help; 0 stands for a number that the run chooses
 _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
-    "vm_memory": (3072, 256, None, "MIB", "memory of the machine, at least 256"),
+    "vm_memory": (VM_MEMORY, 256, None, "MIB", "memory of the machine, at least 256"),
     "vm_cpus": (2, 1, None, "N", "its CPUs"),
     "machines": (0, 1, 64, "N", "how many of them share the tests"),
     "time_limit": (300, 1, LONGEST, "S", "seconds without a message after which the kernel counts as hung"),

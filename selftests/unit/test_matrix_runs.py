@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from harness import output_paths
 from harness.table import DIMENSIONS
+from kvm_util.memory import GIB
 from runner import ROOT
 from runner import kernel_matrix as matrix
 from runner.modules import parse_parameters
@@ -37,6 +39,7 @@ import sys
 from types import SimpleNamespace
 from runner import kernel_matrix as matrix
 matrix.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
+matrix._at_once = lambda: {at_once}
 sys.exit(matrix.main(sys.argv[1:]))
 """
 
@@ -89,7 +92,7 @@ def test_matrix_usage_errors(tmp_path: Path, arguments: list[str], status: int, 
 )  # fmt: skip
 def test_reason_of_a_failed_run(tmp_path: Path, kernel: str, arguments: list[str], status: int, reason: str) -> None:
     """The reason is the run's own, not pytest's last line; a run without results is not good."""
-    done = matrix.run(kernel, "", tmp_path / "01", arguments)
+    done = matrix.Runs(tmp_path, arguments).run(kernel, "", tmp_path / "01")
     assert done.status == status
     assert {cell["verdict"] for cell in done.cells} <= {"skipped"}
     assert re.search(reason, done.reason)
@@ -100,7 +103,7 @@ def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
     (tmp_path / "01").mkdir()
     old = {"cells": [CELL | {"verdict": "pass"}], "tests": [], "host": {}, "end": {}}
     (tmp_path / "01" / "results.json").write_text(json.dumps(old))
-    assert matrix.run("host", "", tmp_path / "01", ["--version"]).cells == []
+    assert matrix.Runs(tmp_path, ["--version"]).run("host", "", tmp_path / "01").cells == []
 
 
 def test_truncated_results(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_machine_options_of_a_matrix(
     python = write(tmp_path / "python", f"""#!/bin/sh\nprintf '%s\\n' "$@" > {tmp_path}/words\n""")
     monkeypatch.setattr(sys, "executable", str(python))
     for kernel, expected in (("host", left), ("debian:6.12", words)):
-        matrix.run(kernel, "", tmp_path / "01", words)
+        matrix.Runs(tmp_path, words).run(kernel, "", tmp_path / "01")
         assert (tmp_path / "words").read_text().splitlines()[-len(expected) - 1 :] == [
             f"--results={tmp_path / '01'}", *expected,
         ]  # fmt: skip
@@ -150,10 +153,12 @@ def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [matrix._make_folder(None).name for _ in range(3)] == ["matrix-now", "matrix-now-2", "matrix-now-3"]
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_matrix(tmp_path: Path, number: signal.Signals) -> None:
-    """A signal ends the current run, which is waited for; the table has what was done and what was not."""
-    driver = write(tmp_path / "driver.py", DRIVER.format(fake=fake_python(tmp_path, "time.sleep(60)")))
+def test_interrupted_matrix(tmp_path: Path, number: signal.Signals, at_once: int) -> None:
+    """A signal ends the current runs, which are waited for; the table has what was done and what was not."""
+    fake = fake_python(tmp_path, "time.sleep(60)")
+    driver = write(tmp_path / "driver.py", DRIVER.format(fake=fake, at_once=at_once))
     file = write(tmp_path / "matrix.toml", 'kernels = ["a", "b", "c"]\n')
     folder = tmp_path / "results"
     process = subprocess.Popen(
@@ -162,7 +167,7 @@ def test_interrupted_matrix(tmp_path: Path, number: signal.Signals) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 30
-    while not (folder / "01" / "results.json").exists():
+    while len(list(folder.glob("*/results.json"))) < at_once:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.2)
@@ -173,10 +178,35 @@ def test_interrupted_matrix(tmp_path: Path, number: signal.Signals) -> None:
     output, _ = process.communicate(timeout=50)
     assert process.returncode == INTERRUPTED, output
     assert "[1/3] a defaults ... interrupted (1 cell, 0 other tests, " in output
-    assert "\nA  6.0  defaults: interrupted\nB  b  defaults: not run\nC  c  defaults: not run\n" in output
-    assert "dirty-log  48bit-4k  shmem    forced  sparse   1     pass\n" in output
+    second = "B  6.0  defaults: interrupted" if at_once == 2 else "B  b  defaults: not run"
+    assert f"\nA  6.0  defaults: interrupted\n{second}\nC  c  defaults: not run\n" in output
+    assert f"dirty-log  48bit-4k  shmem    forced  sparse   1   {'  pass' * at_once}\n" in output
     assert (folder / "table.txt").read_text() in output
     assert "C  c  defaults: not run" in (folder / "table.txt").read_text()
+
+
+def test_kernels_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many kernels as asked for are tested at the same time; their results are in the order of the file."""
+    together = threading.Barrier(3, timeout=30)
+
+    def run(_runs: matrix.Runs, kernel: str, parameters: str, _folder: Path, _label: str) -> matrix.RunResult:
+        together.wait()
+        return matrix.RunResult(kernel, parameters, 0, [], [], kernel, "")
+
+    monkeypatch.setattr(matrix.Runs, "run", run)
+    pairs = [(kernel, "") for kernel in "abcdef"]
+    results = matrix.Runs(tmp_path, []).run_all(pairs, 3)
+    assert [(result.kernel, result.status) for result in results] == [(kernel, 0) for kernel in "abcdef"]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "kernels"), [(2, 64, 1), (15, 64, 1), (16, 64, 2), (64, 500, 8), (64, 40, 1), (64, 50, 2)]
+)
+def test_number_of_kernels_at_once(monkeypatch: pytest.MonkeyPatch, cpus: int, memory: int, kernels: int) -> None:
+    """One kernel is tested for every 8 CPUs, and for every 8 machines that fit into the memory (in GiB)."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cpus))
+    monkeypatch.setattr(matrix, "available_memory", lambda: memory * GIB)
+    assert matrix._at_once() == kernels
 
 
 def test_killed_run_in_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +247,7 @@ def test_kernel_matrix_file(tmp_path: Path) -> None:
 
 def test_host_runs_all_tests_on_kvm(tmp_path: Path) -> None:
     """The host's run has all tests that a booted kernel gets: those of each folder but the suite's own."""
-    matrix.run("host", "", tmp_path / "01", ["--collect-only", "-qq"])
+    matrix.Runs(tmp_path, ["--collect-only", "-qq"]).run("host", "", tmp_path / "01")
     collected = set(re.findall(r"^(selftests/.*\.py)(?:::|: )", (tmp_path / "01/output.txt").read_text(), re.MULTILINE))
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "selftests").rglob("test_*.py")}
     assert collected == {name for name in files if not name.startswith("selftests/unit/")}
@@ -228,13 +258,13 @@ def planned_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """Have each run end with the status that its kernel's name is (the host's: 0); returns kernels and parameters as run."""
     runs = []
 
-    def run(kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.RunResult:
+    def run(_runs: matrix.Runs, kernel: str, parameters: str, folder: Path, _label: str) -> matrix.RunResult:
         runs.append((kernel, parameters))
         folder.mkdir(parents=True)
         status = 0 if kernel == "host" else int(kernel)
         return matrix.RunResult(kernel, parameters, status, [CELL | {"verdict": "pass"}], [], kernel, "")
 
-    monkeypatch.setattr(matrix, "run", run)
+    monkeypatch.setattr(matrix.Runs, "run", run)
     monkeypatch.setattr(output_paths, "RESULTS", tmp_path / "results")
     return runs
 
