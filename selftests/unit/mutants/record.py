@@ -52,24 +52,28 @@ class Runner:
         self._options = options
         self._workers = workers
 
-    def run(self, mutant: str | None, seed: int) -> Verdicts:
-        """The verdict on each case under *mutant*, or on unchanged KVM.
+    def cases(self) -> dict[Case, str]:
+        """The cases that can run, with the id of each."""
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *_files(()), *_modes(MODES), *SIZES]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        ids = [line for line in done.stdout.splitlines() if "::" in line]
+        return {case_of(test.partition("::")[2]): test for test in ids}
+
+    def run(self, mutant: str | None, seed: int, only: Sequence[str] = ()) -> Verdicts:
+        """The verdict on each case, or on those with the ids *only*, under *mutant*, or on unchanged KVM.
 
         :raises RuntimeError: the run did not come to its end
         """
         concerned = [mode for mode in MODES if not mutant or mode in MUTANTS[mutant].modes]
-        left_out = [mode for mode in LOG_MODES if mode not in concerned]
         hang = WRITERS if mutant and MUTANTS[mutant].hangs_writers else ()
-        files = [path for path in contract_files() if path.name not in (*ELSEWHERE, *hang)]
         with tempfile.TemporaryDirectory() as folder:
             junit = Path(folder) / "junit.xml"
             command = [sys.executable, "-m", "pytest", *([f"{PLANTED}[{mutant}]"] if mutant else [])]
-            command += [str(path.relative_to(ROOT)) for path in files]
+            command += only or [*_files(hang), *_modes(concerned)]
             command += ["-q", "--tb=no", "-p", "no:cacheprovider", *SIZES, f"--seed={seed}", *self._options]
             command += [f"--results={folder}", f"--junitxml={junit}"]
             # The mutant is planted in one machine.
             command += ["--machines=1"] if any(option.startswith("--kernel") for option in self._options) else []
-            command += ["-k", " and ".join(f"not {mode}" for mode in left_out)] if left_out else []
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
             if done.returncode not in (0, 1) or not junit.exists():
                 raise RuntimeError(f"{mutant or 'no mutant'}: status {done.returncode}\n{done.stdout}{done.stderr}")
@@ -80,11 +84,11 @@ class Runner:
             raise RuntimeError(f"{mutant} was not planted\n{done.stdout}{done.stderr}")
         return verdicts
 
-    def kills(self, mutants: Sequence[str], recorded: Kills, twice_if_new: bool) -> tuple[Kills, Kills, set[Case]]:
+    def kills(self, mutants: Sequence[str], recorded: Kills, twice_if_new: bool) -> tuple[Kills, Kills]:
         """Run *mutants*; those of which a kill is lost run twice.
 
         :param twice_if_new: those with a new kill run twice too
-        :returns: the kills lost and made, as by :func:`compare`, and the cases that ran under any of the mutants
+        :returns: the kills lost and made, as by :func:`compare`
         """
         runs = {mutant: [verdicts] for mutant, verdicts in zip(mutants, self._run_all(mutants, 1), strict=True)}
         doubtful = []
@@ -95,12 +99,21 @@ class Runner:
                 doubtful.append(mutant)
         for mutant, verdicts in zip(doubtful, self._run_all(doubtful, 2), strict=True):
             runs[mutant].append(verdicts)
-        ran = {case for mutant in mutants for case, verdict in runs[mutant][0].items() if verdict != "skipped"}
-        return *compare(recorded, runs), ran
+        return compare(recorded, runs)
 
     def _run_all(self, mutants: Sequence[str], seed: int) -> list[Verdicts]:
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(lambda mutant: self.run(mutant, seed), mutants))
+
+
+def _files(left_out: Sequence[str]) -> list[str]:
+    """The contract tests, but those that run elsewhere or are *left_out*."""
+    return [str(path.relative_to(ROOT)) for path in contract_files() if path.name not in (*ELSEWHERE, *left_out)]
+
+
+def _modes(concerned: Sequence[str]) -> list[str]:
+    """The option that selects the cases in the log modes *concerned*, and those without one."""
+    return ["-k", " and ".join(f"not {mode}" for mode in LOG_MODES if mode not in concerned)]
 
 
 def _verdicts(junit: Path) -> dict[Case, str]:
@@ -125,7 +138,7 @@ def main() -> int:
     matrix = KillMatrix.load(FILE.read_text() if FILE.exists() else "")
     runner = Runner(options, os.cpu_count() or 1)
     sound = runner.run(None, 1)
-    lost, made, _ = runner.kills(mutants, matrix.kills, twice_if_new=True)
+    lost, made = runner.kills(mutants, matrix.kills, twice_if_new=True)
     losses = [f"no such test: {case}" for case in matrix.gone(runner.backend, sound)]
     losses += [f"survives {case}: {mutant}" for case, names in sorted(lost.items()) for mutant in sorted(names)]
     if losses:
