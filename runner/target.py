@@ -20,7 +20,7 @@ DEFAULT_KERNEL = "debian:6.12"
 # The suite's options for sizes at which a cell takes seconds although TCG emulates every instruction
 EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
-MOST_MACHINES = 8
+MOST_MACHINES = 16
 _WORTH_A_BOOT = 10  # tests
 
 

@@ -200,10 +200,10 @@ def test_kernels_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("cpus", "memory", "kernels"), [(2, 64, 1), (15, 64, 1), (16, 64, 2), (64, 500, 8), (64, 40, 1), (64, 50, 2)]
+    ("cpus", "memory", "kernels"), [(2, 99, 1), (31, 99, 1), (32, 99, 2), (64, 500, 4), (64, 90, 1), (64, 99, 2)]
 )
 def test_number_of_kernels_at_once(monkeypatch: pytest.MonkeyPatch, cpus: int, memory: int, kernels: int) -> None:
-    """One kernel is tested for every 8 CPUs, and for every 8 machines that fit into the memory (in GiB)."""
+    """One kernel is tested for every 16 CPUs, if as many machines fit into the memory (in GiB)."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cpus))
     monkeypatch.setattr(matrix, "available_memory", lambda: memory * GIB)
     assert matrix._at_once() == kernels
