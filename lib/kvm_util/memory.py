@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MADV_POPULATE_WRITE = 23
 
+# A mapping in /proc/self/smaps: its first address, the one after its last, and how many KiB of it are in huge pages
+_TRANSPARENT = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (?:.*\n)+?AnonHugePages: +([0-9]+) kB", re.MULTILINE)
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 
@@ -175,15 +178,9 @@ class GuestMemory:
 
     def transparent_huge_size(self) -> int:
         """How many bytes are backed by transparent huge pages (``AnonHugePages`` in /proc/self/smaps)."""
-        inside, found = False, 0
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            name = line.split(None, 1)[0]
-            if not name.endswith(":"):
-                start, end = (int(part, 16) for part in name.split("-"))
-                inside = start < self.hva + self.size and self.hva < end
-            elif inside and name == "AnonHugePages:":
-                found += int(line.split()[1]) * KIB
-        return found
+        found = _TRANSPARENT.findall(Path("/proc/self/smaps").read_text())
+        end = self.hva + self.size
+        return sum(int(size) * KIB for first, last, size in found if int(first, 16) < end and self.hva < int(last, 16))
 
     def close(self) -> None:
         """Unmap the memory. Views derived from :attr:`view` must be released before."""
