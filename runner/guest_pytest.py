@@ -10,7 +10,7 @@ import sys
 
 gc.disable()  # until LateGarbageCollection enables it
 
-import pytest  # noqa: E402 (the import makes no garbage, only work for the collector)
+import pytest  # noqa: E402 (the import makes little garbage, and much work for the collector)
 
 from runner.guest_session import GuestSession  # noqa: E402
 

@@ -13,15 +13,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 if __name__ == "__main__":
@@ -46,6 +43,7 @@ from runner import ROOT
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.modules import parse_parameters
+from runner.qemu import nested_vendor
 from runner.store import shown
 from runner.target import MOST_MACHINES
 from runner.waiting import waiting
@@ -59,6 +57,7 @@ _KVM_TESTS = sorted(
 # pytest's exit statuses there: where no test ran, this host may have no KVM, and the other kernels may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
 _NOT_RUN, _USAGE_ERROR, _INTERRUPTED = -1, 128, 130
+_POLL = 0.1  # seconds between looks at the runs
 _VERDICTS = {
     0: "good",
     1: "BAD",
@@ -91,18 +90,6 @@ _RESERVED = {
 }
 # The lines in which a run gives its reason for testing nothing
 _REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: error: )(.+)")
-
-
-class _Terminated(KeyboardInterrupt):
-    """Signal *number* arrived, which ends the matrix like Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-class _MatrixEnded(Exception):
-    """The matrix has ended before this run began."""
 
 
 class _UsageError(Exception):
@@ -164,67 +151,30 @@ def load(path: Path) -> tuple[list[str], list[str], list[str]]:
     return kernels, sets, arguments
 
 
-class Runs:
-    """Runs of kernels, several at once, each with *options* and a folder below *folder*.
+@dataclass
+class Run:
+    """A kernel that is being tested, in a process of its own.
 
-    :ivar interrupted: whether a signal has ended the matrix: runs end with it, and no more begin
+    :ivar label: its number and the kernel, in words
+    :ivar folder: gets all its files
     """
 
-    def __init__(self, folder: Path, options: list[str]) -> None:
-        self.interrupted = False
-        self._folder = folder
-        self._options = options
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}  # by label, those that run
-        self._results: list[RunResult | None] = []
-        self._ended = False  # by a signal, or by an option that is wrong in each run
-        self._lock = threading.Lock()  # of all of these
+    label: str
+    kernel: str
+    parameters: str
+    folder: Path
+    process: "subprocess.Popen[bytes]"
+    started: float
 
-    def run_all(self, pairs: Sequence[tuple[str, str]], at_once: int) -> list[RunResult]:
-        """Test each kernel with its parameters, until all are done, or a signal or a wrong option ends the matrix."""
-        labels = [
-            f"[{number}/{len(pairs)}] {kernel} {parameters or 'defaults'}"
-            for number, (kernel, parameters) in enumerate(pairs, 1)
-        ]
-        self._results = [None for _ in pairs]
-        with ThreadPoolExecutor(at_once) as pool, waiting(counted(len(pairs), "run"), self._progress):
-            left = {pool.submit(self._run_one, number, label, *pairs[number]) for number, label in enumerate(labels)}
-            while left:
-                try:
-                    left = wait(left).not_done
-                except _Terminated as signalled:
-                    self._interrupt(signalled.number)
-                except KeyboardInterrupt:
-                    self._interrupt(None)  # the terminal has sent it to the runs too
-        return [
-            result or RunResult(*pair, _NOT_RUN, [], [], pair[0], "")
-            for pair, result in zip(pairs, self._results, strict=True)
-        ]
+    @classmethod
+    def start(cls, label: str, kernel: str, parameters: str, folder: Path, arguments: list[str]) -> "Run":
+        """Begin to test a kernel.
 
-    def _run_one(self, number: int, label: str, kernel: str, parameters: str) -> None:
-        """Test one kernel, unless the matrix has ended, and print its verdict; on a thread of the pool."""
-        start = time.monotonic()
-        try:
-            result = self.run(kernel, parameters, self._folder / f"{number + 1:02}", label)
-        except _MatrixEnded:
-            return
-        except OSError as error:
-            reason = f"{error.filename}: {error.strerror}"
-            result = RunResult(kernel, parameters, CANNOT_TEST, [], [], kernel, reason)
-        self._results[number] = result
-        cells, tests, seconds = len(result.cells), len(result.tests), time.monotonic() - start
-        counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
-        _print_line(f"{label} ... {result.verdict} ({counts})")
-        if result.status >= _USAGE_ERROR:
-            self._ended = True
-
-    def run(self, kernel: str, parameters: str, folder: Path, label: str = "") -> RunResult:
-        """Test one kernel, with all files in *folder*.
-
-        :raises _MatrixEnded: the matrix has ended meanwhile
+        :raises OSError: its folder cannot be written
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
-        options = [f"--results={folder}", *self._options]
+        options = [f"--results={folder}", *arguments]
         if kernel == _HOST:
             testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
             here = _split_options(options, MACHINE_OPTIONS)[1]
@@ -235,36 +185,100 @@ class Runs:
         with (folder / "output.txt").open("wb") as output:
             # Unbuffered, or pytest's errors, which go to standard error, would stand in the middle of another line.
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-            with self._lock:
-                if self._ended:
-                    raise _MatrixEnded
-                process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                self._processes[label] = process
-            status = process.wait()
-            with self._lock:
-                del self._processes[label]
-        return _read_result(kernel, parameters, _INTERRUPTED if self.interrupted else status, folder)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        return cls(label, kernel, parameters, folder, process, time.monotonic())
 
-    def _interrupt(self, number: int | None) -> None:
-        """End the matrix, and pass signal *number* on to the runs."""
-        with self._lock:
-            self.interrupted = self._ended = True
-            for process in self._processes.values():
-                if number is not None:
-                    process.send_signal(number)
+    def result(self, interrupted: bool) -> "RunResult":
+        """The result, once the process has ended."""
+        status = _INTERRUPTED if interrupted else self.process.wait()
+        return _read_result(self.kernel, self.parameters, status, self.folder)
 
-    def _progress(self) -> tuple[float | None, str]:
-        """The share of the runs that is done; and in words the runs that are not."""
-        done = float(sum(result is not None for result in self._results))
-        running = []
-        with self._lock:
-            labels = list(self._processes)
-        for label in labels:
-            number = int(label[1:].partition("/")[0])
-            share, words = _read_progress(self._folder / f"{number:02}" / "output.txt")
-            done += share or 0
-            running.append(f"{label} {words}".strip())
-        return done / max(len(self._results), 1), ", ".join(running)
+
+class Runs:
+    """Tests kernels, up to *at_once* at the same time, with the same *arguments*; their folders are below *folder*."""
+
+    def __init__(self, folder: Path, arguments: list[str], at_once: int) -> None:
+        self._folder = folder
+        self._arguments = arguments
+        self._at_once = at_once
+        self._signals: list[int] = []  # that came, and are not passed on yet
+        self._ended = False  # by a signal, or by an option that is wrong in each run
+        self._interrupted = False
+        self._running: dict[int, Run] = {}
+        self._results: dict[int, RunResult] = {}
+
+    def run(self, pairs: Sequence[tuple[str, str]]) -> list[RunResult]:
+        """Test each kernel with its parameters, until all are done, or a signal or a wrong option ends the matrix."""
+        left = deque(enumerate(pairs))
+        with self._noting_signals():
+            while self._running or (left and not self._ended):
+                while left and not self._ended and self._has_room(left[0][1][0]):
+                    self._start(*left.popleft(), len(pairs))
+                self._wait()
+        return [
+            self._results.get(number) or RunResult(*pair, _NOT_RUN, [], [], pair[0], "")
+            for number, pair in enumerate(pairs)
+        ]
+
+    def _has_room(self, kernel: str) -> bool:
+        """Whether *kernel* may be tested beside those that are; this host's own is tested alone."""
+        kernels = [kernel, *(run.kernel for run in self._running.values())]
+        return len(self._running) < (1 if _HOST in kernels else self._at_once)
+
+    def _start(self, number: int, pair: tuple[str, str], count: int) -> None:
+        kernel, parameters = pair
+        label = f"[{number + 1}/{count}] {kernel} {parameters or 'defaults'}"
+        try:
+            run = Run.start(label, kernel, parameters, self._folder / f"{number + 1:02}", self._arguments)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            self._finish(number, label, RunResult(kernel, parameters, CANNOT_TEST, [], [], kernel, reason), 0)
+        else:
+            self._running[number] = run
+
+    def _wait(self) -> None:
+        """Wait for one of those that run, pass signals on to them, and print the verdict of each that has ended."""
+        runs = [*self._running.values()]
+        if not runs:
+            return
+        labels = ", ".join(run.label for run in runs)
+        with waiting(labels, lambda: _progress(runs), f"{labels} ..."):
+            while all(run.process.poll() is None for run in runs):
+                self._pass_signals_on()
+                time.sleep(_POLL)
+        self._pass_signals_on()
+        for number, run in [*self._running.items()]:
+            if run.process.poll() is not None:
+                del self._running[number]
+                self._finish(number, run.label, run.result(self._interrupted), time.monotonic() - run.started)
+
+    def _pass_signals_on(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            self._ended = self._interrupted = True
+            for run in self._running.values():
+                # A terminal has sent SIGINT to the runs too, if they had begun. A second one changes nothing there.
+                run.process.send_signal(number)
+
+    def _finish(self, number: int, label: str, result: RunResult, seconds: float) -> None:
+        self._results[number] = result
+        self._ended |= result.status >= _USAGE_ERROR
+        cells, tests = len(result.cells), len(result.tests)
+        counts = f"{counted(cells, 'cell')}, {counted(tests, 'other test')}, {seconds:.0f} s"
+        _print_line(f"{label} ... {result.verdict} ({counts})")
+
+    @contextmanager
+    def _noting_signals(self) -> Iterator[None]:
+        """Have signals noted that would end this process."""
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in previous.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self._signals.append(number))
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _read_result(kernel: str, parameters: str, status: int, folder: Path) -> RunResult:
@@ -316,6 +330,13 @@ def _read_progress(output: Path) -> tuple[float | None, str]:
     return (int(found[-1]) / 100, f"{found[-1]} %") if found else (None, "")
 
 
+def _progress(runs: Sequence[Run]) -> tuple[float | None, str]:
+    """The share of their tests that *runs* have done."""
+    found = [_read_progress(run.folder / "output.txt") for run in runs]
+    shares = [share or 0 for share, _ in found]
+    return (sum(shares) / len(shares) if any(shares) else None), ", ".join(filter(None, (words for _, words in found)))
+
+
 def _split_options(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split *words* into the options *names*, each with its value, and the other words."""
     found, rest, left = {}, [], iter(words)
@@ -338,15 +359,7 @@ def main(arguments: list[str]) -> int:
     except (TomlError, _UsageError) as error:
         print(f"matrix: {error}", file=sys.stderr)
         return _USAGE_ERROR
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _raise_terminated)
-    try:
-        results = Runs(folder, options).run_all(pairs, _at_once())
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    results = Runs(folder, options, _at_once(options)).run(pairs)
     lines = _summary(results)
     try:
         (folder / "table.txt").write_text("\n".join(lines) + "\n")
@@ -383,8 +396,13 @@ def _prepare(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str], Pa
         raise _UsageError(f"{error.filename}: {error.strerror} (--results DIR puts the files elsewhere)") from None
 
 
-def _at_once() -> int:
-    """How many kernels are tested at once: one, unless its machines leave most CPUs and most memory of this host idle."""
+def _at_once(options: Sequence[str]) -> int:
+    """How many kernels are tested at once: more than one if its machines leave CPUs and memory of this host idle.
+
+    With options of the machine, and where machines are virtualized, a kernel has the host to itself.
+    """
+    if _split_options(options, MACHINE_OPTIONS)[0] or nested_vendor():
+        return 1
     machines = min(len(os.sched_getaffinity(0)), available_memory() // (VM_MEMORY * MIB))
     return max(1, machines // MOST_MACHINES)
 
@@ -398,10 +416,6 @@ def _make_folder(given: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("")
     return folder
-
-
-def _raise_terminated(number: int, _frame: FrameType | None) -> None:
-    raise _Terminated(number)
 
 
 def _print_line(text: str) -> None:

@@ -75,7 +75,7 @@ def find_qemu(cpu_model: str | None, accel: str, wanted: Collection[str], named:
     :param named: the path of the QEMU to use; None to choose
     :raises CannotTest: there is none
     """
-    nested = _nested_vendor()
+    nested = nested_vendor()
     if accel == "kvm" and nested is None:
         parameters = ", ".join(f"{vendor}.nested" for vendor in this_arch().vendor_modules)
         raise CannotTest(f"--accel kvm: this host offers no nested virtualization ({parameters})")
@@ -103,7 +103,7 @@ def _emulate(emulator: Emulator, cpu_model: str) -> Qemu:
     return Qemu(emulator, accel, offered, this_arch().emulated_module, tuple(restrictions))
 
 
-def _nested_vendor() -> str | None:
+def nested_vendor() -> str | None:
     """The host's KVM module, if /dev/kvm can be used and offers nested virtualization."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return None

@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ import sys
 from types import SimpleNamespace
 from runner import kernel_matrix as matrix
 matrix.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
-matrix._at_once = lambda: {at_once}
+matrix._at_once = lambda _: {at_once}
 sys.exit(matrix.main(sys.argv[1:]))
 """
 
@@ -52,6 +54,13 @@ def write(path: Path, text: str) -> Path:
 
 def fake_python(folder: Path, end: str) -> str:
     return str(write(folder / "python", RUN.format(python=sys.executable, cell=CELL, end=end)))
+
+
+def run(kernel: str, folder: Path, arguments: list[str]) -> matrix.RunResult:
+    """Test one kernel."""
+    one = matrix.Run.start("", kernel, "", folder, arguments)
+    one.process.wait()
+    return one.result(interrupted=False)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +101,7 @@ def test_matrix_usage_errors(tmp_path: Path, arguments: list[str], status: int, 
 )  # fmt: skip
 def test_reason_of_a_failed_run(tmp_path: Path, kernel: str, arguments: list[str], status: int, reason: str) -> None:
     """The reason is the run's own, not pytest's last line; a run without results is not good."""
-    done = matrix.Runs(tmp_path, arguments).run(kernel, "", tmp_path / "01")
+    done = run(kernel, tmp_path / "01", arguments)
     assert done.status == status
     assert {cell["verdict"] for cell in done.cells} <= {"skipped"}
     assert re.search(reason, done.reason)
@@ -103,7 +112,7 @@ def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
     (tmp_path / "01").mkdir()
     old = {"cells": [CELL | {"verdict": "pass"}], "tests": [], "host": {}, "end": {}}
     (tmp_path / "01" / "results.json").write_text(json.dumps(old))
-    assert matrix.Runs(tmp_path, ["--version"]).run("host", "", tmp_path / "01").cells == []
+    assert run("host", tmp_path / "01", ["--version"]).cells == []
 
 
 def test_truncated_results(tmp_path: Path) -> None:
@@ -129,7 +138,7 @@ def test_machine_options_of_a_matrix(
     python = write(tmp_path / "python", f"""#!/bin/sh\nprintf '%s\\n' "$@" > {tmp_path}/words\n""")
     monkeypatch.setattr(sys, "executable", str(python))
     for kernel, expected in (("host", left), ("debian:6.12", words)):
-        matrix.Runs(tmp_path, words).run(kernel, "", tmp_path / "01")
+        run(kernel, tmp_path / "01", words)
         assert (tmp_path / "words").read_text().splitlines()[-len(expected) - 1 :] == [
             f"--results={tmp_path / '01'}", *expected,
         ]  # fmt: skip
@@ -185,28 +194,53 @@ def test_interrupted_matrix(tmp_path: Path, number: signal.Signals, at_once: int
     assert "C  c  defaults: not run" in (folder / "table.txt").read_text()
 
 
-def test_kernels_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many kernels as asked for are tested at the same time; their results are in the order of the file."""
-    together = threading.Barrier(3, timeout=30)
+@pytest.mark.parametrize(
+    ("kernels", "most"), [("abcdef", [1, 2, 3, 3, 3, 3]), ("ab", [1, 2]), (["host", "a", "b"], [1, 1, 2])]
+)
+def test_kernels_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: Sequence[str], most: list[int]
+) -> None:
+    """As many kernels as asked for are tested at the same time, the host's own alone; their order is the file's."""
+    running = []
+    runs = matrix.Runs(tmp_path, [], 3)
 
-    def run(_runs: matrix.Runs, kernel: str, parameters: str, _folder: Path, _label: str) -> matrix.RunResult:
-        together.wait()
-        return matrix.RunResult(kernel, parameters, 0, [], [], kernel, "")
+    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
+        running.append(len(runs._running) + 1)
+        looks = iter([None for _ in running])  # so often it still runs: each longer than the one before
+        process: Any = SimpleNamespace(poll=lambda: next(looks, 0))
+        return matrix.Run(label, kernel, parameters, folder, process, 0)
 
-    monkeypatch.setattr(matrix.Runs, "run", run)
-    pairs = [(kernel, "") for kernel in "abcdef"]
-    results = matrix.Runs(tmp_path, []).run_all(pairs, 3)
-    assert [(result.kernel, result.status) for result in results] == [(kernel, 0) for kernel in "abcdef"]
+    monkeypatch.setattr(matrix.Run, "start", start)
+    monkeypatch.setattr(
+        matrix.Run, "result", lambda run, _: matrix.RunResult(run.kernel, "", 0, [], [], run.kernel, "")
+    )
+    results = runs.run([(kernel, "") for kernel in kernels])
+    assert [(result.kernel, result.status) for result in results] == [(kernel, 0) for kernel in kernels]
+    assert running == most
 
 
 @pytest.mark.parametrize(
-    ("cpus", "memory", "kernels"), [(2, 99, 1), (31, 99, 1), (32, 99, 2), (64, 500, 4), (64, 90, 1), (64, 99, 2)]
+    ("cpus", "memory", "options", "kernels"),
+    [
+        (2, 99, [], 1),
+        (31, 99, [], 1),
+        (32, 99, ["-k", "ring"], 2),
+        (32, 99, ["--vm-memory=4096"], 1),
+        (64, 500, [], 4),
+        (64, 90, [], 1),
+        (64, 99, [], 2),
+    ],
 )
-def test_number_of_kernels_at_once(monkeypatch: pytest.MonkeyPatch, cpus: int, memory: int, kernels: int) -> None:
+def test_number_of_kernels_at_once(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, memory: int, options: list[str], kernels: int
+) -> None:
     """One kernel is tested for every 16 CPUs, if as many machines fit into the memory (in GiB)."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cpus))
     monkeypatch.setattr(matrix, "available_memory", lambda: memory * GIB)
-    assert matrix._at_once() == kernels
+    monkeypatch.setattr(matrix, "nested_vendor", lambda: None)
+    assert matrix._at_once(options) == kernels
+    monkeypatch.setattr(matrix, "nested_vendor", lambda: "kvm_amd")
+    assert matrix._at_once(options) == 1
 
 
 def test_killed_run_in_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +281,7 @@ def test_kernel_matrix_file(tmp_path: Path) -> None:
 
 def test_host_runs_all_tests_on_kvm(tmp_path: Path) -> None:
     """The host's run has all tests that a booted kernel gets: those of each folder but the suite's own."""
-    matrix.Runs(tmp_path, ["--collect-only", "-qq"]).run("host", "", tmp_path / "01")
+    run("host", tmp_path / "01", ["--collect-only", "-qq"])
     collected = set(re.findall(r"^(selftests/.*\.py)(?:::|: )", (tmp_path / "01/output.txt").read_text(), re.MULTILINE))
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "selftests").rglob("test_*.py")}
     assert collected == {name for name in files if not name.startswith("selftests/unit/")}
@@ -258,13 +292,18 @@ def planned_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """Have each run end with the status that its kernel's name is (the host's: 0); returns kernels and parameters as run."""
     runs = []
 
-    def run(_runs: matrix.Runs, kernel: str, parameters: str, folder: Path, _label: str) -> matrix.RunResult:
+    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
         runs.append((kernel, parameters))
         folder.mkdir(parents=True)
-        status = 0 if kernel == "host" else int(kernel)
-        return matrix.RunResult(kernel, parameters, status, [CELL | {"verdict": "pass"}], [], kernel, "")
+        process: Any = SimpleNamespace(poll=lambda: 0)
+        return matrix.Run(label, kernel, parameters, folder, process, 0)
 
-    monkeypatch.setattr(matrix.Runs, "run", run)
+    def result(run: matrix.Run, _interrupted: bool) -> matrix.RunResult:
+        status = 0 if run.kernel == "host" else int(run.kernel)
+        return matrix.RunResult(run.kernel, run.parameters, status, [CELL | {"verdict": "pass"}], [], run.kernel, "")
+
+    monkeypatch.setattr(matrix.Run, "start", start)
+    monkeypatch.setattr(matrix.Run, "result", result)
     monkeypatch.setattr(output_paths, "RESULTS", tmp_path / "results")
     return runs
 
