@@ -25,7 +25,7 @@ class Boot:
 
     :param initramfs: a file descriptor
     :param number: of this boot in the run, from 1; from the second on it is part of the names of the boot's files
-    :ivar number: as above
+    :ivar from_end: whether it is given the last of the tests that wait, and not the first
     :ivar log: the name of the file that gets the kernel's log
     :ivar tests: the collected tests, in the order in which the session there numbers them; None until they are known
     :ivar given: the tests that it was given and that have not ended, in the order in which they run
@@ -36,9 +36,9 @@ class Boot:
     :ivar reports: the reports in the kernel's log, once the machine has ended
     """
 
-    def __init__(self, target: Target, initramfs: int, results: Path, number: int) -> None:
+    def __init__(self, target: Target, initramfs: int, results: Path, number: int, from_end: bool) -> None:
         suffix = "" if number == 1 else f"-{number}"
-        self.number = number
+        self.from_end = from_end
         self.log = f"kernel{suffix}.log"
         self.tests: list[str] | None = None
         self.given: list[str] = []

@@ -135,17 +135,18 @@ class RemoteSession:
         self._progress.announce(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         with initramfs.build(self._results, target.modules, self._job()) as archive:
             try:
-                for _ in range(target.machines):
-                    self._boot(archive)
+                # From both ends of the list: neighbours are alike, and those with many threads delay each other.
+                for number in range(target.machines):
+                    self._boot(archive, from_end=number % 2 == 1)
                 while self._boots:
                     self._wait(archive)
             finally:
                 for boot in self._boots:
                     boot.close()
 
-    def _boot(self, archive: BinaryIO) -> None:
+    def _boot(self, archive: BinaryIO, from_end: bool) -> None:
         self._booted += 1
-        self._boots.append(Boot(self._target, archive.fileno(), self._results, self._booted))
+        self._boots.append(Boot(self._target, archive.fileno(), self._results, self._booted, from_end))
 
     def _job(self) -> Job:
         """What the kernel is to do after booting."""
@@ -209,28 +210,28 @@ class RemoteSession:
         if boot.running is not None:
             self._progress.forget(boot.running)
         if end.outcome is BootOutcome.EMULATOR_FAULT:
-            self._put_back(boot.given)
+            self._put_back(boot)
             if self._items is None or self._waiting:
-                self._boot_again(boot.log, end, archive)
+                self._boot_again(boot, end, archive)
                 return
         elif end.outcome is not BootOutcome.FINISHED:
             if boot.running is not None:
                 boot.given.remove(boot.running)
                 if end.outcome not in _UNRELATED_TO_TEST:
                     self._fail(boot.running, f"{end}, while this test ran (the end of the kernel's console is below)")
-            self._put_back(boot.given)
+            self._put_back(boot)
         self._ends.append((boot.log, end))
         self._stop_early()
 
-    def _boot_again(self, log: str, end: Diagnosis, archive: BinaryIO) -> None:
-        """Boot once more after a fault of the emulator, if that has not happened too often."""
+    def _boot_again(self, boot: Boot, end: Diagnosis, archive: BinaryIO) -> None:
+        """Boot once more after a fault of the emulator in *boot*, if that has not happened too often."""
         again = self._booted < self._target.machines + _MORE_BOOTS
         self._print_line(f"EMULATOR FAULT: {end.detail}{'; the remaining tests run in another boot' if again else ''}")
-        self._report.notes.append(f"emulator fault ({log}): {end.detail}")
+        self._report.notes.append(f"emulator fault ({boot.log}): {end.detail}")
         if again:
-            self._boot(archive)
+            self._boot(archive, boot.from_end)
         else:
-            self._ends.append((log, end))
+            self._ends.append((boot.log, end))
 
     # --- messages
 
@@ -277,8 +278,7 @@ class RemoteSession:
 
     def _give_next(self, boot: Boot) -> None:
         if self._waiting and not boot.ending:
-            # From both ends: neighbours are alike, and tests with many threads at once in two machines delay each other.
-            boot.give(self._waiting.popleft() if boot.number % 2 else self._waiting.pop())
+            boot.give(self._waiting.pop() if boot.from_end else self._waiting.popleft())
         else:
             boot.finish()
 
@@ -318,10 +318,10 @@ class RemoteSession:
             for boot in self._boots:
                 boot.stop()
 
-    def _put_back(self, tests: list[str]) -> None:
+    def _put_back(self, boot: Boot) -> None:
         """Have another machine run the tests that one that has ended did not begin."""
         if not self._stops_early:
-            self._waiting.extendleft(reversed(tests))
+            (self._waiting.extend if boot.from_end else self._waiting.extendleft)(reversed(boot.given))
 
     def _worst_end(self) -> Diagnosis:
         """How the kernel ended in the machine in which it ended worst."""

@@ -63,5 +63,5 @@ class ReportStream:
 
     def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-        data.pop("keywords", None)  # nothing on the host looks at them, and they are half of a report
+        data.pop("keywords", None)  # no plugin here needs them on the host, and they are half of a report
         self.send(report=data)

@@ -32,8 +32,8 @@ FINISHED = Diagnosis(BootOutcome.FINISHED, "")
 class FakeBoot(Boot):
     """A boot without a machine; it keeps the orders that the session in it would get."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.log = number, f"kernel-{number}.log"
+    def __init__(self, number: int, from_end: bool) -> None:
+        self.log, self.from_end = f"kernel-{number}.log", from_end
         self.tests, self.given, self.running, self.ending = None, [], None, False
         self.status, self.output, self.reports = 0, "", []
         self.orders: list[str] = []
@@ -73,13 +73,13 @@ class Run:
             hook=hook, option=SimpleNamespace(maxfail=maxfail), pluginmanager=manager
         )
         self.session._boot = self.boot
-        for _ in range(machines):
-            self.boot()
+        for number in range(machines):
+            self.boot(None, number % 2 == 1)
 
-    def boot(self, _archive: object = None) -> None:
+    def boot(self, _archive: object, from_end: bool) -> None:
         """Boot a machine; it has not collected its tests."""
         self.session._booted += 1
-        self.session._boots.append(FakeBoot(self.session._booted))
+        self.session._boots.append(FakeBoot(self.session._booted, from_end))
 
     @property
     def boots(self) -> list[FakeBoot]:
@@ -233,6 +233,23 @@ def test_emulator_fault_of_one_machine(two: Run) -> None:
         two.end(boot, FINISHED)
     assert two.outcomes == dict.fromkeys(TESTS, "passed")
     assert two.session._worst_end() == FINISHED
+
+
+@pytest.mark.parametrize(("machines", "faulty", "order"), [(1, 0, "abcdef"), (2, 0, "ab"), (2, 1, "fe")])
+def test_order_after_an_emulator_fault(tmp_path: Path, machines: int, faulty: int, order: str) -> None:
+    """A machine that boots again goes on where the one before it was in the list."""
+    run = Run(tmp_path, machines)
+    for boot in run.boots:
+        run.collect(boot)
+    run.begin(run.boots[faulty])
+    run.end(run.boots[faulty], FAULT)
+    again = run.boots[-1]
+    run.collect(again)
+    ran = list(again.given)
+    while machines == 1 and again.given:
+        run.run(again)
+        ran += [test for test in again.given if test not in ran]
+    assert "".join(ran) == order
 
 
 def test_many_emulator_faults(two: Run) -> None:
