@@ -99,8 +99,7 @@ def race(vm: WritersVm, workers: Sequence[Worker], background: Sequence[Worker] 
 
     def done() -> bool:
         written = all(now > then for now, then in zip(writers.published(), started, strict=True))
-        # One that has failed ends the wait itself.
-        return written and all(worker.ended and worker.failure is None for worker in workers)
+        return written and all(worker.ended for worker in workers)
 
     writers.wait(done, "the race", patience=_PATIENCE)
     for worker in background:
