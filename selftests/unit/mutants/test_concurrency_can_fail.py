@@ -9,10 +9,11 @@ from contextlib import closing
 
 import pytest
 
+from dirty_tracking import ring as dirty_ring
 from dirty_tracking import shared_rings, writers
 from dirty_tracking.migration import Migration, Pages
 from dirty_tracking.race import Worker, race
-from dirty_tracking.ring import DirtyRing, Entries
+from dirty_tracking.ring import DirtyRing
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.shared_log import SharedLog
 from dirty_tracking.violations import ContractViolation, Kind, violated
@@ -116,20 +117,21 @@ def test_first_failure_is_reported(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.mutants
 def test_harvest_reads_before_it_marks(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A harvest marks no entry before it has read all: another thread's reset could free it meanwhile."""
-    read = DirtyRing._read
+    monkeypatch.setattr(dirty_ring, "_FIRST_BLOCK", 16)
+    monkeypatch.setattr(dirty_ring, "_GROWTH", 1)
+    parts = DirtyRing._parts  # which each step asks: four blocks of flags, the entries, and the marks
     marked: list[int] = []
 
-    def looked_at(ring: DirtyRing, position: int, count: int) -> Entries:
-        entries = read(ring, position, count)
+    def looked_at(ring: DirtyRing, position: int, count: int) -> list[tuple[int, int]]:
         marked.append(sum(bool(ring.entry(number).flags & uapi.KVM_DIRTY_GFN_F_RESET) for number in range(50)))
-        return entries
+        return parts(ring, position, count)
 
-    monkeypatch.setattr(DirtyRing, "_read", looked_at)
+    monkeypatch.setattr(DirtyRing, "_parts", looked_at)
     with ScriptedVm(kvm, "dirty-ring") as vm:
         vm.add_slot(1, FIRST_GPA, 50)
         vm.write(1, *range(50))
         assert list(zip(*vm.rings[0].harvest(), strict=True)) == [(1, page) for page in range(50)]
-        assert marked == [0]
+        assert marked == [0] * 6
         assert vm.vm.reset_dirty_rings() == 50
 
 
