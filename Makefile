@@ -70,7 +70,7 @@ lint: $(VENV)/dev ## ruff, mypy and codespell
 guest_code: $(VENV)/run ## assemble the guest programs
 	PYTHONPATH=lib $(VENV)/bin/python -c 'from kvm_util.guest_program import assemble_all; assemble_all()'
 
-bench: $(VENV)/run ## the inner loops beside C; with C_TEST=path the whole runs beside the C dirty_log_test
+bench: $(VENV)/run ## inner loops beside C, growth of runs; with C_TEST=path whole runs beside the C test
 	PYTHONPATH=.:lib $(VENV)/bin/python -m bench.bench $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
 
 clean: ## remove what was built; results stay

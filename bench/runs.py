@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Whole runs of a cell: beside the kernel's own C test, and as memory, vCPUs and rings grow."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 from bench.figures import Figures, timed
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
+from kvm_util.host_limits import available_memory
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB, size_text
 from runner import ROOT
@@ -40,11 +40,10 @@ def bench_processes(figures: Figures, c_test: str, iterations: int, rounds: int 
 
 def bench_growth(figures: Figures, iterations: int) -> None:
     """Time a run as its memory, its vCPUs and its rings grow; how long a guest runs at least does not grow."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for size in (size for size in _MEMORY if 2 * size * MIB > free):
+    sizes = [size for size in _MEMORY if 2 * size * MIB <= available_memory()]
+    for size in _MEMORY[len(sizes) :]:
         print(f"no room for {size_text(size * MIB)}: it is left out")
     for mode in ("dirty-log", "dirty-ring"):
-        sizes = [size for size in _MEMORY if 2 * size * MIB <= free]
         figures.growth(mode, "MiB", {size: _time(mode, iterations, memory=size * MIB) for size in sizes})
         figures.growth(mode, "vCPUs", {count: _time(mode, iterations, vcpus=count) for count in _VCPUS})
     figures.growth("dirty-ring", "entries", {count: _time("dirty-ring", iterations, ring=count) for count in _RINGS})
