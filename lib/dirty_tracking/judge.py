@@ -259,8 +259,9 @@ class Judge:
                 spans += ((vcpu, span) for span in _without(since, collection.after[vcpu] + 1, state.unlogged[vcpu]))
             spurious = reported.difference(free, *((written[source],) if rings else written))
             for vcpu, span in spans:
-                if spurious:
-                    spurious.difference_update(self._ledger.streams[vcpu].written(*span))
+                if not spurious:
+                    break
+                spurious.difference_update(self._ledger.streams[vcpu].written(*span))
             if spurious:
                 detail = f", of {len(reported)} reported"
                 self._find("R3", Kind.SPURIOUS, collection, state, source if rings else None, spurious, detail)

@@ -274,4 +274,4 @@ class Ledger:
 
     def _write(self, event: Event) -> None:
         assert self._trace is not None
-        self._trace.write(json.dumps({"event": type(event).__name__} | asdict(event), default=list) + "\n")
+        self._trace.write(json.dumps({"event": type(event).__name__} | asdict(event), default=array.tolist) + "\n")

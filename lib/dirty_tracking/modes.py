@@ -146,14 +146,16 @@ class BitmapMode(LogMode):
         return None
 
     def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
-        pages_of = {}
+        slot_of_each: list[int] = []
+        offsets: list[int] = []
         for slot in slots:
             bitmap = new_bitmap(vm.memslots[slot].npages)
             vm.get_dirty_log(slot, bitmap)
             self._clear(vm, slot, bitmap)
-            pages_of[slot] = set_pages(bitmap)
-        slot_of_each = [slot for slot, pages in pages_of.items() for _ in pages]
-        return DirtyReport([Source(slot_of_each, [page for pages in pages_of.values() for page in pages])])
+            pages = set_pages(bitmap)
+            slot_of_each += [slot] * len(pages)
+            offsets += pages
+        return DirtyReport([Source(slot_of_each, offsets)])
 
     def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
         """Clear the pages of *bitmap* in memslot *slot*, if KVM_GET_DIRTY_LOG has not done that."""

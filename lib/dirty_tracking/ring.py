@@ -53,7 +53,6 @@ class DirtyRing:
         self._seen = 0
         self._reset_to = 0
         self._map = memory
-        self._bytes = memoryview(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
     @classmethod
@@ -81,7 +80,7 @@ class DirtyRing:
         most = self.entries if most is None else min(most, self.entries)
         entries = self._read(self.next, self._count_dirty(self.next, most))
         for first, end in self._parts(self.next, len(entries[0])):
-            # All four bytes of the flags change: KVM and _read() left the upper three 0.
+            # The lowest byte of the flags is enough: the others are 0, as _read() has seen.
             self._map[first * ENTRY_SIZE : end * ENTRY_SIZE : ENTRY_SIZE] = bytes([self.mark]) * (end - first)
         self.next += len(entries[0])
         return entries
@@ -102,7 +101,7 @@ class DirtyRing:
         """Read *count* entries from *position* on, up to the first whose flags are not DIRTY alone."""
         quads = array("Q")
         for first, end in self._parts(position, count):
-            quads.frombytes(self._bytes[first * ENTRY_SIZE : end * ENTRY_SIZE])
+            quads.frombytes(memoryview(self._map)[first * ENTRY_SIZE : end * ENTRY_SIZE])
         heads, offsets = memoryview(quads)[::2], quads[1::2]  # flags and slot, little-endian; offset
         dirty = uapi.KVM_DIRTY_GFN_F_DIRTY
         if count and heads[0] & 0xFFFFFFFF == dirty and heads == memoryview(quads[:1] * count):
@@ -142,7 +141,6 @@ class DirtyRing:
 
     def close(self) -> None:
         """Unmap the ring."""
-        self._bytes.release()
         self._map.close()
 
 

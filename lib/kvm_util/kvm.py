@@ -59,7 +59,7 @@ class Kvm(Closing):
 
     @cached_property
     def supported_cpuid(self) -> "arch.Cpuid":
-        """KVM_GET_SUPPORTED_CPUID, which does not change."""
+        """What KVM_GET_SUPPORTED_CPUID returned first; nothing in the suite changes it."""
         return arch.get_supported_cpuid(self.fd)
 
     def create_vm(self) -> Vm:
