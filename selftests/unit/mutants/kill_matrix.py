@@ -71,7 +71,7 @@ def contract_functions() -> list[str]:
 
 
 Kills = dict[Case, set[str]]  # the names of the mutants that each case kills
-Verdicts = Mapping[Case, str]  # passed, failed or skipped
+Verdicts = Mapping[Case, str]  # passed, failed, skipped or error
 
 
 class KillMatrix:

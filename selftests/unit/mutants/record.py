@@ -117,8 +117,8 @@ def _modes(concerned: Sequence[str]) -> list[str]:
 
 
 def _verdicts(junit: Path) -> dict[Case, str]:
-    """Each case's verdict; a case whose own body did not run was skipped."""
-    words = {"failure": "failed", "error": "skipped", "skipped": "skipped"}
+    """Each case's verdict: passed, failed, skipped, or error if its fixtures failed."""
+    words = {"failure": "failed", "error": "error", "skipped": "skipped"}
     verdicts: dict[Case, str] = {}
     for test in ElementTree.parse(junit).getroot().iter("testcase"):
         case = case_of(test.attrib["name"])
