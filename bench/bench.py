@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--c-test", metavar="PATH", help="a built dirty_log_test to compare whole processes with")
-    parser.add_argument("--iterations", type=int, default=32)
+    parser.add_argument("--iterations", type=int, default=32, help="of the whole runs beside the C test")
     parser.add_argument("--keep", action="store_true", help="keep the figures in bench/figures.json")
     arguments = parser.parse_args()
     if reason := _why_not(arguments):
@@ -32,7 +32,7 @@ def main() -> None:
     bench_harvest(figures, loops, arguments.rounds)
     bench_real_harvest(figures, loops, arguments.rounds)
     bench_oracle(figures)
-    bench_growth(figures, arguments.iterations)
+    bench_growth(figures)
     if arguments.c_test:
         bench_processes(figures, arguments.c_test, arguments.iterations)
     if arguments.keep:

@@ -17,7 +17,7 @@ _MODES = ("dirty-log", "clear-log", "dirty-ring")
 _MEMORY = (64, 256, 1024, 4096)  # MiB
 _RINGS = (1024, 4096, 16384, 65536)  # entries
 _VCPUS = (1, 2, 4, 8)
-_ROUNDS = 3
+_ROUNDS, _ITERATIONS = 3, 8
 
 
 def bench_processes(figures: Figures, c_test: str, iterations: int, rounds: int = 5) -> None:
@@ -38,21 +38,21 @@ def bench_processes(figures: Figures, c_test: str, iterations: int, rounds: int 
     figures.beside_c("process, the three modes, two workers", *map(list, zip(*pairs, strict=True)))
 
 
-def bench_growth(figures: Figures, iterations: int) -> None:
+def bench_growth(figures: Figures) -> None:
     """Time a run as its memory, its vCPUs and its rings grow; how long a guest runs at least does not grow."""
     sizes = [size for size in _MEMORY if 2 * size * MIB <= available_memory()]
     for size in _MEMORY[len(sizes) :]:
         print(f"no room for {size_text(size * MIB)}: it is left out")
     for mode in ("dirty-log", "dirty-ring"):
-        figures.growth(mode, "MiB", {size: _time(mode, iterations, memory=size * MIB) for size in sizes})
-        figures.growth(mode, "vCPUs", {count: _time(mode, iterations, vcpus=count) for count in _VCPUS})
-    figures.growth("dirty-ring", "entries", {count: _time("dirty-ring", iterations, ring=count) for count in _RINGS})
+        figures.growth(mode, "MiB", {size: _time(mode, memory=size * MIB) for size in sizes})
+        figures.growth(mode, "vCPUs", {count: _time(mode, vcpus=count) for count in _VCPUS})
+    figures.growth("dirty-ring", "entries", {count: _time("dirty-ring", ring=count) for count in _RINGS})
 
 
-def _time(mode: str, iterations: int, memory: int = GIB // 4, vcpus: int = 1, ring: int = 65536) -> float:
+def _time(mode: str, memory: int = GIB // 4, vcpus: int = 1, ring: int = 65536) -> float:
     """How long a run takes, with its set-up, in seconds: the median of some rounds."""
     cell = Cell(mode, "48bit-4k", "anonymous", "cooperative", "sparse", vcpus)
-    settings = Settings(iterations=iterations, test_mem=memory, ring_count=ring)
+    settings = Settings(iterations=_ITERATIONS, test_mem=memory, ring_count=ring)
 
     def run() -> None:
         with Kvm() as kvm, DirtyLogRun(kvm, cell, settings) as one:
