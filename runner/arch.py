@@ -111,8 +111,7 @@ _ARCHITECTURES = {
         emulated_module="kvm_amd",  # TCG emulates SVM with nested paging, and no VMX
         emulated_cpu_0_unsafe=True,  # keep_off_cpu_0() in guest_init.py has the cause
         # For the hugetlb backings; pages of 1 GiB can only be allocated at boot.
-        # The self-test of jitterentropy_rng, which nothing here uses, takes seconds.
-        emulated_command_line="hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40 initcall_blacklist=jent_mod_init",
+        emulated_command_line="hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=40",
         # A CPU runs into the breakpoint that another one puts where it switches a static key, and the kernel no longer
         # recognises it as its own: with multi-threaded TCG, never on hardware (emulator_faults.py has the causes).
         emulator_oops=re.compile(r"Oops: int3\b|int3: 0000 \[#"),
