@@ -212,6 +212,7 @@ class Runs:
         left = deque(enumerate(pairs))
         with self._noting_signals():
             while self._running or (left and not self._ended):
+                self._pass_signals_on()  # one that came between two runs
                 while left and not self._ended and self._has_room(left[0][1][0]):
                     self._start(*left.popleft(), len(pairs))
                 self._wait()
