@@ -5,16 +5,21 @@ The numbers of rules and exemptions are those of docs/contract.md, which has the
 for memory whose mapping the host does not change (``opt_out_of_numa_balancing()`` of lib/kvm_util/host.py).
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Collection as Pages
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import compress
 
 from dirty_tracking.ledger import Collection, Counted, Event, Ledger, Reset, SlotPages, Toggle, ZapAll
 from dirty_tracking.violations import Kind, Violation
 from kvm_util.wording import counted
 
 _SHOWN = 8
+# A page's mark when a report is compared with the pages that it had to have: the last of the two that was set
+_REPORTED, _REQUIRED = 1, 2
+_ONLY_REPORTED = bytes(mark == _REPORTED for mark in range(256))
 _NEVER = 1 << 62
 
 # The writes of a vCPU from an index up to, and without, another one
@@ -83,10 +88,43 @@ class _SlotState:
         return last
 
 
+@dataclass(frozen=True)
+class _Report:
+    """What one source reported of a slot, beside the pages that it had to report.
+
+    :ivar entries: the page numbers that were reported
+    :ivar distinct: how many different pages these are
+    :ivar required: how many different pages had to be reported
+    :ivar complete: whether all of these were
+    :ivar extra: the pages that were reported and did not have to be
+    """
+
+    entries: Sequence[int]
+    distinct: int
+    required: int
+    complete: bool
+    extra: set[int]
+
+    @classmethod
+    def compare(cls, entries: Sequence[int], required: Sequence[Sequence[int]], end: int) -> "_Report":
+        """Compare *entries* with the pages *required*; all numbers are less than *end*."""
+        # A byte a page: sets take five times as long for pages in random order.
+        marks = bytearray(end)
+        for page in entries:
+            marks[page] = _REPORTED
+        distinct = marks.count(_REPORTED)
+        for pages in required:
+            for page in pages:
+                marks[page] = _REQUIRED
+        needed, more = marks.count(_REQUIRED), marks.count(_REPORTED)
+        extra = set(compress(range(end), marks.translate(_ONLY_REPORTED))) if more else set()
+        return cls(entries, distinct, needed, needed == distinct - more, extra)
+
+
 class Judge:
     """Verifies the events of *ledger* as they come.
 
-    :ivar pages_required: how many pages had to be reported, summed over collections and vCPUs
+    :ivar pages_required: how many pages had to be reported, summed over collections and their sources
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -139,9 +177,14 @@ class Judge:
         scope = range(max(collection.first, state.pages.first), min(collection.last, state.pages.end))
         spans = [self._spans_to_report(collection, state, vcpu) if is_judged else [] for vcpu in self._vcpus]
         written = [self._written(vcpu, spans[vcpu], scope) for vcpu in self._vcpus]
-        self._check_spurious(collection, state, written)
+        of_sources = [[pages] for pages in written] if self._ledger.per_vcpu else [written]
+        reports = [
+            _Report.compare(self._of_slot(entries, state), required, self._ledger.slots[-1].end)
+            for entries, required in zip(collection.reported, of_sources, strict=True)
+        ]
+        self._check_spurious(collection, state, reports)
         if is_judged:
-            self._check_lost(collection, state, scope, spans, written)
+            self._check_lost(collection, state, scope, spans, written, reports)
             state.judged.append(collection)
 
     # --- R1, R2: what must be reported ------------------------------------------------------------------------------------
@@ -159,20 +202,23 @@ class Judge:
         return enabled.after[vcpu] if enabled is not None and not self._ledger.per_vcpu else -1
 
     def _check_lost(
-        self, collection: Collection, state: _SlotState, scope: range, spans: list[list[Span]], written: list[set[int]]
-    ) -> None:
+        self, collection: Collection, state: _SlotState, scope: range, spans: list[list[Span]],
+        written: list[Sequence[int]], reports: list["_Report"],
+    ) -> None:  # fmt: skip
         """Check that each page is reported that was *written* in *spans*, which is looked at for each vCPU."""
         enabled = state.last_enabled(collection)
         absent = self._absent_at_first(collection, state, enabled, scope)
         if absent:
             self._find("R2", Kind.LOST, collection, state, None, absent, ": all pages are dirty at first")
+        self.pages_required += sum(report.required for report in reports)
         deferred = {key: write for key, write in state.deferred.items() if key[1] not in scope}
+        if len(deferred) == len(state.deferred) and all(report.complete for report in reports):
+            return
         for vcpu in self._vcpus:
             oldest = self._oldest(enabled, vcpu)
             owed = {page: write for (writer, page), write in state.deferred.items() if writer == vcpu and page in scope}
-            required = written[vcpu]
+            required = set(written[vcpu])
             required.update(page for page, write in owed.items() if write >= oldest)
-            self.pages_required += len(required)
             missing = required - collection.pages
             if missing and (lost := self._lost(collection, state, vcpu, missing, spans[vcpu], owed, deferred) - absent):
                 begin = "the collection before" if state.judged else "dirty logging was enabled"
@@ -232,17 +278,14 @@ class Judge:
 
     # --- R3: what may be reported, and R5: how often -----------------------------------------------------------------------
 
-    def _check_spurious(self, collection: Collection, state: _SlotState, written: list[set[int]]) -> None:
-        """Check that each page that is reported may be; those *written* by each vCPU, which have to be, are most of them."""
+    def _check_spurious(self, collection: Collection, state: _SlotState, reports: list["_Report"]) -> None:
+        """Check that each page that is reported may be."""
         rings = self._ledger.per_vcpu
         enabled = state.last_enabled(collection)
         free = self._pages_still_set(collection, state)
         if len(free) == len(state.pages.range):
             return
-        for source, entries in enumerate(collection.reported):
-            pages = self._of_slot(entries, state)
-            is_all = pages is entries and len(collection.reported) == 1
-            reported = collection.pages if is_all else set(pages)
+        for source, report in enumerate(reports):
             spans: list[tuple[int, Span]] = []
             for vcpu in (source,) if rings else self._vcpus:
                 since = max(
@@ -257,16 +300,16 @@ class Judge:
                     since = max(since, enabled.before[vcpu])
                 # The write in flight may be reported before it is made (E1).
                 spans += ((vcpu, span) for span in _without(since, collection.after[vcpu] + 1, state.unlogged[vcpu]))
-            spurious = reported.difference(free, *((written[source],) if rings else written))
+            spurious = report.extra.difference(free)
             for vcpu, span in spans:
                 if not spurious:
                     break
                 spurious.difference_update(self._ledger.streams[vcpu].written(*span))
             if spurious:
-                detail = f", of {len(reported)} reported"
+                detail = f", of {report.distinct} reported"
                 self._find("R3", Kind.SPURIOUS, collection, state, source if rings else None, spurious, detail)
-            if rings and len(reported) < len(pages):
-                self._check_duplicates(collection, state, source, pages, spurious, [span for _, span in spans])
+            if rings and report.distinct < len(report.entries):
+                self._check_duplicates(collection, state, source, report.entries, spurious, [span for _, span in spans])
 
     def _check_duplicates(
         self, collection: Collection, state: _SlotState, vcpu: int, entries: Sequence[int], spurious: set[int],
@@ -400,11 +443,13 @@ class Judge:
         """Whether *vcpu*'s write to *page* may have been in flight during *event*."""
         return page in self._ledger.streams[vcpu].written(event.before[vcpu], event.after[vcpu] + 1)
 
-    def _written(self, vcpu: int, spans: Sequence[Span], scope: range) -> set[int]:
-        """The pages of *scope* that *vcpu* wrote in *spans*."""
-        stream = self._ledger.streams[vcpu]
-        pages = set().union(*(stream.written(first, end) for first, end in spans if first < end))
-        return pages if self._is_all(scope) else {page for page in pages if page in scope}
+    def _written(self, vcpu: int, spans: Sequence[Span], scope: range) -> Sequence[int]:
+        """The pages of *scope* that *vcpu* wrote in *spans*, each at least once."""
+        pages = array("I")
+        for first, end in spans:
+            if first < end:
+                pages += self._ledger.streams[vcpu].written(first, end)
+        return pages if self._is_all(scope) else [page for page in pages if page in scope]
 
     def _of_slot(self, entries: Sequence[int], state: _SlotState) -> Sequence[int]:
         pages = state.pages.range
