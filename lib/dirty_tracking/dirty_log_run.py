@@ -21,20 +21,23 @@ from dirty_tracking.writers import Pace
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.arch import current as arch
 from kvm_util.guest_program import GuestProgram
+from kvm_util.kept_memory import KeptMemory
 from kvm_util.kvm import Kvm
+from kvm_util.memory import GuestMemory
 from kvm_util.wording import counted
 
 
 class DirtyLogRun(WritersVm):
     """A VM with one slot of test memory, ready to be run for *settings.iterations* iterations.
 
+    :param memory: where the test memory comes from, and goes to; None for new memory
     :ivar figures: what the run counted so far
     :raises GuestMemoryError: the memory cannot be had
     :raises KvmError: KVM refuses the VM
     :raises ValueError: the settings do not fit the machine
     """
 
-    def __init__(self, kvm: Kvm, cell: Cell, settings: Settings) -> None:
+    def __init__(self, kvm: Kvm, cell: Cell, settings: Settings, memory: KeptMemory | None = None) -> None:
         self.cell = cell
         self.settings = settings
         self.figures = Figures()
@@ -48,7 +51,10 @@ class DirtyLogRun(WritersVm):
         pace = Pace.SPARSE if density.sparse else Pace.DENSE
         gpa = place_test_memory(settings, cell, arch.guest_phys_limit(kvm.supported_cpuid))
         shapes = [(npages, cell.backing)]
-        super().__init__(kvm, cell.log_mode, shapes, self.streams, settings.ring_count, pace, cell.guest_mode, gpa)
+        super().__init__(
+            kvm, cell.log_mode, shapes, self.streams, settings.ring_count, pace, cell.guest_mode, gpa,
+            GuestMemory if memory is None else memory.make,
+        )  # fmt: skip
         self.memslot = self.vm.memslots[self.slots[0].slot]
         self.recorder = Recorder(self.writers, self.mode, self.slots)
         self.memory_check = MemoryCheck(npages, self.streams, self.memslot.memory.words)

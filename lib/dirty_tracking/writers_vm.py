@@ -5,7 +5,7 @@ The pages of all test slots are numbered consecutively, in the order of the slot
 guest they lie side by side, while between the slots' guest-physical addresses there are holes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from dirty_tracking.cell import guest_data_size
@@ -17,7 +17,7 @@ from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import Pace, Writers
 from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GIB, HUGE_PAGE_SIZE, align_up
+from kvm_util.memory import GIB, HUGE_PAGE_SIZE, Backing, GuestMemory, align_up
 
 # With five levels of page tables, test memory is mapped at an address that four levels cannot translate.
 _GVA_5_LEVEL = 1 << 52
@@ -31,6 +31,7 @@ class WritersVm(DirtyVm):
     :param ring_count: entries of a dirty ring, for the ring modes
     :param guest_mode: a key of ``GUEST_MODES``; with larger pages than the host's there can be one slot only
     :param gpa: where the first slot begins
+    :param make_memory: makes the memory of each slot
     :ivar slots: the test slots, with the numbers of their pages
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
     """
@@ -45,12 +46,14 @@ class WritersVm(DirtyVm):
         pace: Pace = Pace.SPARSE,
         guest_mode: str = "48bit-4k",
         gpa: int = FIRST_GPA,
+        make_memory: Callable[[Backing, int, int], GuestMemory] = GuestMemory,
     ) -> None:
         npages = sum(count for count, _ in shapes)
         data_size = guest_data_size(npages * PAGE, len(streams))
         super().__init__(kvm, mode, "dirty_writer", ring_count, data_size, guest_mode)
         own = self.guest.guest_mode
         self._gva = (_GVA_5_LEVEL if own.levels == 5 else GVA_OFFSET) + gpa % own.page_size
+        self._make_memory = make_memory
         with self._building():
             self.slots: list[SlotPages] = []
             for count, backing in shapes:
@@ -102,7 +105,7 @@ class WritersVm(DirtyVm):
         """Add the next slot, and map it after the previous one."""
         first = self.slots[-1].end if self.slots else 0
         slot = PROGRAM_SLOT + 1 + len(self.slots)
-        self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True)
+        self.vm.add_memory(slot, gpa, count * PAGE, backing, populate=True, make_memory=self._make_memory)
         self.map_at(self._gva + first * PAGE, gpa, count)
         self.slots.append(SlotPages(slot, first, first + count))
 

@@ -211,7 +211,11 @@ def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, .
     present = {name: tuple(v for v in values if v not in reasons[name]) for name, values in dimensions.items()}
     planned = []
     if all(present.values()):
-        planned += [PlannedCell(cell) for cell in (all_cells if full else pairwise_cells)(present)]
+        cells = (all_cells if full else pairwise_cells)(present)
+        # By backing, so that one cell can use the memory of the one before.
+        planned += [
+            PlannedCell(cell) for cell in sorted(cells, key=lambda cell: present["backing"].index(cell.backing))
+        ]
     some = {name: (present[name] or values)[0] for name, values in dimensions.items()}
     for name, absent in reasons.items():
         planned += [PlannedCell(Cell(**some | {name: value}), reason) for value, reason in absent.items()]

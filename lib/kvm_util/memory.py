@@ -137,14 +137,15 @@ class GuestMemory:
     The host-virtual address is congruent to *gpa* modulo the backing's page size: KVM maps guest memory with huge pages
     only where both are (``kvm_mmu_max_mapping_level()``, Documentation/virt/kvm/mmu.rst, "Large pages").
 
+    :param mapped: the memory, if it is mapped already
     :raises GuestMemoryError: the host cannot provide the memory
     :raises HostLimit: a limit of the host explains why
     """
 
-    def __init__(self, backing: Backing, size: int, gpa: int) -> None:
+    def __init__(self, backing: Backing, size: int, gpa: int, mapped: mmap.mmap | None = None) -> None:
         self.backing = backing
         self.size = size
-        self._map = _map_backing(backing, size + gpa % backing.alignment)
+        self._map = mapped or _map_backing(backing, mapped_size(backing, size, gpa))
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._offset = (gpa - base) % backing.alignment
         self.hva = base + self._offset
@@ -186,7 +187,15 @@ class GuestMemory:
         """Unmap the memory. Views derived from :attr:`view` must be released before."""
         self.words.release()
         self.view.release()
-        self._map.close()
+        self._release(self._map)
+
+    def _release(self, mapped: mmap.mmap) -> None:
+        mapped.close()
+
+
+def mapped_size(backing: Backing, size: int, gpa: int) -> int:
+    """How many bytes are mapped for *size* bytes at *gpa*, without those that align them."""
+    return size + gpa % backing.alignment
 
 
 def _map_backing(backing: Backing, size: int) -> mmap.mmap:

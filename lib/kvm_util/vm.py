@@ -3,12 +3,13 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvm_util import uapi
 from kvm_util.closing import Closing
 from kvm_util.ioctl import ioctl
-from kvm_util.memory import BACKINGS, HOST_PAGE_SIZE, GuestMemory
+from kvm_util.memory import BACKINGS, HOST_PAGE_SIZE, Backing, GuestMemory
 from kvm_util.vcpu import Vcpu
 
 
@@ -75,15 +76,23 @@ class Vm(Closing):
         return self.memslots[slot]
 
     def add_memory(
-        self, slot: int, gpa: int, size: int, backing: str = "anonymous", flags: int = 0, populate: bool = False
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        backing: str = "anonymous",
+        flags: int = 0,
+        populate: bool = False,
+        make_memory: Callable[[Backing, int, int], GuestMemory] = GuestMemory,
     ) -> Memslot:
         """Create slot *slot* at *gpa* with *size* bytes of new memory.
 
         :param backing: a key of ``BACKINGS``
         :param populate: allocate all pages now
+        :param make_memory: called as :class:`GuestMemory` is, for the memory
         :raises GuestMemoryError: the host cannot provide the memory
         """
-        memory = GuestMemory(BACKINGS[backing], size, gpa)
+        memory = make_memory(BACKINGS[backing], size, gpa)
         try:
             if populate:
                 memory.populate()

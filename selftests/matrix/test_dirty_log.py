@@ -4,16 +4,28 @@
 The loop is :meth:`DirtyLogRun.run`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import pytest
 
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.dirty_log_run import DirtyLogRun
 from dirty_tracking.run_evidence import Figures
+from kvm_util.kept_memory import KeptMemory
 from kvm_util.kvm import Kvm
 
 
-def test_dirty_log(kvm: Kvm, cell: Cell, settings: Settings, record_figures: Callable[[Figures], None]) -> None:
+@pytest.fixture(scope="module")
+def memory() -> Iterator[KeptMemory]:
+    """The test memory of one cell after the other: the cells come by backing."""
+    with KeptMemory() as memory:
+        yield memory
+
+
+def test_dirty_log(
+    kvm: Kvm, cell: Cell, settings: Settings, memory: KeptMemory, record_figures: Callable[[Figures], None]
+) -> None:
     """Every page that the guest writes is reported, no other page is, and the memory holds the values written."""
-    with DirtyLogRun(kvm, cell, settings) as run:
+    with DirtyLogRun(kvm, cell, settings, memory) as run:
         record_figures(run.figures)
         run.run()

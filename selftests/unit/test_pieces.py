@@ -7,6 +7,7 @@ import mmap
 import random
 import struct
 from array import array
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from dirty_tracking.write_stream import WriteStream, make_stream, sweep_length
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
+from kvm_util.kept_memory import KeptMemory
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
 
 # --- bitmaps ----------------------------------------------------------------------------------------------------------
@@ -320,6 +322,42 @@ def test_huge_pages_are_detected(name: str) -> None:
         pytest.skip(str(error))
     assert bool(memory.transparent_huge_size()) is (name == "anonymous_thp")
     memory.close()
+
+
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
+def test_kept_memory_is_zero_again(name: str) -> None:
+    """Memory that is kept comes back zeroed, at its old address; for another size or backing it is freed first."""
+    with KeptMemory() as kept:
+        memory = kept.make(BACKINGS[name], 4 * MIB, 4096)
+        hva = memory.hva
+        memory.view[:] = b"\xff" * memory.size
+        memory.close()
+        assert in_maps(hva)
+        memory = kept.make(BACKINGS[name], 4 * MIB, 4096)
+        assert memory.hva == hva
+        assert not any(memory.words.tolist())
+        memory.close()
+        other = kept.make(BACKINGS[name], 64 * KIB, 4096)
+        assert not in_maps(hva + 2 * MIB)
+        hva = other.hva
+        other.close()
+    assert not in_maps(hva)
+
+
+def in_maps(address: int) -> bool:
+    """Whether something is mapped at *address*."""
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
+
+
+def test_no_hugetlb_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Huge pages from the pool are given back when their memory is closed."""
+    monkeypatch.setattr("kvm_util.memory._map_backing", lambda _backing, size: mmap.mmap(-1, 2 * size))
+    with KeptMemory() as kept:
+        memory = kept.make(BACKINGS["anonymous_hugetlb_2mb"], 2 * MIB, 0)
+        hva = memory.hva
+        memory.close()
+        assert not in_maps(hva)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from dirty_tracking.violations import ContractViolation, Kind
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
 from kvm_util.ioctl import KvmError
+from kvm_util.kept_memory import KeptMemory
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB, GuestMemory
 from kvm_util.vm import Vm
@@ -86,6 +87,23 @@ def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
     assert open_files() == files
     # 250 leaked VMs of this size would be 500 MiB of test memory alone.
     assert resident_memory() - before < 20 * MIB
+
+
+def test_runs_on_kept_memory(kvm: Kvm) -> None:
+    """A run on the memory of another one, which passed or failed, in the same mode or another, passes."""
+    modes = [name for name, mode in LOG_MODES.items() if mode.supported(kvm) is None]
+    addresses = set()
+    with KeptMemory() as memory:
+        for number, mode in enumerate([*modes, *modes[:1]]):
+            with DirtyLogRun(kvm, cell(mode), SETTINGS, memory) as run:
+                addresses.add(run.memslot.memory.hva)
+                run.run()
+            with DirtyLogRun(kvm, cell(mode, vcpus=2), replace(SETTINGS, seed=number), memory) as run:
+                addresses.add(run.memslot.memory.hva)
+                replace_code(run, UD2)
+                with pytest.raises(GuestError):
+                    run.run()
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize(
