@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The JUnit XML file: an error while writing it is a line in the summary instead of a traceback."""
+"""The JUnit XML file: what was tested is in it too, and an error while writing it is a line in the summary."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from harness.run_report import RunReport, not_kept
 
 
 class JunitFile(LogXML):
-    """pytest's writer with its errors turned into notes of the run's report."""
+    """pytest's writer with properties of the run, and with its errors turned into notes of the run's report."""
 
     def __init__(self, writer: LogXML, report: RunReport) -> None:
         vars(self).update(vars(writer))
@@ -18,6 +18,8 @@ class JunitFile(LogXML):
         self._kept = True
 
     def pytest_sessionfinish(self) -> None:
+        for name, value in self._report.facts.properties().items():
+            self.add_global_property(name, value)
         try:
             super().pytest_sessionfinish()
         except OSError as error:

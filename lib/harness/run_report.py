@@ -47,6 +47,18 @@ class Facts:
     kernel_log: str | None = None
     machine: dict[str, Any] = field(default_factory=dict)
 
+    def properties(self) -> dict[str, str]:
+        """What tells one run from another, by name, for a JUnit file."""
+        machine = {name: str(self.machine[name]) for name in ("qemu", "accel") if self.machine}
+        return {
+            "suite": suite_version(),
+            **{name: str(self.host[name]) for name in ("kernel", "backend", "cpu")},
+            **self.host["parameters"],
+            **{name: str(self.settings[name]) for name in ("seed", "iterations", "test_mem", "ring_count")},
+            "place": self.place,
+            **machine,
+        }
+
 
 @dataclass(frozen=True)
 class KernelReport:

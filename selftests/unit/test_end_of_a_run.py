@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What a run prints at its end: the table, what did not run, and the verdict on the kernel, as wide as the terminal is."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -291,6 +293,25 @@ def test_violation_is_shown_first(run: Callable[..., str]) -> None:
     assert "lib/dirty_tracking/vm.py" not in output
     assert re.search(rf"^reproduce .* '?{re.escape(test)}'? --seed=", output, re.MULTILINE)
     assert "lib/dirty_tracking/vm.py" in run(test, "--tb=long")
+
+
+@pytest.mark.usefixtures("kvm")
+def test_junit_file_says_what_was_tested(run: Callable[..., str], tmp_path: Path) -> None:
+    """The JUnit file has kernel, backend, parameters, CPU, suite version and seed, and the figures of each cell."""
+    run(*ONE_CELL, *QUICK, "--seed=5", f"--junitxml={tmp_path}/junit.xml")
+    results = json.loads((tmp_path / "results/results.json").read_text())
+    host = results["host"]
+    (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    expected = {"suite": results["suite"], "seed": "5", "iterations": "2", "place": "this host's own"}
+    expected |= {name: host[name] for name in ("kernel", "backend", "cpu")} | host["parameters"]
+    assert expected.items() <= properties(suite).items()
+    (cell,) = suite.iter("testcase")
+    assert int(properties(cell)["writes"]) == results["cells"][0]["writes"] > 0
+
+
+def properties(element: ElementTree.Element) -> dict[str, str]:
+    """The properties of a suite or a case of a JUnit file."""
+    return {one.attrib["name"]: one.attrib["value"] for one in element.findall("properties/property")}
 
 
 def test_unit_tests_have_no_verdict(run: Callable[..., str]) -> None:
