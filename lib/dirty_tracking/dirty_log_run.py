@@ -71,16 +71,22 @@ class DirtyLogRun(WritersVm):
         :raises GuestError: a guest ended in a way that it should not
         :raises VcpuHang: a vCPU stopped making progress
         """
+        timings = self.mode.timings
         with self._running():
-            self.populate()
-            self.recorder.set_logging(self.vm, self.memslot.slot, on=True, stopped=True)
+            with timings.time("populate"):
+                self.populate()
+            with timings.time("enable"):
+                self.recorder.set_logging(self.vm, self.memslot.slot, on=True, stopped=True)
             self._collector.start()
             for iteration in range(1, self.settings.iterations + 1):
                 # The collector's thread collects at this moment, and whenever a ring is full, while the vCPUs run.
                 self._collector.begin(iteration, self._draw.uniform(0, self._interval))
-                self._run_vcpus(iteration)
-                self._stop_vcpus()
+                with timings.time("dirty"):
+                    self._run_vcpus(iteration)
+                    self._stop_vcpus()
                 self._verify(iteration, self._collect_rest())
+            with timings.time("disable"):
+                self.recorder.set_logging(self.vm, self.memslot.slot, on=False, stopped=True)
         return self.figures
 
     def history(self, page: int) -> str:
@@ -101,6 +107,7 @@ class DirtyLogRun(WritersVm):
         finally:
             self.writers.end(failure)
             self.figures.seconds = time.monotonic() - self._started
+            self.figures.phases = self.mode.timings.summary()
 
     def _run_vcpus(self, iteration: int) -> None:
         """Resume the vCPUs, for the interval at least, and until each has made some writes, or a ring is stuck."""
@@ -179,3 +186,6 @@ class DirtyLogRun(WritersVm):
         self.figures.clean += self.memslot.npages - dirty
         self.figures.collections += len(collections)
         self.figures.ring_full_exits = sum(thread.ring_full_exits for thread in self.writers.threads)
+        self.figures.exits = sum(thread.exits for thread in self.writers.threads)
+        self.figures.stalled_seconds = sum(thread.stalled for thread in self.writers.threads)
+        self.figures.writes_per_second = self.figures.writes / self.mode.timings.total("dirty")

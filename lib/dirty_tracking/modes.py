@@ -3,6 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from enum import Enum, auto
 from functools import cache
 
@@ -10,6 +11,7 @@ from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_until
+from dirty_tracking.timings import Timings
 from kvm_util import uapi
 from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
 from kvm_util.host import this_host
@@ -52,6 +54,8 @@ class LogMode(ABC):
     :ivar uses_ring: whether each vCPU reports through a ring of its own
     :ivar manual: whether KVM_GET_DIRTY_LOG only reports, and KVM_CLEAR_DIRTY_LOG clears
     :ivar initially_set: whether every page is dirty when dirty logging is enabled
+    :ivar timings: how long KVM's calls took: ``get``, ``clear`` or ``reset``, and how long ``harvest`` did, with all vCPUs
+        stopped; and the same with ``_running`` for those made while vCPUs may run
     :param ring_entries: entries of each vCPU's ring, a power of two; for the modes with rings
     """
 
@@ -62,6 +66,7 @@ class LogMode(ABC):
 
     def __init__(self, ring_entries: int) -> None:
         self.ring_entries = ring_entries
+        self.timings = Timings()
 
     @classmethod
     @abstractmethod
@@ -108,6 +113,9 @@ class LogMode(ABC):
     def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
         """As :meth:`collect`, after the kick."""
 
+    def _timed(self, call: str, stopped: bool) -> AbstractContextManager[None]:
+        return self.timings.time(call if stopped else f"{call}_running")
+
     def flush_cpu_logs(self, kick: Callable[[], None]) -> None:
         """Flush the CPUs' own log buffers (PML) to KVM's bitmaps and rings.
 
@@ -150,15 +158,18 @@ class BitmapMode(LogMode):
         offsets: list[int] = []
         for slot in slots:
             bitmap = new_bitmap(vm.memslots[slot].npages)
-            vm.get_dirty_log(slot, bitmap)
-            self._clear(vm, slot, bitmap)
+            with self._timed("get", stopped):
+                vm.get_dirty_log(slot, bitmap)
+            if self.manual:
+                with self._timed("clear", stopped):
+                    self._clear(vm, slot, bitmap)
             pages = set_pages(bitmap)
             slot_of_each += [slot] * len(pages)
             offsets += pages
         return DirtyReport([Source(slot_of_each, offsets)])
 
     def _clear(self, vm: Vm, slot: int, bitmap: bytearray) -> None:
-        """Clear the pages of *bitmap* in memslot *slot*, if KVM_GET_DIRTY_LOG has not done that."""
+        """Clear the pages of *bitmap* in memslot *slot*; called if KVM_GET_DIRTY_LOG does not do that."""
 
 
 class ClearLogMode(BitmapMode):
@@ -221,12 +232,14 @@ class RingMode(LogMode):
 
     def _take(self, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
         rings = self.rings(vm)
-        report = DirtyReport([Source(*ring.harvest(), vcpu) for vcpu, ring in enumerate(rings)])
+        with self._timed("harvest", stopped):
+            report = DirtyReport([Source(*ring.harvest(), vcpu) for vcpu, ring in enumerate(rings)])
         if stopped:
             for source, ring in zip(report.sources, rings, strict=True):
                 source.behind_gap = ring.dirty_behind_gap()
         harvested = report.harvested
-        report.reset = reset_until(lambda: vm.reset_dirty_rings(), lambda reset: reset >= harvested)
+        with self._timed("reset", stopped):
+            report.reset = reset_until(lambda: vm.reset_dirty_rings(), lambda reset: reset >= harvested)
         return report
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:

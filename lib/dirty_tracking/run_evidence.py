@@ -2,7 +2,7 @@
 """What a run of the matrix adds to the report of a violation: figures, history of the wrong pages, a map of the slot."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dirty_tracking.violations import Kind, Violation
@@ -22,6 +22,10 @@ class Figures:
 
     :ivar dirty: pages reported, summed over the iterations
     :ivar clean: pages not reported, summed over the iterations
+    :ivar exits: returns from KVM_RUN, of all vCPUs
+    :ivar stalled_seconds: how long vCPUs waited for a full ring to be reset, summed over the vCPUs
+    :ivar writes_per_second: by all vCPUs, while they were to write
+    :ivar phases: of each phase what :meth:`Timings.summary` says
     """
 
     iterations: int = 0
@@ -31,6 +35,10 @@ class Figures:
     collections: int = 0
     ring_full_exits: int = 0
     seconds: float = 0.0
+    exits: int = 0
+    stalled_seconds: float = 0.0
+    writes_per_second: float = 0.0
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

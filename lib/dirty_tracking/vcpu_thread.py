@@ -3,6 +3,7 @@
 
 import signal
 import threading
+import time
 from enum import Enum, auto
 
 from dirty_tracking.modes import AfterRun, LogMode
@@ -32,6 +33,7 @@ class VcpuThread(threading.Thread):
 
     :ivar exits: returns from KVM_RUN so far
     :ivar ring_full_exits: those with KVM_EXIT_DIRTY_RING_FULL
+    :ivar stalled: for how many seconds it waited for its ring to be reset
     :ivar failure: what ended the thread, if anything did
     """
 
@@ -41,6 +43,7 @@ class VcpuThread(threading.Thread):
         self.state = State.STOPPED
         self.exits = 0
         self.ring_full_exits = 0
+        self.stalled = 0.0
         self.failure: BaseException | None = None
         self.last_exit = "KVM_RUN was not called yet"
         self._guest = guest
@@ -130,4 +133,6 @@ class VcpuThread(threading.Thread):
         if not self._stop_requested:
             self.state = State.RING_FULL
             self._cond.notify_all()
+            begun = time.perf_counter()
             self._cond.wait_for(lambda: self.state is not State.RING_FULL or self._quit)
+            self.stalled += time.perf_counter() - begun
