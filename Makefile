@@ -30,7 +30,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix fetch lint guest_code bench clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix fetch lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -73,6 +73,9 @@ guest_code: $(VENV)/run ## assemble the guest programs
 bench: $(VENV)/run ## inner loops beside C, growth of runs; with C_TEST=path whole runs beside the C test
 	PYTHONPATH=.:lib $(VENV)/bin/python -m bench.bench $(if $(C_TEST),--c-test "$(C_TEST)") $(ARGS)
 
+perf: $(VENV)/run ## what dirty logging costs on this host: the phases of dirty_log_perf_test, for rings too
+	@PYTHONPATH=.:lib $(VENV)/bin/python -m bench.perf $(ARGS)
+
 clean: ## remove what was built; results stay
 	rm -rf build $(VENV) .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -101,6 +104,7 @@ TAKES_test-all := ARGS WORKERS
 TAKES_kill-matrix := ARGS
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
+TAKES_perf := ARGS
 VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
@@ -112,7 +116,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix fetch bench,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))

@@ -45,6 +45,11 @@ class DirtyReport:
         return sum(len(source.offsets) for source in self.sources if source.vcpu is not None)
 
     @property
+    def reported(self) -> int:
+        """How many bits were set and ring entries harvested, in all."""
+        return sum(len(source.offsets) for source in self.sources)
+
+    @property
     def slots(self) -> set[int]:
         """The memslots that something was reported of."""
         return {slot for source in self.sources for slot in source.slots}
