@@ -39,6 +39,8 @@ _MOST_WORKERS = 1024
 _MOST_ITERATIONS = 1_000_000  # some days
 # Options of pytest that show something and run no tests
 _ONLY_SHOW = ("help", "version", "collectonly", "showfixtures", "show_fixtures_per_test", "markers", "cacheshow")
+# Options of pytest that print something of their own, or need a terminal
+_NO_KTAP = {"collectonly": "--collect-only", "usepdb": "--pdb", "trace": "--trace"}
 # How the options that make the settings of a run are read
 SETTING_PARSERS: dict[str, Callable[[str, str], Any]] = {
     "seed": lambda option, text: parse_number(option, text, 0),
@@ -93,6 +95,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
         "thorough": "the long form of each test that has one",
         "require-kvm": "fail where a test on KVM would skip, whatever the reason",
         "no-known-bugs": "known kernel bugs (known_bugs.toml) are plain failures",
+        "ktap": "print the results as KTAP, the kernel's format, and nothing else on standard output (docs/kselftest.md)",
     }
     for name, text in flags.items():
         group.addoption(f"--{name}", action="store_true", help=text)
@@ -126,6 +129,8 @@ def check_options(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--kvm-device: is this host's KVM, and the tests run in another kernel (--kernel), with its own"
         )
+    if option.ktap and (other := next((word for name, word in _NO_KTAP.items() if getattr(option, name)), None)):
+        raise pytest.UsageError(f"--ktap: {other} needs standard output for something else")
     workers = getattr(option, "numprocesses", None)
     if isinstance(workers, int) and not 0 <= workers <= _MOST_WORKERS:
         raise pytest.UsageError(f"-n: {workers} is out of range, it must be from 0 to {_MOST_WORKERS}")

@@ -92,6 +92,11 @@ class RemoteSession:
         self._status: int = pytest.ExitCode.OK
         self.diagnosis: Diagnosis | None = None
 
+    @property
+    def collected(self) -> bool:
+        """Whether the tests in the kernel are known."""
+        return self._items is not None
+
     @pytest.hookimpl(tryfirst=True)  # before pytest announces the collection
     def pytest_collection(self) -> bool | None:
         """Skip the collection, unless tests run on this host too."""

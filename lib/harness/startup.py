@@ -10,6 +10,7 @@ from harness.command_line import add_options, check_options, only_shows, seen_fr
 from harness.elsewhere import choose_kernel, needs_kernel
 from harness.interruption import Interruption, handle_sigint_in_worker
 from harness.kernel_options import AUTO
+from harness.ktap import Ktap
 from harness.output_paths import make_folder, new_folder, remove_if_empty
 from harness.run_state import INTERRUPTION, TARGET, is_worker
 from harness.toml_file import TomlError
@@ -42,6 +43,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     config.pluginmanager.register(interruption, "interruption")
     try:
         check_options(config)
+        if option.ktap:
+            config.pluginmanager.register(Ktap(config), "ktap")
         if needs_kernel(option):
             status = choose_kernel(config)
             if TARGET in config.stash:
