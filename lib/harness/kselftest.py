@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A test program of kselftest/: harness.kselftest NAME [arguments]. It prints KTAP and has kselftest's exit statuses.
 
-NAME is dirty_log_test, which takes the options of the C test, or the name of a program that gives options of pytest.
+The arguments are options of pytest, or those of the C test if NAME is dirty_log_test.
 """
 
 import sys

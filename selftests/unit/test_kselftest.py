@@ -2,9 +2,11 @@
 """kselftest/: the C test's options, kselftest's exit statuses, and the folder for the kernel's tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,21 @@ from harness import c_test
 from harness.selection import DIMENSIONS
 from kvm_util.host_limits import HostLimit, Limit
 from runner import ROOT
+from selftests.unit.commands import ONE_CELL, QUICK
 from selftests.unit.ktap_reader import read_ktap
 
 PASS, FAIL, SKIP = 0, 1, 4
 MATRIX = "selftests/matrix/test_dirty_log.py"
-PROGRAM = ROOT / "kselftest/dirty_log_test"
-SMALL = ("--test-mem=4M", "--iterations=2", "--interval=1", "--ring-count=1024", "--guest-mode=48bit-4k")
-SMALL_CELL = (MATRIX, *SMALL, "--backing=anonymous", "--stop=forced", "--density=sparse", "--vcpus=1")
+FOLDER = ROOT / "kselftest"
+PROGRAM, MATRIX_PROGRAM = FOLDER / "dirty_log_test", FOLDER / "dirty_log_matrix.sh"
+SMALL_CELL = ["-k", "test_dirty_log", *QUICK, *ONE_CELL[1:]]
+# A kernel source tree, for the tests with its selftests
+KERNEL_SOURCE = os.environ.get("KERNEL_SOURCE", "")
 
 
-def run(*words: str, folder: Path = ROOT, **environment: str) -> tuple[int, str, str]:
+def run(*words: str, **environment: str) -> tuple[int, str, str]:
     """Run a program of kselftest/; returns exit status, standard output and standard error."""
-    done = subprocess.run(words, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -97,11 +102,11 @@ def test_usage_and_help() -> None:
 
 
 PROGRAMS = [
-    ("passes", [*SMALL_CELL, "--log-mode=dirty-log"], PASS),
+    ("passes", SMALL_CELL, PASS),
     ("wrong-option", [*SMALL_CELL, "--iterations=x"], FAIL),
     ("nothing-matches", [*SMALL_CELL, "-k", "nothing_like"], FAIL),
-    ("no-kvm", [*SMALL_CELL, "--log-mode=dirty-log", "--kvm-device=/dev/null"], SKIP),
-    ("too-few-cpus", [*SMALL_CELL, "--vcpus=9999"], FAIL),
+    ("no-kvm", [*SMALL_CELL, "--kvm-device=/dev/null"], SKIP),
+    ("lost-pages", [*SMALL_CELL, "-p", "docs.examples.planted_fault"], FAIL),
 ]
 
 
@@ -109,36 +114,42 @@ PROGRAMS = [
 @pytest.mark.parametrize(("words", "wanted"), [case[1:] for case in PROGRAMS], ids=[case[0] for case in PROGRAMS])
 def test_exit_status_of_kselftest(tmp_path: Path, words: list[str], wanted: int) -> None:
     """Pytest's exit statuses become kselftest's: a run that cannot begin fails, one without KVM is a skip."""
-    command = (str(ROOT / "kselftest/ksft.sh"), "dirty_log_small", *words)
-    status, output, errors = run(*command, TMPDIR=str(tmp_path))
+    status, output, errors = run(str(MATRIX_PROGRAM), *words, TMPDIR=str(tmp_path))
     assert status == wanted, output + errors
     if output:
         *_, the_run = read_ktap(output)
         assert the_run.ok == (wanted != FAIL)
         assert (the_run.directive == "SKIP") == (wanted == SKIP)
-    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] in ([], ["dirty_log_small"])
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [MATRIX_PROGRAM.name]
 
 
 @pytest.mark.usefixtures("kvm")
-def test_failure_is_a_fail(tmp_path: Path) -> None:
-    """A lost page is "not ok" and exit status 1."""
-    words = [*SMALL_CELL, "--log-mode=dirty-log", "-p", "docs.examples.planted_fault"]
-    status, output, _ = run(str(ROOT / "kselftest/ksft.sh"), "dirty_log_small", *words, TMPDIR=str(tmp_path))
-    test, the_run = read_ktap(output)
-    assert status == FAIL
-    assert not test.ok and not the_run.ok
-    assert any("LOST [R1]" in line for line in test.comments)
+def test_terminated_program_is_a_fail(tmp_path: Path) -> None:
+    """SIGTERM, as kselftest's runner sends it, ends a program in seconds: the running test is named, and nothing passes."""
+    words = [str(MATRIX_PROGRAM), *SMALL_CELL, "--iterations=1000000"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        begin = [process.stdout.readline()]
+        while not begin[-1].startswith("# collected"):
+            begin.append(process.stdout.readline())
+        time.sleep(0.5)
+        process.terminate()
+        test, the_run = read_ktap("".join(begin) + process.stdout.read())
+        assert process.wait() == FAIL
+    assert test.name.startswith(MATRIX)
+    assert (test.directive, the_run.directive) == ("ERROR", "ERROR")
+    assert "SIGTERM" in test.text
 
 
 def test_missing_package_is_a_skip(tmp_path: Path) -> None:
     """Without Python, a package or the suite itself a program is a skip, and the reason names what is missing."""
-    for name in ("ksft.sh", "dirty_log_test"):
-        shutil.copy(ROOT / "kselftest" / name, tmp_path)
+    shutil.copy(FOLDER / "ksft.sh", tmp_path / "dirty_log_test")
     for name in ("runner", "lib"):
         (tmp_path / name).symlink_to(ROOT / name)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("sh", "readlink", "dirname"):
+    for name in ("sh", "readlink", "dirname", "basename"):
         (tools / name).symlink_to(str(shutil.which(name)))
 
     def reason() -> str:
@@ -155,3 +166,129 @@ def test_missing_package_is_a_skip(tmp_path: Path) -> None:
     (tools / "python3").write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3 -S "$@"\n')
     (tools / "python3").chmod(0o755)
     assert reason().startswith("the suite needs pytest, ")
+
+
+# --- the folder in a kernel's source ----------------------------------------------------------------------------------
+
+
+def test_programs_of_the_folder() -> None:
+    """Each program of the Makefile is there, stands for tests that exist, and no test of KVM is left out."""
+    makefile = (FOLDER / "Makefile").read_text()
+    programs = set(re.findall(r"^TEST_PROGS\w* [:+]= (\S+)$", makefile, re.MULTILINE))
+    assert programs == {
+        path.name for path in FOLDER.iterdir() if path.is_symlink() and path.resolve().name == "ksft.sh"
+    }
+    cases = dict(
+        re.findall(r"^(dirty_log_\w+(?:\.sh)?)\) tests=(.*) ;;", (FOLDER / "ksft.sh").read_text(), re.MULTILINE)
+    )
+    assert set(cases) == programs
+    named: list[str] = []
+    for text in cases.values():
+        words = re.findall(r"(--ignore=)?(selftests[\w/.]*)", text)
+        assert [name for _, name in words if not (ROOT / name).exists()] == []
+        ignored = [name for ignore, name in words if ignore]
+        chosen = [name for ignore, name in words if not ignore]
+        named += [
+            str(path.relative_to(ROOT))
+            for name in chosen if name != "selftests"
+            for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("test_*.py"))
+            if str(path.relative_to(ROOT)) not in ignored
+        ]  # fmt: skip
+    tests = [path.relative_to(ROOT) for path in ROOT.glob("selftests/*/test_*.py")]
+    assert sorted(named) == sorted(str(path) for path in tests if path.parts[1] != "unit")
+
+
+@pytest.fixture
+def kernel_tree(tmp_path: Path) -> Path:
+    """A kernel source tree that may be written to: what kselftest needs of the one that KERNEL_SOURCE names."""
+    if not KERNEL_SOURCE:
+        pytest.skip("KERNEL_SOURCE in the environment names no kernel source tree")
+    if shutil.which("rsync") is None:
+        pytest.skip("kselftest installs with rsync: apt install rsync")
+    source, tree = Path(KERNEL_SOURCE).resolve(), tmp_path / "linux"
+    selftests = Path("tools/testing/selftests")
+    (tree / selftests).mkdir(parents=True)
+    (tree / "scripts").symlink_to(source / "scripts")
+    for path in (source / selftests).iterdir():
+        if path.is_file():
+            shutil.copy(path, tree / selftests)
+    shutil.copytree(source / selftests / "kselftest", tree / selftests / "kselftest")
+    return tree
+
+
+def add_folder(tree: Path, how: str) -> None:
+    """Link or copy kselftest/ to the kernel's selftests."""
+    target = tree / "tools/testing/selftests/dirty_log"
+    if how == "link":
+        target.symlink_to(FOLDER)
+    else:
+        subprocess.run(["cp", "-rL", str(FOLDER), str(target)], check=True)
+
+
+def make(tree: Path, *words: str, **environment: str) -> str:
+    """Run make in the kernel's selftests; returns what it printed."""
+    command = ["make", "-C", f"{tree}/tools/testing/selftests", "TARGETS=dirty_log", "FORCE_TARGETS=1", *words]
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(
+        command, env=clean | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def path_with_python(folder: Path) -> str:
+    """A PATH whose first python3, put into *folder*, has the suite's packages, as a distribution's would."""
+    folder.mkdir(exist_ok=True)
+    (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python3").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+ARGUMENTS = {"KSELFTEST_DIRTY_LOG_MATRIX_SH_ARGS": " ".join(SMALL_CELL)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.parametrize(("how", "output"), [("link", ""), ("copy", ""), ("link", "O=../out"), ("copy", "O=/out")])
+def test_run_by_the_kernels_runner(kernel_tree: Path, tmp_path: Path, how: str, output: str) -> None:
+    """Make run_tests builds the guest programs and runs a program through runner.sh, linked or copied, and with any O=."""
+    add_folder(kernel_tree, how)
+    words = [output.replace("O=/", f"O={tmp_path}/")] if output else []
+    environment = ARGUMENTS | {"TMPDIR": str(tmp_path), "PATH": path_with_python(tmp_path / "tools")}
+    text = make(kernel_tree, *words, "TEST_PROGS=dirty_log_matrix.sh", "run_tests", **environment)
+    assert "\nok 1 selftests: dirty_log: dirty_log_matrix.sh\n" in text
+    assert "# timeout set to 180" in text
+    stream = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+    *_, the_run = read_ktap("\n".join(stream[stream.index("KTAP version 1") :]) + "\n")
+    assert the_run.ok
+    make(kernel_tree, *words, "clean")
+    assert [*FOLDER.glob("*.elf"), *kernel_tree.rglob("*.elf"), *tmp_path.glob("out/**/*.elf")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kvm")
+def test_archive_on_another_machine(kernel_tree: Path, tmp_path: Path) -> None:
+    """What gen_tar packs runs where there is nothing else of the suite, no binutils, and nothing may be written."""
+    add_folder(kernel_tree, "link")
+    make(kernel_tree, f"KSFT_INSTALL_PATH={tmp_path}/installed", "gen_tar")
+    make(kernel_tree, "clean")
+    target = tmp_path / "target"
+    target.mkdir()
+    (archive,) = (tmp_path / "installed/kselftest-packages").iterdir()
+    subprocess.run(["tar", "-xf", str(archive), "-C", str(target)], check=True)
+    shutil.rmtree(tmp_path / "installed")
+    tests = target / "dirty_log"
+    assert (tests / "testcases/dirty_log_ring.sh/default.test").read_text() == "../dirty_log/dirty_log_ring.sh\n"
+    before = sorted(target.rglob("*"))
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("as", "ld", "gcc", "cc"):
+        (tools / name).write_text("#!/bin/sh\nexit 1\n")
+        (tools / name).chmod(0o755)
+    status, text, _ = run(
+        *(str(target / "run_kselftest.sh"), "-t", "dirty_log:dirty_log_matrix.sh"),
+        PATH=path_with_python(tools), TMPDIR=str(tmp_path), **ARGUMENTS,
+    )  # fmt: skip
+    assert status == PASS
+    assert "\nok 1 selftests: dirty_log: dirty_log_matrix.sh" in text
+    assert sorted(target.rglob("*")) == before
