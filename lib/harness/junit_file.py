@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.junitxml import LogXML, xml_key
+from _pytest.terminal import TerminalReporter
 
 from harness.run_report import RunReport, not_kept
 
@@ -26,7 +27,7 @@ class JunitFile(LogXML):
             self._kept = False
             self._report.notes.append(not_kept(self.logfile, error, "--junitxml FILE"))
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter, config: pytest.Config) -> None:
         # The last line of the run names the folder anyway.
         if self._kept and not Path(self.logfile).is_relative_to(self._report.results):
             super().pytest_terminal_summary(terminalreporter, config)

@@ -20,6 +20,7 @@ def main(name: str, words: list[str]) -> int:
     import pytest
 
     from harness.c_test import USAGE, suite_options
+    from kvm_util.guest_program import GuestProgramError, assemble_all
     from kvm_util.host_limits import HostLimit
 
     if name == "dirty_log_test":
@@ -33,6 +34,10 @@ def main(name: str, words: list[str]) -> int:
         if not words:
             print(USAGE)
             return PASS
+    try:
+        assemble_all()
+    except GuestProgramError as error:
+        return _skip(name, str(error))
     return _run(name, words)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from harness.run_report import verdict
 from runner.errors import CANNOT_TEST
@@ -92,7 +93,7 @@ class KtapStream:
         return sys.stderr.fileno()
 
 
-class KtapReporter(pytest.TerminalReporter):  # type: ignore[misc] # final; plugins replace it like this nevertheless
+class KtapReporter(TerminalReporter):  # type: ignore[misc] # final; plugins replace it like this nevertheless
     """pytest's reporter for comments, without what the results say."""
 
     def __init__(self, config: pytest.Config, stream: KtapStream) -> None:
@@ -167,7 +168,7 @@ class Ktap:
 
     def pytest_plugin_registered(self, plugin: object, plugin_name: str, manager: pytest.PytestPluginManager) -> None:
         """Replace pytest's reporter as soon as it is there: xdist keeps the one that it finds."""
-        if isinstance(plugin, pytest.TerminalReporter) and not isinstance(plugin, KtapReporter):
+        if isinstance(plugin, TerminalReporter) and not isinstance(plugin, KtapReporter):
             manager.unregister(plugin)
             manager.register(KtapReporter(self._config, self._stream), plugin_name)
 

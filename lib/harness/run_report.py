@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from harness import table
 from harness.interruption import Interruption
@@ -163,7 +164,7 @@ class RunReport:
         (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._cells())))
         self.kept = True
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         screen = Screen(terminalreporter)
         verbose = terminalreporter.config.get_verbosity() > 0
         tests, cells = self._tests.values(), self._cells()
@@ -193,7 +194,7 @@ class RunReport:
             else:
                 screen.line(note)
 
-    def show_verdict(self, terminalreporter: pytest.TerminalReporter, exit_status: int) -> None:
+    def show_verdict(self, terminalreporter: TerminalReporter, exit_status: int) -> None:
         """Print the run's last line: kernel, where it ran, verdict, counts, and where the files are."""
         if exit_status == pytest.ExitCode.USAGE_ERROR:
             return  # pytest has printed what is wrong with the command line

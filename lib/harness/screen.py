@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Prints the summary on the terminal, wrapped to its width and in colour."""
 
-import pytest
+from _pytest.terminal import TerminalReporter
 
 from harness.table import Line
 from kvm_util.wording import WIDTH, wrapped
@@ -23,7 +23,7 @@ class Screen:
     :ivar width: columns of the terminal, or ``WIDTH`` if the output is none
     """
 
-    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+    def __init__(self, reporter: TerminalReporter) -> None:
         self._reporter = reporter
         self._wraps = reporter.isatty
         self.width = reporter.config.get_terminal_writer().fullwidth if reporter.isatty else WIDTH

@@ -4,6 +4,7 @@
 from collections.abc import Generator
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from harness import elsewhere
 from harness.early_collection import no_test_matches
@@ -51,7 +52,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+    terminalreporter: TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> Generator[None, None, None]:
     """The verdict on the kernel comes last."""
     yield

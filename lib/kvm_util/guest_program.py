@@ -88,6 +88,8 @@ def assemble_all() -> None:
     :raises GuestProgramError: binutils are missing, or reject a program
     """
     if _PREBUILT:
+        if not [*OUTPUT.glob("*.elf")]:
+            raise GuestProgramError(f"no guest programs in {OUTPUT} (DIRTY_LOG_GUEST_CODE): build them with make")
         return
     for source in sorted(SOURCES.glob("*.S")):
         assemble(source, OUTPUT / f"{source.stem}.elf")
