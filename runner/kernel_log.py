@@ -25,6 +25,7 @@ class Kind(Enum):
     BUG = "BUG"
     OOPS = "Oops"
     PANIC = "panic"
+    TAINT = "taint"  # not in the log: a flag in /proc/sys/kernel/tainted
 
 
 # First lines of reports; the first pattern that matches decides. From lib/{bug,ubsan}.c,

@@ -1,15 +1,41 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The kernel log as part of the verdict: a report (WARN, BUG, Oops ...) fails the test that was running, and the run."""
+"""The kernel's own reports as part of the verdict: one in its log (WARN, BUG, Oops ...), or a new taint flag, fails the test
+that was running, and the run.
+"""
 
 from collections.abc import Callable, Generator
 
 import pytest
 
 from harness.run_report import KernelReport, RunReport
-from runner.kernel_log import KernelLog, Splat
+from runner.kernel_log import KernelLog, Kind, Splat
+from runner.taint import TAINTED, TITLE, describe, faults, taint_flags, unreported
 
 # Returns the id of the known bug that explains a report, or None
 Explain = Callable[[Splat], str | None]
+
+
+class KernelWatch:
+    """What the kernel reports from now on.
+
+    :param log: its log; None if this user may not read it
+    """
+
+    def __init__(self, log: KernelLog | None, tainted: str = TAINTED) -> None:
+        self._log = log
+        self._tainted = tainted
+        self._flags = taint_flags(tainted)
+        self._kinds: set[Kind] = set()  # of the reports in the log
+
+    def new_reports(self) -> list[Splat]:
+        """The reports since the last call: those in the log, and each taint flag that comes with none of them."""
+        flags = taint_flags(self._tainted)  # first: the kernel sets a flag after it has logged why
+        splats = self._log.new_splats() if self._log is not None else []
+        self._kinds |= {splat.kind for splat in splats}
+        new, self._flags = flags & ~self._flags, flags | self._flags
+        return splats + [
+            Splat(Kind.TAINT, [f"{TITLE} {text}"]) for text in describe(unreported(faults(new), self._kinds))
+        ]
 
 
 class TestWatch:
@@ -18,14 +44,14 @@ class TestWatch:
     With xdist, tests in other processes run on the same kernel: all tests that were running fail.
     """
 
-    def __init__(self, log: KernelLog, explain: Explain) -> None:
-        self._log = log
+    def __init__(self, watch: KernelWatch, explain: Explain) -> None:
+        self._watch = watch
         self._explain = explain
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        splats = self._log.new_splats()
+        splats = self._watch.new_reports()
         for splat in splats:
             report.user_properties.append(("kernel_log", splat.title))
         unexplained = [splat for splat in splats if self._explain(splat) is None]
@@ -42,20 +68,20 @@ class TestWatch:
 
 
 class RunWatch:
-    """A pytest plugin that collects all kernel log reports of the run, also those between tests."""
+    """A pytest plugin that collects all reports of the run, also those between tests."""
 
-    def __init__(self, log: KernelLog, explain: Explain, report: RunReport) -> None:
-        self._log = log
+    def __init__(self, watch: KernelWatch, explain: Explain, report: RunReport) -> None:
+        self._watch = watch
         self._explain = explain
         self._report = report
         self._splats: list[Splat] = []
 
     def pytest_runtest_logreport(self) -> None:
-        self._splats += self._log.new_splats()  # before the kernel overwrites them
+        self._splats += self._watch.new_reports()  # before the kernel overwrites them
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        for splat in self._splats + self._log.new_splats():
+        for splat in self._splats + self._watch.new_reports():
             tests = self._report.tests_that_saw(splat.title)
             known_bug = self._explain(splat)
             self._report.kernel_reports.append(

@@ -30,7 +30,7 @@ class RunSummary:
     :ivar planned: number of collected tests
     :ivar uncollected: number of test files that could not be collected
     :ivar stopped: why the run stopped early, in a word; empty if it did not
-    :ivar log_reports: number of kernel log reports that no known bug explains
+    :ivar kernel_reports: number of reports in the kernel's log, and of new taint flags, that no known bug explains
     :ivar end: how the booted kernel ended: ``ending`` and ``text`` as in the results file; empty on this host
     :ivar untested: if no test ran on KVM, the reasons with their number of tests; else None
     """
@@ -40,7 +40,7 @@ class RunSummary:
     planned: int = 0
     uncollected: int = 0
     stopped: str = ""
-    log_reports: int = 0
+    kernel_reports: int = 0
     end: Mapping[str, Any] = field(default_factory=dict)
     untested: Counter[str] | None = None
 
@@ -64,10 +64,10 @@ def verdict_on_kernel(summary: RunSummary) -> tuple[Verdict, str]:
         results = counts_of_tests(summary.kernel - Counter({"not run": summary.kernel["not run"]}))
         of = f" of {counted(summary.planned, 'test')}" if summary.planned else f" {'test' if ran == 1 else 'tests'}"
         counts = f"{stopped}: {ran}{of} ran" + (f" ({results})" if results else "")
-    if summary.kernel["FAIL"] or summary.log_reports or ended.exit_status == 1:
+    if summary.kernel["FAIL"] or summary.kernel_reports or ended.exit_status == 1:
         died = [ended.value] if ended.exit_status == 1 else []
-        in_log = [f"{counted(summary.log_reports, 'report')} in the kernel's log"] if summary.log_reports else []
-        verdict, reasons = Verdict.BAD, [*died, *in_log]
+        reports = [f"{counted(summary.kernel_reports, 'report')} of the kernel"] if summary.kernel_reports else []
+        verdict, reasons = Verdict.BAD, [*died, *reports]
     elif ended is not BootOutcome.FINISHED:
         verdict, reasons = Verdict.CANNOT, [summary.end["text"].removeprefix(f"{BootOutcome.NOT_TESTED.value}: ")]
     elif summary.uncollected:

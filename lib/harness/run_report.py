@@ -38,6 +38,7 @@ class Facts:
     :ivar cells: the planned cells, in the order of the table
     :ivar place: where the kernel runs, in words
     :ivar kernel_log: why the kernel log is not watched; None if it is
+    :ivar taint: the taint flags that were set before the run, in words
     :ivar machine: the QEMU machine; empty on this host
     """
 
@@ -46,6 +47,7 @@ class Facts:
     cells: list[dict[str, Any]]
     place: str = "this host's own"
     kernel_log: str | None = None
+    taint: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
 
     def properties(self) -> dict[str, str]:
@@ -63,7 +65,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A report in the kernel log (``runner.kernel_log.Splat``) with what is known about it.
+    """A report of the kernel (``runner.kernel_log.Splat``) with what is known about it.
 
     :ivar known_bug: id of the known bug that explains it; None if none does
     :ivar tests: ids of the tests that were running
@@ -82,7 +84,7 @@ class RunReport:
     """A pytest plugin that follows a run through its test reports.
 
     :ivar results: the run's folder
-    :ivar kernel_reports: reports in the kernel log; to be filled before the session ends
+    :ivar kernel_reports: reports of the kernel; to be filled before the session ends
     :ivar notes: lines to print at the end of the summary
     :ivar end: how the booted kernel ended, for the results file; empty on this host
     :ivar kept: whether the run's folder contains files
@@ -152,7 +154,8 @@ class RunReport:
             "machine": self.facts.machine,
             "settings": self.facts.settings,
             "end": self.end,
-            "kernel_log": self.facts.kernel_log or [vars(report) for report in self.kernel_reports],
+            "kernel_log": [vars(report) for report in self.kernel_reports] or self.facts.kernel_log or [],
+            "taint": self.facts.taint,
             "cells": self._cells(),
             "tests": [{name: test[name] for name in ("test", "verdict", "reason")} for test in self._others()],
             "migrations": {
@@ -188,6 +191,8 @@ class RunReport:
         if self.kernel_reports:
             self._show_kernel_reports(screen)
         self._show_untested(screen)
+        if self.facts.machine and self.facts.taint:  # on this host, the header has them
+            screen.line(f"taint flags before the tests: {', '.join(self.facts.taint)}")
         for note in self.notes:
             if note.startswith(" "):
                 screen.verbatim(note)
@@ -208,7 +213,7 @@ class RunReport:
             planned=self._session.testscollected if self._session is not None else 0,
             uncollected=len(self._uncollected),
             stopped=self._stopped(terminalreporter.config, exit_status),
-            log_reports=sum(report.known_bug is None for report in self.kernel_reports),
+            kernel_reports=sum(report.known_bug is None for report in self.kernel_reports),
             end=self.end,
             untested=Counter(self._untested_on_kvm()) if self._nothing_ran else None,
         )
@@ -272,7 +277,7 @@ class RunReport:
             screen.line("many of them run in a booted kernel: make check-kernel KERNEL=debian:6.12")
 
     def _show_kernel_reports(self, screen: Screen) -> None:
-        screen.section("the kernel's log")
+        screen.section("the kernel's own reports: its log, and taint flags")
         for report in self.kernel_reports:
             while_running = f", while {' and '.join(report.tests)} ran" if report.tests else ", between tests"
             explained = f", known bug {report.known_bug}" if report.known_bug else ""

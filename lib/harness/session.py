@@ -15,7 +15,7 @@ from harness import known_bugs
 from harness.assigned_tests import AssignedTests
 from harness.command_line import dimensions_of, settings_of, vcpus_of
 from harness.elsewhere import prepare_remote
-from harness.kernel_log_watch import RunWatch, TestWatch
+from harness.kernel_log_watch import KernelWatch, RunWatch, TestWatch
 from harness.limited_errors import explain_error
 from harness.planned_tests import PlannedTests
 from harness.progress import Progress, WorkerProgress
@@ -31,7 +31,8 @@ from kvm_util.host import this_host
 from kvm_util.host_limits import FILES, HostLimit, file_limits, tightest
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner.guest_session import guest_session
-from runner.kernel_log import KernelLog, Splat
+from runner.kernel_log import KernelLog, Kind, Splat
+from runner.taint import WARN_TITLE, describe, taint_flags
 
 _MAX_WORKERS = 8
 
@@ -73,7 +74,7 @@ def _prepare_worker(config: pytest.Config) -> None:
     option.seed, option.results = controller["seed"], controller["results"]
     config.stash[SETTINGS] = settings_of(option)
     config.stash[PLAN] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
-    _watch_kernel_log(config, None)
+    _watch_kernel(config, None)
     with suppress(KeyError, OSError):  # not where the controller is on another machine
         config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
 
@@ -100,7 +101,8 @@ def _prepare_here(config: pytest.Config) -> None:
     report = RunReport(Path(option.results), facts)
     if NO_LOCAL_KERNEL in config.stash:
         report.notes.append(config.stash[NO_LOCAL_KERNEL])
-    facts.kernel_log = _watch_kernel_log(config, report)
+    facts.taint = describe(taint_flags())
+    facts.kernel_log = _watch_kernel(config, report)
     config.pluginmanager.register(report, "run-report")
     if guest is None:
         planned_tests = PlannedTests(cells, config.stash[INTERRUPTION])
@@ -111,29 +113,35 @@ def _prepare_here(config: pytest.Config) -> None:
         config.pluginmanager.register(AssignedTests(guest.report_path), "assigned-tests")
 
 
-def _watch_kernel_log(config: pytest.Config, report: RunReport | None) -> str | None:
-    """Watch the kernel's log: in each process for its tests, and in the controller for the whole run.
+def _watch_kernel(config: pytest.Config, report: RunReport | None) -> str | None:
+    """Watch the kernel's log and taint flags: in each process for its tests, and in the controller for the whole run.
 
-    :returns: why it cannot be watched; None if it is
+    :returns: why the log cannot be watched; None if it is
     """
     bugs = [] if config.option.no_known_bugs else known_bugs.on_host(this_host())
+    unwatched: str | None = None
 
     def explain(splat: Splat) -> str | None:
+        if splat.kind is Kind.TAINT:  # without the log, a known WARN shows as its flag only
+            return next((bug.id for bug in bugs if unwatched and splat.title.startswith(WARN_TITLE) and bug.log), None)
         return next((bug.id for bug in bugs if bug.explains_log(splat.titles)), None)
 
-    def open_log() -> KernelLog:
+    def watch() -> KernelWatch:
+        if unwatched:
+            return KernelWatch(None)
         log = KernelLog()
         config.add_cleanup(log.close)
-        return log
+        return KernelWatch(log)
 
     try:
-        if report is not None:
-            config.pluginmanager.register(RunWatch(open_log(), explain, report))
-        if is_worker(config) or not config.getoption("numprocesses", None):
-            config.pluginmanager.register(TestWatch(open_log(), explain))
+        KernelLog().close()
     except OSError as error:
-        return f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
-    return None
+        unwatched = f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
+    if report is not None:
+        config.pluginmanager.register(RunWatch(watch(), explain, report))
+    if is_worker(config) or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(TestWatch(watch(), explain))
+    return unwatched
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,7 +8,7 @@ from _pytest.terminal import TerminalReporter
 
 from harness import elsewhere
 from harness.early_collection import no_test_matches
-from harness.failure_report import environment_lines
+from harness.failure_report import column, environment_lines
 from harness.kernel_options import other_kernel_options
 from harness.run_report import RunReport
 from harness.run_state import TARGET
@@ -25,6 +25,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         *environment_lines(this_host()),
         f"seed     {config.option.seed}",
         *([f"kernel log {unwatched}"] if unwatched else []),
+        *(column(f"tainted  {', '.join(report.facts.taint)}") if report is not None and report.facts.taint else []),
         *([f"not used {', '.join(unused)}: the tests run on this host"] if unused else []),
     ]
 

@@ -158,7 +158,7 @@ def ending(name: str, text: str) -> dict[str, str]:
         (RunSummary(NOTHING, failed(2)), "no verdict: the suite's own tests: 2 failed"),
         (RunSummary(NOTHING), "no verdict: no test was selected"),
         (RunSummary(NOTHING, untested=NOTHING), "no verdict: no test was selected"),
-        (RunSummary(passed(1), log_reports=1), "bad: 1 report in the kernel's log; 1 passed"),
+        (RunSummary(passed(1), kernel_reports=1), "bad: 1 report of the kernel; 1 passed"),
         (
             RunSummary(GOOD, planned=40, stopped="interrupted"),
             "interrupted: 12 of 40 tests ran (9 passed, 1 known bug, 2 skipped): no verdict",

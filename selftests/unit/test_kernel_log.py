@@ -7,10 +7,12 @@ from unittest.mock import Mock
 
 import pytest
 
+from harness.kernel_log_watch import KernelWatch
 from harness.known_bugs import load
 from runner import ROOT
 from runner.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
-from selftests.unit.commands import start
+from runner.taint import describe, taint_flags
+from selftests.unit.commands import Done, start
 
 # First lines of reports of Linux 6.1 to 7.2
 TITLES = {
@@ -157,3 +159,77 @@ def test_kernel_report_fails_test_and_run(tmp_path: Path, workers: list[str], ex
         assert "WARN, while " in done.stdout
         if not workers:
             assert "1 failed, 2 passed" in done.stdout
+
+
+TAINTING_TEST = """
+import pathlib
+def test_before():
+    pass
+def test_one():
+    pathlib.Path({path!r}).write_text("{after}\\n")
+def test_after():
+    pass
+"""
+
+
+def tainting_run(tmp_path: Path, before: int, after: int, *words: str) -> Done:
+    """A run in which a test changes the taint flags, on a kernel whose log cannot be read."""
+    path = tmp_path / "tainted"
+    path.write_text(f"{before}\n")
+    (tmp_path / "test_it.py").write_text(TAINTING_TEST.format(path=str(path), after=after))
+    plugin = "import runner.kernel_log, runner.taint, harness.kernel_log_watch\n"
+    plugin += f"harness.kernel_log_watch.KernelWatch.__init__.__defaults__ = ({str(path)!r},)\n"
+    plugin += f"runner.taint.taint_flags.__defaults__ = ({str(path)!r},)\n"
+    plugin += "runner.kernel_log.KernelLog.__init__.__defaults__ = ('/nonexistent',)\n"
+    (tmp_path / "plugin.py").write_text(plugin)
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", str(tmp_path / "test_it.py"), *words]
+    command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest"]
+    return start([*command, "--no-known-bugs"], ROOT, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'lib'}")
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "xdist"])
+def test_new_taint_flag_fails_test_and_run(tmp_path: Path, workers: list[str]) -> None:
+    """A taint flag that appears fails the test that was running and the run; the header has those from before."""
+    done = tainting_run(tmp_path, 1 << 12, 1 << 12 | 1 << 7, *workers)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "\ntainted  O (a module from outside of the kernel's tree was loaded)\n" in done.stdout
+    assert "\n  taint flag D (the kernel oopsed, or met a BUG)\n" in done.stdout
+    assert "::test_one" in done.stdout.partition("short test summary")[2]
+
+
+def test_taint_flags_of_others(tmp_path: Path) -> None:
+    """Flags that were set before, and those that modules, an administrator or the hardware cause, fail nothing."""
+    before = 1 << 9
+    others = sum(1 << bit for bit in (0, 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 15, 16, 17, 18, 19, 31))
+    done = tainting_run(tmp_path, before, before | others)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "taint flag" not in done.stdout
+
+
+class Log(KernelLog):
+    """A log with these reports, one at each look."""
+
+    def __init__(self, *kinds: Kind | None) -> None:
+        self._looks = [[Splat(kind, [kind.value])] if kind else [] for kind in kinds]
+
+    def new_splats(self) -> list[Splat]:
+        return self._looks.pop(0)
+
+
+def test_flag_of_a_report_in_the_log(tmp_path: Path) -> None:
+    """A flag that comes with a report in the log, or just after it, is no second report; any other flag is."""
+    path = tmp_path / "tainted"
+    path.write_text("0")
+    watch = KernelWatch(Log(Kind.WARN, None, None), str(path))
+    assert [report.kind for report in watch.new_reports()] == [Kind.WARN]
+    path.write_text(str(1 << 9))
+    assert watch.new_reports() == []
+    path.write_text(str(1 << 9 | 1 << 7))
+    assert [report.title for report in watch.new_reports()] == ["taint flag D (the kernel oopsed, or met a BUG)"]
+
+
+def test_names_of_taint_flags() -> None:
+    """Each flag has its letter, as the kernel prints it; one that is newer than the suite has its number."""
+    assert [text[0] for text in describe((1 << 20) - 1)] == [*"PFSRMBUDAWCIOELKXTNJ"]
+    assert describe(1 << 40 | 1 << 9) == ["W (a WARN in the kernel)", "bit 40"]
+    assert taint_flags() >= 0

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The kernel's taint flags: each is set once, when something happens after which the kernel trusts itself less.
+
+The list is that of Documentation/admin-guide/tainted-kernels.rst.
+"""
+
+from pathlib import Path
+
+from runner.kernel_log import Kind
+
+TAINTED = "/proc/sys/kernel/tainted"
+
+TITLE = "taint flag"  # of a report of kind TAINT, before the flag's letter
+WARN_TITLE = f"{TITLE} W"
+
+# By bit: letter and meaning
+_FLAGS = (
+    ("P", "a module with a proprietary licence was loaded"),
+    ("F", "a module was loaded by force"),
+    ("S", "the hardware is used outside of its specification"),
+    ("R", "a module was removed by force"),
+    ("M", "the processor reported a machine check"),
+    ("B", "a page was found in a bad state"),
+    ("U", "user space asked for this flag"),
+    ("D", "the kernel oopsed, or met a BUG"),
+    ("A", "an ACPI table was replaced"),
+    ("W", "a WARN in the kernel"),
+    ("C", "a staging driver was loaded"),
+    ("I", "a fault of the firmware is worked around"),
+    ("O", "a module from outside of the kernel's tree was loaded"),
+    ("E", "a module without a signature was loaded"),
+    ("L", "a soft lockup occurred"),
+    ("K", "the kernel was live-patched"),
+    ("X", "the distribution's own flag"),
+    ("T", "the layout of structures is randomized"),
+    ("N", "a test inside the kernel ran"),
+    ("J", "fwctl changed the state of a device"),
+)
+# The flags by which the kernel reports a fault of its own, with the kinds of reports in its log that come with each. What an
+# administrator or a driver does (modules, ACPI tables, live patches, ...) sets others, and a machine check is the hardware's.
+_FAULTS = {
+    "B": {Kind.BUG, Kind.KASAN, Kind.OOPS},
+    "D": {Kind.BUG, Kind.OOPS, Kind.PANIC},
+    "L": {Kind.STALL},
+    "W": {*Kind},
+}
+
+
+def taint_flags(path: str = TAINTED) -> int:
+    """The flags that are set, as a number."""
+    return int(Path(path).read_text(encoding="ascii"))
+
+
+def describe(flags: int) -> list[str]:
+    """Letter and meaning of each flag in *flags*."""
+    known = [f"{letter} ({meaning})" for bit, (letter, meaning) in enumerate(_FLAGS) if flags >> bit & 1]
+    newer = range(len(_FLAGS), flags.bit_length())
+    return known + [f"bit {bit}" for bit in newer if flags >> bit & 1]
+
+
+def faults(flags: int) -> int:
+    """Those of *flags* by which the kernel reports a fault of its own."""
+    return sum(flags & 1 << bit for bit, (letter, _) in enumerate(_FLAGS) if letter in _FAULTS)
+
+
+def unreported(flags: int, kinds: set[Kind]) -> int:
+    """Those of *flags* that do not come with a report in the kernel's log.
+
+    :param kinds: of the reports that the log has
+    """
+    return sum(flags & 1 << bit for bit, (letter, _) in enumerate(_FLAGS) if not kinds & _FAULTS.get(letter, set()))
