@@ -19,8 +19,8 @@ from harness.kernel_options import AUTO
 from runner import ROOT
 from runner.suite_pytest import in_one_word, run
 
-# Options that name a file to write
-_FILES = ("--results", "--junitxml", "--junit-xml", "--log-file")
+# Options that name a file to write, or a folder
+_FILES = ("--results", "--resume", "--junitxml", "--junit-xml", "--log-file")
 _USAGE = """\
 usage: check_kernel.py KERNEL [options of pytest, and tests to run]
 

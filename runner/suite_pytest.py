@@ -8,7 +8,7 @@ import pytest
 
 # Options whose value is a path. pytest looks for its settings and conftest.py beside each path that stands alone, before
 # it knows these options: the path in `--results PATH` is one (locate_config(), _pytest/config/findpaths.py).
-_PATHS = ("--results", "--kvm-device", "--kernel", "--qemu", "--junitxml", "--junit-xml", "--log-file")
+_PATHS = ("--results", "--resume", "--kvm-device", "--kernel", "--qemu", "--junitxml", "--junit-xml", "--log-file")
 
 
 def in_one_word(words: list[str]) -> list[str]:

@@ -86,6 +86,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
         "soak S": "run random operation sequences for so many seconds in each log mode, up to a week (test_sequences.py)",
         "kvm-device PATH": f"this host's KVM; default {DEFAULT_DEVICE}",
         "results DIR": "where to put result files; default results/<kernel>-<time>",
+        "resume DIR": "go on with the run whose results are in DIR, with its options, behind the tests that ended",
     }
     for words, text in texts.items():
         name, metavar = words.split()
@@ -99,6 +100,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     }
     for name, text in flags.items():
         group.addoption(f"--{name}", action="store_true", help=text)
+    group.addoption("--resumed", action="store_true", help=argparse.SUPPRESS)  # how --resume starts the run
     if not pluginmanager.hasplugin("xdist") and (
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ or not find_spec("xdist")
     ):

@@ -16,10 +16,11 @@ import pytest
 from harness.command_line import SETTING_PARSERS, soak_of
 from harness.early_collection import matching_tests, no_test_matches
 from harness.failure_report import column, suite_line, this_pytest
+from harness.journal_writer import begin
 from harness.kernel_options import AUTO, LONGEST, kernel_options, machine_numbers, options_in_kernel, split_tests
 from harness.planned_tests import PlannedTests
 from harness.run_report import Facts, RunReport
-from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, REMOTE_TESTS, SETTINGS, TARGET
+from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, REMOTE_TESTS, RESUMED, SETTINGS, TARGET
 from harness.selection import DIMENSIONS
 from kvm_util.host_limits import HostLimit
 from kvm_util.ioctl import KvmError
@@ -130,9 +131,12 @@ def prepare_remote(config: pytest.Config) -> None:
     reproduce_command = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
     tests = config.stash[REMOTE_TESTS]
     config.pluginmanager.register(report, "run-report")
+    begin(config, report)
     planned = PlannedTests({}, config.stash[INTERRUPTION])
     config.pluginmanager.register(planned, "planned-tests")
     session = RemoteSession(target, options, reproduce_command, tests, bool(config.args), results, report, planned)
+    if RESUMED in config.stash:
+        session.resume(config.stash[RESUMED].ended)
     config.pluginmanager.register(session, "remote-session")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
+from harness.journal import Journal
 from harness.run_report import KernelReport, RunReport
 from runner.kernel_log import KernelLog, Kind, Splat
 from runner.taint import TAINTED, TITLE, describe, faults, taint_flags, unreported
@@ -68,20 +69,40 @@ class TestWatch:
 
 
 class RunWatch:
-    """A pytest plugin that collects all reports of the run, also those between tests."""
+    """A pytest plugin that collects all reports of the run, also those between tests.
 
-    def __init__(self, watch: KernelWatch, explain: Explain, report: RunReport) -> None:
+    :param journal: gets them at once; None in a booted kernel
+    :param earlier: the reports in the part of the run before it was resumed
+    """
+
+    def __init__(
+        self,
+        watch: KernelWatch,
+        explain: Explain,
+        report: RunReport,
+        journal: Journal | None,
+        earlier: list[Splat],
+    ) -> None:
         self._watch = watch
         self._explain = explain
         self._report = report
-        self._splats: list[Splat] = []
+        self._journal = journal
+        self._splats = earlier
 
     def pytest_runtest_logreport(self) -> None:
-        self._splats += self._watch.new_reports()  # before the kernel overwrites them
+        self._look()  # before the kernel overwrites them
+
+    def _look(self) -> None:
+        splats = self._watch.new_reports()
+        for splat in splats:
+            if self._journal is not None:
+                self._journal.write(kernel=splat.kind.value, lines=splat.lines)
+        self._splats += splats
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        for splat in self._splats + self._watch.new_reports():
+        self._look()
+        for splat in self._splats:
             tests = self._report.tests_that_saw(splat.title)
             known_bug = self._explain(splat)
             self._report.kernel_reports.append(

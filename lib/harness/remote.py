@@ -5,7 +5,7 @@ import json
 import select
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from dirty_tracking.progress import Step
 from harness.boot import STOPPED, Boot
 from harness.planned_tests import PlannedTests
 from harness.run_report import Facts, KernelReport, RunReport, write_failure
+from harness.stored_reports import from_data
 from runner import initramfs
 from runner.arch import this_arch
 from runner.boot_outcome import BootOutcome, Diagnosis, is_emulator_fault, splats_before_init
@@ -90,12 +91,22 @@ class RemoteSession:
         self._ends: list[tuple[str, Diagnosis]] = []  # with the name of the boot's log
         self._stopped = ""  # output of a session that was stopped early or could not begin
         self._status: int = pytest.ExitCode.OK
+        self._ended: Mapping[str, list[dict[str, Any]] | str] = {}  # before the run was resumed
+        self._earlier_boots = 0
         self.diagnosis: Diagnosis | None = None
 
     @property
     def collected(self) -> bool:
         """Whether the tests in the kernel are known."""
         return self._items is not None
+
+    def resume(self, ended: Mapping[str, list[dict[str, Any]] | str]) -> None:
+        """Go on with a run in which tests have ended: they do not run again, and the logs of its boots stay.
+
+        :param ended: as in ``PastRun``
+        """
+        self._ended = ended
+        self._earlier_boots = len([*self._results.glob("console*.log")])
 
     @pytest.hookimpl(tryfirst=True)  # before pytest announces the collection
     def pytest_collection(self) -> bool | None:
@@ -151,7 +162,8 @@ class RemoteSession:
 
     def _boot(self, archive: BinaryIO, from_end: bool) -> None:
         self._booted += 1
-        self._boots.append(Boot(self._target, archive.fileno(), self._results, self._booted, from_end))
+        number = self._earlier_boots + self._booted
+        self._boots.append(Boot(self._target, archive.fileno(), self._results, number, from_end))
 
     def _job(self) -> Job:
         """What the kernel is to do after booting."""
@@ -272,9 +284,13 @@ class RemoteSession:
         """Begin with the tests in a machine that has collected them: one to run, and one to wait there."""
         if self._items is None:
             self._items = items
-            self._waiting.extend(items)
             self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in items.items()})
             self._session.testscollected += len(items)
+            for nodeid in items:
+                if nodeid in self._ended:
+                    self._show_again(nodeid)
+                else:
+                    self._waiting.append(nodeid)
         elif list(items) != list(self._items):
             raise CannotTest("the machines have collected different tests")
         boot.tests = list(items)
@@ -288,15 +304,11 @@ class RemoteSession:
             boot.finish()
 
     def _handle_report(self, boot: Boot, data: dict[str, Any]) -> None:
-        data = {"keywords": {}} | data  # which ReportStream leaves out
-        report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+        report = from_data(self._config, data)
         if isinstance(report, pytest.CollectReport):
             if self._items is None:  # the other machines' are the same
                 self._config.hook.pytest_collectreport(report=report)
             return
-        if isinstance(report.longrepr, list):
-            # pytest recognizes a skip by the tuple, which JSON turns into a list
-            report.longrepr = tuple(report.longrepr)
         for name, value in report.user_properties:
             if name == "kernel_log" and self._target.qemu.emulated and is_emulator_fault(str(value)):
                 raise _EmulatorFault(str(value))
@@ -370,6 +382,16 @@ class RemoteSession:
                 user_properties=[tuple(pair) for pair in properties],
             )
         )
+        self._config.hook.pytest_runtest_logfinish(nodeid=nodeid, location=tuple(location))
+
+    def _show_again(self, nodeid: str) -> None:
+        """Report a test that ended before the run was resumed."""
+        reports = self._ended[nodeid]
+        assert not isinstance(reports, str)  # that this host died is no failure of another kernel's test
+        for data in reports:
+            report = from_data(self._config, data)
+            assert isinstance(report, pytest.TestReport)
+            self._show(report)
 
     def _show(self, report: pytest.TestReport) -> None:
         """Pass on a report. For the terminal a test begins here: it names one test at a time, before its outcome."""

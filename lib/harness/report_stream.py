@@ -11,6 +11,7 @@ import pytest
 from dirty_tracking import progress
 from dirty_tracking.progress import Step
 from harness.run_report import RunReport
+from harness.stored_reports import to_data
 
 _STEPS_EVERY = 2.0  # seconds between progress messages of a test
 
@@ -62,6 +63,4 @@ class ReportStream:
             self.send(step=astuple(step))
 
     def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-        data.pop("keywords", None)  # no plugin here needs them on the host, and they are half of a report
-        self.send(report=data)
+        self.send(report=to_data(self._config, report))

@@ -2,6 +2,7 @@
 """Collects the test reports of a run and produces the summary, the results files, the verdict and the exit status."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -163,8 +164,8 @@ class RunReport:
                 for test in self._migrations()
             },
         }
-        (self.results / _RESULTS).write_text(json.dumps(data, indent=1))
-        (self.results / _TABLE).write_text("".join(f"{line}\n" for line in table.long_table(self._cells())))
+        write_to_disk(self.results / _RESULTS, json.dumps(data, indent=1))
+        write_to_disk(self.results / _TABLE, "".join(f"{line}\n" for line in table.long_table(self._cells())))
         self.kept = True
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
@@ -326,7 +327,15 @@ class RunReport:
 def write_failure(results: Path, name: str, data: Any) -> None:
     """Write *data* about a failed test to ``<results>/<name>.json``."""
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps(data, indent=1))
+    write_to_disk(results / f"{name}.json", json.dumps(data, indent=1))
+
+
+def write_to_disk(path: Path, text: str) -> None:
+    """Write a file, and return when its content is on disk: the kernel under test may be about to die."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def not_kept(results: Path | str, error: OSError, option: str = "--results DIR") -> str:

@@ -15,13 +15,16 @@ from harness import known_bugs
 from harness.assigned_tests import AssignedTests
 from harness.command_line import dimensions_of, settings_of, vcpus_of
 from harness.elsewhere import prepare_remote
+from harness.journal import Journal, read
+from harness.journal_writer import TestJournal, begin
 from harness.kernel_log_watch import KernelWatch, RunWatch, TestWatch
 from harness.limited_errors import explain_error
 from harness.planned_tests import PlannedTests
 from harness.progress import Progress, WorkerProgress
 from harness.report_stream import ReportStream
+from harness.resume import Replay
 from harness.run_report import Facts, RunReport
-from harness.run_state import INTERRUPTION, NO_LOCAL_KERNEL, PLAN, SETTINGS, TARGET, is_worker
+from harness.run_state import INTERRUPTION, JOURNAL, NO_LOCAL_KERNEL, PLAN, RESUMED, SETTINGS, TARGET, is_worker
 from harness.selection import PlannedCell, check_settings, check_with_kvm, plan, workers_here
 from harness.startup import make_results
 from harness.static_keys import StaticKeys
@@ -73,10 +76,21 @@ def _prepare_worker(config: pytest.Config) -> None:
     option, controller = config.option, config.workerinput  # type: ignore[attr-defined]
     option.seed, option.results = controller["seed"], controller["results"]
     config.stash[SETTINGS] = settings_of(option)
-    config.stash[PLAN] = [PlannedCell(Cell(**cell), missing) for cell, missing in controller["plan"]]
+    config.stash[PLAN] = _planned(controller["plan"])
+    with suppress(FileNotFoundError):  # not where the controller is on another machine
+        journal = Journal(Path(option.results))
+        config.add_cleanup(journal.close)
+        ended = read(Path(option.results)).ended if option.resumed else {}
+        config.pluginmanager.register(Replay(ended), "replay")
+        config.pluginmanager.register(TestJournal(config, journal, ended.__contains__), "test-journal")
     _watch_kernel(config, None)
     with suppress(KeyError, OSError):  # not where the controller is on another machine
         config.pluginmanager.register(WorkerProgress(*controller["progress"]), "progress")
+
+
+def _planned(data: list[tuple[dict[str, Any], str]]) -> list[PlannedCell]:
+    """The plan that a controller sent, or a journal has."""
+    return [PlannedCell(Cell(**cell), missing) for cell, missing in data]
 
 
 def _prepare_here(config: pytest.Config) -> None:
@@ -95,6 +109,8 @@ def _prepare_here(config: pytest.Config) -> None:
             planned = plan(kvm, settings, dimensions, option.full)
     except KvmUnavailable:
         planned = plan(None, settings, dimensions, option.full)  # each test skips with the reason, by the fixture kvm
+    if RESUMED in config.stash:  # the same cells, also if free memory has changed
+        planned = _planned(config.stash[RESUMED].head["plan"])
     config.stash[PLAN] = planned
     cells = {str(planned_cell.cell): asdict(planned_cell.cell) for planned_cell in planned}
     facts = Facts(asdict(this_host()), asdict(settings), [*cells.values()])
@@ -104,6 +120,7 @@ def _prepare_here(config: pytest.Config) -> None:
     facts.taint = describe(taint_flags())
     facts.kernel_log = _watch_kernel(config, report)
     config.pluginmanager.register(report, "run-report")
+    begin(config, report)
     if guest is None:
         planned_tests = PlannedTests(cells, config.stash[INTERRUPTION])
         config.pluginmanager.register(planned_tests, "planned-tests")
@@ -138,7 +155,9 @@ def _watch_kernel(config: pytest.Config, report: RunReport | None) -> str | None
     except OSError as error:
         unwatched = f"not watched: {error.filename}: {error.strerror} (sysctl kernel.dmesg_restrict=0, or run as root)"
     if report is not None:
-        config.pluginmanager.register(RunWatch(watch(), explain, report))
+        resumed = config.stash.get(RESUMED, None)
+        earlier = resumed.reports if resumed is not None else []
+        config.pluginmanager.register(RunWatch(watch(), explain, report, config.stash.get(JOURNAL, None), earlier))
     if is_worker(config) or not config.getoption("numprocesses", None):
         config.pluginmanager.register(TestWatch(watch(), explain))
     return unwatched

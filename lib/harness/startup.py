@@ -12,9 +12,11 @@ from harness.interruption import Interruption, handle_sigint_in_worker
 from harness.kernel_options import AUTO
 from harness.ktap import Ktap
 from harness.output_paths import make_folder, new_folder, remove_if_empty
-from harness.run_state import INTERRUPTION, TARGET, is_worker
+from harness.resume import open_journal, resume, tell_of_death
+from harness.run_state import INTERRUPTION, JOURNAL, RESUMED, TARGET, is_worker
 from harness.toml_file import TomlError
 from kvm_util.host_limits import HostLimit
+from runner.guest_session import guest_session
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -34,6 +36,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         handle_sigint_in_worker()
         config.args = config.workerinput["args"]  # type: ignore[attr-defined]
         return None
+    if option.resume is not None:
+        return resume(config, seen_from(config, option.resume))
     interruption = config.stash[INTERRUPTION] = Interruption()
     if only_shows(option) and not option.collectonly:
         if option.kernel not in (None, AUTO):
@@ -67,6 +71,16 @@ def make_results(config: pytest.Config, label: str) -> None:
     given = config.option.results
     folder = new_folder(label) if given is None else seen_from(config, given)
     config.option.results = str(folder)
-    if not only_shows(config.option):
-        made = make_folder("--results", folder)
-        config.add_cleanup(lambda: remove_if_empty(made))
+    if only_shows(config.option):
+        return
+    made = make_folder("--results", folder)
+    config.add_cleanup(lambda: remove_if_empty(made))
+    if guest_session(config) is not None:  # its host has the journal
+        return
+    if given is None:
+        tell_of_death(label)
+    journal, run = open_journal(folder, config.option.resumed)
+    config.add_cleanup(journal.close)
+    config.stash[JOURNAL] = journal
+    if run is not None:
+        config.stash[RESUMED] = run

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The journal of a run: a line of JSON for each start and end of a test, on disk before anything else happens.
+
+A host that goes down loses nothing but the tests that were running. The lines, by their first key:
+
+    run       the first line: options, seed, kernel, plan of the matrix
+    boot      each time the run begins or is resumed: which boot of this host it is
+    start     a test begins, with the kernel's taint flags (``taint``)
+    end       it ended, with its reports (``reports``; none if it has to run again), or died with the host (``died``)
+    kernel    a report of the kernel
+    finished  the run ended in order
+"""
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.kernel_log import Kind, Splat
+from runner.store import shown
+
+NAME = "journal.jsonl"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class JournalError(Exception):
+    """A journal cannot be read, or is in use."""
+
+
+class Journal:
+    """A journal that is written, by one process or several.
+
+    :param new: whether it may have to be created
+    :ivar kept: whether the file stays when the run ends in order
+    :raises OSError: it cannot be opened
+    """
+
+    def __init__(self, folder: Path, new: bool = False) -> None:
+        self.path = folder / NAME
+        self.kept = not new
+        # With O_APPEND the lines of several processes do not overwrite each other.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if new else 0)
+        self._file = os.open(self.path, flags, 0o666)
+        self._failed = False
+
+    def lock(self) -> None:
+        """Have the journal for this run alone, as long as this process lives.
+
+        :raises JournalError: another run has it
+        """
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError(f"{shown(self.path.parent)}: another run is writing there") from None
+
+    def clear(self) -> None:
+        """Begin a new journal, and have its name on disk."""
+        os.ftruncate(self._file, 0)
+        for folder in (self.path.parent, self.path.parent.parent):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def write(self, **record: Any) -> None:
+        """Write one line, and return when it is on disk.
+
+        If that fails, as on a full disk, the journal is removed: one that lacks an end would blame a test that ended.
+        """
+        if self._failed:
+            return
+        try:
+            os.write(self._file, json.dumps(record).encode() + b"\n")
+            os.fsync(self._file)
+        except OSError:
+            self._failed = True
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file, and remove it if it need not be kept."""
+        if not self.kept:
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+@dataclass
+class PastRun:
+    """A run as its journal has it.
+
+    :ivar head: its first line
+    :ivar boot: the boot of the host in which it was last seen
+    :ivar ended: the reports of each test that ended, or what to say of one that died with the host
+    :ivar running: the taint flags at the start of each test that has not ended
+    :ivar reports: the kernel's
+    :ivar finished: whether the run ended in order
+    """
+
+    folder: Path
+    head: dict[str, Any]
+    boot: str = ""
+    ended: dict[str, list[dict[str, Any]] | str] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+    reports: list[Splat] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def host_died(self) -> bool:
+        """Whether the host went down without ending the run."""
+        return not self.finished and self.boot != boot_id()
+
+    @property
+    def death(self) -> str:
+        """How it ended without being finished, in words."""
+        who = "the host died" if self.host_died else "the run was killed"
+        return f"{who} while {' and '.join(self.running) or 'no test'} ran"
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add a line of the journal."""
+        if "boot" in record:
+            self.boot, self.finished = record["boot"], False
+        elif "start" in record:
+            self.running[record["start"]] = record["taint"]
+        elif "end" in record:
+            self.running.pop(record["end"], None)
+            if verdict := record.get("died") or record["reports"]:
+                self.ended[record["end"]] = verdict
+        elif "kernel" in record:
+            self.reports.append(Splat(Kind(record["kernel"]), record["lines"]))
+        elif "finished" in record:
+            self.finished = True
+
+
+def read(folder: Path) -> PastRun:
+    """Read the journal in *folder*.
+
+    :raises JournalError: there is none
+    """
+    path = folder / NAME
+    try:
+        records = [record for line in path.read_bytes().split(b"\n") if (record := _parse(line))]
+    except OSError as error:
+        raise JournalError(f"{shown(path)}: {error.strerror}") from None
+    if not records or "run" not in records[0]:
+        raise JournalError(f"{shown(path)} is no journal of a run")
+    run = PastRun(folder, records[0]["run"])
+    for record in records[1:]:
+        run.add(record)
+    return run
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's record; None for one that is not complete, as the last may be after a crash."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def newest(results: Path, label: str) -> PastRun | None:
+    """The newest run in *results* that has this label, if it was not finished and is not running."""
+    journals = [
+        (path.stat().st_mtime, path) for path in results.glob(f"*/{NAME}") if path.parent.name.startswith(label)
+    ]
+    for _, path in sorted(journals, reverse=True):
+        try:
+            run = read(path.parent)
+        except JournalError:  # it died before its first line was written, or is just being removed
+            continue
+        if run.head["label"] == label:
+            return None if run.finished or is_locked(path) else run
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether the run that writes the journal *path* lives."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def boot_id() -> str:
+    """Which boot of this host it is: a new random number in each."""
+    return _BOOT_ID.read_text(encoding="ascii").strip()

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The journal: a run that dies loses no verdict, the next one says where it died, and --resume goes on behind it."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import resume
+from harness.journal import NAME, Journal, JournalError, PastRun, boot_id, newest, read
+from runner import ROOT
+from selftests.unit.commands import Done, start
+
+CASES = "selftests/interface/test_slots.py"
+FATAL = f"{CASES}::test_enabling_logging_twice[dirty-ring]"
+HEAD = {"label": "6.12", "arguments": [], "host": {}}
+
+# Notes each test that runs. The first time that the fatal one does, a process (or all of them) dies at once.
+PLUGIN = """
+import os, pathlib, signal
+import harness.output_paths, harness.resume
+folder = pathlib.Path({folder!r})
+harness.output_paths.RESULTS = harness.resume.RESULTS = folder / "results"
+def pytest_runtest_call(item):
+    dies = item.nodeid == {fatal!r} and item.nodeid not in (folder / "ran").read_text()
+    with (folder / "ran").open("a") as file:
+        file.write(item.nodeid + "\\n")
+    if dies:
+        {death}
+"""
+ALL, WORKER = "os.killpg(0, signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@dataclass
+class Runs:
+    """Runs of ten short tests on KVM, one of which is fatal."""
+
+    folder: Path
+
+    def run(self, *words: str) -> Done:
+        command = ["setsid", sys.executable, "-m", "pytest", "-p", "under_test", *words]
+        return start(command, ROOT, PYTHONPATH=f"{self.folder}:{ROOT}/lib", COLUMNS="200")
+
+    def tests(self, *words: str) -> Done:
+        return self.run(f"{CASES}::test_enabling_logging_twice", f"{CASES}::test_logging_disabled_and_enabled", *words)
+
+    def ran(self) -> list[str]:
+        return (self.folder / "ran").read_text().splitlines()
+
+    def newest(self) -> Path:
+        return max((self.folder / "results").glob(f"*/{NAME}"), key=lambda path: path.stat().st_mtime).parent
+
+    def verdicts(self, results: Path) -> dict[str, str]:
+        rows = json.loads((results / "results.json").read_text())["tests"]
+        return {row["test"]: row["verdict"] for row in rows}
+
+
+@pytest.fixture
+def runs(kvm: object, tmp_path: Path) -> Runs:
+    """Runs in which all processes die with the fatal test."""
+    (tmp_path / "ran").touch()
+    (tmp_path / "under_test.py").write_text(PLUGIN.format(folder=str(tmp_path), fatal=FATAL, death=ALL))
+    return Runs(tmp_path)
+
+
+def replace_in_journal(results: Path, old: str, new: str) -> None:
+    """Replace a text in a journal."""
+    text = (results / NAME).read_text()
+    assert old in text
+    (results / NAME).write_text(text.replace(old, new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what_died", "workers"), [("host", "-n0"), ("host", "-n2"), ("run", "-n2")])
+def test_resumed_run_goes_on_behind_a_death(runs: Runs, what_died: str, workers: str) -> None:
+    """No test that ended runs again, and all verdicts are in the results. The test that was running failed if the host died;
+    if only the run was killed, it runs again.
+    """
+    died = runs.tests(workers)
+    assert died.returncode == -signal.SIGKILL, died.stdout + died.stderr
+    results, before = runs.newest(), runs.ran()
+    assert FATAL in before
+    ended = set(read(results).ended)
+    running = set(read(results).running)
+    assert FATAL in running
+    if what_died == "host":
+        replace_in_journal(results, boot_id(), "another boot")
+    told = runs.run("selftests/unit/test_binary_stats.py")  # a run of anything
+    how = "the host died while" if what_died == "host" else "the run was killed while"
+    assert f"{results}: {how}" in told.stderr, told.stdout + told.stderr
+    assert FATAL in told.stderr
+    assert f"--resume={results} goes on behind it\n" in told.stderr
+    done = runs.run(f"--resume={results}")
+    again = runs.ran()[len(before) :]
+    verdicts = runs.verdicts(results)
+    assert len(verdicts) == 10, done.stdout + done.stderr
+    assert not ended & {*again}
+    if what_died == "host":
+        assert not running & {*again}
+        assert {test for test, verdict in verdicts.items() if verdict == "FAIL"} == running
+        assert "the host died while this test ran" in done.stdout
+        assert done.returncode == 1
+    else:
+        assert running <= {*again}
+        assert {*verdicts.values()} == {"pass"}
+        assert done.returncode == 0
+    assert read(results).finished
+
+
+@pytest.mark.slow
+def test_resume_is_refused(runs: Runs) -> None:
+    """A run that died goes on with its own options and kernel only, and no other run writes over it: one line says so."""
+    runs.tests("-n0")
+    results = runs.newest()
+    for words, error in {
+        (f"--results={results}",): f"--results: {results}: the run was killed while {FATAL} ran: ",
+        (
+            f"--resume={results}",
+            "--seed=1",
+            "-x",
+        ): "--resume: the run goes on with its own options: leave out --seed=1 -x",
+        ("--resume=/nonexistent",): f"--resume: /nonexistent/{NAME}: No such file or directory",
+    }.items():
+        assert refusal(runs.run(*words)).startswith(f"ERROR: {error}")
+    replace_in_journal(results, os.uname().release, "5.4.0-other")
+    journal = (results / NAME).read_text()
+    other = f"is of another kernel: kernel was 5.4.0-other, and is {os.uname().release} here"
+    assert other in refusal(runs.run(f"--resume={results}"))
+    assert (results / NAME).read_text() == journal
+
+
+def refusal(done: Done) -> str:
+    """The only line of output of a run that was refused."""
+    assert done.returncode == 4, done.stdout + done.stderr
+    (line,) = (done.stdout + done.stderr).strip().splitlines()
+    return line
+
+
+@pytest.mark.slow
+def test_worker_that_died_is_in_the_journal(runs: Runs) -> None:
+    """A test with which its xdist worker died has ended: a run that is resumed later does not begin it again."""
+    (runs.folder / "under_test.py").write_text(PLUGIN.format(folder=str(runs.folder), fatal=FATAL, death=WORKER))
+    done = runs.tests("-n1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    run = read(runs.newest())
+    assert run.finished
+    assert not run.running
+    assert FATAL in run.ended
+    assert len(run.ended) == 10
+
+
+def records(*lines: dict[str, Any]) -> str:
+    """A journal with these lines after its first."""
+    return "".join(json.dumps(line) + "\n" for line in ({"run": HEAD}, {"boot": boot_id()}, *lines))
+
+
+START, OTHER = {"start": "a", "taint": 0}, {"start": "b", "taint": 0}
+END = {"end": "a", "reports": [{"nodeid": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "running", "ended"),
+    [
+        (records(START), ["a"], []),
+        (records(START, OTHER, END), ["b"], ["a"]),
+        (records(START, END, OTHER) + '{"end": "b", "rep', ["b"], ["a"]),
+        (records(START, {"end": "a", "reports": []}), [], []),
+        (records(START, {"end": "a", "died": "the host died"}), [], ["a"]),
+    ],
+    ids=["start", "two", "torn", "again", "died"],
+)
+def test_what_a_journal_says(tmp_path: Path, text: str, running: list[str], ended: list[str]) -> None:
+    """Tests with a start only were running; a line that a crash cut off counts as not written."""
+    (tmp_path / NAME).write_text(text)
+    run = read(tmp_path)
+    assert ([*run.running], [*run.ended], run.finished) == (running, ended, False)
+
+
+def test_line_is_on_disk_when_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is followed by an fsync, and the folder has one when the journal begins."""
+    calls = []
+    monkeypatch.setattr("harness.journal.os.fsync", lambda file: calls.append(os.readlink(f"/proc/self/fd/{file}")))
+    journal = Journal(tmp_path, new=True)
+    journal.clear()
+    assert calls[0] == str(tmp_path)
+    calls.clear()
+    journal.write(start="a")
+    journal.write(end="a")
+    assert calls == [str(tmp_path / NAME)] * 2
+    assert (tmp_path / NAME).read_text() == '{"start": "a"}\n{"end": "a"}\n'
+    journal.close()
+
+
+def test_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the journal goes, instead of blaming the test whose end it lacks."""
+    journal = Journal(tmp_path, new=True)
+    journal.write(**START)
+
+    def full(_file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("harness.journal.os.fsync", full)
+        journal.write(**END)
+    assert not (tmp_path / NAME).exists()
+    journal.write(**OTHER)
+    assert not (tmp_path / NAME).exists()
+    journal.close()
+
+
+def test_newest_run_that_died(tmp_path: Path) -> None:
+    """The newest run of a kernel is told of, unless it finished or lives."""
+    old, new, other = (tmp_path / name for name in ("6.12-old", "6.12-new", "6.12-npt-new"))
+    for age, folder in enumerate((other, new, old)):
+        folder.mkdir()
+        (folder / NAME).write_text(records(START).replace("6.12", folder.name.rpartition("-")[0]))
+        os.utime(folder / NAME, (1000 - age, 1000 - age))
+    assert newest(tmp_path, "6.1") is None
+    found = newest(tmp_path, "6.12")
+    assert found is not None
+    assert found.folder == new
+    journal = Journal(new)
+    journal.lock()
+    assert newest(tmp_path, "6.12") is None
+    with pytest.raises(JournalError, match="another run is writing there"):
+        Journal(new).lock()
+    journal.write(finished=2)
+    journal.close()
+    assert newest(tmp_path, "6.12") is None
+
+
+@pytest.mark.parametrize(
+    ("boot", "taint", "local", "verdict"),
+    [
+        ("another boot", 0, True, "the host died while this test ran, and 1 more: it may have been any of them"),
+        ("another boot", 0, False, None),  # the kernel that the test ran on was another one, in QEMU
+        ("", 0, True, None),
+        ("", 1 << 12, True, None),
+        ("", 1 << 7, True, "the kernel has set taint flag D"),
+    ],
+    ids=["host", "booted-kernel", "killed", "module", "oops"],
+)
+def test_verdict_on_running_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boot: str, taint: int, local: bool, verdict: str | None
+) -> None:
+    """A test that was running failed only if its kernel died, or has reported a fault since."""
+    monkeypatch.setattr(resume, "taint_flags", lambda: taint)
+    run = PastRun(tmp_path, {}, boot=boot or boot_id(), running={"a": 0, "b": 0})
+    journal = Journal(tmp_path, new=True)
+    line = resume.settle(journal, run, on_this_kernel=local)
+    assert "a and b ran" in line
+    assert ("a" in run.ended) == (verdict is not None)
+    if verdict is not None:
+        assert verdict in str(run.ended["a"])
+    journal.kept = True
+    journal.close()
+    after = [json.loads(text) for text in (tmp_path / NAME).read_text().splitlines()]
+    assert [record.get("end") for record in after] == ["a", "b", None]
+    assert after[-1] == {"boot": boot_id()}
