@@ -15,6 +15,10 @@ MATRIX ?= matrix.toml
 # A built dirty_log_test, for `make bench` to compare with
 C_TEST ?=
 
+# The results folders of runs that `make compare` compares
+BASE ?=
+NEW ?=
+
 # What makes the virtual environment; without it, python3 does, and one that works stays
 PYTHON ?=
 
@@ -30,7 +34,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix fetch lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare fetch lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -57,6 +61,9 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
+
+compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='results/b results/c'; status 1 is a regression
+	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare $(ARGS) -- "$(BASE)" $(NEW)
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, for machines without network
 	@$(FETCH)
@@ -105,7 +112,8 @@ TAKES_kill-matrix := ARGS
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
-VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST PYTHON
+TAKES_compare := BASE NEW ARGS
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
@@ -116,7 +124,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix compare fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -133,6 +141,11 @@ endif
 ifneq ($(filter check-kernel,$(GOALS)),)
 ifeq ($(strip $(KERNEL)),)
 $(error make check-kernel: no kernel is named: KERNEL=debian:6.12, a bzImage, a build tree, ... (docs/kernels.md))
+endif
+endif
+ifneq ($(filter compare,$(GOALS)),)
+ifeq ($(and $(strip $(BASE)),$(strip $(NEW))),)
+$(error make compare: BASE and NEW name the results folders of runs: BASE=results/a NEW=results/b)
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

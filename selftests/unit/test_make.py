@@ -46,6 +46,7 @@ def clone(tmp_path: Path) -> Path:
         (["test", "WORKERS="], "WORKERS: '' is neither a number nor auto"),
         (["test", "WORKERS=2 3"], "WORKERS: '2 3' is neither a number nor auto"),
         (["matrix", "MATRIX="], "make matrix: MATRIX names no file"),
+        (["compare", "BASE=results/a"], "make compare: BASE and NEW name the results folders of runs"),
         (["check-kernel"], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),
         (["check-kernel", "KERNEL="], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),
     ],
