@@ -19,10 +19,8 @@ import pytest
 
 from dirty_tracking.modes import LOG_MODES
 from runner import ROOT
-from runner.errors import CannotTest
 from runner.guest_init import INIT_MARKER
-from runner.kernel import Kernel, local_kernels
-from runner.qemu import find_qemu
+from runner.kernel import Kernel
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow]
 
@@ -93,20 +91,6 @@ class CheckKernel:
 @pytest.fixture
 def check_kernel(tmp_path: Path) -> CheckKernel:
     return CheckKernel(tmp_path / "results")
-
-
-@pytest.fixture(scope="session")
-def kernel() -> Kernel:
-    """A local kernel that broken_kernel.py can break."""
-    try:
-        find_qemu(None, "tcg", ())
-    except CannotTest as error:
-        pytest.skip(str(error))
-    # From 6.18 on the table of WARN()s has another format, which broken_kernel.py does not know.
-    fit = [kernel for kernel in local_kernels() if kernel.release.startswith(("6.1.", "6.12."))]
-    if not fit:
-        pytest.skip("there is no local kernel 6.1 or 6.12 (make fetch)")
-    return fit[0]
 
 
 def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
