@@ -102,16 +102,16 @@ def test_usage_and_help() -> None:
 
 
 PROGRAMS = [
-    ("passes", SMALL_CELL, PASS),
-    ("wrong-option", [*SMALL_CELL, "--iterations=x"], FAIL),
-    ("nothing-matches", [*SMALL_CELL, "-k", "nothing_like"], FAIL),
-    ("no-kvm", [*SMALL_CELL, "--kvm-device=/dev/null"], SKIP),
-    ("lost-pages", [*SMALL_CELL, "-p", "docs.examples.planted_fault"], FAIL),
+    pytest.param(SMALL_CELL, PASS, id="passes"),
+    pytest.param([*SMALL_CELL, "--kvm-device=/dev/null"], SKIP, id="no-kvm"),
+    pytest.param([*SMALL_CELL, "-p", "docs.examples.planted_fault"], FAIL, id="lost-pages"),
+    pytest.param([*SMALL_CELL, "--iterations=x"], FAIL, id="wrong-option", marks=pytest.mark.slow),
+    pytest.param([*SMALL_CELL, "-k", "nothing_like"], FAIL, id="nothing-matches", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.usefixtures("kvm")
-@pytest.mark.parametrize(("words", "wanted"), [case[1:] for case in PROGRAMS], ids=[case[0] for case in PROGRAMS])
+@pytest.mark.parametrize(("words", "wanted"), PROGRAMS)
 def test_exit_status_of_kselftest(tmp_path: Path, words: list[str], wanted: int) -> None:
     """Pytest's exit statuses become kselftest's: a run that cannot begin fails, one without KVM is a skip."""
     status, output, errors = run(str(MATRIX_PROGRAM), *words, TMPDIR=str(tmp_path))
@@ -123,6 +123,7 @@ def test_exit_status_of_kselftest(tmp_path: Path, words: list[str], wanted: int)
     assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [MATRIX_PROGRAM.name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kvm")
 def test_terminated_program_is_a_fail(tmp_path: Path) -> None:
     """SIGTERM, as kselftest's runner sends it, ends a program in seconds: the running test is named, and nothing passes."""
