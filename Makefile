@@ -34,7 +34,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare fetch lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -67,6 +67,9 @@ compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='result
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, for machines without network
 	@$(FETCH)
+
+standalone: $(VENV)/run ## one executable file that runs the suite where there is only Python: build/dirty-tracking
+	@$(VENV)/bin/python -m runner.standalone build/dirty-tracking
 
 lint: $(VENV)/dev ## ruff, mypy and codespell
 	$(VENV)/bin/ruff check .

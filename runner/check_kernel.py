@@ -17,10 +17,8 @@ import pytest
 
 from harness.kernel_options import AUTO
 from runner import ROOT
-from runner.suite_pytest import in_one_word, run
+from runner.suite_pytest import is_path, make_absolute, run
 
-# Options that name a file to write, or a folder
-_FILES = ("--results", "--resume", "--junitxml", "--junit-xml", "--log-file")
 _USAGE = """\
 usage: check_kernel.py KERNEL [options of pytest, and tests to run]
 
@@ -52,9 +50,9 @@ def main(arguments: list[str]) -> int:
         return 128
     kernel, *options = arguments
     # Paths are relative to the user's folder, tests to the suite's, where pytest finds its settings.
-    if _is_path(kernel):
+    if is_path(kernel):
         kernel = os.path.abspath(os.path.expanduser(kernel))
-    options = _make_absolute(options)
+    options = make_absolute(options)
     os.chdir(ROOT)
     status = run([f"--kernel={kernel}", "-v", *options])
     return STATUSES.get(status, status)
@@ -68,22 +66,6 @@ def _find_mistake(arguments: list[str]) -> str | None:
     if any(argument.partition("=")[0] == "--kernel" for argument in arguments):
         return "--kernel: the kernel is named already, as the first argument"
     return None
-
-
-def _make_absolute(options: list[str]) -> list[str]:
-    """*options* with absolute paths."""
-    words: list[str] = []
-    for option in in_one_word(options):
-        name, equals, value = option.partition("=")
-        if value and (name in _FILES or (name == "--qemu" and _is_path(value))):
-            value = os.path.abspath(os.path.expanduser(value))
-        words.append(f"{name}{equals}{value}")
-    return words
-
-
-def _is_path(name: str) -> bool:
-    """Whether *name* is a path, and not a release or a program to look up."""
-    return "/" in name or os.path.exists(name)
 
 
 if __name__ == "__main__":

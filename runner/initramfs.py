@@ -18,17 +18,15 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import BinaryIO
-
-from packaging.requirements import Requirement
 
 from runner import ROOT
 from runner.cpio import CpioWriter
 from runner.errors import CannotTest
 from runner.guest_init import JOB, Job
 from runner.modules import Module
+from runner.packages import needed_packages
 from runner.store import BUILD, locked, scratch
 
 CACHE = BUILD / "initramfs"
@@ -36,9 +34,9 @@ PYTHON = "/usr/bin/python3"
 SITE = "/usr/lib/site-packages"
 _LIBRARY = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
 
-# The parts of this checkout that go into the guest
-_SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
-_SUITE_FILES = ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml")
+# The parts of this checkout that a run needs
+SUITE_FOLDERS = ("lib", "runner", "selftests", "guest_code", "build/guest_code")
+SUITE_FILES = ("conftest.py", "pytest.ini", "pyproject.toml", "known_bugs.toml")
 
 # Parts of the standard library that take space and that no test uses
 _LEFT_OUT = (
@@ -71,7 +69,7 @@ def build(folder: Path, modules: Sequence[Module], job: Job) -> BinaryIO:
 
 def base_digest() -> str:
     """A digest of all that the cached part depends on: Python, the packages, and this file."""
-    packages = sorted(f"{package.name} {package.version}" for package in _packages())
+    packages = sorted(f"{package.name} {package.version}" for package in needed_packages())
     text = f"{sys.version} {sys.executable} {packages}".encode() + Path(__file__).read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -108,7 +106,7 @@ def _collect_python(tree: Path) -> None:
     shutil.copytree(library, tree / _LIBRARY[1:], ignore=ignore, ignore_dangling_symlinks=True)
     (tree / PYTHON[1:]).parent.mkdir(parents=True)
     shutil.copy(binary, tree / PYTHON[1:])
-    for package in _packages():
+    for package in needed_packages():
         for file in package.files or ():
             if file.suffix != ".pyc" and ".." not in file.parts:
                 target = tree / SITE[1:] / file
@@ -143,22 +141,6 @@ def _ignore_compiled(_folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(".pyc") and "-pytest-" not in name]
 
 
-def _packages() -> list[Distribution]:
-    """The distributions of the packages in requirements.txt and of their dependencies."""
-    found: dict[str, Distribution] = {}
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    left = [line for line in lines if line.strip() and not line.startswith("#")]
-    while left:
-        requirement = Requirement(left.pop())
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        name = requirement.name.lower()
-        if name not in found:
-            found[name] = distribution(name)
-            left += found[name].requires or []
-    return list(found.values())
-
-
 def _shared_libraries(binaries: Sequence[Path]) -> Iterator[Path]:
     """The shared libraries that *binaries* load, and the loader."""
     done = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, check=False)
@@ -180,12 +162,12 @@ def _overlay(modules: Sequence[Module], job: Job) -> bytes:
         archive.add_file(module.guest_path, module.data)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for name in _SUITE_FOLDERS:
+        for name in SUITE_FOLDERS:
             shutil.copytree(ROOT / name, tree / "suite" / name, ignore=_ignore_compiled)
         for path in (ROOT / "__pycache__").glob("conftest.*-pytest-*.pyc"):
             (tree / "suite/__pycache__").mkdir(exist_ok=True)
             shutil.copy2(path, tree / "suite/__pycache__")
-        for name in _SUITE_FILES:
+        for name in SUITE_FILES:
             shutil.copy2(ROOT / name, tree / "suite")
         _compile(tree, "/suite")
         archive.add_tree("", tree)

@@ -9,6 +9,8 @@ import pytest
 # Options whose value is a path. pytest looks for its settings and conftest.py beside each path that stands alone, before
 # it knows these options: the path in `--results PATH` is one (locate_config(), _pytest/config/findpaths.py).
 _PATHS = ("--results", "--resume", "--kvm-device", "--kernel", "--qemu", "--junitxml", "--junit-xml", "--log-file")
+# Those that name a file, or a folder, to write
+_FILES = ("--results", "--resume", "--junitxml", "--junit-xml", "--log-file")
 
 
 def in_one_word(words: list[str]) -> list[str]:
@@ -19,6 +21,22 @@ def in_one_word(words: list[str]) -> list[str]:
         value = next(left, None) if word in _PATHS else None
         joined.append(word if value is None else f"{word}={value}")
     return joined
+
+
+def make_absolute(options: list[str]) -> list[str]:
+    """*options* with absolute paths, as seen from this folder, so that they can be used in another one."""
+    words: list[str] = []
+    for option in in_one_word(options):
+        name, equals, value = option.partition("=")
+        if value and (name in _FILES or (name == "--qemu" and is_path(value))):
+            value = os.path.abspath(os.path.expanduser(value))
+        words.append(f"{name}{equals}{value}")
+    return words
+
+
+def is_path(name: str) -> bool:
+    """Whether *name* is a path, and not a release or a program to look up."""
+    return "/" in name or os.path.exists(name)
 
 
 def run(arguments: list[str]) -> int:

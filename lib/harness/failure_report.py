@@ -40,6 +40,8 @@ def column(text: str) -> list[str]:
 
 def this_pytest() -> str:
     """The command of this pytest, without arguments."""
+    if standalone := os.environ.get("DIRTY_TRACKING_COMMAND"):  # set by runner/standalone_start.py
+        return standalone
     python = sys.executable
     if python.startswith(os.getcwd() + os.sep):
         python = os.path.relpath(python)
