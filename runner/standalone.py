@@ -8,10 +8,12 @@ import os
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Sequence
 from importlib.metadata import Distribution
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from kvm_util.guest_program import assemble_all
@@ -19,6 +21,7 @@ from runner import ROOT
 from runner.initramfs import SUITE_FILES, SUITE_FOLDERS
 from runner.packages import needed_packages
 from runner.standalone_start import NATIVE
+from runner.store import BUILD
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 _PLATFORM = "manylinux2014_x86_64"
@@ -84,10 +87,14 @@ def _of_other_pythons(package: Distribution, pythons: Sequence[str]) -> dict[str
         if tag == sys.implementation.cache_tag:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            pip += ["--only-binary=:all:", f"--python-version={version}", f"--platform={_PLATFORM}", f"--dest={folder}"]
+            pip = ["pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+            pip += [f"--python-version={version}", f"--platform={_PLATFORM}", f"--dest={folder}"]
             done = subprocess.run(
-                [*pip, f"{package.name}=={package.version}"], capture_output=True, text=True, check=False
+                [sys.executable, "-m", *pip, f"{package.name}=={package.version}"],
+                env=os.environ | {"PYTHONPATH": _pip_wheel()},
+                capture_output=True,
+                text=True,
+                check=False,
             )
             wheels = [*Path(folder).glob("*.whl")]
             if not wheels:
@@ -97,6 +104,17 @@ def _of_other_pythons(package: Distribution, pythons: Sequence[str]) -> dict[str
                     shared = [name for name in sorted(archive.namelist()) if name.endswith(".so")]
                     files |= {f"{NATIVE}/{tag}/{name}": archive.read(name) for name in shared}
     return files
+
+
+def _pip_wheel() -> str:
+    """The wheel of pip that make_venv.sh has used, as the environment has no pip; empty if it took the system's."""
+    folders = [BUILD / "debian/usr/share/python-wheels"]
+    if find_spec("ensurepip"):
+        import ensurepip
+
+        given = sysconfig.get_config_var("WHEEL_PKG_DIR")
+        folders.insert(0, Path(given) if given else Path(ensurepip.__file__).parent / "_bundled")
+    return str(next((wheel for folder in folders for wheel in folder.glob("pip-*.whl")), ""))
 
 
 def _tags(files: dict[str, bytes]) -> list[str]:
