@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import standalone
+from runner import ROOT, standalone
 from selftests.unit.commands import CELLS, Done
 
 pytestmark = pytest.mark.slow
@@ -140,6 +140,26 @@ def test_bad_input_is_one_line(bare: Bare, words: list[str], error: str) -> None
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(error)
     assert [*bare.temporary.iterdir()] == []
+
+
+def test_steps_of_the_lava_recipe(kvm: object, bare: Bare, tmp_path: Path) -> None:
+    """The steps in docs/ci.md make a test case with its result of each test, and one of the run."""
+    (steps,) = re.findall(r"^ +steps:\n((?: {14}.*\n)+)", (ROOT / "docs/ci.md").read_text(), re.MULTILINE)
+    script = re.sub(r"^ *(- \|\n|- )?", "", steps, flags=re.MULTILINE)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in (("wget", f"cp {bare.file} dirty-tracking"), ("lava-test-case", 'echo "$@" >>cases')):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = bare.environment | {"PATH": f"{programs}:{os.environ['PATH']}", "TESTS": " ".join(ENABLING)}
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=bare.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = (bare.folder / "cases").read_text().splitlines()
+    name = "selftests/interface/test_slots.py__test_enabling_logging_twice_"
+    assert len([case for case in cases if case.startswith(name) and case.endswith(" --result pass")]) == 5
+    assert cases[-1] == "the_run --result pass"
 
 
 def test_help_of_the_file(bare: Bare) -> None:
