@@ -62,7 +62,7 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
-compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='results/b results/c'; status 1 is a regression
+compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='results/b results/c'; fails if there is a regression
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare $(ARGS) -- "$(BASE)" $(NEW)
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, for machines without network

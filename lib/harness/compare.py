@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,10 @@ from harness.kernel_verdict import describe_system
 from harness.run_report import FILES_OF_A_RUN
 from harness.table import DIMENSIONS, UNTESTED
 from kvm_util.wording import counted
+from runner.boot_outcome import BootOutcome
 
 _RESULTS = FILES_OF_A_RUN[0]
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 _MATRIX = "selftests/matrix/test_dirty_log.py::test_dirty_log"
 
 
@@ -60,13 +63,15 @@ class SavedRun:
     :ivar name: the folder, as the user wrote it
     :ivar system: kernel, backend and where it ran
     :ivar tests: the result of each test on KVM, by its id
-    :ivar log_reports: reports in the kernel's log that no known bug explains
+    :ivar log_reports: reports in the kernel's log that no known bug explains, without the numbers in them
+    :ivar death: how the booted kernel ended, if that is its fault; else empty
     """
 
     name: str
     system: str
     tests: dict[str, Result]
-    log_reports: list[str]
+    log_reports: set[str]
+    death: str
 
     @classmethod
     def load(cls, folder: Path) -> "SavedRun":
@@ -81,8 +86,11 @@ class SavedRun:
             rows = {**cells, **{test["test"]: test for test in data["tests"]}}
             tests = {test: Result(row["verdict"], row["reason"] or "") for test, row in rows.items()}
             reports = data["kernel_log"] if isinstance(data["kernel_log"], list) else []
-            unexplained = [report["title"] for report in reports if report["known_bug"] is None]
-            run = cls(str(folder), describe_system(data["host"], data["machine"]), tests, unexplained)
+            # CPU, PID, line and address differ between two runs.
+            titles = {_NUMBER.sub("N", report["title"]) for report in reports if report["known_bug"] is None}
+            end = BootOutcome[data["end"]["ending"]] if data["end"] else BootOutcome.FINISHED
+            death = end.value if end.exit_status == 1 else ""
+            run = cls(str(folder), describe_system(data["host"], data["machine"]), tests, titles, death)
         except OSError as error:
             raise CompareError(f"{path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -90,6 +98,11 @@ class SavedRun:
         if not any(result.ran for result in tests.values()):
             raise CompareError(f"{folder}: no test ran on KVM")
         return run
+
+    @property
+    def cut_short(self) -> int:
+        """How many of its tests did not run because it ended before them."""
+        return sum(result.verdict == "not run" for result in self.tests.values())
 
 
 def _cell_id(cell: Mapping[str, Any]) -> str:
@@ -125,17 +138,19 @@ def _change(before: Result | None, now: Result | None) -> Change | None:
 
 
 def is_regression(base: SavedRun, new: SavedRun, found: Mapping[Change, Sequence[str]]) -> bool:
-    """Whether a test newly fails, or the kernel's log has a report of a kind that it had not before.
+    """Whether a test newly fails, the kernel newly dies, or its log has a report that it had not before.
 
     A known bug that shows is no failure, as in a run.
     """
-    return bool(found[Change.FAILS] or set(new.log_reports) - set(base.log_reports))
+    return bool(found[Change.FAILS] or new.log_reports - base.log_reports or (new.death and not base.death))
 
 
 def lines(base: SavedRun, new: SavedRun, found: Mapping[Change, Sequence[str]], all_tests: bool) -> list[str]:
     """The differences in words, worst first; cases of a test with the same reason share a line, unless *all_tests*."""
     text = [f"base {base.name}: {base.system}", f"new  {new.name}: {new.system}"]
-    text += [f"the kernel's log newly has: {title}" for title in sorted(set(new.log_reports) - set(base.log_reports))]
+    if new.death:
+        text.append(f"{new.death}{', as before' if base.death else ''}")
+    text += [f"the kernel's log newly has: {title}" for title in sorted(new.log_reports - base.log_reports)]
     for change, tests in found.items():
         if tests:
             text.append(f"{change.value} ({counted(len(tests), 'test')}):")
@@ -149,8 +164,11 @@ def lines(base: SavedRun, new: SavedRun, found: Mapping[Change, Sequence[str]], 
                 ]
     same = len(base.tests.keys() | new.tests.keys()) - sum(map(len, found.values()))
     text.append(f"{counted(same, 'test')} as before")
-    text.append("REGRESSION" if is_regression(base, new, found) else "no regression")
-    return text
+    if is_regression(base, new, found):
+        return [*text, "REGRESSION"]
+    if new.cut_short:
+        return [*text, f"no regression in what ran: {counted(new.cut_short, 'test')} of {new.name} did not run"]
+    return [*text, "no regression"]
 
 
 def _why(change: Change, test: str, base: SavedRun, new: SavedRun) -> str:
@@ -171,12 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    regressed = False
+    regressed = cut_short = False
     for new in others:
         found = changes(base, new)
         regressed |= is_regression(base, new, found)
+        cut_short |= bool(new.cut_short)
         print("\n".join(lines(base, new, found, options.all)), end="\n\n" if new is not others[-1] else "\n")
-    return int(regressed)
+    return 1 if regressed else 2 if cut_short else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The JUnit XML file: what was tested is in it too, and an error while writing it is a line in the summary."""
 
+import json
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,14 @@ class JunitFile(LogXML):
         vars(self).update(vars(writer))
         self._report = report
         self._kept = True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        report = copy(report)
+        report.user_properties = [
+            (name, json.dumps(value) if isinstance(value, dict | list) else value)
+            for name, value in report.user_properties
+        ]
+        super().pytest_runtest_logreport(report)
 
     def pytest_sessionfinish(self) -> None:
         for name, value in self._report.facts.properties().items():

@@ -5,7 +5,10 @@ import ctypes
 import mmap
 
 from kvm_util.closing import Closing
-from kvm_util.memory import Backing, GuestMemory, mapped_size
+from kvm_util.memory import Backing, GuestMemory
+
+# Backing, size, and what is needed for the same address: the gpa's part below the backing's alignment
+_Kind = tuple[str, int, int]
 
 
 class KeptMemory(Closing):
@@ -16,19 +19,23 @@ class KeptMemory(Closing):
 
     def __init__(self) -> None:
         self._mapped: mmap.mmap | None = None
-        self._kind: tuple[str, int] | None = None
+        self._kind: _Kind | None = None
 
     def make(self, backing: Backing, size: int, gpa: int) -> GuestMemory:
         """As :class:`GuestMemory`; the memory is zeroed, as new memory is."""
-        kind = (backing.name, mapped_size(backing, size, gpa))
+        kind = (backing.name, size, gpa % backing.alignment)
         if kind != self._kind:
             self.close()
         mapped, self._mapped = self._mapped, None
+        if backing.hugetlb:
+            return GuestMemory(backing, size, gpa)
+        memory = _Memory(self, kind, backing, size, gpa, mapped)
         if mapped is not None:
-            ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(mapped)), 0, len(mapped))
-        return GuestMemory(backing, size, gpa) if backing.hugetlb else _Memory(self, kind, backing, size, gpa, mapped)
+            # Only what was allocated: a huge page in the rest would hide that this part has none.
+            ctypes.memset(memory.hva, 0, size)
+        return memory
 
-    def keep(self, mapped: mmap.mmap, kind: tuple[str, int]) -> None:
+    def keep(self, mapped: mmap.mmap, kind: _Kind) -> None:
         """Keep a mapping that is not used any more, instead of the one that was kept before."""
         self.close()
         self._mapped, self._kind = mapped, kind
@@ -41,14 +48,24 @@ class KeptMemory(Closing):
 
 
 class _Memory(GuestMemory):
-    """Memory that *owner* keeps when it is closed."""
+    """Memory that *owner* keeps when it is closed, if it was allocated, and has the huge pages that it is to have."""
 
     def __init__(
-        self, owner: KeptMemory, kind: tuple[str, int], backing: Backing, size: int, gpa: int, mapped: mmap.mmap | None
+        self, owner: KeptMemory, kind: _Kind, backing: Backing, size: int, gpa: int, mapped: mmap.mmap | None
     ) -> None:
         super().__init__(backing, size, gpa, mapped)
         self._owner = owner
         self._kind = kind
+        self._fit = False
+
+    def populate(self) -> None:
+        super().populate()
+        # The first and the last huge page may be incomplete.
+        is_huge = self.transparent_huge_size() > self.size - 2 * self.backing.page_size
+        self._fit = is_huge or not self.backing.page_size
 
     def _release(self, mapped: mmap.mmap) -> None:
-        self._owner.keep(mapped, self._kind)
+        if self._fit:
+            self._owner.keep(mapped, self._kind)
+        else:
+            mapped.close()

@@ -145,7 +145,7 @@ class GuestMemory:
     def __init__(self, backing: Backing, size: int, gpa: int, mapped: mmap.mmap | None = None) -> None:
         self.backing = backing
         self.size = size
-        self._map = mapped or _map_backing(backing, mapped_size(backing, size, gpa))
+        self._map = mapped or _map_backing(backing, size + gpa % backing.alignment)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._offset = (gpa - base) % backing.alignment
         self.hva = base + self._offset
@@ -191,11 +191,6 @@ class GuestMemory:
 
     def _release(self, mapped: mmap.mmap) -> None:
         mapped.close()
-
-
-def mapped_size(backing: Backing, size: int, gpa: int) -> int:
-    """How many bytes are mapped for *size* bytes at *gpa*, without those that align them."""
-    return size + gpa % backing.alignment
 
 
 def _map_backing(backing: Backing, size: int) -> mmap.mmap:

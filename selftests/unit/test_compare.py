@@ -14,6 +14,7 @@ from selftests.unit.commands import ONE_CELL, QUICK, pytest_command
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 
 HOST = {"kernel": "6.12", "backend": "kvm_amd"}
+EMPTY: dict[str, Any] = {"host": HOST, "machine": {}, "cells": [], "tests": [], "kernel_log": [], "end": {}}
 CELL = {
     "log_mode": "dirty-log",
     "guest_mode": "48bit-4k",
@@ -27,7 +28,7 @@ def save(folder: Path, verdicts: dict[str, str], **more: Any) -> SavedRun:
     """A run whose tests have these verdicts."""
     folder.mkdir()
     tests = [{"test": test, "verdict": verdict, "reason": f"why {verdict}"} for test, verdict in verdicts.items()]
-    data = {"host": HOST, "machine": {}, "cells": [], "tests": tests, "kernel_log": []} | more
+    data = EMPTY | {"tests": tests} | more
     (folder / "results.json").write_text(json.dumps(data))
     return SavedRun.load(folder)
 
@@ -63,7 +64,9 @@ def test_change_of_a_verdict(tmp_path: Path, before: str | None, now: str | None
     found = changes(base, new)
     assert {of: tests for of, tests in found.items() if tests} == ({change: ["t[x]"]} if change else {})
     assert is_regression(base, new, found) is (change is Change.FAILS)
-    assert lines(base, new, found, all_tests=False)[-1] == ("REGRESSION" if change is Change.FAILS else "no regression")
+    last = lines(base, new, found, all_tests=False)[-1]
+    assert (last == "REGRESSION") is (change is Change.FAILS)
+    assert last.startswith("no regression in what ran") is (now == "not run")
 
 
 def test_comparison_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,9 +91,26 @@ def test_report_in_the_log_is_a_regression(tmp_path: Path) -> None:
     """A report in the kernel's log that is not in the base's is a regression, unless a known bug explains it."""
     base = save(tmp_path / "a", {"t": "pass"})
     for name, bug, regression in (("b", None, True), ("c", "some-bug", False)):
-        new = save(tmp_path / name, {"t": "pass"}, kernel_log=[{"title": "WARNING: at mmu.c", "known_bug": bug}])
+        new = save(tmp_path / name, {"t": "pass"}, kernel_log=[{"title": WARNING.format(1, "f"), "known_bug": bug}])
         assert is_regression(base, new, changes(base, new)) is regression
-        assert not is_regression(new, new, changes(new, new))
+        again = save(
+            tmp_path / f"{name}2", {"t": "pass"}, kernel_log=[{"title": WARNING.format(22, "a"), "known_bug": bug}]
+        )
+        assert not is_regression(new, again, changes(new, again))
+
+
+WARNING = "WARNING: CPU: {0} PID: {0}00 at arch/x86/kvm/mmu/mmu.c:{0}0 foo+0x{1}/0x30"
+
+
+def test_death_of_the_kernel_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kernel that dies is a regression although no test fails; a run that was cut short is no run without one."""
+    save(tmp_path / "a", {"t": "pass", "u": "pass"})
+    save(tmp_path / "b", {"t": "pass", "u": "not run"}, end={"ending": "PANIC", "text": "panic"})
+    save(tmp_path / "c", {"t": "pass", "u": "not run"}, end={"ending": "EMULATOR_FAULT", "text": "fault"})
+    for name, status, text in (("b", 1, "the kernel panicked\n"), ("c", 2, "no regression in what ran: 1 test of")):
+        assert main([str(tmp_path / "a"), str(tmp_path / name)]) == status
+        assert text in capsys.readouterr().out
+    assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -99,7 +119,7 @@ def test_report_in_the_log_is_a_regression(tmp_path: Path) -> None:
         (None, "results.json: No such file or directory"),
         ("{", "results.json is no results.json of a run"),
         ("[]", "results.json is no results.json of a run"),
-        (json.dumps({"host": HOST, "machine": {}, "cells": [], "tests": [], "kernel_log": []}), "no test ran on KVM"),
+        (json.dumps(EMPTY), "no test ran on KVM"),
     ],
 )
 def test_runs_that_cannot_be_compared(

@@ -307,6 +307,7 @@ def test_junit_file_says_what_was_tested(run: Callable[..., str], tmp_path: Path
     assert expected.items() <= properties(suite).items()
     (cell,) = suite.iter("testcase")
     assert int(properties(cell)["writes"]) == results["cells"][0]["writes"] > 0
+    assert json.loads(properties(cell)["phases"]) == results["cells"][0]["phases"]
 
 
 def properties(element: ElementTree.Element) -> dict[str, str]:

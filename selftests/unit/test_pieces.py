@@ -7,6 +7,7 @@ import mmap
 import random
 import struct
 from array import array
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -330,18 +331,43 @@ def test_kept_memory_is_zero_again(name: str) -> None:
     with KeptMemory() as kept:
         memory = kept.make(BACKINGS[name], 4 * MIB, 4096)
         hva = memory.hva
+        populate(memory)
         memory.view[:] = b"\xff" * memory.size
         memory.close()
         assert in_maps(hva)
         memory = kept.make(BACKINGS[name], 4 * MIB, 4096)
         assert memory.hva == hva
         assert not any(memory.words.tolist())
+        populate(memory)
         memory.close()
         other = kept.make(BACKINGS[name], 64 * KIB, 4096)
         assert not in_maps(hva + 2 * MIB)
         hva = other.hva
+        populate(other)
         other.close()
     assert not in_maps(hva)
+
+
+def populate(memory: GuestMemory) -> None:
+    """Populate *memory*, or skip the test where the host has no huge page for it."""
+    try:
+        memory.populate()
+    except HugePagesMissing as error:
+        pytest.skip(str(error))
+
+
+def test_unfit_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was not allocated, or has few of the huge pages that it is to have, is freed."""
+    with KeptMemory() as kept:
+        for name, huge in (("anonymous", None), ("anonymous_thp", 2 * MIB), ("anonymous_thp", 0)):
+            memory = kept.make(BACKINGS[name], 8 * MIB, 4096)
+            hva = memory.hva
+            if huge is not None:
+                monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _, huge=huge: huge)
+                with nullcontext() if huge else pytest.raises(HugePagesMissing):
+                    memory.populate()
+            memory.close()
+            assert not in_maps(hva)
 
 
 def in_maps(address: int) -> bool:
