@@ -235,10 +235,12 @@ def _take_stdout(config: pytest.Config) -> int:
     sys.stdout.flush()
     descriptor = os.dup(sys.stdout.fileno())
     capture: Any = config.pluginmanager.get_plugin("capturemanager")
-    capture.stop_global_capturing()  # it would restore the standard output that it has found
+    if capture is not None:  # as it is with -p no:capture
+        capture.stop_global_capturing()  # it would restore the standard output that it has found
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    capture.start_global_capturing()
-    capture.suspend_global_capture()
+    if capture is not None:
+        capture.start_global_capturing()
+        capture.suspend_global_capture()
     return descriptor
 
 

@@ -135,6 +135,15 @@ def test_line_of_each_kind(tmp_path: Path, options: list[str]) -> None:
     assert any("on this host: no verdict" in line for line in results["the run"].comments)
 
 
+def test_stream_without_a_capture_plugin(tmp_path: Path) -> None:
+    """With -p no:capture, too, what tests print goes to standard error."""
+    status, output, errors = run(tmp_path, "def test_prints():\n    print('seen')\n", "-p", "no:capture")
+    test, the_run = read_ktap(output)
+    assert status == 0
+    assert (test.ok, the_run.ok) == (True, True)
+    assert "seen" in errors and "seen" not in output
+
+
 @pytest.mark.parametrize(
     ("number", "workers"),
     [
