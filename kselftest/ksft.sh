@@ -53,6 +53,7 @@ if [ -z "${DIRTY_LOG_GUEST_CODE:-}" ] && [ -e "$here/dirty_writer.elf" ] &&
 	export DIRTY_LOG_GUEST_CODE="$here"
 fi
 
+folder=$PWD
 cd "$suite" || skip "$suite cannot be entered"
 # shellcheck disable=SC2086 # words without spaces
-exec "$python" -m harness.kselftest "$name" $tests "$@"
+exec "$python" -m harness.kselftest "$name" "$folder" $tests "$@"

@@ -23,20 +23,21 @@ def in_one_word(words: list[str]) -> list[str]:
     return joined
 
 
-def make_absolute(options: list[str]) -> list[str]:
-    """*options* with absolute paths, as seen from this folder, so that they can be used in another one."""
+def make_absolute(options: list[str], folder: str = "") -> list[str]:
+    """*options* with absolute paths, as seen from *folder* or else from here, so that they can be used elsewhere."""
     words: list[str] = []
     for option in in_one_word(options):
         name, equals, value = option.partition("=")
-        if value and (name in _FILES or (name == "--qemu" and is_path(value))):
-            value = os.path.abspath(os.path.expanduser(value))
+        path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+        if value and (name in _FILES or (name in ("--kernel", "--qemu") and is_path(value, folder))):
+            value = path
         words.append(f"{name}{equals}{value}")
     return words
 
 
-def is_path(name: str) -> bool:
-    """Whether *name* is a path, and not a release or a program to look up."""
-    return "/" in name or os.path.exists(name)
+def is_path(name: str, folder: str = "") -> bool:
+    """Whether *name* is a path, seen from *folder* or else from here, and not a release or a program to look up."""
+    return "/" in name or os.path.exists(os.path.join(folder, name))
 
 
 def run(arguments: list[str]) -> int:

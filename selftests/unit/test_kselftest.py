@@ -120,7 +120,26 @@ def test_exit_status_of_kselftest(tmp_path: Path, words: list[str], wanted: int)
         *_, the_run = read_ktap(output)
         assert the_run.ok == (wanted != FAIL)
         assert (the_run.directive == "SKIP") == (wanted == SKIP)
-    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [MATRIX_PROGRAM.name]
+    kept = "--iterations=x" not in words and "nothing_like" not in words
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == [MATRIX_PROGRAM.name] * kept
+
+
+def test_files_where_the_user_is(tmp_path: Path) -> None:
+    """A file that an option names is relative to the folder that a program is called in, and no folder is left elsewhere."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    words = [str(MATRIX_PROGRAM), *SMALL_CELL, "--kvm-device=/dev/null", "--results=here", "--junitxml", "j.xml"]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == SKIP, done.stderr
+    assert (tmp_path / "here/results.json").is_file() and (tmp_path / "j.xml").is_file()
+    assert [*temporary.iterdir()] == []
+
+
+def test_no_folder_after_a_wrong_option(tmp_path: Path) -> None:
+    """A run that never began leaves nothing behind."""
+    assert run(str(MATRIX_PROGRAM), "--no-such-option", TMPDIR=str(tmp_path))[:2] == (FAIL, "")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow
