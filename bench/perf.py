@@ -45,7 +45,11 @@ _C_LINES = {
     "clear": r"Iteration \d+ clear dirty log time: ([\d.]+)s",
     "disable": r"Disabling dirty logging time: ([\d.]+)s",
 }
-_FIELDS = {field.name for field in fields(Scenario)} - {"log_mode"} | {"log_modes"}
+# The types of a scenario's values, and those of the items of its lists
+_TYPES = {field.name: type(field.default) for field in fields(Scenario) if field.name not in ("log_mode", "pin")}
+_WORDS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a string"}
+_LISTS: dict[str, tuple[type, str]] = {"log_modes": (str, "a list of strings"), "pin": (int, "a list of whole numbers")}
+_FIELDS = {*_TYPES, *_LISTS}
 
 
 class ScenarioError(Exception):
@@ -112,18 +116,25 @@ def _scenarios(where: str, table: object) -> Iterator[Scenario]:
             values["memory"] = parse_size("memory", values["memory"])
         except pytest.UsageError as error:
             raise ScenarioError(f"{where}: {error}") from None
+    for name, value in values.items():
+        if wanted := _other_type(name, value):
+            raise ScenarioError(f"{where}: {name}: {value!r} is not {wanted}")
     modes = values.pop("log_modes", list(LOG_MODES))
     if "pin" in values:
         values["pin"] = tuple(values["pin"])
     for mode in modes:
-        try:
-            scenario = Scenario(mode, **values)
-            wrong = scenario.wrong()
-        except (TypeError, ValueError):
-            raise ScenarioError(f"{where}: a value has the wrong type") from None
-        if wrong:
+        scenario = Scenario(mode, **values)
+        if wrong := scenario.wrong():
             raise ScenarioError(f"{where}: {wrong}")
         yield scenario
+
+
+def _other_type(name: str, value: object) -> str:
+    """What the value *name* has to be, if *value* is not of exactly that type: a bool is no whole number."""
+    if name in _TYPES:
+        return "" if type(value) is _TYPES[name] else _WORDS[_TYPES[name]]
+    item, words = _LISTS[name]
+    return "" if isinstance(value, list) and all(type(one) is item for one in value) else words
 
 
 def run_all(

@@ -61,6 +61,7 @@ class Scenario:
             f"backing: no such backing: {self.backing!r} (choose from {', '.join(BACKINGS)})": self.backing in BACKINGS,
             "vcpus, iterations and slots must be at least 1": min(self.vcpus, self.iterations, self.slots) >= 1,
             f"memory: {self.memory} is not one or more whole pages": self.memory >= PAGE and not self.memory % PAGE,
+            f"ring_count: {self.ring_count} is not a power of two": self.ring_count.bit_count() == 1 and self.ring_count > 0,
             f"write_percent: {self.write_percent} is not from 0 to 100": 0 <= self.write_percent <= 100,
             f"slots: {self.npages} pages are not divided into {self.slots} equal slots": not self.npages % max(self.slots, 1),
             f"pin: {len(self.pin)} CPUs for {self.vcpus} vCPUs": len(self.pin) in (0, self.vcpus),
