@@ -10,11 +10,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,11 @@ _FIELDS = {*_TYPES, *_LISTS}
 
 
 class ScenarioError(Exception):
-    """The file of scenarios is wrong; the message says where and how."""
+    """The file of scenarios or an option is wrong; the message says where and how."""
+
+
+class CTestError(Exception):
+    """The C test does not run to its end."""
 
 
 def main() -> None:
@@ -70,21 +76,53 @@ def main() -> None:
         scenarios = load(arguments.scenarios, arguments.only)
         if arguments.rounds < 1:
             raise ScenarioError("--rounds must be at least 1")
-        if arguments.c_test and not shutil.which(arguments.c_test):
-            raise ScenarioError(f"--c-test: {arguments.c_test} is no program that can be run")
+        c_test = _program(arguments.c_test) if arguments.c_test is not None else None
         guest_program.assemble_all()
-        with Kvm() as kvm:
-            found, failed = run_all(kvm, scenarios, arguments.rounds, arguments.seed, arguments.c_test)
+        with Kvm() as kvm, _output(arguments.output, arguments.seed) as found:
+            failed = run_all(kvm, scenarios, arguments.rounds, arguments.seed, c_test, found)
     except (ScenarioError, KvmUnavailable, guest_program.GuestProgramError) as error:
         sys.exit(f"perf: {error}")
-    if arguments.output:
-        data = {"suite": suite_version(), "host": asdict(this_host()), "seed": arguments.seed, "scenarios": found}
-        try:
-            arguments.output.write_text(json.dumps(data, indent=1) + "\n")
-        except OSError as error:
-            sys.exit(f"perf: --output: {arguments.output}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("perf: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     if failed:
         sys.exit(f"perf: {counted(failed, 'scenario')} failed")
+
+
+def _program(name: str) -> str:
+    """The absolute path of the program *name*, which may be on PATH.
+
+    :raises ScenarioError: there is none
+    """
+    found = shutil.which(name)
+    if found is None:
+        raise ScenarioError(f"--c-test: {name} is no program that can be run")
+    return os.path.abspath(found)
+
+
+@contextmanager
+def _output(path: Path | None, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """A list for what is measured, which is written to *path* however the run ends.
+
+    :raises ScenarioError: *path* cannot be written; this is found before anything is measured
+    """
+    found: list[dict[str, Any]] = []
+    if path:
+        _write(path, "a", "")
+    try:
+        yield found
+    finally:
+        if path:
+            data = {"suite": suite_version(), "host": asdict(this_host()), "seed": seed, "scenarios": found}
+            _write(path, "w", json.dumps(data, indent=1) + "\n")
+
+
+def _write(path: Path, mode: str, text: str) -> None:
+    try:
+        with path.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise ScenarioError(f"--output: {path}: {error.strerror}") from None
 
 
 def load(path: Path, only: str | None) -> dict[str, list[Scenario]]:
@@ -138,16 +176,21 @@ def _other_type(name: str, value: object) -> str:
 
 
 def run_all(
-    kvm: Kvm, scenarios: Mapping[str, Sequence[Scenario]], rounds: int, seed: int, c_test: str | None
-) -> tuple[list[dict[str, Any]], int]:
-    """Measure all *scenarios*, and print a line or more of each; returns the times as plain data, and how many failed.
+    kvm: Kvm,
+    scenarios: Mapping[str, Sequence[Scenario]],
+    rounds: int,
+    seed: int,
+    c_test: str | None,
+    found: list[dict[str, Any]],
+) -> int:
+    """Measure all *scenarios*, print a line or more of each, and add its times to *found*; returns how many failed.
 
     :raises ScenarioError: this host can measure none of them
     """
     host = this_host()
     print(f"kernel {host.kernel}, {host.backend}, {host.cpu}; milliseconds, median of {rounds} rounds")
     print(_line(["scenario", "log mode", *_PHASES, "pages", "full", "stalled"]))
-    found, failed = [], 0
+    failed = 0
     for name, those in scenarios.items():
         for scenario in those:
             reason = LOG_MODES[scenario.log_mode].supported(kvm) or BACKINGS[scenario.backing].missing(
@@ -158,12 +201,12 @@ def run_all(
                 continue
             try:
                 found.append(_measure_one(kvm, name, scenario, rounds, seed, c_test))
-            except (VcpuHang, GuestMemoryError, HostLimit, KvmError) as error:
+            except (VcpuHang, GuestMemoryError, HostLimit, KvmError, CTestError) as error:
                 print(f"{name}, {scenario.log_mode}: failed: {error}", flush=True)
                 failed += 1
     if not found and not failed:
         raise ScenarioError("nothing was measured")
-    return found, failed
+    return failed
 
 
 def _measure_one(kvm: Kvm, name: str, scenario: Scenario, rounds: int, seed: int, c_test: str | None) -> dict[str, Any]:
@@ -217,13 +260,16 @@ def c_arguments(scenario: Scenario) -> list[str] | None:
 def c_times(c_test: str, scenario: Scenario) -> dict[str, float]:
     """What each phase took in a run of the C test, in milliseconds: for an iteration, where it has several.
 
-    :raises ScenarioError: it fails
+    :raises CTestError: it fails
     """
-    command = [os.path.abspath(c_test), *(c_arguments(scenario) or [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [c_test, *(c_arguments(scenario) or [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:  # a file of another architecture, say
+        raise CTestError(f"{c_test}: {error.strerror}") from None
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        raise ScenarioError(f"{' '.join(command)} ended with status {done.returncode}: {last[-1].strip()}")
+        raise CTestError(f"{' '.join(command)} ended with status {done.returncode}: {last[-1].strip()}")
     return c_phases(done.stdout)
 
 

@@ -2,7 +2,10 @@
 """``make perf``: its scenarios, what a run of one measures, and how the C test's times are read."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -147,7 +150,7 @@ def test_slow_call_shows_in_its_cost(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.usefixtures("kvm")
 def test_perf_beside_a_c_test(tmp_path: Path) -> None:
-    """The table has times, those of the C test and their ratios; the file has every round; a C test that fails is an error."""
+    """The table has times, those of the C test and their ratios; the file has every round."""
     fake = tmp_path / "dirty_log_perf_test"
     fake.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/seen\nprintf '{C_OUTPUT}'\n")
     fake.chmod(0o755)
@@ -164,10 +167,63 @@ def test_perf_beside_a_c_test(tmp_path: Path) -> None:
     assert [(one["name"], len(one["costs"]), "c_test" in one) for one in data["scenarios"]] == [
         ("one", 2, True), ("one", 2, False)
     ]  # fmt: skip
-    fake.write_text("#!/bin/sh\necho it is broken >&2\nexit 254\n")
-    done = perf(*command)
-    assert done.returncode == 1
-    assert done.stderr.endswith("-g ended with status 254: it is broken\n")
+
+
+SMALL_FILE = "[one]\nlog_modes = ['dirty-log', 'dirty-ring']\nmemory = '1M'\n"
+
+
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("#!/bin/sh\necho it is broken >&2\nexit 254\n", "-g ended with status 254: it is broken\n"),
+        ("#!/nowhere\n", "fake: No such file or directory\n"),
+    ],
+    ids=["ends", "does-not-start"],
+)
+def test_failing_c_test_is_one_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
+) -> None:
+    """A C test of PATH that fails is a failure of its scenario; the others are measured, and are in the file."""
+    fake, own, output = tmp_path / "fake", tmp_path / "own.toml", tmp_path / "times.json"
+    fake.write_text(script)
+    fake.chmod(0o755)
+    own.write_text(SMALL_FILE)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = perf(f"--scenarios={own}", "--rounds=1", "--c-test=fake", f"--output={output}")
+    assert (done.returncode, done.stderr) == (1, "perf: 1 scenario failed\n")
+    assert f"one, dirty-log: failed: {fake}" in done.stdout and message in done.stdout
+    assert [one["scenario"]["log_mode"] for one in json.loads(output.read_text())["scenarios"]] == ["dirty-ring"]
+
+
+@pytest.mark.usefixtures("kvm")
+def test_interrupted_perf_writes_its_file(tmp_path: Path) -> None:
+    """Ctrl-C is one line and status 130, and what was measured before is in the file."""
+    own, output = tmp_path / "own.toml", tmp_path / "times.json"
+    own.write_text(f"{SMALL_FILE}\n[two]\nlog_modes = ['dirty-log']\nmemory = '1M'\niterations = 1000000\n")
+    command = [sys.executable, "-u", "-m", "bench.perf", f"--scenarios={own}", "--rounds=1", f"--output={output}"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/lib"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it for background jobs
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("one            dirty-ring"):
+            assert process.poll() is None
+        time.sleep(0.3)  # the endless one begins
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "perf: interrupted\n")
+    assert [one["name"] for one in json.loads(output.read_text())["scenarios"]] == ["one", "one"]
+
+
+@pytest.mark.usefixtures("kvm")
+def test_output_is_checked_first(tmp_path: Path) -> None:
+    """A file that cannot be written is one line before anything is measured."""
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no/file", "No such file or directory")):
+        done = perf(f"--output={path}")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"perf: --output: {path}: {reason}\n"
 
 
 C_OUTPUT = (
