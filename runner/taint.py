@@ -46,9 +46,18 @@ _FAULTS = {
 }
 
 
-def taint_flags(path: str = TAINTED) -> int:
-    """The flags that are set, as a number."""
-    return int(Path(path).read_text(encoding="ascii"))
+def taint_flags(path: str = TAINTED) -> int | None:
+    """The flags that are set, as a number; None if they cannot be read (a kernel without CONFIG_PROC_SYSCTL)."""
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except OSError:
+        return None
+
+
+def describe_set(path: str = TAINTED) -> list[str]:
+    """Letter and meaning of each flag that is set, or that they are not watched."""
+    flags = taint_flags(path)
+    return [f"not watched: {path} cannot be read"] if flags is None else describe(flags)
 
 
 def describe(flags: int) -> list[str]:
@@ -58,9 +67,12 @@ def describe(flags: int) -> list[str]:
     return known + [f"bit {bit}" for bit in newer if flags >> bit & 1]
 
 
-def faults(flags: int) -> int:
-    """Those of *flags* by which the kernel reports a fault of its own."""
-    return sum(flags & 1 << bit for bit, (letter, _) in enumerate(_FLAGS) if letter in _FAULTS)
+def new_faults(before: int | None, now: int | None) -> int:
+    """The flags that were set since *before* and by which the kernel reports a fault of its own; none if one is unknown."""
+    if before is None or now is None:
+        return 0
+    new = now & ~before
+    return sum(new & 1 << bit for bit, (letter, _) in enumerate(_FLAGS) if letter in _FAULTS)
 
 
 def unreported(flags: int, kinds: set[Kind]) -> int:

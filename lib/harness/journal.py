@@ -93,7 +93,7 @@ class PastRun:
     :ivar head: its first line
     :ivar boot: the boot of the host in which it was last seen
     :ivar ended: the reports of each test that ended, or what to say of one that died with the host
-    :ivar running: the taint flags at the start of each test that has not ended
+    :ivar running: the taint flags at the start of each test that has not ended; None if they could not be read
     :ivar reports: the kernel's
     :ivar finished: whether the run ended in order
     """
@@ -102,7 +102,7 @@ class PastRun:
     head: dict[str, Any]
     boot: str = ""
     ended: dict[str, list[dict[str, Any]] | str] = field(default_factory=dict)
-    running: dict[str, int] = field(default_factory=dict)
+    running: dict[str, int | None] = field(default_factory=dict)
     reports: list[Splat] = field(default_factory=list)
     finished: bool = False
 

@@ -10,7 +10,7 @@ import pytest
 from harness.journal import Journal
 from harness.run_report import KernelReport, RunReport
 from runner.kernel_log import KernelLog, Kind, Splat
-from runner.taint import TAINTED, TITLE, describe, faults, taint_flags, unreported
+from runner.taint import TAINTED, TITLE, describe, new_faults, taint_flags, unreported
 
 # Returns the id of the known bug that explains a report, or None
 Explain = Callable[[Splat], str | None]
@@ -33,10 +33,10 @@ class KernelWatch:
         flags = taint_flags(self._tainted)  # first: the kernel sets a flag after it has logged why
         splats = self._log.new_splats() if self._log is not None else []
         self._kinds |= {splat.kind for splat in splats}
-        new, self._flags = flags & ~self._flags, flags | self._flags
-        return splats + [
-            Splat(Kind.TAINT, [f"{TITLE} {text}"]) for text in describe(unreported(faults(new), self._kinds))
-        ]
+        new = new_faults(self._flags, flags)
+        if self._flags is not None and flags is not None:
+            self._flags |= flags
+        return splats + [Splat(Kind.TAINT, [f"{TITLE} {text}"]) for text in describe(unreported(new, self._kinds))]
 
 
 class TestWatch:

@@ -16,7 +16,7 @@ from harness.stored_reports import from_data
 from kvm_util.wording import counted
 from runner import ROOT
 from runner.store import say, shown
-from runner.taint import describe, faults, taint_flags
+from runner.taint import describe, new_faults, taint_flags
 
 _OPTION = "--resume"
 _ADDED = "PYTEST_ADDOPTS"
@@ -124,13 +124,13 @@ def settle(journal: Journal, run: PastRun, on_this_kernel: bool) -> str:
     return line
 
 
-def _why_failed(run: PastRun, flags: int) -> str:
+def _why_failed(run: PastRun, flags: int | None) -> str:
     """Why a test that was running failed; empty if the kernel did not end it, as far as can be known."""
     if run.host_died:
         others = len(run.running) - 1
         also = f", and {others} more: it may have been any of them" if others else ""
         return f"the host died while this test ran{also}"
-    new = describe(faults(taint_flags() & ~flags))
+    new = describe(new_faults(flags, taint_flags()))
     if new and not run.finished:
         return f"the run was killed while this test ran, and the kernel has set taint flag {', '.join(new)} since"
     return ""

@@ -39,7 +39,7 @@ class Facts:
     :ivar cells: the planned cells, in the order of the table
     :ivar place: where the kernel runs, in words
     :ivar kernel_log: why the kernel log is not watched; None if it is
-    :ivar taint: the taint flags that were set before the run, in words
+    :ivar taint: the taint flags that were set before the run, in words, or that they are not watched
     :ivar machine: the QEMU machine; empty on this host
     """
 

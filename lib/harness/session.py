@@ -35,7 +35,7 @@ from kvm_util.host_limits import FILES, HostLimit, file_limits, tightest
 from kvm_util.kvm import Kvm, KvmUnavailable
 from runner.guest_session import guest_session
 from runner.kernel_log import KernelLog, Kind, Splat
-from runner.taint import WARN_TITLE, describe, taint_flags
+from runner.taint import WARN_TITLE, describe_set
 
 _MAX_WORKERS = 8
 
@@ -117,7 +117,7 @@ def _prepare_here(config: pytest.Config) -> None:
     report = RunReport(Path(option.results), facts)
     if NO_LOCAL_KERNEL in config.stash:
         report.notes.append(config.stash[NO_LOCAL_KERNEL])
-    facts.taint = describe(taint_flags())
+    facts.taint = describe_set()
     facts.kernel_log = _watch_kernel(config, report)
     config.pluginmanager.register(report, "run-report")
     begin(config, report)

@@ -11,7 +11,7 @@ from harness.kernel_log_watch import KernelWatch
 from harness.known_bugs import load
 from runner import ROOT
 from runner.kernel_log import KernelLog, Kind, Splat, find_splats, kernel_lines
-from runner.taint import describe, taint_flags
+from runner.taint import describe, describe_set
 from selftests.unit.commands import Done, start
 
 # First lines of reports of Linux 6.1 to 7.2
@@ -179,7 +179,8 @@ def tainting_run(tmp_path: Path, before: int, after: int, *words: str) -> Done:
     (tmp_path / "test_it.py").write_text(TAINTING_TEST.format(path=str(path), after=after))
     plugin = "import runner.kernel_log, runner.taint, harness.kernel_log_watch\n"
     plugin += f"harness.kernel_log_watch.KernelWatch.__init__.__defaults__ = ({str(path)!r},)\n"
-    plugin += f"runner.taint.taint_flags.__defaults__ = ({str(path)!r},)\n"
+    for function in ("taint_flags", "describe_set"):
+        plugin += f"runner.taint.{function}.__defaults__ = ({str(path)!r},)\n"
     plugin += "runner.kernel_log.KernelLog.__init__.__defaults__ = ('/nonexistent',)\n"
     (tmp_path / "plugin.py").write_text(plugin)
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", str(tmp_path / "test_it.py"), *words]
@@ -228,8 +229,22 @@ def test_flag_of_a_report_in_the_log(tmp_path: Path) -> None:
     assert [report.title for report in watch.new_reports()] == ["taint flag D (the kernel oopsed, or met a BUG)"]
 
 
+def test_kernel_without_taint_flags(tmp_path: Path) -> None:
+    """Flags that cannot be read are not watched, and the header says so; if they can be read later, none of them is new."""
+    path = tmp_path / "tainted"
+    watch = KernelWatch(None, str(path))
+    assert describe_set(str(path)) == [f"not watched: {path} cannot be read"]
+    assert watch.new_reports() == []
+    path.write_text(str(1 << 7))
+    assert watch.new_reports() == []
+    watch = KernelWatch(None, str(path))
+    path.unlink()
+    assert watch.new_reports() == []
+    path.write_text(str(1 << 7 | 1 << 5))
+    assert [report.title for report in watch.new_reports()] == ["taint flag B (a page was found in a bad state)"]
+
+
 def test_names_of_taint_flags() -> None:
     """Each flag has its letter, as the kernel prints it; one that is newer than the suite has its number."""
     assert [text[0] for text in describe((1 << 20) - 1)] == [*"PFSRMBUDAWCIOELKXTNJ"]
     assert describe(1 << 40 | 1 << 9) == ["W (a WARN in the kernel)", "bit 40"]
-    assert taint_flags() >= 0
