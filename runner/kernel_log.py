@@ -25,7 +25,9 @@ class Kind(Enum):
     BUG = "BUG"
     OOPS = "Oops"
     PANIC = "panic"
-    TAINT = "taint"  # not in the log: a flag in /proc/sys/kernel/tainted
+    # Not in the log:
+    TAINT = "taint"  # a flag in /proc/sys/kernel/tainted
+    DEATH = "death"  # the host went down
 
 
 # First lines of reports; the first pattern that matches decides. From lib/{bug,ubsan}.c,

@@ -4,11 +4,11 @@
 A host that goes down loses nothing but the tests that were running. The lines, by their first key:
 
     run       the first line: options, seed, kernel, plan of the matrix
-    boot      each time the run begins or is resumed: which boot of this host it is
+    boot      each time the run begins or is resumed: which boot of this host it is, with the taint flags (``taint``)
     start     a test begins, with the kernel's taint flags (``taint``)
     end       it ended, with its reports (``reports``; none if it has to run again), or died with the host (``died``)
     kernel    a report of the kernel
-    finished  the run ended in order
+    finished  the run ended in order, with this exit status
 """
 
 import fcntl
@@ -92,19 +92,28 @@ class PastRun:
 
     :ivar head: its first line
     :ivar boot: the boot of the host in which it was last seen
+    :ivar taint: the kernel's taint flags when it began or was resumed there; None if they could not be read
     :ivar ended: the reports of each test that ended, or what to say of one that died with the host
     :ivar running: the taint flags at the start of each test that has not ended; None if they could not be read
     :ivar reports: the kernel's
-    :ivar finished: whether the run ended in order
+    :ivar reports_of_boot: those in the boot in which it was last seen
+    :ivar status: the exit status with which the run ended in order; None if it did not
     """
 
     folder: Path
     head: dict[str, Any]
     boot: str = ""
+    taint: int | None = None
     ended: dict[str, list[dict[str, Any]] | str] = field(default_factory=dict)
     running: dict[str, int | None] = field(default_factory=dict)
     reports: list[Splat] = field(default_factory=list)
-    finished: bool = False
+    reports_of_boot: list[Splat] = field(default_factory=list)
+    status: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended in order."""
+        return self.status is not None
 
     @property
     def host_died(self) -> bool:
@@ -120,7 +129,9 @@ class PastRun:
     def add(self, record: dict[str, Any]) -> None:
         """Add a line of the journal."""
         if "boot" in record:
-            self.boot, self.finished = record["boot"], False
+            if record["boot"] != self.boot:
+                self.reports_of_boot.clear()
+            self.boot, self.taint, self.status = record["boot"], record["taint"], None
         elif "start" in record:
             self.running[record["start"]] = record["taint"]
         elif "end" in record:
@@ -128,9 +139,11 @@ class PastRun:
             if verdict := record.get("died") or record["reports"]:
                 self.ended[record["end"]] = verdict
         elif "kernel" in record:
-            self.reports.append(Splat(Kind(record["kernel"]), record["lines"]))
+            splat = Splat(Kind(record["kernel"]), record["lines"])
+            self.reports.append(splat)
+            self.reports_of_boot.append(splat)
         elif "finished" in record:
-            self.finished = True
+            self.status = record["finished"]
 
 
 def read(folder: Path) -> PastRun:

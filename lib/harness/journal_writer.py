@@ -9,11 +9,13 @@ import pytest
 
 from harness.journal import Journal, boot_id
 from harness.kernel_options import OWN_TESTS
+from harness.known_bugs import on_host
 from harness.planned_tests import NOT_RUN
 from harness.resume import Replay, check_same, settle
 from harness.run_report import RunReport
 from harness.run_state import JOURNAL, PLAN, RESUMED, TARGET
 from harness.stored_reports import to_data
+from kvm_util.host import this_host
 from runner.store import say, shown
 from runner.taint import taint_flags
 
@@ -43,10 +45,11 @@ def begin(config: pytest.Config, report: RunReport) -> None:
             "plan": [(asdict(planned.cell), planned.missing) for planned in config.stash[PLAN]],
         }
         journal.write(run=head)
-        journal.write(boot=boot_id())
+        journal.write(boot=boot_id(), taint=taint_flags())
     else:
         check_same(run, host)
-        say(settle(journal, run, on_this_kernel=local))
+        bugs = on_host(this_host()) if local and not config.option.no_known_bugs else []
+        say(settle(journal, run, on_this_kernel=local, known_warn=any(bug.log for bug in bugs)))
     ended = run.ended if run is not None else {}
     plugins = config.pluginmanager
     plugins.register(RunJournal(config, journal, report, {*ended}), "run-journal")

@@ -72,7 +72,7 @@ class RunWatch:
     """A pytest plugin that collects all reports of the run, also those between tests.
 
     :param journal: gets them at once; None in a booted kernel
-    :param earlier: the reports in the part of the run before it was resumed
+    :param earlier: the reports in the part of the run before it was resumed, to which ``resume.settle`` may add
     """
 
     def __init__(

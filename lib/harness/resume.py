@@ -15,8 +15,9 @@ from harness.output_paths import RESULTS
 from harness.stored_reports import from_data
 from kvm_util.wording import counted
 from runner import ROOT
+from runner.kernel_log import Kind, Splat
 from runner.store import say, shown
-from runner.taint import describe, new_faults, taint_flags
+from runner.taint import TITLE, WARN_TITLE, describe, new_faults, taint_flags, unreported
 
 _OPTION = "--resume"
 _ADDED = "PYTEST_ADDOPTS"
@@ -105,35 +106,65 @@ def check_same(run: PastRun, host: Mapping[str, Any]) -> None:
             )
 
 
-def settle(journal: Journal, run: PastRun, on_this_kernel: bool) -> str:
+def settle(journal: Journal, run: PastRun, on_this_kernel: bool, known_warn: bool) -> str:
     """Give each test that was running a verdict, or have it run again; returns what to tell the user.
 
+    If the kernel died, or reported a fault, and no test is to blame, that becomes a report of the kernel.
+
     :param on_this_kernel: whether the tests ran on the kernel that died
+    :param known_warn: whether this kernel has a known bug that makes it warn
     """
-    how = "it was interrupted" if run.finished else run.death
+    how = run.death
+    if run.finished:
+        how = "it was interrupted" if run.status == pytest.ExitCode.INTERRUPTED else "it finished"
     line = f"resuming {shown(run.folder)}: {counted(len(run.ended), 'test')} had ended when {how}"
+    to_blame = False
     for test, flags in run.running.items():
-        why = _why_failed(run, flags) if on_this_kernel else ""
+        why = _why_failed(run, flags, known_warn) if on_this_kernel else ""
         if why:
+            to_blame = True
             run.ended[test] = why
             journal.write(end=test, died=why)
         else:
             journal.write(end=test, reports=[])
     run.running.clear()
-    journal.write(boot=boot_id())
+    if on_this_kernel and not to_blame:
+        for splat in _between_tests(run, known_warn):
+            run.reports.append(splat)
+            journal.write(kernel=splat.kind.value, lines=splat.lines)
+    journal.write(boot=boot_id(), taint=taint_flags())
     return line
 
 
-def _why_failed(run: PastRun, flags: int | None) -> str:
+def _between_tests(run: PastRun, known_warn: bool) -> list[Splat]:
+    """What the kernel did to a run while no test ran."""
+    if run.host_died:
+        return [Splat(Kind.DEATH, ["the host died between two tests"])]
+    if run.finished:
+        return []
+    return [Splat(Kind.TAINT, [f"{TITLE} {text}"]) for text in _new_faults(run, run.taint, known_warn)]
+
+
+def _why_failed(run: PastRun, flags: int | None, known_warn: bool) -> str:
     """Why a test that was running failed; empty if the kernel did not end it, as far as can be known."""
     if run.host_died:
         others = len(run.running) - 1
         also = f", and {others} more: it may have been any of them" if others else ""
         return f"the host died while this test ran{also}"
-    new = describe(new_faults(flags, taint_flags()))
+    new = _new_faults(run, flags, known_warn)
     if new and not run.finished:
         return f"the run was killed while this test ran, and the kernel has set taint flag {', '.join(new)} since"
     return ""
+
+
+def _new_faults(run: PastRun, before: int | None, known_warn: bool) -> list[str]:
+    """The taint flags since *before* that neither a report in the journal nor a known bug explains, in words."""
+    logged = {splat.kind for splat in run.reports_of_boot} - {Kind.TAINT, Kind.DEATH}
+    told = {splat.title for splat in run.reports_of_boot}
+    new = [f"{TITLE} {text}" for text in describe(unreported(new_faults(before, taint_flags()), logged))]
+    # Nobody read the log after the run was killed: as where it cannot be read, W may be from the known bug.
+    left = [title for title in new if title not in told and not (known_warn and title.startswith(WARN_TITLE))]
+    return [title.removeprefix(f"{TITLE} ") for title in left]
 
 
 class Replay:

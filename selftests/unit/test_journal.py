@@ -156,7 +156,7 @@ def test_worker_that_died_is_in_the_journal(runs: Runs) -> None:
 
 def records(*lines: dict[str, Any]) -> str:
     """A journal with these lines after its first."""
-    return "".join(json.dumps(line) + "\n" for line in ({"run": HEAD}, {"boot": boot_id()}, *lines))
+    return "".join(json.dumps(line) + "\n" for line in ({"run": HEAD}, {"boot": boot_id(), "taint": 0}, *lines))
 
 
 START, OTHER = {"start": "a", "taint": 0}, {"start": "b", "taint": 0}
@@ -252,7 +252,7 @@ def test_verdict_on_running_tests(
     monkeypatch.setattr(resume, "taint_flags", lambda: taint)
     run = PastRun(tmp_path, {}, boot=boot or boot_id(), running={"a": 0, "b": 0})
     journal = Journal(tmp_path, new=True)
-    line = resume.settle(journal, run, on_this_kernel=local)
+    line = resume.settle(journal, run, on_this_kernel=local, known_warn=False)
     assert "a and b ran" in line
     assert ("a" in run.ended) == (verdict is not None)
     if verdict is not None:
@@ -261,4 +261,68 @@ def test_verdict_on_running_tests(
     journal.close()
     after = [json.loads(text) for text in (tmp_path / NAME).read_text().splitlines()]
     assert [record.get("end") for record in after] == ["a", "b", None]
-    assert after[-1] == {"boot": boot_id()}
+    assert after[-1] == {"boot": boot_id(), "taint": taint}
+
+
+W, D = 1 << 9, 1 << 7
+DEATH, TAINT_D = "the host died between two tests", "taint flag D (the kernel oopsed, or met a BUG)"
+WARN = {"kernel": "WARN", "lines": ["WARNING: at a.c:1"]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "boot", "taint", "known_warn", "local", "titles"),
+    [
+        ([START, END], "another boot", 0, False, True, [DEATH]),
+        ([START, END], "another boot", 0, False, False, []),
+        ([START, END], "", 0, False, True, []),
+        ([START, END], "", D, False, True, [TAINT_D]),
+        ([START, END], "", D, False, False, []),
+        ([START, END], "", W, True, True, []),
+        ([START, END, WARN], "", W, False, True, ["WARNING: at a.c:1"]),
+        ([START, END, {"kernel": "taint", "lines": [TAINT_D]}], "", D, False, True, [TAINT_D]),
+        ([START, END, {"finished": 2}], "another boot", D, False, True, []),
+    ],
+    ids=["host", "booted-kernel", "killed", "oops", "not-here", "known-warn", "logged", "told", "interrupted"],
+)
+def test_death_between_tests(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: list[dict[str, Any]],
+    boot: str,
+    taint: int,
+    known_warn: bool,
+    local: bool,
+    titles: list[str],
+) -> None:
+    """Where no test was running, the death or the fault of the kernel is one report of it, however often it is resumed."""
+    monkeypatch.setattr(resume, "taint_flags", lambda: taint)
+    (tmp_path / NAME).write_text(records(*lines).replace(boot_id(), boot or boot_id()))
+    for _ in range(2):
+        journal = Journal(tmp_path)
+        run = read(tmp_path)
+        resume.settle(journal, run, on_this_kernel=local, known_warn=known_warn)
+        journal.close()
+        assert [splat.title for splat in run.reports] == titles
+
+
+@pytest.mark.parametrize(("known_warn", "lines"), [(True, []), (False, [WARN])], ids=["known-bug", "logged"])
+def test_warn_that_is_explained_blames_no_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_warn: bool, lines: list[dict[str, Any]]
+) -> None:
+    """A test that was running when the run was killed runs again if W is explained."""
+    monkeypatch.setattr(resume, "taint_flags", lambda: W)
+    (tmp_path / NAME).write_text(records(START, *lines))
+    journal, run = Journal(tmp_path), read(tmp_path)
+    resume.settle(journal, run, on_this_kernel=True, known_warn=known_warn)
+    journal.close()
+    assert run.ended == {}
+
+
+@pytest.mark.parametrize(("status", "how"), [(0, "it finished"), (1, "it finished"), (2, "it was interrupted")])
+def test_how_a_resumed_run_ended(tmp_path: Path, status: int, how: str) -> None:
+    """What --resume says of a run that ended in order."""
+    (tmp_path / NAME).write_text(records(START, END, {"finished": status}))
+    journal = Journal(tmp_path)
+    line = resume.settle(journal, read(tmp_path), on_this_kernel=True, known_warn=False)
+    journal.close()
+    assert line.endswith(f": 1 test had ended when {how}")
