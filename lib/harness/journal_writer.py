@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Plugins that write the journal: each test's start and end where it runs, and the end of the run in its controller."""
 
+import hashlib
 import os
 from collections.abc import Callable, Generator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,9 +17,13 @@ from harness.resume import Replay, check_same, settle
 from harness.run_report import RunReport
 from harness.run_state import JOURNAL, PLAN, RESUMED, TARGET
 from harness.stored_reports import to_data
+from harness.version import suite_version
 from kvm_util.host import this_host
 from runner.store import say, shown
 from runner.taint import taint_flags
+
+if TYPE_CHECKING:
+    from runner.target import Target
 
 _CRASH = "???"  # the phase in the report of a test with which its xdist worker died
 
@@ -33,10 +39,12 @@ def begin(config: pytest.Config, report: RunReport) -> None:
     local, workers = TARGET not in config.stash, bool(config.getoption("numprocesses", None))
     uname = os.uname()
     host = {name: report.facts.host[name] for name in ("kernel", "backend", "parameters")}
-    host["version"] = uname.version if local else ""
+    # Kernels that were built anew have the same release.
+    host["build"] = uname.version if local else kernel_digest(config.stash[TARGET])
     if run is None:
         head = {
             "label": uname.release if local else config.stash[TARGET].label,
+            "suite": suite_version(),
             "host": host,
             "folder": str(shown(config.invocation_params.dir)),
             "arguments": [str(word) for word in config.invocation_params.args],
@@ -57,6 +65,14 @@ def begin(config: pytest.Config, report: RunReport) -> None:
         plugins.register(Replay(ended), "replay")
     if not (workers and local):  # workers write about the tests of this host
         plugins.register(TestJournal(config, journal, lambda test: test in ended or (workers and _is_own(test))))
+
+
+def kernel_digest(target: "Target") -> str:
+    """A digest of a kernel's image and of the modules that are loaded."""
+    digest = hashlib.sha256(target.kernel.image.read_bytes())
+    for module in target.modules:
+        digest.update(module.data)
+    return digest.hexdigest()[:16]
 
 
 def _is_own(test: str) -> bool:

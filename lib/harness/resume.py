@@ -13,6 +13,7 @@ from harness.failure_report import this_pytest
 from harness.journal import Journal, JournalError, PastRun, boot_id, newest, read
 from harness.output_paths import RESULTS
 from harness.stored_reports import from_data
+from harness.version import suite_version
 from kvm_util.wording import counted
 from runner import ROOT
 from runner.kernel_log import Kind, Splat
@@ -91,17 +92,18 @@ def command(folder: Path) -> str:
 
 
 def check_same(run: PastRun, host: Mapping[str, Any]) -> None:
-    """Check that a run goes on with the kernel with which it began.
+    """Check that a run goes on with the kernel and the suite with which it began.
 
     :raises pytest.UsageError: it does not
     """
     was = run.head["host"]
-    facts = [(name, was[name], host[name]) for name in ("kernel", "version", "backend")]
-    facts += [(name, was["parameters"].get(name), value) for name, value in host["parameters"].items()]
-    for name, then, now in facts:
+    facts = [("kernel", name, was.get(name), host[name]) for name in ("kernel", "build", "backend")]
+    facts += [("kernel", name, was["parameters"].get(name), value) for name, value in host["parameters"].items()]
+    facts.append(("suite", "version", run.head.get("suite"), suite_version()))
+    for what, name, then, now in facts:
         if then != now:
             raise pytest.UsageError(
-                f"{_OPTION}: {shown(run.folder)} is of another kernel: {name} was {then}, and is {now} here; without"
+                f"{_OPTION}: {shown(run.folder)} is of another {what}: {name} was {then}, and is {now} here; without"
                 f" {_OPTION}, a new run begins"
             )
 

@@ -8,11 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from harness import resume
 from harness.journal import NAME, Journal, JournalError, PastRun, boot_id, newest, read
+from harness.journal_writer import kernel_digest
+from harness.version import suite_version
 from runner import ROOT
 from selftests.unit.commands import Done, start
 
@@ -262,6 +265,29 @@ def test_verdict_on_running_tests(
     after = [json.loads(text) for text in (tmp_path / NAME).read_text().splitlines()]
     assert [record.get("end") for record in after] == ["a", "b", None]
     assert after[-1] == {"boot": boot_id(), "taint": taint}
+
+
+def test_kernel_that_was_built_anew(tmp_path: Path) -> None:
+    """A booted kernel is another one if its image or a module is, and so is another version of the suite."""
+    image = tmp_path / "bzImage"
+    image.write_bytes(b"image")
+    target = Mock(kernel=Mock(image=image), modules=[Mock(data=b"kvm")])
+    digest = kernel_digest(target)
+    assert kernel_digest(target) == digest
+    target.modules[0].data = b"kvm, fixed"
+    assert kernel_digest(target) != digest
+    target.modules[0].data = b"kvm"
+    image.write_bytes(b"image, fixed")
+    assert kernel_digest(target) != digest
+    host = {"kernel": "6.12", "build": digest, "backend": "kvm_amd", "parameters": {"kvm.tdp_mmu": "Y"}}
+    head = {"host": host, "suite": suite_version()}
+    resume.check_same(PastRun(tmp_path, head), host)
+    with pytest.raises(
+        pytest.UsageError, match=f"is of another kernel: build was {digest}, and is other here; without"
+    ):
+        resume.check_same(PastRun(tmp_path, head), host | {"build": "other"})
+    with pytest.raises(pytest.UsageError, match=r"is of another suite: version was 0\.0, and is"):
+        resume.check_same(PastRun(tmp_path, head | {"suite": "0.0"}), host)
 
 
 W, D = 1 << 9, 1 << 7
