@@ -11,9 +11,11 @@ A host that goes down loses nothing but the tests that were running. The lines, 
     finished  the run ended in order, with this exit status
 """
 
+import errno
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from runner.kernel_log import Kind, Splat
 from runner.store import shown
 
 NAME = "journal.jsonl"
+# What its first line has, besides the seed
+_HEAD = {"label": str, "suite": str, "host": dict, "folder": str, "arguments": list, "addopts": str, "plan": list}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -49,6 +53,7 @@ class Journal:
         """Have the journal for this run alone, as long as this process lives.
 
         :raises JournalError: another run has it
+        :raises OSError: this file system has no locks
         """
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,14 +61,18 @@ class Journal:
             raise JournalError(f"{shown(self.path.parent)}: another run is writing there") from None
 
     def clear(self) -> None:
-        """Begin a new journal, and have its name on disk."""
+        """Begin a new journal, and have its name on disk, where folders can be read and synchronized.
+
+        :raises OSError: it cannot be written
+        """
         os.ftruncate(self._file, 0)
         for folder in (self.path.parent, self.path.parent.parent):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def write(self, **record: Any) -> None:
         """Write one line, and return when it is on disk.
@@ -72,8 +81,10 @@ class Journal:
         """
         if self._failed:
             return
+        line = json.dumps(record).encode() + b"\n"
         try:
-            os.write(self._file, json.dumps(record).encode() + b"\n")
+            if os.write(self._file, line) < len(line):  # the disk is full behind it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError:
             self._failed = True
@@ -149,19 +160,32 @@ class PastRun:
 def read(folder: Path) -> PastRun:
     """Read the journal in *folder*.
 
-    :raises JournalError: there is none
+    :raises JournalError: there is none, or it is damaged
     """
     path = folder / NAME
     try:
         records = [record for line in path.read_bytes().split(b"\n") if (record := _parse(line))]
     except OSError as error:
         raise JournalError(f"{shown(path)}: {error.strerror}") from None
-    if not records or "run" not in records[0]:
-        raise JournalError(f"{shown(path)} is no journal of a run")
+    if not records or not _is_head(records[0].get("run")):
+        raise JournalError(f"{shown(path)} is no journal of a run that this version of the suite can read")
     run = PastRun(folder, records[0]["run"])
     for record in records[1:]:
-        run.add(record)
+        try:
+            run.add(record)
+        except (KeyError, TypeError, ValueError):
+            raise JournalError(f"{shown(path)} is damaged: {json.dumps(record)[:80]}") from None
     return run
+
+
+def _is_head(head: object) -> bool:
+    """Whether a journal's first line has what is needed to go on with the run."""
+    return (
+        isinstance(head, dict)
+        and all(isinstance(head.get(name), kind) for name, kind in _HEAD.items())
+        and isinstance(head["host"].get("parameters"), dict)
+        and "seed" in head
+    )
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -175,16 +199,17 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def newest(results: Path, label: str) -> PastRun | None:
     """The newest run in *results* that has this label, if it was not finished and is not running."""
-    journals = [
-        (path.stat().st_mtime, path) for path in results.glob(f"*/{NAME}") if path.parent.name.startswith(label)
-    ]
+    journals = []
+    for path in results.glob(f"*/{NAME}"):
+        with suppress(FileNotFoundError):  # the run that has it is just ending
+            if path.parent.name.startswith(label):
+                journals.append((path.stat().st_mtime, path))
     for _, path in sorted(journals, reverse=True):
-        try:
+        # It died before its first line was written, was damaged, or is just being removed.
+        with suppress(JournalError, OSError):
             run = read(path.parent)
-        except JournalError:  # it died before its first line was written, or is just being removed
-            continue
-        if run.head["label"] == label:
-            return None if run.finished or is_locked(path) else run
+            if run.head["label"] == label:
+                return None if run.finished or is_locked(path) else run
     return None
 
 

@@ -54,7 +54,7 @@ def _without_resume(arguments: tuple[Any, ...]) -> list[str]:
 def open_journal(folder: Path, resumed: bool) -> tuple[Journal, PastRun | None]:
     """Open the journal in the results folder of this run, and read it if that is resumed.
 
-    :raises pytest.UsageError: another run needs it
+    :raises pytest.UsageError: another run needs it, or it cannot be used
     """
     try:
         journal = Journal(folder, new=not resumed)
@@ -71,11 +71,12 @@ def open_journal(folder: Path, resumed: bool) -> tuple[Journal, PastRun | None]:
                     f"--results: {shown(folder)}: {run.death}: {command(folder)} goes on behind it;"
                     f" without {shown(journal.path)}, a new run begins"
                 )
-    except JournalError as error:
+        journal.clear()
+    except (JournalError, OSError) as error:
         journal.kept = True
         journal.close()
-        raise pytest.UsageError(str(error)) from None
-    journal.clear()
+        text = f"{shown(journal.path)}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise pytest.UsageError(text) from None
     return journal, None
 
 

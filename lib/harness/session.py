@@ -110,7 +110,10 @@ def _prepare_here(config: pytest.Config) -> None:
     except KvmUnavailable:
         planned = plan(None, settings, dimensions, option.full)  # each test skips with the reason, by the fixture kvm
     if RESUMED in config.stash:  # the same cells, also if free memory has changed
-        planned = _planned(config.stash[RESUMED].head["plan"])
+        try:
+            planned = _planned(config.stash[RESUMED].head["plan"])
+        except (TypeError, ValueError):
+            raise pytest.UsageError("--resume: the run's cells are of another version of the suite") from None
     config.stash[PLAN] = planned
     cells = {str(planned_cell.cell): asdict(planned_cell.cell) for planned_cell in planned}
     facts = Facts(asdict(this_host()), asdict(settings), [*cells.values()])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The journal: a run that dies loses no verdict, the next one says where it died, and --resume goes on behind it."""
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,16 @@ from selftests.unit.commands import Done, start
 
 CASES = "selftests/interface/test_slots.py"
 FATAL = f"{CASES}::test_enabling_logging_twice[dirty-ring]"
-HEAD = {"label": "6.12", "arguments": [], "host": {}}
+HEAD: dict[str, Any] = {
+    "label": "6.12",
+    "suite": suite_version(),
+    "host": {"parameters": {}},
+    "folder": ".",
+    "arguments": [],
+    "addopts": "",
+    "seed": "1",
+    "plan": [],
+}
 
 # Notes each test that runs. The first time that the fatal one does, a process (or all of them) dies at once.
 PLUGIN = """
@@ -214,6 +224,73 @@ def test_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     journal.write(**OTHER)
     assert not (tmp_path / NAME).exists()
     journal.close()
+
+
+def test_line_that_is_not_written_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that ends early has failed: the disk is full."""
+    journal = Journal(tmp_path, new=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("harness.journal.os.write", lambda _file, line: len(line) - 1)
+        journal.write(**END)
+    assert not (tmp_path / NAME).exists()
+    journal.close()
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.open"])
+def test_folder_that_cannot_be_synchronized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A journal is written also where folders cannot be read, or have no fsync."""
+    journal = Journal(tmp_path, new=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"harness.journal.{call}", Mock(side_effect=OSError(errno.EINVAL, "Invalid argument")))
+        journal.clear()
+    journal.write(**START)
+    assert (tmp_path / NAME).read_text()
+    journal.close()
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.ftruncate"])
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """One line says that a journal cannot be kept there, and why."""
+    monkeypatch.setattr(f"harness.journal.{call}", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(pytest.UsageError, match=f"^{tmp_path / NAME}: No locks available$"):
+        resume.open_journal(tmp_path, resumed=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "is no journal"),
+        ("[]\n", "is no journal"),
+        ('{"run": 1}\n', "is no journal"),
+        ('{"run": {"label": "6.12"}}\n', "is no journal"),
+        (json.dumps({"run": HEAD | {"host": {}}}) + "\n", "is no journal"),
+        (records({"start": "a"}), 'is damaged: {"start": "a"}'),
+        (records({"start": [], "taint": 0}), "is damaged"),
+        (records({"end": "a"}), "is damaged"),
+        (records({"kernel": "other", "lines": []}), "is damaged"),
+    ],
+    ids=["empty", "list", "number", "label-only", "no-parameters", "no-taint", "no-id", "no-reports", "no-kind"],
+)
+def test_damaged_journal(tmp_path: Path, text: str, error: str) -> None:
+    """A journal that lacks something is refused in one line, and not told of."""
+    folder = tmp_path / "6.12-damaged"
+    folder.mkdir()
+    (folder / NAME).write_text(text)
+    with pytest.raises(JournalError, match=error):
+        read(folder)
+    assert newest(tmp_path, "6.12") is None
+
+
+def test_journal_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that is removed while journals are looked for is none."""
+    folder = tmp_path / "6.12-new"
+    folder.mkdir()
+    (folder / NAME).symlink_to("removed")
+    assert newest(tmp_path, "6.12") is None
+    (folder / NAME).unlink()
+    (folder / NAME).write_text(records(START))
+    monkeypatch.setattr("harness.journal.is_locked", Mock(side_effect=FileNotFoundError))
+    assert newest(tmp_path, "6.12") is None
 
 
 def test_newest_run_that_died(tmp_path: Path) -> None:
