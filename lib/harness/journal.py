@@ -79,9 +79,16 @@ class Journal:
 
         If that fails, as on a full disk, the journal is removed: one that lacks an end would blame a test that ended.
         """
+        self._append(json.dumps(record).encode() + b"\n")
+
+    def end_torn_line(self) -> None:
+        """End the last line if a crash cut it off, so that the next one is a line of its own."""
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._append(b"\n")
+
+    def _append(self, line: bytes) -> None:
         if self._failed:
             return
-        line = json.dumps(record).encode() + b"\n"
         try:
             if os.write(self._file, line) < len(line):  # the disk is full behind it
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -174,7 +181,9 @@ def read(folder: Path) -> PastRun:
         try:
             run.add(record)
         except (KeyError, TypeError, ValueError):
-            raise JournalError(f"{shown(path)} is damaged: {json.dumps(record)[:80]}") from None
+            raise JournalError(
+                f"{shown(path)} is damaged (without it, a new run begins): {json.dumps(record)[:80]}"
+            ) from None
     return run
 
 

@@ -100,7 +100,7 @@ def check_same(run: PastRun, host: Mapping[str, Any]) -> None:
     was = run.head["host"]
     facts = [("kernel", name, was.get(name), host[name]) for name in ("kernel", "build", "backend")]
     facts += [("kernel", name, was["parameters"].get(name), value) for name, value in host["parameters"].items()]
-    facts.append(("suite", "version", run.head.get("suite"), suite_version()))
+    facts.append(("suite", "version", run.head["suite"], suite_version()))
     for what, name, then, now in facts:
         if then != now:
             raise pytest.UsageError(
@@ -121,6 +121,7 @@ def settle(journal: Journal, run: PastRun, on_this_kernel: bool, known_warn: boo
     if run.finished:
         how = "it was interrupted" if run.status == pytest.ExitCode.INTERRUPTED else "it finished"
     line = f"resuming {shown(run.folder)}: {counted(len(run.ended), 'test')} had ended when {how}"
+    journal.end_torn_line()
     to_blame = False
     for test, flags in run.running.items():
         why = _why_failed(run, flags, known_warn) if on_this_kernel else ""
