@@ -58,6 +58,8 @@ def begin(config: pytest.Config, report: RunReport) -> None:
         check_same(run, host)
         bugs = on_host(this_host()) if local and not config.option.no_known_bugs else []
         say(settle(journal, run, on_this_kernel=local, known_warn=any(bug.log for bug in bugs)))
+    # A booted kernel does not take this host down; what is lost with the host runs again, and each fsync would delay tests.
+    journal.synced = local
     ended = run.ended if run is not None else {}
     plugins = config.pluginmanager
     plugins.register(RunJournal(config, journal, report, {*ended}), "run-journal")

@@ -195,7 +195,7 @@ def test_what_a_journal_says(tmp_path: Path, text: str, running: list[str], ende
 
 
 def test_line_is_on_disk_when_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line is followed by an fsync, and the folder has one when the journal begins."""
+    """Each line is followed by an fsync, unless it need not be, and the folder has one when the journal begins."""
     calls = []
     monkeypatch.setattr("harness.journal.os.fsync", lambda file: calls.append(os.readlink(f"/proc/self/fd/{file}")))
     journal = Journal(tmp_path, new=True)
@@ -206,6 +206,9 @@ def test_line_is_on_disk_when_write_returns(tmp_path: Path, monkeypatch: pytest.
     journal.write(end="a")
     assert calls == [str(tmp_path / NAME)] * 2
     assert (tmp_path / NAME).read_text() == '{"start": "a"}\n{"end": "a"}\n'
+    journal.synced = False
+    journal.write(start="b")
+    assert len(calls) == 2
     journal.close()
 
 
