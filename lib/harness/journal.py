@@ -98,12 +98,17 @@ class Journal:
                 os.fsync(self._file)
         except OSError:
             self._failed = True
-            self.path.unlink(missing_ok=True)
+            self._remove()
+
+    def _remove(self) -> None:
+        # The folder may be gone, or read-only by now: the run has nothing to say about that.
+        with suppress(OSError):
+            self.path.unlink()
 
     def close(self) -> None:
         """Close the file, and remove it if it need not be kept."""
         if not self.kept:
-            self.path.unlink(missing_ok=True)
+            self._remove()
         os.close(self._file)
 
 

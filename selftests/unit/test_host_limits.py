@@ -496,10 +496,10 @@ def test_only_refused_calls_are_excused(tmp_path: Path, call: str) -> None:
 
 
 VANISHING_FOLDER_PLUGIN = """
-import pathlib
+import pathlib, shutil
 def pytest_runtest_call(item):
     folder = pathlib.Path(item.config.option.results)
-    folder.rmdir()
+    shutil.rmtree(folder)
     folder.touch()
 """
 

@@ -81,9 +81,9 @@ def test_reproduce_line_names_the_file(bare: Bare) -> None:
     done = bare.run("run", *options, "--density=sparse", *NO_KVM, "--seed=7", "-n0")
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = re.findall("^reproduce (.*)", done.stdout, re.MULTILINE)
-    assert line.startswith(
-        f"{PYTHON} {bare.file} test --require-kvm selftests/matrix/test_dirty_log.py --log-mode dirty-log"
-    )
+    # The file itself is enough where its first line finds this Python.
+    command = f"{bare.file} test --require-kvm selftests/matrix/test_dirty_log.py --log-mode dirty-log"
+    assert line.startswith((command, f"{PYTHON} {command}"))
     assert "--seed 7" in line
     again = bare.run_command(["/bin/sh", "-c", line])
     assert again.returncode == 1, again.stdout + again.stderr
