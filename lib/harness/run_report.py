@@ -52,11 +52,11 @@ class Facts:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def properties(self) -> dict[str, str]:
-        """What tells one run from another, by name, for a JUnit file."""
+        """What tells one run from another, by name, for a JUnit file; of a kernel that has not booted less is known."""
         machine = {name: str(self.machine[name]) for name in ("qemu", "accel") if self.machine}
         return {
             "suite": suite_version(),
-            **{name: str(self.host[name]) for name in ("kernel", "backend", "cpu")},
+            **{name: str(self.host[name]) for name in ("kernel", "backend", "cpu") if name in self.host},
             **self.host["parameters"],
             **{name: str(self.settings[name]) for name in ("seed", "iterations", "test_mem", "ring_count")},
             "place": self.place,
