@@ -14,7 +14,7 @@ from dirty_tracking.vcpu_thread import KICK_SIGNAL, State, VcpuHang, VcpuThread
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE, DirtyVm
 from kvm_util.guest import PROGRAM_SLOT
 from kvm_util.kvm import Kvm
-from kvm_util.memory import BACKINGS, GIB, HUGE_PAGE_SIZE
+from kvm_util.memory import BACKINGS, GIB, HUGE_PAGE_SIZE, align_up
 
 # A vCPU that has to access its pages and does not end within this many seconds for each GiB hangs.
 _PATIENCE = 300.0
@@ -104,7 +104,7 @@ class PerfRun(DirtyVm):
         with self._building():
             size = scenario.npages // scenario.slots
             alignment = max(BACKINGS[scenario.backing].alignment, HUGE_PAGE_SIZE)
-            first = -(-FIRST_GPA // alignment) * alignment
+            first = align_up(FIRST_GPA, alignment)
             self._slots = range(PROGRAM_SLOT + 1, PROGRAM_SLOT + 1 + scenario.slots)
             for number, slot in enumerate(self._slots):
                 self.add_slot(slot, first + number * size * PAGE, size, scenario.backing, logged=False)
@@ -119,12 +119,12 @@ class PerfRun(DirtyVm):
         timings = self.mode.timings
         # A handler must exist for the signal to interrupt KVM_RUN; what it does is of no interest.
         previous = signal.signal(KICK_SIGNAL, lambda _number, _frame: None)
-        for thread, cpus in zip(self._threads, self._scenario.pin or [None] * len(self._threads), strict=True):
-            thread.start()
-            if cpus is not None:
-                assert thread.native_id is not None
-                os.sched_setaffinity(thread.native_id, {cpus})
         try:
+            for thread in self._threads:
+                thread.start()
+            for thread, cpu in zip(self._threads, self._scenario.pin, strict=False):
+                assert thread.native_id is not None
+                os.sched_setaffinity(thread.native_id, {cpu})
             with timings.time("populate"):
                 self._run_vcpus()
             with timings.time("enable"):
@@ -136,9 +136,10 @@ class PerfRun(DirtyVm):
             with timings.time("disable"):
                 self._set_logging(on=False)
         finally:
-            for thread in self._threads:
+            started = [thread for thread in self._threads if thread.ident is not None]
+            for thread in started:
                 thread.quit()
-            for thread in self._threads:
+            for thread in started:
                 thread.join(_PATIENCE)
             signal.signal(KICK_SIGNAL, previous)
         return Cost(
