@@ -271,6 +271,9 @@ class RemoteSession:
             self._call_logstart(boot.running, but=self._terminal)
         elif "report" in message:
             self._handle_report(boot, message["report"])
+        elif "collect_report" in message and self._items is None:  # the other machines' are the same
+            report = from_data(self._config, message["collect_report"])
+            self._config.hook.pytest_collectreport(report=report)
         elif "kernel_log" in message:
             boot.reports = [KernelReport(**report | {"log": boot.log}) for report in message["kernel_log"]]
         elif "step" in message and boot.running is not None:
@@ -304,11 +307,10 @@ class RemoteSession:
             boot.finish()
 
     def _handle_report(self, boot: Boot, data: dict[str, Any]) -> None:
-        report = from_data(self._config, data)
-        if isinstance(report, pytest.CollectReport):
-            if self._items is None:  # the other machines' are the same
-                self._config.hook.pytest_collectreport(report=report)
-            return
+        assert self._items is not None
+        assert boot.running is not None
+        report = from_data(self._config, data | {"nodeid": boot.running, "location": self._items[boot.running][0]})
+        assert isinstance(report, pytest.TestReport)
         for name, value in report.user_properties:
             if name == "kernel_log" and self._target.qemu.emulated and is_emulator_fault(str(value)):
                 raise _EmulatorFault(str(value))

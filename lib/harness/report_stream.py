@@ -40,11 +40,13 @@ class ReportStream:
         self._next_step = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._send_report(report)
+        data = to_data(self._config, report)
+        del data["nodeid"], data["location"]  # the host knows which test runs
+        self.send(report=data)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._send_report(report)
+            self.send(collect_report=to_data(self._config, report))
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self.send(internal_error=str(excrepr))
@@ -61,6 +63,3 @@ class ReportStream:
         if (now := time.monotonic()) >= self._next_step:
             self._next_step = now + _STEPS_EVERY
             self.send(step=astuple(step))
-
-    def _send_report(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        self.send(report=to_data(self._config, report))
