@@ -4,11 +4,12 @@
 The list is that of Documentation/admin-guide/tainted-kernels.rst.
 """
 
-from pathlib import Path
+import os
 
 from runner.kernel_log import Kind
 
 TAINTED = "/proc/sys/kernel/tainted"
+_LONGEST = 32  # bytes: more than a number of 64 bits has
 
 TITLE = "taint flag"  # of a report of kind TAINT, before the flag's letter
 WARN_TITLE = f"{TITLE} W"
@@ -44,12 +45,19 @@ _FAULTS = {
     "L": {Kind.STALL},
     "W": {*Kind},
 }
+_FAULT_BITS = sum(1 << bit for bit, (letter, _) in enumerate(_FLAGS) if letter in _FAULTS)
 
 
 def taint_flags(path: str = TAINTED) -> int | None:
     """The flags that are set, as a number; None if they cannot be read (a kernel without CONFIG_PROC_SYSCTL)."""
     try:
-        return int(Path(path).read_text(encoding="ascii"))
+        file = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC
+        )  # each test reads them several times, some where CPUs are emulated
+        try:
+            return int(os.read(file, _LONGEST))
+        finally:
+            os.close(file)
     except OSError:
         return None
 
@@ -69,10 +77,7 @@ def describe(flags: int) -> list[str]:
 
 def new_faults(before: int | None, now: int | None) -> int:
     """The flags that were set since *before* and by which the kernel reports a fault of its own; none if one is unknown."""
-    if before is None or now is None:
-        return 0
-    new = now & ~before
-    return sum(new & 1 << bit for bit, (letter, _) in enumerate(_FLAGS) if letter in _FAULTS)
+    return 0 if before is None or now is None else now & ~before & _FAULT_BITS
 
 
 def unreported(flags: int, kinds: set[Kind]) -> int:

@@ -34,8 +34,9 @@ class KernelWatch:
         splats = self._log.new_splats() if self._log is not None else []
         self._kinds |= {splat.kind for splat in splats}
         new = new_faults(self._flags, flags)
-        if self._flags is not None and flags is not None:
-            self._flags |= flags
+        if not new:
+            return splats
+        self._flags = flags
         return splats + [Splat(Kind.TAINT, [f"{TITLE} {text}"]) for text in describe(unreported(new, self._kinds))]
 
 
@@ -89,8 +90,9 @@ class RunWatch:
         self._journal = journal
         self._splats = earlier
 
-    def pytest_runtest_logreport(self) -> None:
-        self._look()  # before the kernel overwrites them
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown":
+            self._look()  # before the kernel overwrites them
 
     def _look(self) -> None:
         splats = self._watch.new_reports()
