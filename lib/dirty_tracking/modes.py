@@ -10,7 +10,7 @@ from functools import cache
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.platform import uses_pml
 from dirty_tracking.report import DirtyReport, Source
-from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_until
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_harvested
 from dirty_tracking.timings import Timings
 from kvm_util import uapi
 from kvm_util.guest import GuestError, GuestVm, Ucall, unexpected_exit
@@ -237,9 +237,8 @@ class RingMode(LogMode):
         if stopped:
             for source, ring in zip(report.sources, rings, strict=True):
                 source.behind_gap = ring.dirty_behind_gap()
-        harvested = report.harvested
         with self._timed("reset", stopped):
-            report.reset = reset_until(lambda: vm.reset_dirty_rings(), lambda reset: reset >= harvested)
+            report.reset = reset_harvested(vm)
         return report
 
     def after_vcpu_run(self, guest: GuestVm, vcpu: Vcpu, code: int) -> AfterRun:

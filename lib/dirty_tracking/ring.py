@@ -3,13 +3,15 @@
 
 import ctypes
 import mmap
+import signal
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Vm
 
 ENTRY_SIZE = 16
 _DIRTY = bytes([uapi.KVM_DIRTY_GFN_F_DIRTY])
@@ -17,13 +19,6 @@ _DIRTY = bytes([uapi.KVM_DIRTY_GFN_F_DIRTY])
 # How many entries' flags are read at first, and by how much more each time: a ring with few entries should be cheap to read,
 # and so should a full one.
 _FIRST_BLOCK, _GROWTH = 64, 4
-
-# How many KVM_RESET_DIRTY_RINGS in a row may reset nothing before the rest counts as not reset. Since Linux 6.17 (commit
-# 49005a2a3d2a) a pending signal ends the call early, possibly before it has reset any entry; but not this many in a row,
-# even if other threads send signals all the time.
-_IDLE_RESETS = 1000
-# How many calls there may be in all, so that a KVM that returns a count and resets nothing ends the loop too
-_MOST_RESETS = 100_000
 
 # The slots and the offsets of entries, in the ring's order. They stay arrays: to make Python's integers of 65,536 entries
 # takes longer than everything else that a harvest does.
@@ -144,17 +139,14 @@ class DirtyRing:
         self._map.close()
 
 
-def reset_until(reset: Callable[[], int], done: Callable[[int], bool]) -> int:
-    """Call *reset* (KVM_RESET_DIRTY_RINGS) until all is reset, or many calls in a row reset nothing.
+def reset_harvested(vm: Vm) -> int:
+    """KVM_RESET_DIRTY_RINGS on *vm*; returns how many entries it reset.
 
-    :param done: whether all is reset, given how many entries the calls have reset so far
-    :returns: how many entries all calls have reset
+    Since Linux 6.17 (commit 49005a2a3d2a) a pending signal ends the call early. All signals are blocked meanwhile, so that it
+    has to reset every entry that was harvested before.
     """
-    total, idle = 0, 0
-    for _ in range(_MOST_RESETS):
-        count = reset()
-        total += count
-        idle = 0 if count else idle + 1
-        if done(total) or idle == _IDLE_RESETS:
-            break
-    return total
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return vm.reset_dirty_rings()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

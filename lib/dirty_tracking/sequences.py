@@ -15,7 +15,7 @@ from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.modes import LOG_MODES, set_dirty_logging
 from dirty_tracking.platform import reserved_entries, uses_pml
-from dirty_tracking.ring import ENTRY_SIZE, reset_until
+from dirty_tracking.ring import ENTRY_SIZE, reset_harvested
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
 from dirty_tracking.vm import FIRST_GPA, PAGE
@@ -284,8 +284,7 @@ class ModelCheckedVm(Closing):
 
     def reset(self) -> None:
         """KVM_RESET_DIRTY_RINGS, checked against the model."""
-        harvested = sum(len(ring.harvested) for ring in self.rings.rings)
-        self.rings.reset(reset_until(lambda: self.vm.reset_dirty_rings(), lambda reset: reset >= harvested))
+        self.rings.reset(reset_harvested(self.vm))
         for vcpu, ring in enumerate(self.test_vm.rings):
             if left := ring.not_reset():
                 raise violated(Kind.OTHER, f"vCPU {vcpu}: the reset left the flags of {left} harvested entries set")

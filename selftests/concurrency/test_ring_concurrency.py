@@ -112,6 +112,8 @@ def test_resets_in_a_storm_of_signals(race_harvests: RaceHarvests, draw: random.
     """When signals end KVM_RESET_DIRTY_RINGS early, as since Linux 6.17, the next calls reset the rest."""
 
     def storms(log: SharedLog, resetters: Sequence[Worker]) -> Iterator[Operation]:
+        assert log.rings is not None
+        log.rings.signalled = True
         yield signal_workers_randomly(resetters, random.Random(draw.random()))
         if at == "both":
             yield signal_vcpus_randomly(log.vm, random.Random(draw.random()))

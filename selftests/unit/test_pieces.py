@@ -5,17 +5,19 @@ import ctypes
 import itertools
 import mmap
 import random
+import signal
 import struct
 from array import array
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from dirty_tracking import ring as dirty_ring
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.report import DirtyReport, Source
-from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_until
+from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_harvested
+from dirty_tracking.shared_rings import SharedRings
 from dirty_tracking.violations import ContractViolation, Kind
 from dirty_tracking.write_stream import WriteStream, make_stream, sweep_length
 from kvm_util import uapi
@@ -23,6 +25,7 @@ from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64.uapi import kvm_cpuid2, kvm_cpuid_entry2
 from kvm_util.kept_memory import KeptMemory
 from kvm_util.memory import BACKINGS, GIB, KIB, MIB, GuestMemory, HugePagesMissing, align_down, size_text
+from kvm_util.vm import Vm
 
 # --- bitmaps ----------------------------------------------------------------------------------------------------------
 
@@ -169,23 +172,54 @@ def test_not_reset_counts_entries_once() -> None:
     assert ring.not_reset() == 0
 
 
-@pytest.mark.parametrize(
-    ("answers", "harvested", "reset", "unasked"),
-    [
-        ([7], 7, 7, []),
-        ([0], 0, 0, []),
-        ([3, 0, 2, 0, 0, 2, 9], 7, 7, [9]),  # stopped early by signals (Linux 6.17), with progress in between
-        ([3, 0, 0, 0, 9], 7, 3, [9]),  # no progress: refused
-        ([8, 9], 7, 8, [9]),  # too many: the count says so
-    ],
-)
-def test_reset_until_all_is_reset(
-    monkeypatch: pytest.MonkeyPatch, answers: list[int], harvested: int, reset: int, unasked: list[int]
-) -> None:
-    """Resets are repeated while some make progress, until all harvested entries are reset."""
-    monkeypatch.setattr(dirty_ring, "_IDLE_RESETS", 3)
-    assert reset_until(lambda: answers.pop(0), lambda count: count >= harvested) == reset
-    assert answers == unasked
+class Resets(Vm):
+    """A VM whose KVM_RESET_DIRTY_RINGS does one thing after the other.
+
+    :param calls: what it does in each call; each returns the answer
+    """
+
+    def __init__(self, *calls: Callable[[], int]) -> None:
+        super().__init__(-1, 0)
+        self._calls = list(calls)
+
+    def reset_dirty_rings(self) -> int:
+        return self._calls.pop(0)()
+
+
+def test_reset_without_signals() -> None:
+    """No signal can end KVM_RESET_DIRTY_RINGS early: all are blocked, and delivered after it."""
+    seen: list[str] = []
+    previous = signal.signal(signal.SIGALRM, lambda _number, _frame: seen.append("signal"))
+
+    def reset() -> int:
+        signal.raise_signal(signal.SIGALRM)
+        seen.append("reset")
+        return 7
+
+    try:
+        assert reset_harvested(Resets(reset)) == 7
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert seen == ["reset", "signal"]
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_reset_in_several_calls(signalled: bool) -> None:
+    """A call that leaves harvested entries breaks the contract, unless a signal may have ended it: the next does the rest."""
+    fake = FakeRing(256)
+    fake.push(0, 1, 2)
+
+    def reset(*entries: int) -> int:
+        for entry in entries:
+            fake.map[entry * ENTRY_SIZE : (entry + 1) * ENTRY_SIZE] = bytes(ENTRY_SIZE)
+        return len(entries)
+
+    vm = Resets(lambda: reset(0), lambda: reset(1, 2))
+    rings = SharedRings(vm, [fake.ring])
+    rings.signalled = signalled
+    fake.harvest()
+    with nullcontext() if signalled else pytest.raises(ContractViolation, match=r"1 call left .* vCPUs \[0\]"):
+        assert rings.reset_up_to([3]) == 3
 
 
 # --- dirty reports ----------------------------------------------------------------------------------------------------
