@@ -17,7 +17,7 @@ then change nothing there, and KVM's SPTEs come and go by these rules only (arch
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -25,6 +25,7 @@ from dirty_tracking.violations import ContractViolation, Kind, Violation, violat
 from kvm_util.wording import listed
 
 Entry = tuple[int, int]  # slot and offset of a ring's entry
+_MASK_PAGES = 64  # of the mask that a reset joins entries into, on 64-bit hosts
 
 
 class Access(Enum):
@@ -192,12 +193,19 @@ class RingModel(DirtyModel):
     """The model for dirty rings, one per vCPU.
 
     :param soft_limit: the number of used entries at which KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL
+    :param most_used: how many entries are used at most; None if one exit can push any number of them
+    :param drops_masks: a reset that joins an entry beyond the end of its slot with others may not write-protect their pages
+        (known_bugs.toml, ring-reset-drops-mask)
     """
 
-    def __init__(self, vcpus: int, soft_limit: int, emulates: bool) -> None:
+    def __init__(
+        self, vcpus: int, soft_limit: int, emulates: bool, most_used: int | None = None, drops_masks: bool = False
+    ) -> None:
         super().__init__(emulates)
         self.rings = [RingState() for _ in range(vcpus)]
         self.soft_limit = soft_limit
+        self.most_used = most_used
+        self.drops_masks = drops_masks
 
     def _enable_logging(self, state: SlotState) -> None:
         state.writable.clear()
@@ -218,7 +226,10 @@ class RingModel(DirtyModel):
         if left:
             detail = f"none of its accesses pushes {left[0]}; KVM pushed {_entries(pushed)}"
             raise _of_vcpu(Kind.SPURIOUS, vcpu, detail, *left[0])
-        self.rings[vcpu].waiting += pushed
+        ring = self.rings[vcpu]
+        ring.waiting += pushed
+        if self.most_used is not None and ring.used > self.most_used:
+            raise _of_vcpu(Kind.OTHER, vcpu, f"its ring has {ring.used} used entries, {self.most_used} fill it")
 
     def _push(self, state: SlotState, access: Access, page: int) -> Push:
         if access is Access.RETRIED:
@@ -259,11 +270,36 @@ class RingModel(DirtyModel):
         if count != expected:
             raise violated(Kind.RESET_COUNT, f"{expected} harvested, {count} reset")
         for ring in self.rings:
-            for slot, page in ring.harvested:
+            for slot, pages in _joined(ring.harvested):
                 if slot in self.slots:
-                    self.slots[slot].writable.discard(page)
-                    self.slots[slot].maybe_writable.discard(page)
+                    self._write_protect(self.slots[slot], pages)
             ring.harvested.clear()
+
+    def _write_protect(self, state: SlotState, pages: set[int]) -> None:
+        if self.drops_masks and max(pages) >= state.npages:
+            state.maybe_writable |= pages & state.writable
+        else:
+            state.maybe_writable -= pages
+        state.writable -= pages
+
+
+def _joined(entries: Iterable[Entry]) -> Iterator[tuple[int, set[int]]]:
+    """The slots and pages of *entries*, joined as KVM resets them: neighbours in a ring that one mask of 64 pages can hold.
+
+    That is kvm_dirty_ring_reset(), virt/kvm/dirty_ring.c.
+
+    >>> list(_joined([(1, 69), (1, 60), (2, 61), (1, 62), (1, 126)]))
+    [(1, {60, 69}), (2, {61}), (1, {62}), (1, {126})]
+    """
+    slot, pages = 0, set[int]()
+    for next_slot, page in entries:
+        if pages and (next_slot != slot or max(*pages, page) - min(*pages, page) >= _MASK_PAGES):
+            yield slot, pages
+            pages = set()
+        slot = next_slot
+        pages.add(page)
+    if pages:
+        yield slot, pages
 
 
 def _of_vcpu(kind: Kind, vcpu: int, detail: str, slot: int | None = None, *pages: int) -> ContractViolation:

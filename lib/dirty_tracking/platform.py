@@ -3,6 +3,9 @@
 
 from kvm_util.host import Host
 
+# Entries of a ring that KVM keeps in reserve on any CPU: KVM_DIRTY_RING_RSVD_ENTRIES (include/linux/kvm_dirty_ring.h)
+KVM_RESERVED = 64
+
 
 def uses_pml(host: Host) -> bool:
     """Whether the CPU logs dirty pages into a buffer of its own (Intel's page-modification logging)."""
@@ -12,10 +15,10 @@ def uses_pml(host: Host) -> bool:
 def reserved_entries(host: Host) -> int:
     """How many entries of a ring KVM keeps in reserve: a ring is full when no more than these are free.
 
-    KVM_DIRTY_RING_RSVD_ENTRIES, and as many as the PML buffer holds, which one exit may bring
+    KVM_RESERVED, and as many as the PML buffer holds, which one exit may bring
     (kvm_dirty_ring_get_rsvd_entries(), virt/kvm/dirty_ring.c; PML_ENTITY_NUM, arch/x86/kvm/vmx/vmx.h).
     """
-    return 64 + (512 if uses_pml(host) else 0)
+    return KVM_RESERVED + (512 if uses_pml(host) else 0)
 
 
 def ring_order_is_write_order(host: Host) -> bool:

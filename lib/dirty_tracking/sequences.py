@@ -6,7 +6,7 @@ write to an absent slot, is skipped. So every list of steps is a valid sequence,
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from dirty_tracking.bitmap import bitmap_of
 from dirty_tracking.memory_check import WORDS_PER_PAGE
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
 from dirty_tracking.modes import LOG_MODES, set_dirty_logging
-from dirty_tracking.platform import reserved_entries, uses_pml
+from dirty_tracking.platform import KVM_RESERVED, reserved_entries, uses_pml
 from dirty_tracking.ring import ENTRY_SIZE, reset_harvested
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.violations import ContractViolation, Kind, Violation, violated
@@ -49,15 +49,17 @@ class FailedSequence:
     """The evidence of a sequence that failed.
 
     :ivar steps: the executed steps, of which the last one failed
+    :ivar drops_masks: as in :func:`run_sequence`
     """
 
     mode: str
     steps: tuple["Step", ...]
+    drops_masks: bool = False
 
     @property
     def script(self) -> str:
         """A script that repeats the sequence."""
-        return script(self.mode, self.steps)
+        return script(self.mode, self.steps, self.drops_masks)
 
     def lines(self) -> list[str]:
         what = "the shortest failing sequence, as a script (PYTHONPATH=lib .venv/bin/python - < FILE, in the suite's folder):"
@@ -79,22 +81,24 @@ class SequenceFailed(ContractViolation):
         super().__init__(found, f"{sequence.mode}: step {len(sequence.steps)}, {sequence.steps[-1]}", sequence)
 
 
-def script(mode: str, steps: Sequence["Step"]) -> str:
+def script(mode: str, steps: Sequence["Step"], drops_masks: bool = False) -> str:
     """A Python script that executes *steps* in log mode *mode*, to be run in the suite's folder."""
+    option = ", drops_masks=True" if drops_masks else ""
     names = ", ".join(sorted({type(step).__name__ for step in steps})) + ", replay"
     lines = "".join(f"    {step},\n" for step in steps)
-    return f'from dirty_tracking.sequences import {names}\n\nreplay("{mode}", [\n{lines}])\n'
+    return f'from dirty_tracking.sequences import {names}\n\nreplay("{mode}", [\n{lines}]{option})\n'
 
 
-def replay(mode: str, steps: Sequence["Step"], device: str = DEFAULT_DEVICE) -> None:
+def replay(mode: str, steps: Sequence["Step"], device: str = DEFAULT_DEVICE, drops_masks: bool = False) -> None:
     """Execute a sequence on this host's KVM, and print the result; the scripts call it.
 
+    :param drops_masks: as in :func:`run_sequence`
     :raises SystemExit: KVM and the model differ; the text says how
     """
     assemble_all()
     with Kvm(device) as kvm:
         try:
-            run_sequence(kvm, this_host(), mode, steps)
+            run_sequence(kvm, this_host(), mode, steps, drops_masks)
         except SequenceFailed as failure:
             sys.exit(str(failure))
     print(f"{mode}: KVM and the model agree in all of {counted(len(steps), 'step')}")
@@ -105,53 +109,41 @@ def run_sequence(
     host: Host,
     mode: str,
     steps: Sequence["Step"],
-    exclude: Callable[["ModelCheckedVm", "Step"], bool] | None = None,
+    drops_masks: bool = False,
 ) -> int:
     """Execute a sequence in a new VM; returns how many of its steps were possible.
 
-    :param exclude: says of a possible step whether to skip it
+    :param drops_masks: this kernel has the bug ring-reset-drops-mask (``RingModel``)
     :raises SequenceFailed: KVM and the model differ
     """
     done: list[Step] = []
-    with ModelCheckedVm(kvm, host, mode) as vm:
+    with ModelCheckedVm(kvm, host, mode, drops_masks) as vm:
         for step in steps:
             clamped = step.clamped(vm)
-            if clamped is None or (exclude is not None and exclude(vm, clamped)):
+            if clamped is None:
                 continue
             done.append(clamped)
             try:
                 clamped.execute(vm)
                 vm.check_no_new_entries()
             except (ContractViolation, KvmError, GuestError) as error:
-                raise SequenceFailed(FailedSequence(mode, tuple(done)), error) from error
+                raise SequenceFailed(FailedSequence(mode, tuple(done), drops_masks), error) from error
     return len(done)
-
-
-def recreates_smaller_slot_with_pending_entries(vm: "ModelCheckedVm", step: "Step") -> bool:
-    """Whether the step recreates a memslot smaller, so that an entry that is still in a ring lies beyond its end.
-
-    With such an entry a reset loses others: KVM coalesces neighbouring entries of a slot into one mask, and drops the whole
-    mask when its last page is beyond the slot's end (kvm_reset_dirty_gfn(), virt/kvm/dirty_ring.c; seen in 6.1, 6.12 and
-    7.2). That takes an adjacent entry of a page at most 63 pages before; this rule is simpler and excludes more.
-    test_ring_protocol.py has the reproducer, known_bugs.toml the entry (ring-reset-drops-mask). A backend that emulates every
-    store needs no write protection, and so loses nothing.
-    """
-    if vm.emulates or not vm.has_rings or not isinstance(step, Create):
-        return False
-    entries = [entry for ring in vm.rings.rings for entry in (*ring.waiting, *ring.harvested)]
-    return any(slot == step.slot and page >= step.npages for slot, page in entries)
 
 
 class ModelCheckedVm(Closing):
     """A VM with two vCPUs and no slots at first, each operation of which is checked against the model."""
 
-    def __init__(self, kvm: Kvm, host: Host, mode: str) -> None:
+    def __init__(self, kvm: Kvm, host: Host, mode: str, drops_masks: bool = False) -> None:
         log_mode = LOG_MODES[mode]
         self.emulates = host.backend in EMULATING_BACKENDS
         entries = 1024 if uses_pml(host) else PAGE // ENTRY_SIZE
         self.model: BitmapModel | RingModel
         if log_mode.uses_ring:
-            self.model = RingModel(VCPUS, entries - reserved_entries(host), self.emulates)
+            soft_limit = entries - reserved_entries(host)
+            # Without emulation, the exit that fills a ring pushes one entry, and at most those of the CPU's own log (PML).
+            most = None if self.emulates else entries - KVM_RESERVED if uses_pml(host) else soft_limit
+            self.model = RingModel(VCPUS, soft_limit, self.emulates, most, drops_masks)
         else:
             self.model = BitmapModel(log_mode.manual, log_mode.initially_set, self.emulates)
         self.test_vm = ScriptedVm(kvm, mode, VCPUS, entries)

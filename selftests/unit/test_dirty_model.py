@@ -197,3 +197,41 @@ def test_entries_outlive_their_slot() -> None:
     store(model, 69, [(1, 69)])
     model.delete(1)
     take(model, [(1, 69)])
+
+
+def test_ring_with_too_many_entries() -> None:
+    """A ring that holds more entries than can be used without KVM_EXIT_DIRTY_RING_FULL breaks the contract."""
+    model = RingModel(1, 2, emulates=False, most_used=2)
+    model.create(1, 70, logged=True)
+    store(model, 1, [(1, 1)])
+    store(model, 2, [(1, 2)])
+    with pytest.raises(ContractViolation, match="its ring has 3 used entries, 2 fill it"):
+        store(model, 3, [(1, 3)])
+
+
+@pytest.mark.parametrize(
+    ("stale", "others", "uncertain"),
+    [
+        (69, [60], [60]),
+        (69, [5], []),  # further than a mask reaches
+        (69, [6, 5], [6]),  # page 5 does not fit into the mask of 6 and 69
+        (63, [60], []),  # not beyond the end
+    ],
+)
+def test_reset_that_drops_a_mask(stale: int, others: list[int], uncertain: list[int]) -> None:
+    """Only pages whose entries a reset joins with one beyond the end of a slot made smaller may stay writable."""
+    for drops_masks in (False, True):
+        model = RingModel(1, 192, emulates=False, drops_masks=drops_masks)
+        model.create(1, 70, logged=True)
+        store(model, stale, [(1, stale)])
+        model.delete(1)
+        model.create(1, 64, logged=True)
+        for page in others:
+            store(model, page, [(1, page)])
+        take(model, [(1, stale), *((1, page) for page in others)])
+        for page in others:
+            if drops_masks and page in uncertain:
+                store(model, page, [])
+            else:
+                with pytest.raises(ContractViolation, match="lacks"):
+                    store(model, page, [])

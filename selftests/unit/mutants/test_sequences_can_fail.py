@@ -133,8 +133,8 @@ def test_script_runs_standalone() -> None:
     assert (done.returncode, done.stdout) == (0, "dirty-log: KVM and the model agree in all of 3 steps\n"), done.stderr
 
 
-def test_excluded_known_bug_is_listed() -> None:
-    """The known bug whose steps are excluded is in known_bugs.toml."""
+def test_allowed_known_bug_is_listed() -> None:
+    """The known bug that the model allows for is in known_bugs.toml."""
     assert RING_RESET_BUG in {bug.id for bug in known_bugs.load()}
 
 
