@@ -2,14 +2,14 @@
 """The list of known kernel bugs, ``known_bugs.toml``, and which of them concern a cell or a test on this host."""
 
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dirty_tracking.cell import MAX_VCPUS, Cell
-from dirty_tracking.violations import Kind
+from dirty_tracking.violations import Kind, Violation
 from harness.selection import DIMENSIONS
 from harness.toml_file import TomlError, TomlFile
 from kvm_util.host import Host, version_numbers
@@ -35,6 +35,7 @@ class KnownBug:
     parameters: dict[str, str] = field(default_factory=dict)
     cells: dict[str, list[str]] = field(default_factory=dict)
     tests: tuple[str, ...] = ()
+    most_pages: int | None = None
     log: tuple[str, ...] = ()
 
     def on(self, host: Host) -> bool:
@@ -53,9 +54,13 @@ class KnownBug:
             return test in self.tests
         return all(str(getattr(cell, name)) in values for name, values in self.cells.items())
 
-    def explains(self, kinds: Set[Kind]) -> bool:
-        """Whether the bug causes all of these *kinds* of violations, and at least one is among those it needs."""
-        return kinds <= self.findings and bool(kinds & self.needs)
+    def explains(self, violations: Iterable[Violation]) -> bool:
+        """Whether the bug causes all of these violations, and at least one is of a kind among those it needs."""
+        kinds = {violation.kind for violation in violations}
+        most = max(len(violation.pages) for violation in violations)
+        return (
+            kinds <= self.findings and bool(kinds & self.needs) and (self.most_pages is None or most <= self.most_pages)
+        )
 
     def explains_log(self, titles: Sequence[str]) -> bool:
         """Whether the bug causes a report in the kernel's log: each of its titles matches, and there is at least one."""
@@ -124,6 +129,7 @@ class _Entry:
             parameters=self._parameters(),
             cells=self._cells(),
             tests=self._tests(),
+            most_pages=self._most_pages(),
             log=self._log(),
         )
         if not bug.cells and not bug.tests:
@@ -196,6 +202,12 @@ class _Entry:
             if name not in _test_names():
                 raise self.error("tests", f"no test function of selftests/ has the name {name!r}")
         return names
+
+    def _most_pages(self) -> int | None:
+        value = self._values.get("most_pages")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise self.error("most_pages", f"must be a number from 1 on, not {value!r}")
+        return value
 
     def _log(self) -> tuple[str, ...]:
         patterns = self._texts("log")

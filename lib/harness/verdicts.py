@@ -88,7 +88,7 @@ def _judge_violation(item: pytest.Item, call: pytest.CallInfo[None], error: Cont
         _keep(item, failure_data(error, context))
     except OSError as why_not:
         error.add_note(not_kept(item.config.option.results, why_not))
-    if bug := next((bug for bug in _known_bugs_of(item) if bug.explains(error.kinds)), None):
+    if bug := next((bug for bug in _known_bugs_of(item) if bug.explains(error.violations)), None):
         item.user_properties.append(("findings", "\n".join(map(str, error.violations[:_FINDINGS]))))
         _end_with(call, pytest.xfail.Exception(bug.id))
         return False

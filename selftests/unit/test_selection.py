@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dirty_tracking.cell import DENSITIES, STOPS, Cell, Settings, place_test_memory
-from dirty_tracking.violations import Kind
+from dirty_tracking.violations import Kind, Violation
 from harness import known_bugs
 from harness.combinations import all_cells, pairwise_cells
 from harness.failure_report import cell_command
@@ -184,17 +184,20 @@ def test_conditions_of_a_known_bug(tmp_path: Path, host: Host, applies: bool) ->
 
 
 def test_cells_and_kinds_of_a_known_bug(tmp_path: Path) -> None:
-    """A known bug concerns its cells only, and explains only its kinds of violations."""
+    """A known bug concerns its cells only, and explains only its kinds of violations, about as many pages at most."""
     (bug,) = read(tmp_path, ENTRY)
     assert bug.concerns("test_dirty_log", replace(CELL, log_mode="dirty-ring"))
     assert not bug.concerns("test_dirty_log", CELL)
     assert not bug.concerns("test_dirty_log", replace(CELL, log_mode="dirty-ring", vcpus=2))
-    lost, spurious = Kind.LOST, Kind.SPURIOUS
-    assert bug.explains({lost})
-    assert not bug.explains({lost, spurious})
+    lost, spurious = Violation(Kind.LOST, "", 1, (3, 4)), Violation(Kind.SPURIOUS, "", 1, (5,))
+    assert bug.explains([lost])
+    assert not bug.explains([lost, spurious])
     (bug,) = read(tmp_path, ENTRY.replace('"GAP"]', '"SPURIOUS"]\nneeds = ["LOST"]'))
-    assert bug.explains({lost, spurious})
-    assert not bug.explains({spurious})
+    assert bug.explains([lost, spurious])
+    assert not bug.explains([spurious])
+    for most in (1, 2):
+        (bug,) = read(tmp_path, ENTRY + f"most_pages = {most}\n")
+        assert bug.explains([lost, lost]) is (most == 2)
 
 
 @pytest.mark.parametrize(
