@@ -287,6 +287,20 @@ def reset_count_low(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Vm, "reset_dirty_rings", lambda vm: max(honest(vm) - 1, 0))
 
 
+@_mutant(RING, Kind.RESET_COUNT)
+def reset_in_parts(patch: pytest.MonkeyPatch) -> None:
+    """KVM_RESET_DIRTY_RINGS leaves half of the entries to the next call, without any signal; only the counts say so here."""
+    honest = Vm.reset_dirty_rings
+    left = 0
+
+    def reset_dirty_rings(vm: Vm) -> int:
+        nonlocal left
+        left, count = divmod(honest(vm) + left, 2)
+        return left + count
+
+    patch.setattr(Vm, "reset_dirty_rings", reset_dirty_rings)
+
+
 # --- slots --------------------------------------------------------------------------------------------------------------
 
 
