@@ -12,12 +12,14 @@ from kvm_util import filtered_calls, host_limits
 from kvm_util.arch import current as arch
 from kvm_util.closing import Closing
 from kvm_util.host_limits import HostLimit
-from kvm_util.ioctl import _IOWR, errno_name, ioctl
+from kvm_util.ioctl import _IOWR, KvmError, errno_name, ioctl
 from kvm_util.memory import HOST_PAGE_SIZE, align_down
 
 _UFFD = 0xAA
 _UFFD_API = 0xAA
-_REGISTER_MODE_MISSING = 1 << 0
+_REGISTER_MODE_MISSING, _REGISTER_MODE_WP = 1 << 0, 1 << 1
+_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+_WRITEPROTECT_MODE_WP = 1 << 0
 _MESSAGE_SIZE = 32
 _CAP_SYS_PTRACE = 19  # <linux/capability.h>
 _ADDRESS_OFFSET = 16  # of the address in a page-fault message (struct uffd_msg)
@@ -35,8 +37,13 @@ class _Zeropage(Structure):
     _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64), ("zeropage", c_int64))
 
 
+class _WriteProtect(Structure):
+    _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64))
+
+
 _UFFDIO_REGISTER = _IOWR(_UFFD, 0x00, _Register)
 _UFFDIO_ZEROPAGE = _IOWR(_UFFD, 0x04, _Zeropage)
+_UFFDIO_WRITEPROTECT = _IOWR(_UFFD, 0x06, _WriteProtect)
 _UFFDIO_API = _IOWR(_UFFD, 0x3F, _Api)
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
@@ -59,27 +66,71 @@ def _why_not(code: int) -> str:
     return host_limits.explain(code) or errno_name(code)
 
 
-class MissingPages(Closing):
-    """A range of untouched memory whose pages stay missing until :meth:`provide`.
+class _RegisteredPages(Closing):
+    """A range of memory that is registered with a userfaultfd.
 
     :param hva: where the range begins, page-aligned
     :param size: in bytes, whole pages
-    :raises HostLimit: the kernel has no userfaultfd, or this user may not handle kernel faults with it
+    :param mode: of UFFDIO_REGISTER
+    :param features: that UFFDIO_API has to have
+    :raises HostLimit: the kernel has no userfaultfd or not these features, or this user may not handle kernel faults with it
     """
 
-    def __init__(self, hva: int, size: int) -> None:
+    def __init__(self, hva: int, size: int, mode: int, features: int = 0) -> None:
         self._fd = _syscall(arch.SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd < 0:
             raise HostLimit(f"userfaultfd: {_why_not(ctypes.get_errno())}")
         try:
-            ioctl(self._fd, _UFFDIO_API, "UFFDIO_API", ctypes.byref(_Api(api=_UFFD_API)))
-            request = _Register(start=hva, len=size, mode=_REGISTER_MODE_MISSING)
+            api = _Api(api=_UFFD_API, features=features)
+            try:
+                ioctl(self._fd, _UFFDIO_API, "UFFDIO_API", ctypes.byref(api), f"features={features:#x}")
+            except KvmError as error:
+                if not features or error.errno != errno.EINVAL:
+                    raise
+                raise HostLimit(
+                    f"userfaultfd: this kernel lacks features of {features:#x} (UFFDIO_API: EINVAL)"
+                ) from None
+            request = _Register(start=hva, len=size, mode=mode)
             ioctl(
                 self._fd, _UFFDIO_REGISTER, "UFFDIO_REGISTER", ctypes.byref(request), f"start={hva:#x}, len={size:#x}"
             )
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        """Unregister the range: missing pages become ordinary demand-zero pages, and waiting threads wake up."""
+        os.close(self._fd)
+
+
+class WriteProtectedPages(_RegisteredPages):
+    """A range of memory that is write-protected until it is closed; see the base class. No vCPU may write it meanwhile."""
+
+    def __init__(self, hva: int, size: int) -> None:
+        super().__init__(hva, size, _REGISTER_MODE_WP, _FEATURE_PAGEFAULT_FLAG_WP)
+        self._range = (hva, size)
+        try:
+            self._write_protect(_WRITEPROTECT_MODE_WP)
+        except BaseException:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        """End the write protection."""
+        self._write_protect(0)
+        super().close()
+
+    def _write_protect(self, mode: int) -> None:
+        start, size = self._range
+        request = _WriteProtect(start=start, len=size, mode=mode)
+        ioctl(self._fd, _UFFDIO_WRITEPROTECT, "UFFDIO_WRITEPROTECT", ctypes.byref(request), f"mode={mode}")
+
+
+class MissingPages(_RegisteredPages):
+    """A range of untouched memory whose pages stay missing until :meth:`provide`; see the base class."""
+
+    def __init__(self, hva: int, size: int) -> None:
+        super().__init__(hva, size, _REGISTER_MODE_MISSING)
 
     def wait(self, timeout: float) -> int:
         """Wait for a fault on a missing page; returns the faulting hva.
@@ -96,7 +147,3 @@ class MissingPages(Closing):
         start = align_down(address, HOST_PAGE_SIZE)
         request = _Zeropage(start=start, len=HOST_PAGE_SIZE)
         ioctl(self._fd, _UFFDIO_ZEROPAGE, "UFFDIO_ZEROPAGE", ctypes.byref(request), f"start={start:#x}")
-
-    def close(self) -> None:
-        """Unregister the range: missing pages become ordinary demand-zero pages, and waiting threads wake up."""
-        os.close(self._fd)

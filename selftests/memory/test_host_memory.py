@@ -5,7 +5,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import pytest
 
@@ -13,6 +13,7 @@ from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GuestMemory
+from kvm_util.userfault import WriteProtectedPages
 
 SLOT = 1
 NPAGES = 64 + 9
@@ -22,14 +23,40 @@ INSIDE, OUTSIDE = [8, 9, 30, 65], [3, 66, 72]
 MADV_REMOVE = 9  # mmap has no name for it
 PROT_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
 
+SIZE = (END - FIRST) * PAGE
+# <sys/mman.h>, <linux/mman.h>
+MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
+
 Invalidation = Callable[[GuestMemory], AbstractContextManager[None]]
+
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, memory: GuestMemory, argument: int) -> None:
     """madvise() or mprotect() of the pages FIRST to END - 1."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(ctypes.c_void_p(memory.hva + FIRST * PAGE), (END - FIRST) * PAGE, argument):
+    if getattr(libc, name)(ctypes.c_void_p(start_of(memory)), SIZE, argument):
         raise OSError(ctypes.get_errno(), f"{name}({argument})")
+
+
+def start_of(memory: GuestMemory) -> int:
+    """The hva of page FIRST."""
+    return memory.hva + FIRST * PAGE
+
+
+def map_at(hva: int) -> None:
+    """Map SIZE bytes of new private memory at *hva*, in place of what is there."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    libc.mmap.restype = ctypes.c_void_p
+    if libc.mmap(ctypes.c_void_p(hva), ctypes.c_size_t(SIZE), PROT_WRITABLE, private, -1, ctypes.c_long(0)) != hva:
+        raise OSError(ctypes.get_errno(), "mmap")
+
+
+def move_pages(old: int, new: int) -> None:
+    """Move SIZE bytes of mapped memory from hva *old* to *new*."""
+    libc.mremap.restype = ctypes.c_void_p
+    size, flags = ctypes.c_size_t(SIZE), MREMAP_MAYMOVE | MREMAP_FIXED
+    if libc.mremap(ctypes.c_void_p(old), size, size, flags, ctypes.c_void_p(new)) != new:
+        raise OSError(ctypes.get_errno(), "mremap")
 
 
 @contextmanager
@@ -44,6 +71,32 @@ def protected(memory: GuestMemory) -> Iterator[None]:
     """Make the pages read-only for a moment."""
     call("mprotect", memory, mmap.PROT_READ)
     call("mprotect", memory, PROT_WRITABLE)
+    yield
+
+
+@contextmanager
+def replaced(memory: GuestMemory) -> Iterator[None]:
+    """Map other memory at the same hva."""
+    map_at(start_of(memory))
+    yield
+
+
+@contextmanager
+def moved(memory: GuestMemory) -> Iterator[None]:
+    """Move the pages to another hva, and back."""
+    with closing(mmap.mmap(-1, SIZE)) as elsewhere:
+        spare = ctypes.addressof(ctypes.c_char.from_buffer(elsewhere))
+        move_pages(start_of(memory), spare)
+        move_pages(spare, start_of(memory))
+        map_at(spare)  # for *elsewhere* to unmap
+    yield
+
+
+@contextmanager
+def write_protected_by_userfaultfd(memory: GuestMemory) -> Iterator[None]:
+    """Write-protect the pages, as a snapshot of a running guest does, and end that."""
+    with WriteProtectedPages(start_of(memory), SIZE):
+        pass
     yield
 
 
@@ -67,9 +120,14 @@ def shared_with_a_child(_memory: GuestMemory) -> Iterator[None]:
 INVALIDATIONS = [
     ("anonymous", discarded),
     ("anonymous", protected),
+    ("anonymous", replaced),
+    ("anonymous", moved),
+    ("anonymous", write_protected_by_userfaultfd),
     ("anonymous", shared_with_a_child),
     ("shmem", discarded),
     ("shmem", protected),
+    ("shmem", replaced),
+    ("shmem", moved),
 ]
 
 
