@@ -5,7 +5,7 @@ import ctypes
 import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -101,16 +101,44 @@ def test_kvmclock_updates_are_logged(kvm: Kvm, logged_vm: ScriptedVm) -> None:
     """Each update of kvmclock dirties its gfn, here after KVM_KVMCLOCK_CTRL."""
     if not kvm.check_extension(uapi.KVM_CAP_KVMCLOCK_CTRL):
         pytest.skip("no KVM_CAP_KVMCLOCK_CTRL")
-    (vcpu,) = logged_vm.vm.vcpus
     logged_vm.run(Operation("wrmsr", msr.MSR_KVM_SYSTEM_TIME_NEW, AREA_GPA | msr.KVM_MSR_ENABLED))
     logged_vm.run()
     logged_vm.assert_dirty("kvmclock", {SLOT: [AREA]}, MANY)
     for _ in range(3):
         before = area(logged_vm)
-        ioctl(vcpu.fd, uapi.KVM_KVMCLOCK_CTRL, "KVM_KVMCLOCK_CTRL")
-        logged_vm.run()
+        update_kvmclock(logged_vm)
         assert area(logged_vm) != before
         logged_vm.assert_dirty("kvmclock after KVM_KVMCLOCK_CTRL", {SLOT: [AREA]}, MANY)
+
+
+def update_kvmclock(vm: ScriptedVm) -> None:
+    """Have KVM write the vCPU's kvmclock."""
+    ioctl(vm.vm.vcpus[0].fd, uapi.KVM_KVMCLOCK_CTRL, "KVM_KVMCLOCK_CTRL")
+    vm.run()
+
+
+def set_clock(vm: ScriptedVm) -> None:
+    """Have KVM write the clocks of all vCPUs."""
+    ioctl(vm.vm.fd, uapi.KVM_SET_CLOCK, "KVM_SET_CLOCK", ctypes.byref(uapi.kvm_clock_data(clock=1)))
+    vm.run()
+
+
+def set_xen_attribute(vm: ScriptedVm, kind: int, gpa: int) -> None:
+    """KVM_XEN_VCPU_SET_ATTR with a gpa."""
+    attribute = uapi.kvm_xen_vcpu_attr(type=kind)
+    attribute.u[0] = gpa
+    ioctl(vm.vm.vcpus[0].fd, uapi.KVM_XEN_VCPU_SET_ATTR, "KVM_XEN_VCPU_SET_ATTR", ctypes.byref(attribute))
+
+
+def set_vapic_address(vm: ScriptedVm) -> None:
+    """KVM_SET_VAPIC_ADDR with the page at AREA."""
+    request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
+    ioctl(vm.vm.vcpus[0].fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
+
+
+def self_ipi(vm: ScriptedVm) -> Operation:
+    """The vCPU's interrupt to itself."""
+    return Operation("wrmsr", msr.X2APIC_SELF_IPI, vm.guest.program.symbols["INTERRUPT_VECTOR"])
 
 
 def test_steal_time_logged_at_each_run(logged_vm: ScriptedVm) -> None:
@@ -154,8 +182,7 @@ def test_pv_eoi_area_is_logged(software_apic_vm: ScriptedVm, emulates: bool) -> 
     """KVM's writes to the PV EOI area, as it injects an interrupt and at the next exit, dirty its gfn."""
     software_apic_vm.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
     software_apic_vm.assert_dirty("enabling PV EOI", {})
-    vector = software_apic_vm.guest.program.symbols["INTERRUPT_VECTOR"]
-    software_apic_vm.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector), Operation("take_interrupts"))
+    software_apic_vm.run(self_ipi(software_apic_vm), Operation("take_interrupts"))
     assert_area_written(software_apic_vm, "PV EOI", emulates)
     software_apic_vm.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
@@ -164,14 +191,11 @@ def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm, emulates: 
     """KVM's write of the APIC's pending interrupts, before an entry, dirties the page that KVM_SET_VAPIC_ADDR named."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
         pytest.skip("no KVM_CAP_VAPIC")
-    (vcpu,) = software_apic_vm.vm.vcpus
-    request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
-    ioctl(vcpu.fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
-    vector = software_apic_vm.guest.program.symbols["INTERRUPT_VECTOR"]
+    set_vapic_address(software_apic_vm)
     for _ in range(2):
         software_apic_vm.write(SLOT, AREA, value=(1 << 64) - 1)
         software_apic_vm.collect()
-        software_apic_vm.run(Operation("wrmsr", msr.X2APIC_SELF_IPI, vector))
+        software_apic_vm.run(self_ipi(software_apic_vm))
         assert_area_written(software_apic_vm, "KVM_SET_VAPIC_ADDR", emulates)
         software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
@@ -283,12 +307,9 @@ def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: ScriptedVm, wh
     Only the bits of event channels are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); no event is delivered here.
     """
     enable_xen(kvm, logged_vm, what.needs)
-    (vcpu,) = logged_vm.vm.vcpus
     before = area(logged_vm)
-    attribute = uapi.kvm_xen_vcpu_attr(type=what.kind)
-    attribute.u[0] = AREA_GPA + what.offset
     try:
-        ioctl(vcpu.fd, uapi.KVM_XEN_VCPU_SET_ATTR, "KVM_XEN_VCPU_SET_ATTR", ctypes.byref(attribute))
+        set_xen_attribute(logged_vm, what.kind, AREA_GPA + what.offset)
     except KvmError as error:
         # "KVM: x86/xen: Allow XEN_RUNSTATE to straddle page boundary" came with Linux 6.2.
         if error.errno != errno.EINVAL or len(what.pages) == 1 or host.kernel_version >= (6, 2):
@@ -303,6 +324,83 @@ def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: ScriptedVm, wh
         # KVM may have the clock updated some time after it began, or at each run (kvm_gen_kvmclock_update(), x86.c).
         written = what.at_each_run or area(logged_vm) != before
         logged_vm.assert_dirty(f"Xen's {what.name} at the next run", {SLOT: what.pages if written else ()}, MANY)
+
+
+@dataclass(frozen=True)
+class CachedArea:
+    """An area whose memslot KVM caches when it is set up.
+
+    :ivar set_up: has KVM know the area, at AREA
+    :ivar update: has KVM write it
+    :ivar xen: a flag of KVM_CAP_XEN_HVM that it needs
+    :ivar needs_apic: KVM writes it on behalf of an APIC that the CPU does not have
+    """
+
+    name: str
+    set_up: Callable[[ScriptedVm], None]
+    update: Callable[[ScriptedVm], None]
+    xen: str = ""
+    needs_apic: bool = False
+
+
+def set_up_by_msr(register: int) -> Callable[[ScriptedVm], None]:
+    """Have the guest name the area by an MSR."""
+    return lambda vm: vm.run(Operation("wrmsr", register, AREA_GPA | msr.KVM_MSR_ENABLED))
+
+
+CACHED_AREAS = [
+    CachedArea("kvmclock", set_up_by_msr(msr.MSR_KVM_SYSTEM_TIME_NEW), update_kvmclock),
+    CachedArea("steal-time", set_up_by_msr(msr.MSR_KVM_STEAL_TIME), lambda vm: vm.run()),
+    CachedArea(
+        "pv-eoi", set_up_by_msr(msr.MSR_KVM_PV_EOI_EN),
+        lambda vm: vm.run(self_ipi(vm), Operation("take_interrupts"), Operation("wrmsr", msr.X2APIC_EOI, 0)),
+        needs_apic=True,
+    ),
+    CachedArea("vapic", set_vapic_address, lambda vm: vm.run(self_ipi(vm)), needs_apic=True),
+    *(
+        CachedArea(
+            f"xen-{what.name}", lambda vm, kind=what.kind: set_xen_attribute(vm, kind, AREA_GPA), set_clock,  # type: ignore[misc]
+            what.needs,
+        )
+        for what in XEN_AREAS
+        if len(what.pages) == 1
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CACHED_AREAS, ids=lambda what: what.name)
+def test_area_named_before_slot_changed(
+    kvm: Kvm, request: pytest.FixtureRequest, log_mode: str, emulates: bool, what: CachedArea
+) -> None:
+    """KVM's write to an area that it knew before is logged when its memslot is logged, moved or recreated later."""
+    vm: ScriptedVm = request.getfixturevalue("software_apic_vm" if what.needs_apic else "irqchip_vm")
+    if what.xen:
+        enable_xen(kvm, vm, what.xen)
+    vm.disable_dirty_logging(SLOT)
+    what.set_up(vm)
+    vm.write(SLOT, AREA, value=(1 << 64) - 1)
+    what.update(vm)
+    if what.needs_apic:
+        assert_area_written(vm, what.name, emulates)
+
+    def check(change: str, page: int) -> None:
+        what.update(vm)
+        vm.assert_dirty(f"{what.name}, {change}", {SLOT: [page]}, MANY)
+
+    vm.enable_dirty_logging(SLOT)
+    check("set up before dirty logging was enabled", AREA)
+    vm.disable_dirty_logging(SLOT)
+    what.update(vm)
+    vm.enable_dirty_logging(SLOT)
+    check("after dirty logging was disabled and enabled", AREA)
+    memslot = vm.vm.memslots[SLOT]
+    vm.vm.set_user_memory_region(SLOT, FIRST_GPA - PAGE, memslot.memory, memslot.flags)
+    check("after its memslot was moved down by a page", AREA + 1)
+    vm.vm.delete_memory_region(SLOT)
+    vm.run()
+    vm.vm.set_user_memory_region(SLOT, FIRST_GPA, memslot.memory)
+    vm.enable_dirty_logging(SLOT)
+    check("after its memslot was recreated", AREA)
 
 
 def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: ScriptedVm) -> None:
