@@ -113,6 +113,12 @@ class kvm_dirty_gfn(Structure):
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
 
 
+class kvm_signal_mask(Structure):
+    """Header of a signal set; *len* bytes follow."""
+
+    _fields_ = (("len", c_uint32),)
+
+
 class _kvm_pre_fault_memory(Structure):
     _fields_ = (("gpa", c_uint64), ("size", c_uint64), ("flags", c_uint64), ("padding", c_uint64 * 5))
 
@@ -214,4 +220,5 @@ KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # VM or vCPU ioctl
 
 # vCPU ioctls
 KVM_RUN = _IO(KVMIO, 0x80)
+KVM_SET_SIGNAL_MASK = _IOW(KVMIO, 0x8B, kvm_signal_mask)
 KVM_PRE_FAULT_MEMORY = _IOWR(KVMIO, 0xD5, _kvm_pre_fault_memory)

@@ -5,7 +5,9 @@ import ctypes
 import errno
 import mmap
 import os
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from kvm_util import uapi
 from kvm_util.ioctl import call_on_kvm, fail, ioctl, raw_ioctl
@@ -15,6 +17,8 @@ EXIT_REASONS = {
     for name, value in vars(uapi).items()
     if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
 }
+
+_SIGSET_SIZE = 8  # bytes of the kernel's sigset_t
 
 
 class Vcpu:
@@ -49,6 +53,20 @@ class Vcpu:
         if result < 0 and code != errno.EINTR:
             fail(code, "KVM_RUN", f"vCPU {self.id}")
         return code
+
+    @contextmanager
+    def pending_signal(self) -> Iterator[None]:
+        """A signal is pending in each KVM_RUN of this thread, from its first moment on (api.rst 4.22, KVM_SET_SIGNAL_MASK)."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        none_blocked = bytes(uapi.kvm_signal_mask(len=_SIGSET_SIZE)) + bytes(_SIGSET_SIZE)
+        try:
+            ioctl(self.fd, uapi.KVM_SET_SIGNAL_MASK, "KVM_SET_SIGNAL_MASK", none_blocked, f"vCPU {self.id}")
+            signal.raise_signal(signal.SIGUSR2)
+            yield
+        finally:
+            ioctl(self.fd, uapi.KVM_SET_SIGNAL_MASK, "KVM_SET_SIGNAL_MASK", None, f"vCPU {self.id}")
+            signal.sigtimedwait({signal.SIGUSR2}, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def enable_cap(self, cap: int) -> None:
         """KVM_ENABLE_CAP on the vCPU, without arguments (api.rst section 6)."""

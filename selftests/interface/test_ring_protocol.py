@@ -11,16 +11,18 @@ from statistics import median
 import pytest
 
 from dirty_tracking.modes import LOG_MODES, smallest_ring
-from dirty_tracking.platform import reserved_entries
+from dirty_tracking.platform import reserved_entries, uses_pml
 from dirty_tracking.ring import ENTRY_SIZE, DirtyRing
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.host import Host
+from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GIB, GuestMemory
 from kvm_util.vcpu import Vcpu
+from kvm_util.vm import Vm
 
 pytestmark = pytest.mark.log_modes("ring")
 
@@ -116,6 +118,55 @@ def test_full_ring_blocks_its_vcpu_until_reset(kvm: Kvm, host: Host, log_mode: s
                 del rest[0]
             assert rest == [(first + len(harvested) + index) % NPAGES for index in range(len(rest))]
             first += len(harvested) + len(rest)
+
+
+def test_entries_of_a_full_ring(kvm: Kvm, host: Host, emulates: bool, log_mode: str) -> None:
+    """A ring is full when all of its entries but the reserved ones are used, where each exit of the vCPU pushes one."""
+    if emulates:
+        pytest.skip("this backend emulates many instructions before it looks at the ring")
+    if uses_pml(host):
+        pytest.skip("kvm_intel.pml=Y: an exit may push all entries of the CPU's own log")
+    entries = max(256, smallest_ring(kvm))
+    with ScriptedVm(kvm, log_mode, ring_count=entries) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        for _ in range(3):
+            fill(vm, 0)
+            assert vm.collect().harvested == entries - reserved_entries(host)
+
+
+def test_signal_at_a_full_ring(kvm: Kvm, host: Host, log_mode: str) -> None:
+    """A pending signal ends KVM_RUN with EINTR or a full ring's exit, and no entry is lost or pushed meanwhile."""
+    entries = max(256, smallest_ring(kvm))
+    with ScriptedVm(kvm, log_mode, ring_count=entries) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES)
+        fill(vm, 0)
+        (handle,) = vm.vm.vcpus
+        for _ in range(3):
+            with handle.pending_signal():
+                code = handle.kvm_run()
+            assert code == errno.EINTR or (code == 0 and handle.exit_reason() == "KVM_EXIT_DIRTY_RING_FULL")
+            assert is_full(handle), "the guest ran although its ring is full"
+        harvested = harvest(vm.rings[0], entries)
+        assert [offset for _, offset in harvested] == [index % NPAGES for index in range(len(harvested))]
+        assert vm.vm.reset_dirty_rings() == len(harvested) >= entries - reserved_entries(host)
+
+
+def test_ring_with_initially_set(kvm: Kvm, log_mode: str) -> None:
+    """Writes to pages mapped before logging are logged in a ring also where KVM_DIRTY_LOG_INITIALLY_SET is enabled."""
+    flags = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET
+
+    def enable(vm: Vm) -> None:
+        try:
+            vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags)
+        except KvmError as error:
+            pytest.skip(f"KVM refuses KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 in a VM with rings: {error}")
+
+    with ScriptedVm(kvm, log_mode, prepare=enable) as vm:
+        vm.add_slot(SLOT, FIRST_GPA, NPAGES, logged=False)
+        vm.write(SLOT, *range(NPAGES))
+        vm.enable_dirty_logging(SLOT)
+        vm.write(SLOT, 3, 5)
+        vm.assert_dirty("writes to pages that were mapped writable before", {SLOT: [3, 5]})
 
 
 def test_ring_full_after_immediate_exit(kvm: Kvm, host: Host, log_mode: str) -> None:
