@@ -11,8 +11,9 @@ import pytest
 from harness.kernel_options import options_given, selection_options
 from runner import ROOT
 
-# The options from these variables are already part of this run's command line
-_NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+# The options of the first two are already part of this run's command line. With the third, pytest would compile the test
+# modules again in the kernel, where that takes seconds: the initramfs has what is compiled here.
+_NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
 # Plans the cells of every kernel: without a KVM device, none is left out
 _ANY_KERNELS_CELLS = ["--full", "--kvm-device=/dev/null", "--test-mem=4M"]
 _ERROR = "ERROR: "

@@ -8,6 +8,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,6 +334,20 @@ def test_tests_in_kernel_and_on_host(
     assert split_tests(config) == (there, [f"{ROOT / path}" for path in here])
 
 
+NO_SELECTION = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
+
+
+@pytest.mark.slow
+def test_early_collection_compiles_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collection on this host leaves compiled test modules for the initramfs, whatever the user's environment."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    folder = ROOT / "selftests/interface/__pycache__"
+    compiled = folder / f"test_slots.{sys.implementation.cache_tag}-pytest-{pytest.__version__}.pyc"
+    compiled.unlink(missing_ok=True)
+    assert matching_tests(NO_SELECTION, [], ["selftests/interface/test_slots.py"])
+    assert compiled.exists()
+
+
 CELL = "57bit-1g-anonymous_hugetlb_1gb-forced"
 MATRIX = "selftests/matrix/test_dirty_log.py"
 
@@ -343,8 +358,7 @@ MATRIX = "selftests/matrix/test_dirty_log.py"
 @pytest.mark.slow
 def test_cells_of_another_kernel_match(tests: list[str]) -> None:
     """A cell that this host lacks matches, as the booted kernel may have it."""
-    option = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=None, ignore_glob=None)
-    assert matching_tests(option, [], tests)
+    assert matching_tests(NO_SELECTION, [], tests)
 
 
 @pytest.mark.parametrize(
