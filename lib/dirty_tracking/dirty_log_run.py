@@ -183,6 +183,10 @@ class DirtyLogRun(WritersVm):
         self.figures.iterations = iteration
         self.figures.writes = sum(collections[-1].before)
         self.figures.dirty += dirty
+        self.figures.dirty_by_iteration.append(dirty)
+        if self.mode.uses_ring:
+            rings = [pages for collection in collections for pages in collection.reported[: self.cell.vcpus]]
+            self.figures.ring_fill_by_iteration.append(max(map(len, rings)))
         self.figures.clean += self.memslot.npages - dirty
         self.figures.collections += len(collections)
         self.figures.ring_full_exits = sum(thread.ring_full_exits for thread in self.writers.threads)

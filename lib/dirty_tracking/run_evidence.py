@@ -26,6 +26,9 @@ class Figures:
     :ivar stalled_seconds: how long vCPUs waited for a full ring to be reset, summed over the vCPUs
     :ivar writes_per_second: by all vCPUs, while they were to write
     :ivar phases: of each phase what :meth:`Timings.summary` says
+    :ivar dirty_by_iteration: pages reported, for each iteration
+    :ivar ring_fill_by_iteration: the most entries that one collection found in one vCPU's ring, for each iteration; empty
+        without rings
     """
 
     iterations: int = 0
@@ -39,6 +42,8 @@ class Figures:
     stalled_seconds: float = 0.0
     writes_per_second: float = 0.0
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    dirty_by_iteration: list[int] = field(default_factory=list)
+    ring_fill_by_iteration: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

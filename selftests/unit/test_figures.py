@@ -62,6 +62,18 @@ def test_phases_of_a_run(kvm: Kvm, log_mode: str) -> None:
     )
 
 
+def test_figures_of_each_iteration(kvm: Kvm, log_mode: str) -> None:
+    """Each iteration has its number of dirty pages, and with rings the most entries that one of them had."""
+    ring_count = smallest_ring(kvm) if LOG_MODES[log_mode].uses_ring else 0
+    figures = figures_of(kvm, log_mode, ring_count)
+    assert len(figures.dirty_by_iteration) == 4
+    assert sum(figures.dirty_by_iteration) == figures.dirty
+    assert len(figures.ring_fill_by_iteration) == (4 if ring_count else 0)
+    assert all(0 < fill <= ring_count for fill in figures.ring_fill_by_iteration)
+    # All 1024 pages are written in the first iteration.
+    assert not ring_count or figures.ring_fill_by_iteration[0] > ring_count // 2
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_slow_call_shows_in_its_phase(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """A delay in one of KVM's calls is in that call's times, and in no other's."""
