@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dirty_tracking.violations import Kind, Violation
 from kvm_util.wording import counted, wrapped
@@ -70,31 +70,18 @@ class RunEvidence:
         if pages := self._first_pages():
             lines += ["", "first pages concerned:"]
             lines += [line for page in pages for line in wrapped(self.history(page), first="  ", later="    ")]
-            lines += ["", *self.slot_map()]
+            lines += ["", *self._map()]
         return lines
 
     def data(self) -> dict[str, Any]:
         return {
             "figures": asdict(self.figures),
             "history": [self.history(page) for page in self._first_pages()],
-            "map": self.slot_map(),
+            "map": self._map(),
         }
 
-    def slot_map(self) -> list[str]:
-        """The slot as a few lines of text, each character for a range of pages: the mark of a violation, or ``.``."""
-        per_mark = -(-self.npages // (_MAP_COLUMNS * _MAP_ROWS))
-        marks = ["."] * -(-self.npages // per_mark)
-        for kind, mark in reversed(_MARKS):
-            for page in self._pages_of(kind):
-                if page < self.npages:
-                    marks[page // per_mark] = mark
-        rows = ["".join(marks[start : start + _MAP_COLUMNS]) for start in range(0, len(marks), _MAP_COLUMNS)]
-        legend = ", ".join(f"{mark} {kind.value}" for kind, mark in _MARKS)
-        title = f"slot map, {counted(per_mark, 'page')} a character: {legend}"
-        return [*wrapped(title), *(f"  {row}" for row in rows)]
-
-    def _pages_of(self, kind: Kind) -> Iterable[int]:
-        return (page for violation in self.violations if violation.kind is kind for page in violation.pages)
+    def _map(self) -> list[str]:
+        return SlotMap.of(self.violations, self.npages).lines()
 
     def _first_pages(self) -> list[int]:
         """A few of the wrong pages, with some of each violation."""
@@ -102,3 +89,30 @@ class RunEvidence:
         for violation in self.violations:
             pages.update(dict.fromkeys([page for page in violation.pages if page < self.npages][:_FIRST_PAGES]))
         return list(pages)[: 2 * _FIRST_PAGES]
+
+
+class SlotMap(NamedTuple):
+    """A slot as text: what the characters mean, and rows of them, each character for a range of pages."""
+
+    legend: str
+    rows: list[str]
+
+    @classmethod
+    def of(cls, violations: Iterable[Violation], npages: int) -> "SlotMap":
+        """The map of a slot of *npages* pages: the mark of a violation that a range has, or ``.``."""
+        pages: dict[Kind, list[int]] = {}
+        for violation in violations:
+            pages.setdefault(violation.kind, []).extend(violation.pages)
+        per_mark = -(-npages // (_MAP_COLUMNS * _MAP_ROWS))
+        marks = ["."] * -(-npages // per_mark)
+        for kind, mark in reversed(_MARKS):
+            for page in pages.get(kind, []):
+                if page < npages:
+                    marks[page // per_mark] = mark
+        rows = ["".join(marks[start : start + _MAP_COLUMNS]) for start in range(0, len(marks), _MAP_COLUMNS)]
+        legend = ", ".join(f"{mark} {kind.value}" for kind, mark in _MARKS)
+        return cls(f"slot map, {counted(per_mark, 'page')} a character: {legend}", rows)
+
+    def lines(self) -> list[str]:
+        """The map for a terminal."""
+        return [*wrapped(self.legend), *(f"  {row}" for row in self.rows)]
