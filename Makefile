@@ -19,6 +19,10 @@ C_TEST ?=
 BASE ?=
 NEW ?=
 
+# The results folders that `make report` is about, and the file that it writes
+RUNS ?=
+OUTPUT ?= report.html
+
 # What makes the virtual environment; without it, python3 does, and one that works stays
 PYTHON ?=
 
@@ -34,7 +38,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -64,6 +68,9 @@ kill-matrix: $(VENV)/run ## run each contract test under each planted fault; com
 
 compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='results/b results/c'; fails if there is a regression
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare $(ARGS) -- "$(BASE)" $(NEW)
+
+report: $(VENV)/report ## one HTML file about one run or several: RUNS='results/a results/b'; OUTPUT=report.html
+	@PYTHONPATH=lib $(VENV)/bin/python -m harness.report --output "$(OUTPUT)" -- $(RUNS)
 
 fetch: $(VENV)/run ## a QEMU and a kernel (KERNEL=debian:6.12) into build/, for machines without network
 	@$(FETCH)
@@ -98,9 +105,13 @@ $(VENV)/run: requirements.txt make_venv.sh $(RENEW)
 	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements.txt
 	@touch $@
 
-$(VENV)/dev: requirements.txt requirements-dev.txt make_venv.sh $(RENEW)
-	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-dev.txt
+$(VENV)/report: requirements.txt requirements-report.txt make_venv.sh $(RENEW)
+	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-report.txt
 	@touch $(VENV)/run $@
+
+$(VENV)/dev: requirements.txt requirements-report.txt requirements-dev.txt make_venv.sh $(RENEW)
+	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-dev.txt
+	@touch $(VENV)/run $(VENV)/report $@
 
 # What was given is looked at before anything is done.
 #
@@ -116,7 +127,8 @@ TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
 TAKES_compare := BASE NEW ARGS
-VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW PYTHON
+TAKES_report := RUNS OUTPUT
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RUNS OUTPUT PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
@@ -127,7 +139,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix compare fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix compare report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -149,6 +161,11 @@ endif
 ifneq ($(filter compare,$(GOALS)),)
 ifeq ($(and $(strip $(BASE)),$(strip $(NEW))),)
 $(error make compare: BASE and NEW name the results folders of runs: BASE=results/a NEW=results/b)
+endif
+endif
+ifneq ($(filter report,$(GOALS)),)
+ifeq ($(and $(strip $(RUNS)),$(strip $(OUTPUT))),)
+$(error make report: RUNS names the results folders of runs, the base first: RUNS='results/a results/b'; OUTPUT is a file)
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

@@ -35,7 +35,19 @@ ONE_CELL = [*CELLS, "--log-mode=dirty-log", "--vcpus=1"]
 
 def start(command: list[str], folder: Path, **environment: str) -> Done:
     """Run *command* in *folder*, without the variables of the environment that configure make or the suite."""
-    ours = ("KERNEL", "KVM_PARAMS", "MAKEFLAGS", "MAKELEVEL", "PYTHON", "WORKERS", "ARGS", "MATRIX", "C_TEST")
+    ours = (
+        "KERNEL",
+        "KVM_PARAMS",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "PYTHON",
+        "WORKERS",
+        "ARGS",
+        "MATRIX",
+        "C_TEST",
+        "RUNS",
+        "OUTPUT",
+    )
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False, timeout=60

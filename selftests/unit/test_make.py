@@ -23,7 +23,7 @@ def clone(tmp_path: Path) -> Path:
     """The files of a fresh clone that make needs."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    for name in ("Makefile", "make_venv.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", "make_venv.sh", "requirements.txt", "requirements-report.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -47,6 +47,9 @@ def clone(tmp_path: Path) -> Path:
         (["test", "WORKERS=2 3"], "WORKERS: '2 3' is neither a number nor auto"),
         (["matrix", "MATRIX="], "make matrix: MATRIX names no file"),
         (["compare", "BASE=results/a"], "make compare: BASE and NEW name the results folders of runs"),
+        (["report"], "make report: RUNS names the results folders of runs"),
+        (["report", "RUNS=results/a", "OUTPUT="], "OUTPUT is a file"),
+        (["compare", "RUNS=results/a"], "'RUNS=results/a' means nothing to 'make compare': RUNS is for report"),
         (["check-kernel"], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),
         (["check-kernel", "KERNEL="], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),
     ],
@@ -93,6 +96,8 @@ def test_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["fetch", "run", "ARGS=-v"], "--kernel auto -v"),
         (["bench", "C_TEST=a b"], '-m bench.bench --c-test "a b"'),
         (["matrix"], 'runner/kernel_matrix.py "matrix.toml"'),
+        (["report", "RUNS=results/a results/b", "OUTPUT=a b.html"], '--output "a b.html" -- results/a results/b'),
+        (["report", "RUNS=results/a"], "./make_venv.sh .venv requirements-report.txt"),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
