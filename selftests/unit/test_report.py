@@ -132,7 +132,7 @@ def test_report_of_a_violation(tmp_path: Path) -> None:
     """A violation has its message, a map of the slot that tells lost from spurious pages, command, history and log."""
     failed = cell(verdict="FAIL")
     folder = save_run(tmp_path / "a", cells=[failed], kernel_log=[kernel_report("WARNING", failed["test"])])
-    lost, spurious = {"kind": "LOST", "pages": [0, 1, 130]}, {"kind": "SPURIOUS", "pages": [2, 1023]}
+    lost, spurious = {"kind": "LOST", "pages": [0, 1, 130]}, {"kind": "SPURIOUS", "pages": [2, 1001]}
     of_cell = {
         "cell": {"log_mode": "dirty-log"},
         "message": "LOST [R1]: 3 pages",
@@ -145,20 +145,22 @@ def test_report_of_a_violation(tmp_path: Path) -> None:
     rows = re.sub(r"<[^>]*>", "", plain[1]).split()
     # 1024 pages, two a character
     assert [len(line) for line in rows] == [64] * 8
-    assert rows[0] == "LS" + 62 * "." and rows[1] == ".L" + 62 * "." and rows[7] == 63 * "." + "S"
+    assert rows[0] == "LS" + 62 * "." and rows[1] == ".L" + 62 * "." and rows[7] == 52 * "." + "S" + 11 * "."
     assert '<span class="mark-L">L</span><span class="mark-S">S</span>' in plain[1]
-    for text in ("LOST [R1]: 3 pages", "2 pages a character", "pytest it", "page 0: never reported", "line of WARNING"):
+    for text in ("LOST [R1]: 3 pages", "2 pages a character", "pytest it", "page 0: never reported"):
         assert text in document.text, text
+    assert document.text.count("line of WARNING") == 2  # with the run, and with the test
 
 
 def test_failure_without_a_file(tmp_path: Path) -> None:
     """A failure that is no violation has the text and the command from the journal, also of a run that died."""
     failed = row("memory/test_b.py::test_y", "FAIL")
-    folder = save_run(tmp_path / "a", tests=[failed])
+    folder = save_run(tmp_path / "a", tests=[failed, row("memory/test_b.py::test_z", "FAIL")])
     save_journal(folder, failed["test"], "E assert 1 == 2", "pytest that")
     _, document = report(folder)
     assert "E assert 1 == 2" in document.text
     assert "pytest that" in document.text
+    assert document.text.count("The results have no report of it.") == 1
 
 
 def test_run_data_is_escaped(tmp_path: Path) -> None:
