@@ -26,7 +26,7 @@ OTHERS = {
     "harness": {"_pytest", "jinja2", "markupsafe", "pygal", "pytest", "xdist"},
 }
 # The commands of runner/ read what a run of pytest has left: they are on top of all packages, and nothing imports them.
-COMMANDS = {"check_kernel.py", "kernel_matrix.py"}
+COMMANDS = {"check_kernel.py", "kernel_matrix.py", "ssh_run.py"}
 FILES = {
     package: [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name not in COMMANDS]
     for package, folder in {name: "runner" if name == "runner" else f"lib/{name}" for name in SUITE}.items()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""ssh_run.py HOST FILE FOLDER run|test [options]: runs FILE (`make standalone`) on HOST, and fetches its results into FOLDER.
+
+HOST is what ssh takes: a name of ~/.ssh/config, user@name, or ssh://user@name:port. The exit status is as of check_kernel.py.
+"""
+
+import io
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NoReturn
+
+import pytest
+
+from harness.journal import JournalError, read
+from runner.check_kernel import STATUSES
+from runner.errors import CANNOT_TEST, CannotTest
+
+# No question is asked, and a host that does not answer for half a minute is lost.
+OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3")
+RECONNECT = 120.0  # seconds within which a host that was lost may come back, with what it has on disk
+_PAUSE = 2.0  # seconds between two tries
+_SSH_FAILED = 255  # ssh's exit status for its own errors; FILE has no such status
+_BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+# /var/tmp outlives a reboot.
+_UPLOAD = f'umask 077 && cd "$(mktemp -d /var/tmp/dirty-tracking.XXXXXX)" && cat >file && pwd && {_BOOT_ID}'
+# The run ends when the connection does: then there is no more to read.
+_RUN = """\
+cd {folder} || exit
+exec 3<&0
+python3 ./file {words} </dev/null 3<&- &
+run=$!
+{{ cat <&3; kill -TERM $run; }} >/dev/null 2>&1 &
+wait $run
+"""
+_FETCH = """\
+cd {folder} && mkdir -p results && python3 -c 'import sys, tarfile
+with tarfile.open(fileobj=sys.stdout.buffer, mode="w|gz") as archive:
+    archive.add("results")'
+"""
+
+
+class Lost(Exception):
+    """The connection was lost, or a command of this program failed on the host; the text says how."""
+
+
+class RemoteHost:
+    """A host that ssh reaches as *name*."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._folder = self._boot = ""
+
+    def upload(self, file: Path) -> None:
+        """Copy *file* into a new folder there.
+
+        :raises Lost: that failed
+        """
+        with file.open("rb") as source:
+            self._folder, self._boot = self._call(_UPLOAD, source).decode().split()
+
+    def run(self, words: list[str], started: Callable[["subprocess.Popen[bytes]"], None]) -> int:
+        """Run the file with *words*, with its output on standard output; returns its exit status.
+
+        :param started: is given the process, which ends early when its standard input is closed
+        :raises Lost: the connection was lost
+        """
+        script = _RUN.format(folder=self._folder, words=shlex.join(words))
+        # A terminal's Ctrl-C is for this process, which closes the standard input.
+        with subprocess.Popen(self._command(script), stdin=subprocess.PIPE, start_new_session=True) as process:
+            started(process)
+            status = process.wait()
+        if status == _SSH_FAILED:
+            raise Lost("the connection was lost")
+        return status
+
+    def fetch(self, folder: Path) -> None:
+        """Copy the results into *folder*, and remove all from the host.
+
+        :raises Lost: that failed
+        """
+        data = self._call(_FETCH.format(folder=self._folder))
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name).relative_to("results")
+                content = archive.extractfile(member)
+                if content is not None and ".." not in path.parts:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path).write_bytes(content.read())
+        self._call(f"rm -rf {self._folder}")
+
+    def has_rebooted(self) -> bool:
+        """Whether it has booted since the upload; waits until it answers, RECONNECT seconds at most.
+
+        :raises Lost: it does not answer
+        """
+        end = time.monotonic() + RECONNECT
+        while True:
+            try:
+                return self._call(_BOOT_ID).decode().strip() != self._boot
+            except Lost:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_PAUSE)
+
+    def _call(self, script: str, source: BinaryIO | None = None) -> bytes:
+        done = subprocess.run(
+            self._command(script),
+            stdin=source or subprocess.DEVNULL,
+            capture_output=True,
+            start_new_session=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise Lost(lines[-1] if lines else f"ssh ended with status {done.returncode}")
+        return done.stdout
+
+    def _command(self, script: str) -> list[str]:
+        return ["ssh", "-T", *(f"-o{option}" for option in OPTIONS), "--", self._name, script]
+
+
+class _Signals:
+    """Ends the run on the host when this process gets a signal that ends programs; what it has done is still fetched."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    def started(self, process: "subprocess.Popen[bytes]") -> None:
+        """The run has begun."""
+        self._process = process
+        self._end()
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.came = True
+        self._end()
+
+    def _end(self) -> None:
+        if self.came and self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the file on the host; returns the exit status."""
+    name, file, folder, *words = arguments
+    host, signals, results = RemoteHost(name), _Signals(), Path(folder)
+    try:
+        host.upload(Path(file))
+        try:
+            status = host.run([*words, "--results=results"], signals.started)
+            host.fetch(results)
+        except Lost as error:
+            _explain_loss(host, results, str(error))
+    except (Lost, CannotTest, OSError) as error:
+        print(f"cannot be tested: {error}", flush=True)
+        return CANNOT_TEST
+    if signals.came:
+        return STATUSES[pytest.ExitCode.INTERRUPTED]
+    return CANNOT_TEST if status == pytest.ExitCode.NO_TESTS_COLLECTED else STATUSES.get(status, status)
+
+
+def _explain_loss(host: RemoteHost, results: Path, error: str) -> NoReturn:
+    """Fetch what a host that was lost has kept.
+
+    :raises CannotTest: always; it says what is known
+    """
+    try:
+        what = "the host rebooted" if host.has_rebooted() else error
+    except Lost as why:
+        raise CannotTest(f"{error}, and the host does not answer any more: {why}") from None
+    try:
+        host.fetch(results)
+        running = ", ".join(read(results).running)
+    except (Lost, JournalError, OSError):
+        running = ""
+    raise CannotTest(f"{what}{f' while {running} ran' if running else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
