@@ -200,10 +200,9 @@ def plan(kvm: Kvm | None, settings: Settings, dimensions: dict[str, tuple[Any, .
     """
     reasons: dict[str, dict[Any, str]] = {name: {} for name in dimensions}
     if kvm is not None:
-        cpuid = kvm.supported_cpuid
         checks: dict[str, Callable[[str], str | None]] = {
             "log_mode": lambda name: LOG_MODES[name].supported(kvm),
-            "guest_mode": lambda name: arch.GUEST_MODES[name].missing(cpuid),
+            "guest_mode": lambda name: arch.GUEST_MODES[name].missing(kvm),
             "backing": lambda name: BACKINGS[name].missing(settings.slot_size),
         }
         for name, check in checks.items():

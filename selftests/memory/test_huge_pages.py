@@ -109,7 +109,7 @@ def huge_guest_mode(kvm: Kvm, host: Host, layout: Layout) -> str:
     """The guest mode in which KVM maps *layout* huge: shadow page tables have pages no larger than the guest's own."""
     if uses_tdp(host):
         return "48bit-4k"
-    if layout.size == GIB and not arch.GUEST_MODES["48bit-1g"].missing(kvm.supported_cpuid):
+    if layout.size == GIB and not arch.GUEST_MODES["48bit-1g"].missing(kvm):
         return "48bit-1g"
     return "48bit-2m"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvm_util.arch import current as arch
+from kvm_util.arch.x86_64 import paging
 from kvm_util.guest import GuestError, GuestVm, Ucall
 from kvm_util.guest_program import GuestProgram
 from kvm_util.kvm import Kvm
@@ -50,8 +51,18 @@ def test_unexpected_guest_exit(guest: GuestVm, entry: str, report: str) -> None:
 def test_guest_runs_in_each_mode(kvm: Kvm, name: str) -> None:
     """A guest runs in each guest mode that KVM supports."""
     mode = arch.GUEST_MODES[name]
-    if reason := mode.missing(kvm.supported_cpuid):
+    if reason := mode.missing(kvm):
         pytest.skip(reason)
     with GuestVm(kvm, GuestProgram.load("self_test"), name) as guest:
         guest.write_symbol("question", 1)
         assert guest.run_until_ucall(guest.add_vcpu()) is Ucall.SYNC
+
+
+def test_refused_five_level_paging(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode with 5 levels is missing if KVM refuses them, also where its CPUID has LA57."""
+    monkeypatch.setattr(type(kvm.supported_cpuid), "has_la57", lambda _cpuid: True)
+    monkeypatch.setattr(paging, "accepts_la57", lambda _fd, _cpuid: False)
+    assert arch.GUEST_MODES["57bit-4k"].missing(kvm) == (
+        "57bit-4k: KVM refuses 5-level paging here (KVM_SET_SREGS with CR4.LA57)"
+    )
+    assert arch.GUEST_MODES["48bit-4k"].missing(kvm) is None

@@ -4,9 +4,13 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kvm_util.arch.x86_64.cpuid import Cpuid
+from kvm_util.arch.x86_64.vcpu_state import accepts_la57
 from kvm_util.memory import GIB, KIB, MIB, align_down
+
+if TYPE_CHECKING:
+    from kvm_util.kvm import Kvm
 
 # The guest's smallest page, the size of its page tables
 PAGE_SIZE = 4 * KIB
@@ -29,10 +33,18 @@ class GuestMode:
     levels: int
     page_size: int
 
-    def missing(self, cpuid: Cpuid) -> str | None:
-        """What a vCPU with *cpuid* lacks for this mode; None if it can use it."""
-        if self.levels == 5 and not cpuid.has_la57():
-            return f"{self.name}: KVM offers no 5-level paging here (CPUID LA57)"
+    def missing(self, kvm: "Kvm") -> str | None:
+        """What *kvm* lacks for this mode; None if a vCPU can use it.
+
+        KVM's CPUID has LA57 wherever the CPU has it; a backend may refuse it all the same, as kvm_pvm does.
+        """
+        cpuid = kvm.supported_cpuid
+        if self.levels == 5:
+            if not cpuid.has_la57():
+                return f"{self.name}: KVM offers no 5-level paging here (CPUID LA57)"
+            with kvm.create_vm() as vm:
+                if not accepts_la57(vm.create_vcpu(0).fd, cpuid):
+                    return f"{self.name}: KVM refuses 5-level paging here (KVM_SET_SREGS with CR4.LA57)"
         if self.page_size == GIB and not cpuid.has_1gib_pages():
             return f"{self.name}: KVM offers no 1 GiB guest pages here (CPUID PDPE1GB)"
         return None

@@ -2,6 +2,7 @@
 """vCPU state: entering 64-bit mode, descriptor tables, registers, and decoding a guest's calls and exceptions."""
 
 import ctypes
+import errno
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from kvm_util.arch.x86_64.uapi import (
     kvm_sregs,
     kvm_xen_hvm_config,
 )
-from kvm_util.ioctl import ioctl
+from kvm_util.ioctl import fail, ioctl, raw_ioctl
 
 # Symbol of the I/O port that the guest program makes its calls on
 UCALL_PORT_SYMBOL = "UCALL_PORT"
@@ -152,6 +153,18 @@ def init_vcpu(
 
     regs = kvm_regs(rip=entry, rsp=stack, rdi=argument, rflags=_RFLAGS_RESERVED)
     ioctl(vcpu_fd, KVM_SET_REGS, "KVM_SET_REGS", ctypes.byref(regs))
+
+
+def accepts_la57(vcpu_fd: int, cpuid: Cpuid) -> bool:
+    """Whether KVM accepts 5-level paging for a new vCPU, whose state it changes."""
+    ioctl(vcpu_fd, KVM_SET_CPUID2, "KVM_SET_CPUID2", cpuid.buffer)
+    sregs = get_sregs(vcpu_fd)
+    sregs.cr0, sregs.cr4, sregs.efer = _CR0, _CR4 | _CR4_LA57, _EFER_LME | _EFER_LMA
+    sregs.cs = _segment(_CODE_SELECTOR, _CODE_TYPE, l=1)
+    result, code = raw_ioctl(vcpu_fd, KVM_SET_SREGS, ctypes.byref(sregs))
+    if result < 0 and code != errno.EINVAL:
+        fail(code, "KVM_SET_SREGS", f"cr4={sregs.cr4:#x}")
+    return result >= 0
 
 
 def _segment(selector: int, kind: int, l: int = 0, db: int = 0) -> kvm_segment:  # noqa: E741 (the descriptor bit's name)
