@@ -66,7 +66,9 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
-compare: $(VENV)/run ## verdicts of two runs or more: BASE=results/a NEW='results/b results/c'; fails if there is a regression
+# Only times, of which several runs are needed, need more than what the suite runs with.
+SEVERAL_RUNS = $(wildcard $(BASE:=/*/results.json) $(NEW:=/*/results.json))
+compare: $(VENV)/$(if $(SEVERAL_RUNS),analysis,run) ## two runs or more: BASE=results/a NEW='results/b results/c'; fails if there is a regression
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare $(ARGS) -- "$(BASE)" $(NEW)
 
 report: $(VENV)/report ## one HTML file about one run or several: RUNS='results/a results/b'; OUTPUT=report.html
@@ -109,9 +111,13 @@ $(VENV)/report: requirements.txt requirements-report.txt make_venv.sh $(RENEW)
 	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-report.txt
 	@touch $(VENV)/run $@
 
-$(VENV)/dev: requirements.txt requirements-report.txt requirements-dev.txt make_venv.sh $(RENEW)
+$(VENV)/analysis: requirements.txt requirements-analysis.txt make_venv.sh $(RENEW)
+	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-analysis.txt
+	@touch $(VENV)/run $@
+
+$(VENV)/dev: requirements.txt requirements-report.txt requirements-analysis.txt requirements-dev.txt make_venv.sh $(RENEW)
 	@PYTHON="$(PYTHON)" ./make_venv.sh $(VENV) requirements-dev.txt
-	@touch $(VENV)/run $(VENV)/report $@
+	@touch $(VENV)/run $(VENV)/report $(VENV)/analysis $@
 
 # What was given is looked at before anything is done.
 #

@@ -163,6 +163,7 @@ class RunReport:
                 test["test"]: {"name": test["migration"], "rounds": test["rounds"], "verdict": test["verdict"]}
                 for test in self._migrations()
             },
+            "costs": {test["cost"]: test["cost_rounds"] for test in self._tests.values() if "cost" in test},
         }
         write_to_disk(self.results / _RESULTS, json.dumps(data, indent=1))
         write_to_disk(self.results / _TABLE, "".join(f"{line}\n" for line in table.long_table(self._cells())))

@@ -13,3 +13,9 @@ def _no_ci_output() -> Iterator[None]:
         patch.delenv("CI", raising=False)
         patch.delenv("BUILD_NUMBER", raising=False)
         yield
+
+
+@pytest.fixture
+def scipy() -> None:
+    """For tests of statistics."""
+    pytest.importorskip("scipy", reason="no scipy here (make .venv/analysis)")

@@ -23,7 +23,7 @@ def clone(tmp_path: Path) -> Path:
     """The files of a fresh clone that make needs."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    for name in ("Makefile", "make_venv.sh", "requirements.txt", "requirements-report.txt", "requirements-dev.txt"):
+    for name in ("Makefile", "make_venv.sh", *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / name, folder)
     return folder
 

@@ -23,7 +23,7 @@ OTHERS = {
     "kvm_util": {"elftools"},
     "dirty_tracking": {"hypothesis"},
     "runner": {"elftools", "packaging", "pytest"},
-    "harness": {"_pytest", "jinja2", "markupsafe", "pygal", "pytest", "xdist"},
+    "harness": {"_pytest", "jinja2", "markupsafe", "numpy", "pygal", "pytest", "scipy", "xdist"},
 }
 # The commands of runner/ read what a run of pytest has left: they are on top of all packages, and nothing imports them.
 COMMANDS = {"check_kernel.py", "kernel_matrix.py", "ssh_run.py"}

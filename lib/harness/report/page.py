@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dirty_tracking.cell import Cell
-from harness.compare import Change, Result, changes, is_regression, lines
+from harness.compare import Change, Comparison, Result
 from harness.report.plots import Plot, bar_plot, line_plot, logarithmic_line_plot
 from harness.report.saved import CellRun, Problem, ReportedRun
 from harness.report.tables import Count, Row, Tests, area_row, by_area, cells_of, function_rows, reasons
@@ -140,13 +140,13 @@ def _title(runs: Sequence[ReportedRun]) -> str:
 def _column(number: int, run: ReportedRun, base: ReportedRun) -> Column:
     if run is base or run.saved is None or base.saved is None:
         return Column(number, run)
-    found = changes(base.saved, run.saved)
+    comparison = Comparison.of(base.saved, run.saved)
     return Column(
         number,
         run,
-        is_regression(base.saved, run.saved, found),
-        {change: len(tests) for change, tests in found.items() if tests},
-        _cut(lines(base.saved, run.saved, found, all_tests=False)),
+        comparison.is_regression,
+        {change: len(tests) for change, tests in comparison.tests.items() if tests},
+        _cut(comparison.lines(all_tests=False)),
     )
 
 
