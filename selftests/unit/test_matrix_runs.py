@@ -18,7 +18,7 @@ import pytest
 from harness import output_paths
 from harness.table import DIMENSIONS
 from kvm_util.memory import GIB
-from runner import ROOT
+from runner import ROOT, kernel_runs
 from runner import kernel_matrix as matrix
 from runner.modules import parse_parameters
 
@@ -40,7 +40,8 @@ DRIVER = """
 import sys
 from types import SimpleNamespace
 from runner import kernel_matrix as matrix
-matrix.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
+from runner import kernel_runs
+kernel_runs.sys = SimpleNamespace(executable={fake!r}, stderr=sys.stderr)
 matrix._at_once = lambda _: {at_once}
 sys.exit(matrix.main(sys.argv[1:]))
 """
@@ -56,9 +57,9 @@ def fake_python(folder: Path, end: str) -> str:
     return str(write(folder / "python", RUN.format(python=sys.executable, cell=CELL, end=end)))
 
 
-def run(kernel: str, folder: Path, arguments: list[str]) -> matrix.RunResult:
+def run(kernel: str, folder: Path, arguments: list[str]) -> kernel_runs.RunResult:
     """Test one kernel."""
-    one = matrix.Run.start("", kernel, "", folder, arguments)
+    one = kernel_runs.Run.start("", kernel, "", folder, arguments)
     one.process.wait()
     return one.result(interrupted=False)
 
@@ -118,7 +119,7 @@ def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
 def test_truncated_results(tmp_path: Path) -> None:
     """A results file that was cut short fails the run, and the reason says that it cannot be read."""
     (tmp_path / "results.json").write_text('{"cells": [')
-    done = matrix._read_result("a", "", 1, tmp_path)
+    done = kernel_runs._read_result("a", "", 1, tmp_path)
     assert (done.status, done.cells) == (1, [])
     assert "its results cannot be read: " in done.reason
 
@@ -152,7 +153,7 @@ def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) ->
     red, yellow, green, end = ("\x1b[31m\x1b[1m", "\x1b[33m", "\x1b[32m", "\x1b[0m") if coloured else [""] * 4
     text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: no\n(1F: 1 bug)"
     plain = text.format(red="", yellow="", green="", end="")
-    assert matrix._colourize(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
+    assert kernel_runs.colourize(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
 
 
 def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,19 +203,19 @@ def test_kernels_at_once(
 ) -> None:
     """As many kernels as asked for are tested at the same time, the host's own alone; their order is the file's."""
     running = []
-    runs = matrix.Runs(tmp_path, [], 3)
+    runs = kernel_runs.Runs(3)
 
-    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
+    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> kernel_runs.Run:
         running.append(len(runs._running) + 1)
         looks = iter([None for _ in running])  # so often it still runs: each longer than the one before
         process: Any = SimpleNamespace(poll=lambda: next(looks, 0))
-        return matrix.Run(label, kernel, parameters, folder, process, 0)
+        return kernel_runs.Run(label, kernel, parameters, folder, process, 0)
 
-    monkeypatch.setattr(matrix.Run, "start", start)
+    monkeypatch.setattr(kernel_runs.Run, "start", start)
     monkeypatch.setattr(
-        matrix.Run, "result", lambda run, _: matrix.RunResult(run.kernel, "", 0, [], [], run.kernel, "")
+        kernel_runs.Run, "result", lambda run, _: kernel_runs.RunResult(run.kernel, "", 0, [], [], run.kernel, "")
     )
-    results = runs.run([(kernel, "") for kernel in kernels])
+    results = runs.run([kernel_runs.Planned(kernel, "", tmp_path, []) for kernel in kernels])
     assert [(result.kernel, result.status) for result in results] == [(kernel, 0) for kernel in kernels]
     assert running == most
 
@@ -266,7 +267,7 @@ def test_progress_of_a_matrix_run(tmp_path: Path, output: str | None, done: tupl
     """The progress is the last percentage that pytest printed, and unknown before."""
     if output is not None:
         write(tmp_path / "output.txt", output)
-    assert matrix._read_progress(tmp_path / "output.txt") == done
+    assert kernel_runs._read_progress(tmp_path / "output.txt") == done
 
 
 def test_kernel_matrix_file(tmp_path: Path) -> None:
@@ -292,18 +293,20 @@ def planned_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """Have each run end with the status that its kernel's name is (the host's: 0); returns kernels and parameters as run."""
     runs = []
 
-    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> matrix.Run:
+    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> kernel_runs.Run:
         runs.append((kernel, parameters))
         folder.mkdir(parents=True)
         process: Any = SimpleNamespace(poll=lambda: 0)
-        return matrix.Run(label, kernel, parameters, folder, process, 0)
+        return kernel_runs.Run(label, kernel, parameters, folder, process, 0)
 
-    def result(run: matrix.Run, _interrupted: bool) -> matrix.RunResult:
+    def result(run: kernel_runs.Run, _interrupted: bool) -> kernel_runs.RunResult:
         status = 0 if run.kernel == "host" else int(run.kernel)
-        return matrix.RunResult(run.kernel, run.parameters, status, [CELL | {"verdict": "pass"}], [], run.kernel, "")
+        return kernel_runs.RunResult(
+            run.kernel, run.parameters, status, [CELL | {"verdict": "pass"}], [], run.kernel, ""
+        )
 
-    monkeypatch.setattr(matrix.Run, "start", start)
-    monkeypatch.setattr(matrix.Run, "result", result)
+    monkeypatch.setattr(kernel_runs.Run, "start", start)
+    monkeypatch.setattr(kernel_runs.Run, "result", result)
     monkeypatch.setattr(output_paths, "RESULTS", tmp_path / "results")
     return runs
 
