@@ -15,7 +15,7 @@ MATRIX ?= matrix.toml
 # A built dirty_log_test, for `make bench` to compare with
 C_TEST ?=
 
-# The results folders of runs that `make compare` compares
+# The results folders of runs that `make compare` compares, or the kernels of `make check-regression`
 BASE ?=
 NEW ?=
 
@@ -38,10 +38,10 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare report fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare check-regression report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 	@echo "Options of run and test: ARGS='...' (docs/options.md), WORKERS=N"
 
 run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own sizes; without KVM, emulated
@@ -49,6 +49,9 @@ run: $(VENV)/run ## the mode matrix on this host's KVM, at the kernel test's own
 
 check-kernel: $(VENV)/run ## the suite in another kernel: KERNEL=..., KVM_PARAMS='kvm_amd.npt=0'
 	@$(VENV)/bin/python runner/check_kernel.py "$(KERNEL)" --kvm-params "$(KVM_PARAMS)" $(ARGS)
+
+check-regression: $(VENV)/analysis ## two kernels compared, verdicts and times: BASE=debian:6.1 NEW=~/linux; fails if there is a regression
+	@$(VENV)/bin/python runner/check_regression.py "$(BASE)" "$(NEW)" $(ARGS)
 
 matrix: $(VENV)/run ## kernels against parameter sets, from the file MATRIX=matrix.toml
 	@$(VENV)/bin/python runner/kernel_matrix.py "$(MATRIX)" $(ARGS)
@@ -133,6 +136,7 @@ TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
 TAKES_compare := BASE NEW ARGS
+TAKES_check-regression := BASE NEW ARGS
 TAKES_report := RUNS OUTPUT
 VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RUNS OUTPUT PYTHON
 
@@ -145,7 +149,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel matrix unit test test-all kill-matrix compare report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel check-regression matrix unit test test-all kill-matrix compare report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -172,6 +176,11 @@ endif
 ifneq ($(filter report,$(GOALS)),)
 ifeq ($(and $(strip $(RUNS)),$(strip $(OUTPUT))),)
 $(error make report: RUNS names the results folders of runs, the base first: RUNS='results/a results/b'; OUTPUT is a file)
+endif
+endif
+ifneq ($(filter check-regression,$(GOALS)),)
+ifeq ($(and $(strip $(BASE)),$(strip $(NEW))),)
+$(error make check-regression: BASE and NEW name two kernels: BASE=debian:6.1 NEW=~/linux (docs/kernels.md))
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

@@ -40,13 +40,14 @@ def clone(tmp_path: Path) -> Path:
         (["run", "VENV=/usr"], "no such variable: VENV (there are ARGS WORKERS"),
         (["check-kernel", "KERNEL=debian:6.12", "WORKERS=2"], "means nothing to 'make check-kernel': WORKERS is for run"),
         (["matrix", "WORKERS=2"], "'WORKERS=2' means nothing to 'make matrix': WORKERS is for run unit test"),
-        (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel matrix unit test"),
+        (["lint", "ARGS=-v"], "means nothing to 'make lint': ARGS is for run check-kernel check-regression matrix"),
         (["KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make help'"),
         (["run", "WORKERS=abc"], "WORKERS: 'abc' is neither a number nor auto"),
         (["test", "WORKERS="], "WORKERS: '' is neither a number nor auto"),
         (["test", "WORKERS=2 3"], "WORKERS: '2 3' is neither a number nor auto"),
         (["matrix", "MATRIX="], "make matrix: MATRIX names no file"),
         (["compare", "BASE=results/a"], "make compare: BASE and NEW name the results folders of runs"),
+        (["check-regression", "NEW=a"], "make check-regression: BASE and NEW name two kernels: BASE=debian:6.1 NEW=~/linux"),
         (["report"], "make report: RUNS names the results folders of runs"),
         (["report", "RUNS=results/a", "OUTPUT="], "OUTPUT is a file"),
         (["compare", "RUNS=results/a"], "'RUNS=results/a' means nothing to 'make compare': RUNS is for report"),
@@ -96,6 +97,10 @@ def test_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["fetch", "run", "ARGS=-v"], "--kernel auto -v"),
         (["bench", "C_TEST=a b"], '-m bench.bench --c-test "a b"'),
         (["matrix"], 'runner/kernel_matrix.py "matrix.toml"'),
+        (["check-regression", "BASE=~/a b", "NEW=c kvm.x=1", "ARGS=-k d"], 'check_regression.py "~/a b" "c kvm.x=1" -k d'),
+        (["check-regression", "BASE=a", "NEW=b"], "./make_venv.sh .venv requirements-analysis.txt"),
+        (["compare", "BASE=a", "NEW=b"], "./make_venv.sh .venv requirements.txt"),
+        (["compare", "BASE=lib", "NEW=several"], "./make_venv.sh .venv requirements-analysis.txt"),
         (["report", "RUNS=results/a results/b", "OUTPUT=a b.html"], '--output "a b.html" -- results/a results/b'),
         (["report", "RUNS=results/a"], "./make_venv.sh .venv requirements-report.txt"),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
@@ -103,7 +108,9 @@ def test_kernel_in_the_environment(clone: Path, name: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_variable_reaches_its_command(clone: Path, words: list[str], command: str) -> None:
-    """A variable's value appears in the command that the target runs, with its spaces and quotes."""
+    """A variable's value appears in the command that the target runs, with spaces and quotes, and decides what it installs."""
+    (clone / "several/1").mkdir(parents=True)
+    (clone / "several/1/results.json").touch()
     done = start(["make", "-n", *words], clone)
     assert done.returncode == 0, done.stderr
     assert command in done.stdout

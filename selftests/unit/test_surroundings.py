@@ -49,7 +49,7 @@ def test_python_without_the_packages(tmp_path: Path, plugin: str, needs: str, ha
     )
 
 
-@pytest.mark.parametrize("program", ["check_kernel.py", "kernel_matrix.py"])
+@pytest.mark.parametrize("program", ["check_kernel.py", "check_regression.py", "kernel_matrix.py"])
 def test_program_without_the_packages(tmp_path: Path, program: str) -> None:
     """A missing package has exit status 128, which git bisect run does not take for a verdict."""
     words = [sys.executable, "-S", str(ROOT / "runner" / program), "nothing"]  # -S: without any packages
