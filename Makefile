@@ -19,6 +19,9 @@ C_TEST ?=
 BASE ?=
 NEW ?=
 
+# The results folder of a run that `make rejudge` judges anew
+RESULTS ?=
+
 # The results folders that `make report` is about, and the file that it writes
 RUNS ?=
 OUTPUT ?= report.html
@@ -38,7 +41,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare check-regression report fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare rejudge check-regression report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -73,6 +76,9 @@ kill-matrix: $(VENV)/run ## run each contract test under each planted fault; com
 SEVERAL_RUNS = $(wildcard $(BASE:=/*/results.json) $(NEW:=/*/results.json))
 compare: $(VENV)/$(if $(SEVERAL_RUNS),analysis,run) ## two runs or more: BASE=results/a NEW='results/b results/c'; fails if there is a regression
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare $(ARGS) -- "$(BASE)" $(NEW)
+
+rejudge: $(VENV)/run ## the verdicts of a run by the known bugs of today: RESULTS=results/a; fails if it is bad
+	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare --rejudge $(ARGS) -- "$(RESULTS)"
 
 report: $(VENV)/report ## one HTML file about one run or several: RUNS='results/a results/b'; OUTPUT=report.html
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.report --output "$(OUTPUT)" -- $(RUNS)
@@ -137,8 +143,9 @@ TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
 TAKES_compare := BASE NEW ARGS
 TAKES_check-regression := BASE NEW ARGS
+TAKES_rejudge := RESULTS ARGS
 TAKES_report := RUNS OUTPUT
-VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RUNS OUTPUT PYTHON
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RESULTS RUNS OUTPUT PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
@@ -149,7 +156,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel check-regression matrix unit test test-all kill-matrix compare report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel check-regression matrix unit test test-all kill-matrix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -171,6 +178,11 @@ endif
 ifneq ($(filter compare,$(GOALS)),)
 ifeq ($(and $(strip $(BASE)),$(strip $(NEW))),)
 $(error make compare: BASE and NEW name the results folders of runs: BASE=results/a NEW=results/b)
+endif
+endif
+ifneq ($(filter rejudge,$(GOALS)),)
+ifeq ($(strip $(RESULTS)),)
+$(error make rejudge: RESULTS names the results folder of a run: RESULTS=results/a)
 endif
 endif
 ifneq ($(filter report,$(GOALS)),)

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from harness.figure_changes import FEWEST_RUNS, Moved, common_figures, moved_figures
 from harness.kernel_verdict import describe_system
+from harness.rejudge import judged_anew
 from harness.run_report import FILES_OF_A_RUN
 from harness.table import DIMENSIONS, UNTESTED
+from harness.toml_file import TomlError
 from kvm_util.wording import counted
 from runner.boot_outcome import BootOutcome
 
@@ -83,13 +85,15 @@ class SavedRun:
     machines: set[str]
 
     @classmethod
-    def load(cls, folder: Path) -> "SavedRun":
+    def load(cls, folder: Path, rejudge: bool = False) -> "SavedRun":
         """Load the run in *folder*, or the runs in the folders that are in it.
 
+        :param rejudge: with the verdicts that they have by today's list of known bugs
         :raises CompareError: there is none, or they are not of one kernel
         """
         several = [] if (folder / _RESULTS).exists() else sorted(folder.glob(f"*/{_RESULTS}"))
-        first, *others = [cls._load_one(path.parent) for path in several] or [cls._load_one(folder)]
+        folders = [path.parent for path in several] or [folder]
+        first, *others = [cls._load_one(one, rejudge) for one in folders]
         for run in others:
             if (run.system, run.parameters) != (first.system, first.parameters):
                 raise CompareError(
@@ -107,10 +111,12 @@ class SavedRun:
         return replace(first, name=str(folder), death=death)
 
     @classmethod
-    def _load_one(cls, folder: Path) -> "SavedRun":
+    def _load_one(cls, folder: Path, rejudge: bool) -> "SavedRun":
         path = folder / _RESULTS
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            if rejudge:
+                data = judged_anew(folder, data)
             host, machine = data["host"], data["machine"]
             cells = {f"{_MATRIX}[{_cell_id(cell)}]": cell for cell in data["cells"]}
             rows = {**cells, **{test["test"]: test for test in data["tests"]}}
@@ -126,9 +132,19 @@ class SavedRun:
             system = describe_system(host, machine)
             return cls(str(folder), system, host["parameters"], tests, titles, death, figures, machines)
         except OSError as error:
-            raise CompareError(f"{path}: {error.strerror}") from None
+            raise CompareError(f"{error.filename}: {error.strerror}") from None
+        except TomlError as error:
+            raise CompareError(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise CompareError(f"{path} is no {_RESULTS} of a run") from None
+            what = f"{path} is no {_RESULTS} of a run" + (
+                ", or a file of a failure beside it is damaged" if rejudge else ""
+            )
+            raise CompareError(what) from None
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether a test failed, the kernel died, or its log has a report."""
+        return bool(any(one.verdict == "FAIL" for one in self.tests.values()) or self.log_reports or self.death)
 
     @property
     def cut_short(self) -> int:
@@ -302,11 +318,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the runs that the command line names; returns 1 if there is a regression, 2 if they cannot be compared."""
     parser = argparse.ArgumentParser(prog="compare", description=__doc__)
     parser.add_argument("base", type=Path, metavar="BASE", help="the results folder of a run, or a folder of several")
-    parser.add_argument("new", type=Path, metavar="NEW", nargs="+", help="those of runs to compare with it")
+    parser.add_argument("new", type=Path, metavar="NEW", nargs="*", help="those of runs to compare with it")
+    parser.add_argument(
+        "--rejudge",
+        action="store_true",
+        help="with the verdicts by today's known_bugs.toml; without NEW: what they change",
+    )
     parser.add_argument("--all", action="store_true", help="name each case of a test")
     options = parser.parse_args(arguments)
+    if not options.new and not options.rejudge:
+        parser.error("NEW is missing")
     try:
-        base, *others = map(SavedRun.load, [options.base, *options.new])
+        if not options.new:
+            return _show_rejudged(options.base, options.all)
+        base, *others = (SavedRun.load(folder, options.rejudge) for folder in [options.base, *options.new])
         found = [Comparison.of(base, new) for new in others]
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
@@ -315,6 +340,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(comparison.is_regression for comparison in found):
         return 1
     return 2 if any(comparison.incomplete for comparison in found) else 0
+
+
+def _show_rejudged(folder: Path, all_tests: bool) -> int:
+    """Print what today's list of known bugs changes in the verdicts of a run; returns 1 if it is bad."""
+    base, new = (replace(SavedRun.load(folder, rejudge), figures=[]) for rejudge in (False, True))
+    *lines, _ = Comparison.of(base, replace(new, name=f"{new.name}, judged by today's known_bugs.toml")).lines(
+        all_tests
+    )
+    print("\n".join([*lines, "bad" if new.is_bad else "good"]))
+    return 1 if new.is_bad else 0
 
 
 if __name__ == "__main__":

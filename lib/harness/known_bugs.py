@@ -92,6 +92,16 @@ def on_host(host: Host) -> list[KnownBug]:
     return [bug for bug in load() if bug.on(host)]
 
 
+def not_shown(bug: str) -> str:
+    """Why a test fails that passed although the known bug with this id always shows."""
+    return f"known bug {bug} did not show"
+
+
+def is_not_shown(reason: str) -> bool:
+    """Whether *reason* is one of :func:`not_shown`."""
+    return re.fullmatch(not_shown(r"\S+"), reason) is not None
+
+
 class _Entry:
     """The entry *number* of *file*, as it is written there."""
 

@@ -361,5 +361,5 @@ def verdict(report: pytest.TestReport, properties: dict[str, Any]) -> tuple[str,
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         return properties.get("verdict", "skipped"), reason.removeprefix("Skipped: ").removeprefix("not run: ")
     if report.outcome == "failed":
-        return "FAIL", properties.get("kernel_log", "")
+        return "FAIL", properties.get("kernel_log", "") or properties.get("reason", "")
     return properties.get("verdict", "pass"), ""

@@ -103,7 +103,9 @@ def _judge_pass(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Fail a passed test if it has a known bug that should always show."""
     bugs = _known_bugs_of(item)
     if always := next((bug for bug in bugs if bug.always), None):
-        text = f"known bug {always.id} did not show: is it fixed? Then its entry in known_bugs.toml has to go"
+        reason = known_bugs.not_shown(always.id)
+        item.user_properties.append(("reason", reason))
+        text = f"{reason}: is it fixed? Then its entry in known_bugs.toml has to go"
         _end_with(call, pytest.fail.Exception(text, pytrace=False))
     elif bugs:
         item.user_properties.append(("verdict", "known bug, not seen"))
