@@ -26,6 +26,9 @@ RESULTS ?=
 RUNS ?=
 OUTPUT ?= report.html
 
+# The hosts that `make hosts` runs the suite on, by the names that ssh takes
+HOSTS ?=
+
 # What makes the virtual environment; without it, python3 does, and one that works stays
 PYTHON ?=
 
@@ -41,7 +44,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare rejudge check-regression report fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare rejudge check-regression hosts report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -79,6 +82,9 @@ compare: $(VENV)/$(if $(SEVERAL_RUNS),analysis,run) ## two runs or more: BASE=re
 
 rejudge: $(VENV)/run ## the verdicts of a run by the known bugs of today: RESULTS=results/a; fails if it is bad
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare --rejudge $(ARGS) -- "$(RESULTS)"
+
+hosts: $(VENV)/run ## the mode matrix on other hosts, by ssh: HOSTS='root@a b'; ARGS='test selftests/interface' for other tests
+	@$(VENV)/bin/python runner/hosts.py "$(HOSTS)" $(ARGS)
 
 report: $(VENV)/report ## one HTML file about one run or several: RUNS='results/a results/b'; OUTPUT=report.html
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.report --output "$(OUTPUT)" -- $(RUNS)
@@ -145,7 +151,8 @@ TAKES_compare := BASE NEW ARGS
 TAKES_check-regression := BASE NEW ARGS
 TAKES_rejudge := RESULTS ARGS
 TAKES_report := RUNS OUTPUT
-VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RESULTS RUNS OUTPUT PYTHON
+TAKES_hosts := HOSTS ARGS
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RESULTS RUNS OUTPUT HOSTS PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
@@ -156,7 +163,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel check-regression matrix unit test test-all kill-matrix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel check-regression hosts matrix unit test test-all kill-matrix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -193,6 +200,11 @@ endif
 ifneq ($(filter check-regression,$(GOALS)),)
 ifeq ($(and $(strip $(BASE)),$(strip $(NEW))),)
 $(error make check-regression: BASE and NEW name two kernels: BASE=debian:6.1 NEW=~/linux (docs/kernels.md))
+endif
+endif
+ifneq ($(filter hosts,$(GOALS)),)
+ifeq ($(strip $(HOSTS)),)
+$(error make hosts: HOSTS names no host: HOSTS='root@a root@b', as ssh takes them (docs/hosts.md))
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

@@ -9,7 +9,6 @@ import os
 import random
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,27 +22,13 @@ if __name__ == "__main__":
 
 from harness.kernel_options import MACHINE_OPTIONS, VM_MEMORY
 from harness.output_paths import new_folder
-from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from harness.toml_file import TomlError, TomlFile
 from kvm_util.host_limits import available_memory
 from kvm_util.memory import MIB
-from kvm_util.wording import counted
 from runner.errors import CannotTest
-from runner.kernel_runs import (
-    HOST,
-    INTERRUPTED,
-    NOT_RUN,
-    USAGE_ERROR,
-    Planned,
-    RunResult,
-    Runs,
-    print_line,
-    split_options,
-    verdict_of,
-)
+from runner.kernel_runs import HOST, USAGE_ERROR, Planned, Runs, conclude, split_options
 from runner.modules import parse_parameters
 from runner.qemu import nested_vendor
-from runner.store import shown
 from runner.target import MOST_MACHINES
 
 _USAGE = "usage: kernel_matrix.py FILE [options of pytest]"
@@ -103,20 +88,7 @@ def main(arguments: list[str]) -> int:
         print(f"matrix: {error}", file=sys.stderr)
         return USAGE_ERROR
     planned = [Planned(*pair, folder / f"{number + 1:02}", options) for number, pair in enumerate(pairs)]
-    results = Runs(_at_once(options)).run(planned)
-    lines = _summary(results)
-    try:
-        (folder / "table.txt").write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
-    verdicts = Counter(verdict_of(result.status) for result in results)
-    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
-    lines += ["", f"{counted(len(results), 'run')}: {words}; files: {shown(folder)}"]
-    print_line("\n".join(["", *lines]))
-    statuses = {result.status for result in results}
-    if 1 in statuses:
-        return 1
-    return max(statuses) if max(statuses) >= USAGE_ERROR or NOT_RUN not in statuses else INTERRUPTED
+    return conclude(planned, Runs(_at_once(options)).run(planned), folder)
 
 
 def _prepare(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str], Path]:
@@ -160,23 +132,6 @@ def _make_folder(given: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("")
     return folder
-
-
-def _summary(results: list[RunResult]) -> list[str]:
-    """The tables of all runs, with a letter for each, and the verdict behind each letter."""
-    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(results))]
-    legend = [
-        f"{name}  {result.release}  {result.parameters or 'defaults'}: {result.verdict}"
-        for name, result in zip(names, results, strict=True)
-    ]
-    columns = {name: result for name, result in zip(names, results, strict=True) if result.status != NOT_RUN}
-    cells, tests = [result.cells for result in columns.values()], [result.tests for result in columns.values()]
-    lines = [*cross_table([*columns], cells), ""] if any(cells) else []
-    lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
-    lines += legend
-    if nowhere := skipped_everywhere(tests):
-        lines += ["", f"{counted(len(nowhere), 'test')} ran in none of these runs:", *(f"  {test}" for test in nowhere)]
-    return lines
 
 
 if __name__ == "__main__":

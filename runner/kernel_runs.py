@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS
+from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from kvm_util.wording import counted
 from runner import ROOT
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST
+from runner.store import shown
 from runner.waiting import waiting
 
 HOST = "host"  # in place of a kernel: the one that runs here, with the KVM that is loaded
@@ -60,12 +62,38 @@ _REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: erro
 
 
 class Planned(NamedTuple):
-    """A run to make: a kernel with parameters, the folder for all its files, and pytest's arguments."""
+    """A run to make.
+
+    :ivar parameters: of the kernel's KVM modules
+    :ivar folder: for all its files
+    :ivar arguments: of pytest
+    :ivar file: the one file of ``make standalone``, if *kernel* is another host's, by the name that ssh takes
+    """
 
     kernel: str
     parameters: str
     folder: Path
     arguments: list[str]
+    file: Path | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """What makes the run, with check_kernel.py's exit status, or pytest's for this host's kernel."""
+        if self.file is not None:
+            program = str(ROOT / "runner" / "ssh_run.py")
+            return [sys.executable, program, self.kernel, str(self.file), str(self.folder), *self.arguments]
+        options = [f"--results={self.folder}", *self.arguments]
+        if self.kernel == HOST:
+            testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
+            here = split_options(options, MACHINE_OPTIONS)[1]
+            return [sys.executable, "-m", "pytest", "-v", "-o", testpaths, *here]
+        program = str(ROOT / "runner" / "check_kernel.py")
+        return [sys.executable, program, self.kernel, f"--kvm-params={self.parameters}", *options]
+
+    @property
+    def name(self) -> str:
+        """What is tested, in words."""
+        return self.kernel if self.file is not None else f"{self.kernel} {self.parameters or 'defaults'}"
 
 
 @dataclass(frozen=True)
@@ -98,42 +126,34 @@ class Run:
     """A kernel that is being tested, in a process of its own.
 
     :ivar label: its number and the kernel, in words
-    :ivar folder: gets all its files
     """
 
     label: str
-    kernel: str
-    parameters: str
-    folder: Path
+    planned: Planned
     process: "subprocess.Popen[bytes]"
     started: float
 
     @classmethod
-    def start(cls, label: str, kernel: str, parameters: str, folder: Path, arguments: list[str]) -> "Run":
+    def start(cls, label: str, planned: Planned) -> "Run":
         """Begin to test a kernel.
 
         :raises OSError: its folder cannot be written
         """
+        folder = planned.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").unlink(missing_ok=True)  # of an earlier matrix with the same --results
-        options = [f"--results={folder}", *arguments]
-        if kernel == HOST:
-            testpaths = f"testpaths={' '.join(_KVM_TESTS)}"
-            here = split_options(options, MACHINE_OPTIONS)[1]
-            command = [sys.executable, "-m", "pytest", "-v", "-o", testpaths, *here]
-        else:
-            program = str(ROOT / "runner" / "check_kernel.py")
-            command = [sys.executable, program, kernel, f"--kvm-params={parameters}", *options]
         with (folder / "output.txt").open("wb") as output:
             # Unbuffered, or pytest's errors, which go to standard error, would stand in the middle of another line.
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        return cls(label, kernel, parameters, folder, process, time.monotonic())
+            process = subprocess.Popen(
+                planned.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
+            )
+        return cls(label, planned, process, time.monotonic())
 
     def result(self, interrupted: bool) -> "RunResult":
         """The result, once the process has ended."""
         status = INTERRUPTED if interrupted else self.process.wait()
-        return _read_result(self.kernel, self.parameters, status, self.folder)
+        return _read_result(self.planned, status)
 
 
 class Runs:
@@ -167,13 +187,13 @@ class Runs:
 
     def _has_room(self, kernel: str) -> bool:
         """Whether *kernel* may be tested beside those that are; this host's own is tested alone."""
-        kernels = [kernel, *(run.kernel for run in self._running.values())]
+        kernels = [kernel, *(run.planned.kernel for run in self._running.values())]
         return len(self._running) < (1 if HOST in kernels else self._at_once)
 
     def _start(self, number: int, planned: Planned, count: int) -> None:
-        label = f"[{number + 1}/{count}] {planned.kernel} {planned.parameters or 'defaults'}"
+        label = f"[{number + 1}/{count}] {planned.name}"
         try:
-            run = Run.start(label, *planned)
+            run = Run.start(label, planned)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
             failed = RunResult(planned.kernel, planned.parameters, CANNOT_TEST, [], [], planned.kernel, reason)
@@ -226,8 +246,9 @@ class Runs:
                 signal.signal(number, handler)
 
 
-def _read_result(kernel: str, parameters: str, status: int, folder: Path) -> RunResult:
-    """The result of a run that exited with *status*, from the files in *folder*."""
+def _read_result(planned: Planned, status: int) -> RunResult:
+    """The result of a run that exited with *status*, from the files in its folder."""
+    kernel, parameters, folder, *_ = planned
     killed = status < 0
     if killed:
         status = CANNOT_TEST
@@ -242,6 +263,8 @@ def _read_result(kernel: str, parameters: str, status: int, folder: Path) -> Run
     except (OSError, ValueError) as error:
         unreadable = f"its results cannot be read: {error}"
     outcome = data["end"].get("text", "finished")
+    if planned.file is not None and status == 1 and unreadable:  # what failed there says nothing about its kernel
+        status = CANNOT_TEST
     if killed:
         reason = "a signal ended it"
     elif status == 0 and unreadable:
@@ -277,7 +300,7 @@ def _read_progress(output: Path) -> tuple[float | None, str]:
 
 def _progress(runs: Sequence[Run]) -> tuple[float | None, str]:
     """The share of their tests that *runs* have done."""
-    found = [_read_progress(run.folder / "output.txt") for run in runs]
+    found = [_read_progress(run.planned.folder / "output.txt") for run in runs]
     shares = [share or 0 for share, _ in found]
     return (sum(shares) / len(shares) if any(shares) else None), ", ".join(filter(None, (words for _, words in found)))
 
@@ -313,3 +336,44 @@ def colourize(text: str) -> str:
 def verdict_of(status: int) -> str:
     """A run's exit status in words."""
     return _VERDICTS.get(status, f"ended with status {status}")
+
+
+def conclude(planned: Sequence[Planned], results: Sequence[RunResult], folder: Path) -> int:
+    """Print the tables of all runs and their verdicts, and keep the tables in *folder*; returns the exit status of all."""
+    lines = _summary(planned, results)
+    try:
+        (folder / "table.txt").write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
+    verdicts = Counter(verdict_of(result.status) for result in results)
+    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
+    lines += ["", f"{counted(len(results), 'run')}: {words}; files: {shown(folder)}"]
+    print_line("\n".join(["", *lines]))
+    statuses = {result.status for result in results}
+    if 1 in statuses:
+        return 1
+    return max(statuses) if max(statuses) >= USAGE_ERROR or NOT_RUN not in statuses else INTERRUPTED
+
+
+def _summary(planned: Sequence[Planned], results: Sequence[RunResult]) -> list[str]:
+    """The tables of all runs, with a letter for each, and the verdict behind each letter."""
+    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(results))]
+    legend = [
+        f"{name}  {_title(run, result)}: {result.verdict}"
+        for name, run, result in zip(names, planned, results, strict=True)
+    ]
+    columns = {name: result for name, result in zip(names, results, strict=True) if result.status != NOT_RUN}
+    cells, tests = [result.cells for result in columns.values()], [result.tests for result in columns.values()]
+    lines = [*cross_table([*columns], cells), ""] if any(cells) else []
+    lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
+    lines += legend
+    if nowhere := skipped_everywhere(tests):
+        lines += ["", f"{counted(len(nowhere), 'test')} ran in none of these runs:", *(f"  {test}" for test in nowhere)]
+    return lines
+
+
+def _title(planned: Planned, result: RunResult) -> str:
+    """The kernel with its parameters, or the host with its kernel if that is known."""
+    if planned.file is None:
+        return f"{result.release}  {result.parameters or 'defaults'}"
+    return planned.kernel + (f"  {result.release}" if result.release != planned.kernel else "")

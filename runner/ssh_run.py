@@ -15,6 +15,14 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
+if __name__ == "__main__":
+    # Python puts the program's own folder there.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from runner.unmet import leave, unmet
+
+    if reason := unmet():
+        leave(reason, 128)
+
 import pytest
 
 from harness.journal import JournalError, read
@@ -27,8 +35,8 @@ RECONNECT = 120.0  # seconds within which a host that was lost may come back, wi
 _PAUSE = 2.0  # seconds between two tries
 _SSH_FAILED = 255  # ssh's exit status for its own errors; FILE has no such status
 _BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
-# /var/tmp outlives a reboot.
-_UPLOAD = f'umask 077 && cd "$(mktemp -d /var/tmp/dirty-tracking.XXXXXX)" && cat >file && pwd && {_BOOT_ID}'
+PLACE = "/var/tmp"  # of the folder there: it outlives a reboot
+_UPLOAD = f'umask 077 && cd "$(mktemp -d {{}}/dirty-tracking.XXXXXX)" && cat >file && pwd && {_BOOT_ID}'
 # The run ends when the connection does: then there is no more to read.
 _RUN = """\
 cd {folder} || exit
@@ -62,7 +70,7 @@ class RemoteHost:
         :raises Lost: that failed
         """
         with file.open("rb") as source:
-            self._folder, self._boot = self._call(_UPLOAD, source).decode().split()
+            self._folder, self._boot = self._call(_UPLOAD.format(PLACE), source).decode().split()
 
     def run(self, words: list[str], started: Callable[["subprocess.Popen[bytes]"], None]) -> int:
         """Run the file with *words*, with its output on standard output; returns its exit status.

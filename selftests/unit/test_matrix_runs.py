@@ -59,7 +59,7 @@ def fake_python(folder: Path, end: str) -> str:
 
 def run(kernel: str, folder: Path, arguments: list[str]) -> kernel_runs.RunResult:
     """Test one kernel."""
-    one = kernel_runs.Run.start("", kernel, "", folder, arguments)
+    one = kernel_runs.Run.start("", kernel_runs.Planned(kernel, "", folder, arguments))
     one.process.wait()
     return one.result(interrupted=False)
 
@@ -119,7 +119,7 @@ def test_results_of_an_earlier_matrix(tmp_path: Path) -> None:
 def test_truncated_results(tmp_path: Path) -> None:
     """A results file that was cut short fails the run, and the reason says that it cannot be read."""
     (tmp_path / "results.json").write_text('{"cells": [')
-    done = kernel_runs._read_result("a", "", 1, tmp_path)
+    done = kernel_runs._read_result(kernel_runs.Planned("a", "", tmp_path, []), 1)
     assert (done.status, done.cells) == (1, [])
     assert "its results cannot be read: " in done.reason
 
@@ -177,7 +177,7 @@ def test_interrupted_matrix(tmp_path: Path, number: signal.Signals, at_once: int
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell or nohup may have it ignored
     )  # fmt: skip
     deadline = time.monotonic() + 30
-    while len(list(folder.glob("*/results.json"))) < at_once:
+    while sum(bool(path.stat().st_size) for path in folder.glob("*/results.json")) < at_once:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.2)
@@ -205,15 +205,15 @@ def test_kernels_at_once(
     running = []
     runs = kernel_runs.Runs(3)
 
-    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> kernel_runs.Run:
+    def start(label: str, planned: kernel_runs.Planned) -> kernel_runs.Run:
         running.append(len(runs._running) + 1)
         looks = iter([None for _ in running])  # so often it still runs: each longer than the one before
         process: Any = SimpleNamespace(poll=lambda: next(looks, 0))
-        return kernel_runs.Run(label, kernel, parameters, folder, process, 0)
+        return kernel_runs.Run(label, planned, process, 0)
 
     monkeypatch.setattr(kernel_runs.Run, "start", start)
     monkeypatch.setattr(
-        kernel_runs.Run, "result", lambda run, _: kernel_runs.RunResult(run.kernel, "", 0, [], [], run.kernel, "")
+        kernel_runs.Run, "result", lambda run, _: kernel_runs.RunResult(run.planned.kernel, "", 0, [], [], "", "")
     )
     results = runs.run([kernel_runs.Planned(kernel, "", tmp_path, []) for kernel in kernels])
     assert [(result.kernel, result.status) for result in results] == [(kernel, 0) for kernel in kernels]
@@ -293,16 +293,17 @@ def planned_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """Have each run end with the status that its kernel's name is (the host's: 0); returns kernels and parameters as run."""
     runs = []
 
-    def start(label: str, kernel: str, parameters: str, folder: Path, _arguments: list[str]) -> kernel_runs.Run:
-        runs.append((kernel, parameters))
-        folder.mkdir(parents=True)
+    def start(label: str, planned: kernel_runs.Planned) -> kernel_runs.Run:
+        runs.append((planned.kernel, planned.parameters))
+        planned.folder.mkdir(parents=True)
         process: Any = SimpleNamespace(poll=lambda: 0)
-        return kernel_runs.Run(label, kernel, parameters, folder, process, 0)
+        return kernel_runs.Run(label, planned, process, 0)
 
     def result(run: kernel_runs.Run, _interrupted: bool) -> kernel_runs.RunResult:
-        status = 0 if run.kernel == "host" else int(run.kernel)
+        kernel = run.planned.kernel
+        status = 0 if kernel == "host" else int(kernel)
         return kernel_runs.RunResult(
-            run.kernel, run.parameters, status, [CELL | {"verdict": "pass"}], [], run.kernel, ""
+            kernel, run.planned.parameters, status, [CELL | {"verdict": "pass"}], [], kernel, ""
         )
 
     monkeypatch.setattr(kernel_runs.Run, "start", start)
