@@ -72,7 +72,8 @@ def verdict_on_kernel(summary: RunSummary) -> tuple[Verdict, str]:
         verdict, reasons = Verdict.CANNOT, [summary.end["text"].removeprefix(f"{BootOutcome.NOT_TESTED.value}: ")]
     elif summary.uncollected:
         files = counted(summary.uncollected, "file")
-        return Verdict.NONE, f"{files} of tests could not be collected; {counts}: {Verdict.NONE.value}{_own(summary)}"
+        words = "; ".join(filter(None, [f"{files} of tests could not be collected", counts]))
+        return Verdict.NONE, f"{words}: {Verdict.NONE.value}{_own(summary)}"
     elif stopped:
         return Verdict.NONE, f"{counts}: {Verdict.NONE.value}{_own(summary)}"
     elif summary.untested is not None and (summary.kernel or summary.own):

@@ -168,6 +168,11 @@ def ending(name: str, text: str) -> dict[str, str]:
             "interrupted: 1 of 2 tests ran (1 passed): no verdict",
         ),
         (RunSummary(NOTHING, stopped="interrupted"), "interrupted: 0 tests ran: no verdict"),
+        (RunSummary(NOTHING, uncollected=1), "1 file of tests could not be collected: no verdict"),
+        (
+            RunSummary(GOOD, uncollected=2),
+            "2 files of tests could not be collected; 9 passed, 1 known bug, 2 skipped: no verdict",
+        ),
         (RunSummary(failed(1), planned=3, stopped="interrupted"), "bad: interrupted: 1 of 3 tests ran (1 failed)"),
         (
             RunSummary(passed(1), failed(1), planned=3),
