@@ -3,7 +3,10 @@
 
 import pytest
 
+from dirty_tracking.modes import LOG_MODES
 from dirty_tracking.perf_run import Scenario, measure
+from dirty_tracking.platform import uses_pml
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
@@ -13,7 +16,7 @@ ROUNDS, ROUNDS_IF_THOROUGH = 3, 20
 
 @pytest.mark.log_modes("dirty-log", "clear-log", "dirty-ring")
 def test_each_write_is_reported_once(
-    kvm: Kvm, request: pytest.FixtureRequest, thorough: bool, log_mode: str, emulated_cpu: bool
+    kvm: Kvm, host: Host, request: pytest.FixtureRequest, thorough: bool, log_mode: str, emulated_cpu: bool
 ) -> None:
     """If each page is written once in each iteration, with all vCPUs stopped between, it is reported once for each."""
     scenario = Scenario(log_mode, memory=(8 if emulated_cpu else 64) * MIB, iterations=2)
@@ -23,4 +26,7 @@ def test_each_write_is_reported_once(
         {phase: round(times["total"] / times["count"], 4) for phase, times in cost.phases.items()} for cost in costs
     ]
     request.node.user_properties += [("cost", f"{log_mode}, {scenario.memory // MIB} MiB"), ("cost_rounds", rounds)]
-    assert {cost.dirty_pages for cost in costs} == {scenario.iterations * scenario.npages}
+    written = scenario.iterations * scenario.npages
+    most = written * (2 if LOG_MODES[log_mode].uses_ring and uses_pml(host) else 1)  # E4
+    for cost in costs:
+        assert written <= cost.dirty_pages <= most, f"{cost.dirty_pages} pages reported, {written} written"
