@@ -134,6 +134,7 @@ def test_entries_of_a_full_ring(kvm: Kvm, host: Host, emulates: bool, log_mode: 
             assert vm.collect().harvested == entries - reserved_entries(host)
 
 
+@pytest.mark.usefixtures("rings_in_write_order")
 def test_signal_at_a_full_ring(kvm: Kvm, host: Host, log_mode: str) -> None:
     """A pending signal ends KVM_RUN with EINTR or a full ring's exit, and no entry is lost or pushed meanwhile."""
     entries = max(256, smallest_ring(kvm))
