@@ -83,8 +83,9 @@ compare: $(VENV)/$(if $(SEVERAL_RUNS),analysis,run) ## two runs or more: BASE=re
 rejudge: $(VENV)/run ## the verdicts of a run by the known bugs of today: RESULTS=results/a; fails if it is bad
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.compare --rejudge $(ARGS) -- "$(RESULTS)"
 
+hosts: export HOSTS := $(HOSTS)
 hosts: $(VENV)/run ## the mode matrix on other hosts, by ssh: HOSTS='root@a b'; ARGS='test selftests/interface' for other tests
-	@$(VENV)/bin/python runner/hosts.py "$(HOSTS)" $(ARGS)
+	@$(VENV)/bin/python runner/hosts.py "$$HOSTS" $(ARGS)
 
 report: $(VENV)/report ## one HTML file about one run or several: RUNS='results/a results/b'; OUTPUT=report.html
 	@PYTHONPATH=lib $(VENV)/bin/python -m harness.report --output "$(OUTPUT)" -- $(RUNS)

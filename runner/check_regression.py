@@ -63,6 +63,9 @@ def main(arguments: list[str]) -> int:
     except _UsageError as error:
         print(f"check_regression.py: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except CannotTest as error:
+        print(f"cannot be tested: {error}", file=sys.stderr)
+        return CANNOT_TEST
     boots = len(planned) // 2 - 1
     print_line(f"the tests in each kernel, then {boots} boots of each for the times; files: {shown(folder)}")
     status = max(statuses := {result.status for result in Runs(1, last_status=CANNOT_TEST).run(planned)})
@@ -92,7 +95,9 @@ def _plan(arguments: Sequence[str]) -> tuple[list[Planned], Path]:
     rounds = own.get("--rounds", str(_ROUNDS))
     if not rounds.isdecimal() or int(rounds) < FEWEST_RUNS:
         raise _UsageError(f"--rounds: {rounds} is not a number from {FEWEST_RUNS} on; fewer could show no difference")
-    folder = Path(own["--results"]).expanduser().absolute() if "--results" in own else new_folder("regression")
+    folder = (
+        Path(os.path.abspath(os.path.expanduser(own["--results"]))) if "--results" in own else new_folder("regression")
+    )
     if any(folder.glob("*/*/results.json")):
         raise _UsageError(f"--results: {folder} has the results of other runs")
     options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *make_absolute(options)]  # the last --seed counts
@@ -120,6 +125,7 @@ def _kernel(text: str) -> tuple[str, str]:
     """A kernel and its parameters.
 
     :raises _UsageError: it is none to boot, or a parameter is malformed
+    :raises CannotTest: there is no such file
     """
     try:
         name, *parameters = shlex.split(text)
@@ -128,8 +134,13 @@ def _kernel(text: str) -> tuple[str, str]:
         raise _UsageError(f"{text}: {error}") from None
     if name in (AUTO, HOST):
         raise _UsageError(f"{name} is no kernel to boot: name two (debian:6.12, a build tree, ...)")
-    # Paths are relative to the user's folder.
-    return os.path.abspath(os.path.expanduser(name)) if is_path(name) else name, " ".join(parameters)
+    if not name:
+        raise _UsageError(f"{text}: the name of a kernel is empty")
+    if is_path(name):  # relative to the user's folder
+        name = os.path.abspath(os.path.expanduser(name))
+        if not os.path.exists(name):
+            raise CannotTest(f"{name}: there is no such kernel")
+    return name, " ".join(parameters)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Run the suite on several hosts at once, by ssh; see _USAGE."""
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class _UsageError(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run the suite on the hosts that *arguments* name first."""
-    if {"-h", "--help"} & {*arguments[:1]}:
+    if {"-h", "--help"} & {*arguments}:
         print(_USAGE)
         return 0
     file = BUILD / "dirty-tracking"
@@ -80,7 +81,9 @@ def _plan(arguments: Sequence[str], file: Path) -> tuple[list[Planned], Path]:
     command = words.pop(0) if words[:1] and words[0] in _COMMANDS else _COMMANDS[0]
     # The same seed for all, so that they can be compared; the last --seed counts.
     options = [command, f"--seed={random.SystemRandom().randrange(1 << 32)}", "-v", *words]
-    folder = Path(own["--results"]).expanduser().absolute() if "--results" in own else new_folder("hosts")
+    folder = Path(os.path.abspath(os.path.expanduser(own["--results"]))) if "--results" in own else new_folder("hosts")
+    if any(folder.glob("*/*")):
+        raise _UsageError(f"--results: {folder} has the results of other runs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

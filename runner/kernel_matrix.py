@@ -128,7 +128,7 @@ def _make_folder(given: str | None) -> Path:
 
     :raises OSError: it cannot be written
     """
-    folder = new_folder("matrix") if given is None else Path(given).expanduser().absolute()
+    folder = new_folder("matrix") if given is None else Path(os.path.abspath(os.path.expanduser(given)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("")
     return folder

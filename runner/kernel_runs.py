@@ -177,7 +177,7 @@ class Runs:
         with self._noting_signals():
             while self._running or (left and not self._ended):
                 self._pass_signals_on()  # one that came between two runs
-                while left and not self._ended and self._has_room(left[0][1].kernel):
+                while left and not self._ended and self._has_room(left[0][1]):
                     self._start(*left.popleft(), len(planned))
                 self._wait()
         return [
@@ -185,10 +185,11 @@ class Runs:
             for number, run in enumerate(planned)
         ]
 
-    def _has_room(self, kernel: str) -> bool:
-        """Whether *kernel* may be tested beside those that are; this host's own is tested alone."""
-        kernels = [kernel, *(run.planned.kernel for run in self._running.values())]
-        return len(self._running) < (1 if HOST in kernels else self._at_once)
+    def _has_room(self, planned: Planned) -> bool:
+        """Whether a run may be made beside those that are; that of this host's own kernel is made alone."""
+        runs = [planned, *(run.planned for run in self._running.values())]
+        alone = any(run.kernel == HOST and run.file is None for run in runs)
+        return len(self._running) < (1 if alone else self._at_once)
 
     def _start(self, number: int, planned: Planned, count: int) -> None:
         label = f"[{number + 1}/{count}] {planned.name}"
@@ -252,7 +253,7 @@ def _read_result(planned: Planned, status: int) -> RunResult:
     killed = status < 0
     if killed:
         status = CANNOT_TEST
-    elif kernel == HOST:
+    elif kernel == HOST and planned.file is None:
         status = _HOST_STATUSES.get(status, status)
     data: dict[str, Any] = {"cells": [], "tests": [], "host": {}, "end": {}}
     unreadable = ""

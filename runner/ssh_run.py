@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
@@ -35,8 +37,11 @@ RECONNECT = 120.0  # seconds within which a host that was lost may come back, wi
 _PAUSE = 2.0  # seconds between two tries
 _SSH_FAILED = 255  # ssh's exit status for its own errors; FILE has no such status
 _BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+_MARK = "dirty-tracking-is-in"  # before what is read: a login may print text of its own
 PLACE = "/var/tmp"  # of the folder there: it outlives a reboot
-_UPLOAD = f'umask 077 && cd "$(mktemp -d {{}}/dirty-tracking.XXXXXX)" && cat >file && pwd && {_BOOT_ID}'
+_UPLOAD = (
+    f'umask 077 && cd "$(mktemp -d {{}}/dirty-tracking.XXXXXX)" && cat >file && echo {_MARK} "$(pwd)" && {_BOOT_ID}'
+)
 # The run ends when the connection does: then there is no more to read.
 _RUN = """\
 cd {folder} || exit
@@ -45,9 +50,12 @@ python3 ./file {words} </dev/null 3<&- &
 run=$!
 {{ cat <&3; kill -TERM $run; }} >/dev/null 2>&1 &
 wait $run
+status=$?
+kill $!
+exit $status
 """
 _FETCH = """\
-cd {folder} && mkdir -p results && python3 -c 'import sys, tarfile
+cd {folder} && mkdir -p results && echo {mark} && python3 -c 'import sys, tarfile
 with tarfile.open(fileobj=sys.stdout.buffer, mode="w|gz") as archive:
     archive.add("results")'
 """
@@ -70,7 +78,8 @@ class RemoteHost:
         :raises Lost: that failed
         """
         with file.open("rb") as source:
-            self._folder, self._boot = self._call(_UPLOAD.format(PLACE), source).decode().split()
+            answer = self._call(_UPLOAD.format(PLACE), source).partition(f"{_MARK} ".encode())[2]
+        self._folder, self._boot = answer.decode().split()
 
     def run(self, words: list[str], started: Callable[["subprocess.Popen[bytes]"], None]) -> int:
         """Run the file with *words*, with its output on standard output; returns its exit status.
@@ -88,31 +97,41 @@ class RemoteHost:
         return status
 
     def fetch(self, folder: Path) -> None:
-        """Copy the results into *folder*, and remove all from the host.
+        """Copy the results into *folder*: all regular files.
 
         :raises Lost: that failed
         """
-        data = self._call(_FETCH.format(folder=self._folder))
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
-            for member in archive:
-                path = PurePosixPath(member.name).relative_to("results")
-                content = archive.extractfile(member)
-                if content is not None and ".." not in path.parts:
-                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / path).write_bytes(content.read())
-        self._call(f"rm -rf {self._folder}")
+        data = self._call(_FETCH.format(folder=self._folder, mark=_MARK)).partition(f"{_MARK}\n".encode())[2]
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+                for member in archive:
+                    path = PurePosixPath(member.name)
+                    content = archive.extractfile(member) if member.isfile() else None
+                    if content is not None and path.parts[0] == "results" and ".." not in path.parts:
+                        target = folder.joinpath(*path.parts[1:])
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(content.read())
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise Lost(f"its results did not arrive: {error}") from None
 
-    def has_rebooted(self) -> bool:
+    def remove(self) -> None:
+        """Remove the folder there, if the host answers."""
+        if self._folder:
+            with suppress(Lost):
+                self._call(f"rm -rf {self._folder}")
+
+    def has_rebooted(self, given_up: Callable[[], bool]) -> bool:
         """Whether it has booted since the upload; waits until it answers, RECONNECT seconds at most.
 
+        :param given_up: whether to wait no longer
         :raises Lost: it does not answer
         """
         end = time.monotonic() + RECONNECT
         while True:
             try:
-                return self._call(_BOOT_ID).decode().strip() != self._boot
+                return self._boot not in self._call(_BOOT_ID).decode().split()
             except Lost:
-                if time.monotonic() > end:
+                if time.monotonic() > end or given_up():
                     raise
                 time.sleep(_PAUSE)
 
@@ -167,24 +186,29 @@ def main(arguments: list[str]) -> int:
             status = host.run([*words, "--results=results"], signals.started)
             host.fetch(results)
         except Lost as error:
-            _explain_loss(host, results, str(error))
-    except (Lost, CannotTest, OSError) as error:
+            _explain_loss(host, results, str(error), signals)
+        finally:
+            host.remove()
+    except (Lost, CannotTest, OSError, ValueError) as error:
         print(f"cannot be tested: {error}", flush=True)
         return CANNOT_TEST
     if signals.came:
         return STATUSES[pytest.ExitCode.INTERRUPTED]
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *STATUSES):
+        print(f"cannot be tested: it ended there with status {status}", flush=True)
+        return CANNOT_TEST
     return CANNOT_TEST if status == pytest.ExitCode.NO_TESTS_COLLECTED else STATUSES.get(status, status)
 
 
-def _explain_loss(host: RemoteHost, results: Path, error: str) -> NoReturn:
+def _explain_loss(host: RemoteHost, results: Path, error: str, signals: _Signals) -> NoReturn:
     """Fetch what a host that was lost has kept.
 
     :raises CannotTest: always; it says what is known
     """
     try:
-        what = "the host rebooted" if host.has_rebooted() else error
+        what = "the host rebooted" if host.has_rebooted(lambda: signals.came) else error
     except Lost as why:
-        raise CannotTest(f"{error}, and the host does not answer any more: {why}") from None
+        raise CannotTest(f"{error}, and the host no longer answers: {why}") from None
     try:
         host.fetch(results)
         running = ", ".join(read(results).running)

@@ -3,6 +3,7 @@
 
 import ctypes
 import mmap
+import resource
 import signal
 from array import array
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ _DIRTY = bytes([uapi.KVM_DIRTY_GFN_F_DIRTY])
 # How many entries' flags are read at first, and by how much more each time: a ring with few entries should be cheap to read,
 # and so should a full one.
 _FIRST_BLOCK, _GROWTH = 64, 4
+
+# Waiting for a lock is sleeping, too: so many calls in a row, no more, are repeated for that.
+_MOST_RESETS = 100
 
 # The slots and the offsets of entries, in the ring's order. They stay arrays: to make Python's integers of 65,536 entries
 # takes longer than everything else that a harvest does.
@@ -140,13 +144,24 @@ class DirtyRing:
 
 
 def reset_harvested(vm: Vm) -> int:
-    """KVM_RESET_DIRTY_RINGS on *vm*; returns how many entries it reset.
+    """KVM_RESET_DIRTY_RINGS on *vm*, so that it resets every entry that was harvested before; returns how many it reset.
 
-    Since Linux 6.17 (commit 49005a2a3d2a) a pending signal ends the call early. All signals are blocked meanwhile, so that it
-    has to reset every entry that was harvested before.
+    Since Linux 6.17 (commit 49005a2a3d2a) a pending signal ends the call early. All signals are blocked meanwhile. SIGSTOP, a
+    debugger or a freezer cannot be blocked: then the thread has slept, and the call is repeated.
     """
+    count = 0
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        return vm.reset_dirty_rings()
+        for _ in range(_MOST_RESETS):
+            sleeps = _sleeps()
+            count += vm.reset_dirty_rings()
+            if _sleeps() == sleeps:
+                break
+        return count
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _sleeps() -> int:
+    """How often this thread has given up its CPU."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

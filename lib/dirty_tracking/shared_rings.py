@@ -22,7 +22,7 @@ class SharedRings:
         self.signalled = False
         self._vm = vm
         self._rings = rings
-        self._harvesting = [threading.Lock() for _ in vm.vcpus]
+        self._harvesting = [threading.Lock() for _ in rings]
         self._cond = threading.Condition()
         self._calls = 0
         self._in_progress: set[int] = set()
@@ -65,12 +65,8 @@ class SharedRings:
         while True:
             count += self.reset()
             calls += 1
+            left = [vcpu for vcpu, position in enumerate(positions) if position and self._is_left(vcpu, position - 1)]
             with self._cond:
-                left = [
-                    vcpu
-                    for vcpu, position in enumerate(positions)
-                    if position and self._rings[vcpu].is_harvested(position - 1)
-                ]
                 if not left:
                     others = set(self._in_progress)
                     if self._cond.wait_for(lambda others=others: not others & self._in_progress, HANG_TIMEOUT):  # type: ignore[misc]
@@ -79,3 +75,12 @@ class SharedRings:
             if not self.signalled or time.monotonic() > deadline:
                 detail = f"{counted(calls, 'call')} left harvested entries in the rings of vCPUs {left}"
                 raise ContractViolation([Violation(Kind.RESET_COUNT, detail, rule="R8")])
+
+    def _is_left(self, vcpu: int, number: int) -> bool:
+        """Whether entry *number* is harvested and not reset.
+
+        Once the ring has been harvested for a lap behind it, it was reset, and its place has another entry.
+        """
+        ring = self._rings[vcpu]
+        with self._harvesting[vcpu]:
+            return ring.next <= number + ring.entries and ring.is_harvested(number)

@@ -19,7 +19,7 @@ from harness.figure_changes import FEWEST_RUNS, Moved, common_figures, moved_fig
 from harness.kernel_verdict import describe_system
 from harness.rejudge import judged_anew
 from harness.run_report import FILES_OF_A_RUN
-from harness.table import DIMENSIONS, UNTESTED
+from harness.table import DIMENSIONS, UNTESTED, VERDICTS
 from harness.toml_file import TomlError
 from kvm_util.wording import counted
 from runner.boot_outcome import BootOutcome
@@ -121,6 +121,8 @@ class SavedRun:
             cells = {f"{_MATRIX}[{_cell_id(cell)}]": cell for cell in data["cells"]}
             rows = {**cells, **{test["test"]: test for test in data["tests"]}}
             tests = {test: Result(row["verdict"], row["reason"] or "") for test, row in rows.items()}
+            if others := {result.verdict for result in tests.values()}.difference(VERDICTS):
+                raise ValueError(f"no such verdicts: {others}")
             reports = data["kernel_log"] if isinstance(data["kernel_log"], list) else []
             # CPU, PID, line and address differ between two runs.
             titles = {_NUMBER.sub("N", report["title"]) for report in reports if report["known_bug"] is None}
@@ -130,12 +132,12 @@ class SavedRun:
             figures = [_figures(costs)] if costs else []
             machines = {_machine(host, machine)} if costs else set()
             system = describe_system(host, machine)
-            return cls(str(folder), system, host["parameters"], tests, titles, death, figures, machines)
+            return cls(str(folder), system, dict(host["parameters"]), tests, titles, death, figures, machines)
         except OSError as error:
             raise CompareError(f"{error.filename}: {error.strerror}") from None
         except TomlError as error:
             raise CompareError(str(error)) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             what = f"{path} is no {_RESULTS} of a run" + (
                 ", or a file of a failure beside it is damaged" if rejudge else ""
             )
@@ -160,7 +162,7 @@ def _cell_id(cell: Mapping[str, Any]) -> str:
 def _figures(costs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """Of each phase of each scenario the least time of its rounds, in milliseconds: other load only makes one longer."""
     return {
-        f"{phase}, {scenario}": min(times[phase] for times in rounds)
+        f"{phase}, {scenario}": min(float(times[phase]) for times in rounds)
         for scenario, rounds in costs.items()
         for phase in rounds[0]
     }
@@ -348,8 +350,9 @@ def _show_rejudged(folder: Path, all_tests: bool) -> int:
     *lines, _ = Comparison.of(base, replace(new, name=f"{new.name}, judged by today's known_bugs.toml")).lines(
         all_tests
     )
-    print("\n".join([*lines, "bad" if new.is_bad else "good"]))
-    return 1 if new.is_bad else 0
+    left = f"no verdict: {counted(new.cut_short, 'test')} did not run" if new.cut_short else "good"
+    print("\n".join([*lines, "bad" if new.is_bad else left]))
+    return 1 if new.is_bad else 2 if new.cut_short else 0
 
 
 if __name__ == "__main__":

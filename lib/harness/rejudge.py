@@ -7,6 +7,7 @@ a file (an error, a call with another answer than expected) is one with any list
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ def judged_anew(folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     :raises TomlError: the list has a mistake
     :raises OSError, ValueError, KeyError, TypeError: a file is not what a run has written
     """
-    bugs = known_bugs.on_host(Host(**data["host"]))
+    known = {field.name for field in fields(Host)}
+    bugs = known_bugs.on_host(Host(**{name: value for name, value in data["host"].items() if name in known}))
     log = data["kernel_log"]  # or why it was not watched
     reports = [_report(report, bugs) for report in log] if isinstance(log, list) else []
     blamed = {test: report["title"] for report in reports if report["known_bug"] is None for test in report["tests"]}
-    explained = {report["title"] for report in reports if report["known_bug"] is not None}
+    unexplained = {report["title"] for report in log if report["known_bug"] is None} if reports else set()
+    explained = {report["title"] for report in reports if report["known_bug"] is not None} & unexplained
 
     def judge(row: Mapping[str, Any]) -> dict[str, Any]:
         if row["verdict"] in UNTESTED:
@@ -61,7 +64,7 @@ def _verdict(folder: Path, row: Mapping[str, Any], bugs: Sequence[KnownBug], by_
 
     :param by_log: whether it failed because of a report in the kernel's log that a bug explains today
     """
-    verdict, reason = row["verdict"], row["reason"]
+    verdict, reason = row["verdict"], row["reason"] or ""
     name = row["test"].partition("::")[2].partition("[")[0]
     cell = Cell(**{dimension: row[dimension] for dimension in DIMENSIONS}) if "log_mode" in row else None
     bugs = [bug for bug in bugs if bug.concerns(name, cell)]

@@ -64,9 +64,9 @@ class Vcpu:
             signal.raise_signal(signal.SIGUSR2)
             yield
         finally:
-            ioctl(self.fd, uapi.KVM_SET_SIGNAL_MASK, "KVM_SET_SIGNAL_MASK", None, f"vCPU {self.id}")
             signal.sigtimedwait({signal.SIGUSR2}, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            ioctl(self.fd, uapi.KVM_SET_SIGNAL_MASK, "KVM_SET_SIGNAL_MASK", None, f"vCPU {self.id}")
 
     def enable_cap(self, cap: int) -> None:
         """KVM_ENABLE_CAP on the vCPU, without arguments (api.rst section 6)."""

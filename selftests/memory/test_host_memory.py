@@ -86,9 +86,11 @@ def moved(memory: GuestMemory) -> Iterator[None]:
     """Move the pages to another hva, and back."""
     with closing(mmap.mmap(-1, SIZE)) as elsewhere:
         spare = ctypes.addressof(ctypes.c_char.from_buffer(elsewhere))
+        # What moves leaves a hole, which is filled at once: another thread's mapping could go there.
         move_pages(start_of(memory), spare)
+        map_at(start_of(memory))
         move_pages(spare, start_of(memory))
-        map_at(spare)  # for *elsewhere* to unmap
+        map_at(spare)
     yield
 
 

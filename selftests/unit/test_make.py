@@ -105,7 +105,7 @@ def test_kernel_in_the_environment(clone: Path, name: str) -> None:
         (["compare", "BASE=a", "NEW=b"], "./make_venv.sh .venv requirements.txt"),
         (["compare", "BASE=lib", "NEW=several"], "./make_venv.sh .venv requirements-analysis.txt"),
         (["report", "RUNS=results/a results/b", "OUTPUT=a b.html"], '--output "a b.html" -- results/a results/b'),
-        (["hosts", "HOSTS=a root@b", "ARGS=test -k c"], 'runner/hosts.py "a root@b" test -k c'),
+        (["hosts", "HOSTS=a root@b", "ARGS=test -k c"], 'runner/hosts.py "$HOSTS" test -k c'),
         (["report", "RUNS=results/a"], "./make_venv.sh .venv requirements-report.txt"),
         (["run", "PYTHON=/a b/python3"], 'PYTHON="/a b/python3" ./make_venv.sh .venv requirements.txt'),
     ],

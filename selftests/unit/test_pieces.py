@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dirty_tracking import ring as dirty_ring
 from dirty_tracking.bitmap import new_bitmap, set_pages
 from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.ring import ENTRY_SIZE, DirtyRing, reset_harvested
@@ -220,6 +221,27 @@ def test_reset_in_several_calls(signalled: bool) -> None:
     fake.harvest()
     with nullcontext() if signalled else pytest.raises(ContractViolation, match=r"1 call left .* vCPUs \[0\]"):
         assert rings.reset_up_to([3]) == 3
+
+
+def test_reset_of_a_stopped_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call during which the thread slept, as when it was stopped, is repeated, and no other."""
+    sleeps = iter([0, 1, 1, 1])
+    monkeypatch.setattr(dirty_ring, "_sleeps", lambda: next(sleeps))
+    assert reset_harvested(Resets(lambda: 3, lambda: 4)) == 7
+
+
+def test_entry_of_the_next_lap() -> None:
+    """An entry that another thread has harvested in the same place, a lap later, is not the one that had to be reset."""
+    fake = FakeRing(256)
+    fake.push(*range(256))
+    fake.harvest()
+    fake.map[:] = bytes(len(fake.map))
+    fake.push(7)
+    assert fake.harvest() == [(1, 7)]
+    rings = SharedRings(Resets(lambda: 0, lambda: 0), [fake.ring])
+    assert rings.reset_up_to([1]) == 0
+    with pytest.raises(ContractViolation, match="left harvested entries"):
+        rings.reset_up_to([257])
 
 
 # --- dirty reports ----------------------------------------------------------------------------------------------------

@@ -147,3 +147,21 @@ def test_damaged_file_of_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "a" / f"{file_name(TEST)}.json").write_text("{")
     assert main(["--rejudge", str(tmp_path / "a")]) == 2
     assert capsys.readouterr().err.endswith("or a file of a failure beside it is damaged\n")
+
+
+def test_failure_beside_a_known_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that failed although a bug explained the report in the kernel's log fails with the same list, too."""
+    monkeypatch.setattr(known_bugs, "load", lambda: LIST["log"])
+    log = [WARNING | {"known_bug": "a-bug"}]
+    save(tmp_path / "a", "FAIL", "", {"test": TEST}, str(WARNING["title"]), kernel_log=log)
+    assert SavedRun.load(tmp_path / "a", rejudge=True).tests[TEST].verdict == "FAIL"
+
+
+def test_rejudged_run_that_ended_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose tests did not all run is no good one, judged anew or not."""
+    save(tmp_path / "a", "pass", "", {"test": TEST})
+    data = json.loads((tmp_path / "a/results.json").read_text())
+    data["tests"].append({"test": "other", "verdict": "not run", "reason": "interrupted"})
+    (tmp_path / "a/results.json").write_text(json.dumps(data))
+    assert main(["--rejudge", str(tmp_path / "a")]) == 2
+    assert capsys.readouterr().out.endswith("no verdict: 1 test did not run\n")

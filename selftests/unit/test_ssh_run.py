@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs on other hosts by ssh, against an sshd of the test's own; the host is this one, and the file a small program."""
 
+import io
 import json
 import os
 import shutil
@@ -8,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,10 @@ from runner.errors import CANNOT_TEST
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="an sshd of its own accepts logins only if it runs as root"),
-    pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no sshd (apt install openssh-server)"),
+    pytest.mark.skipif(
+        not (Path("/usr/sbin/sshd").exists() and shutil.which("ssh")),
+        reason="no sshd or no ssh (apt install openssh-client openssh-server)",
+    ),
 ]
 
 # What stands for the one file: it writes results, and then does as the test says.
@@ -50,6 +55,9 @@ JOURNAL = [
 ]  # fmt: skip
 
 
+_PRIVILEGE_SEPARATION = Path("/run/sshd")  # sshd's own empty folder, which its service makes
+
+
 class Sshd:
     """An sshd on a port of its own, and a client that logs in there whatever the host's name is."""
 
@@ -72,7 +80,7 @@ class Sshd:
         self.bin.mkdir()
         (self.bin / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {client} "$@"\n')
         (self.bin / "ssh").chmod(0o755)
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own, which a package's service makes
+        _PRIVILEGE_SEPARATION.mkdir(exist_ok=True)
         self._process = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", str(server)], stderr=subprocess.PIPE)
         self._errors = self._process.stderr
         assert self._errors is not None
@@ -80,9 +88,9 @@ class Sshd:
 
     def sessions(self) -> list[int]:
         """The processes that serve connections."""
-        parent = str(self._process.pid)
-        done = subprocess.run(["pgrep", "-P", parent], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in done.stdout.split()]
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        return [int(child) for child in children.read_text().split()] if children.exists() else []
 
     def close(self) -> None:
         for pid in self.sessions():
@@ -144,6 +152,68 @@ def test_results_of_another_host(tmp_path: Path, sshd: Sshd, there: int, here: i
     assert [*run.there.iterdir()] == []
 
 
+def test_status_that_is_not_pytests(tmp_path: Path, sshd: Sshd) -> None:
+    """A run that ended on the host with a status that pytest does not have, as one that was killed, is no verdict."""
+    run = Remote(tmp_path, status=137)
+    run.wait_for_begin()
+    assert run.end() == (CANNOT_TEST, "cannot be tested: it ended there with status 137")
+
+
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: bytes) -> int:
+    """Run against an ssh that answers a login with a greeting, the run with status 1, and the fetch with *results*."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "data").write_bytes(results)
+    script = f"""#!/bin/sh
+for last; do :; done
+echo "Welcome to a b"
+case $last in
+*mktemp*) cat >/dev/null; echo dirty-tracking-is-in /there; echo some-boot-id ;;
+*tarfile*) echo dirty-tracking-is-in; cat {tmp_path}/data ;;
+*boot_id*) echo some-boot-id ;;
+*./file*) exit 1 ;;
+esac
+"""
+    (tmp_path / "bin/ssh").write_text(script)
+    (tmp_path / "bin/ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return ssh_run.main(["host", str(tmp_path / "data"), str(tmp_path / "results"), "run"])
+
+
+def tar(members: Mapping[str, str]) -> bytes:
+    """A tar file of regular files, and of symbolic links where the content begins with ``->``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in members.items():
+            member = tarfile.TarInfo(name)
+            if text.startswith("->"):
+                member.type, member.linkname = tarfile.SYMTYPE, text[2:]
+            else:
+                member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def test_odd_results_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only regular files below the results come here, whatever the host sends, and a greeting at its login does no harm."""
+    members = {
+        "results/a": "text",
+        "results/link": "->/nowhere",
+        "/results/b": "x",
+        "results/../c": "x",
+        "other/d": "x",
+    }
+    assert answer(tmp_path, monkeypatch, tar(members)) == 1
+    assert [(path.name, path.read_text()) for path in (tmp_path / "results").rglob("*")] == [("a", "text")]
+
+
+def test_results_that_are_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results that arrive in part make no verdict."""
+    assert answer(tmp_path, monkeypatch, tar({"results/a": "text" * 1000})[:50]) == CANNOT_TEST
+    assert capsys.readouterr().out.splitlines()[-1].startswith("cannot be tested: its results did not arrive: ")
+
+
 def test_host_that_does_not_answer(tmp_path: Path, sshd: Sshd) -> None:
     """A host that ssh does not reach cannot be tested, for ssh's reason."""
     sshd.close()
@@ -173,7 +243,7 @@ def test_signal_ends_the_run_there(tmp_path: Path, sshd: Sshd, number: int) -> N
             "ssh_run.OPTIONS = ('ServerAliveInterval=1', 'ServerAliveCountMax=1')",
             "the connection was lost",
         ),
-        (signal.SIGKILL, "ssh_run.RemoteHost.has_rebooted = lambda host: True", "the host rebooted"),
+        (signal.SIGKILL, "ssh_run.RemoteHost.has_rebooted = lambda host, given_up: True", "the host rebooted"),
     ],
     ids=["dead", "hung", "rebooted"],
 )
@@ -200,9 +270,7 @@ def test_host_that_stays_away(tmp_path: Path, sshd: Sshd) -> None:
         os.kill(pid, signal.SIGKILL)
     status, line = run.end()
     assert status == CANNOT_TEST
-    assert line.startswith(
-        "cannot be tested: the connection was lost, and the host does not answer any more: ssh: connect"
-    )
+    assert line.startswith("cannot be tested: the connection was lost, and the host no longer answers: ssh: connect")
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:

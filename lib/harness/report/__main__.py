@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReportError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        print(f"report: a run has figures that cannot be shown: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"report: {options.output}: {error.strerror}", file=sys.stderr)
         return 2
