@@ -18,6 +18,8 @@ C_TEST ?=
 # The results folders of runs that `make compare` compares, or the kernels of `make check-regression`
 BASE ?=
 NEW ?=
+# The bug, a folder below bugs/, that `make prove-fix` is about
+BUG ?=
 
 # The results folder of a run that `make rejudge` judges anew
 RESULTS ?=
@@ -44,7 +46,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix compare rejudge check-regression hosts report fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix prove-fix compare rejudge check-regression hosts report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -74,6 +76,9 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
+
+prove-fix: $(VENV)/run ## build and boot a kernel with and without a patch: BUG=a folder below bugs/; 7 minutes, 2 GB
+	@$(VENV)/bin/python -m runner.prove_fix "$(BUG)"
 
 # Only times, of which several runs are needed, need more than what the suite runs with.
 SEVERAL_RUNS = $(wildcard $(BASE:=/*/results.json) $(NEW:=/*/results.json))
@@ -145,6 +150,7 @@ TAKES_unit := ARGS WORKERS
 TAKES_test := ARGS WORKERS
 TAKES_test-all := ARGS WORKERS
 TAKES_kill-matrix := ARGS
+TAKES_prove-fix := BUG
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
@@ -153,7 +159,7 @@ TAKES_check-regression := BASE NEW ARGS
 TAKES_rejudge := RESULTS ARGS
 TAKES_report := RUNS OUTPUT
 TAKES_hosts := HOSTS ARGS
-VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW RESULTS RUNS OUTPUT HOSTS PYTHON
+VARIABLES := ARGS WORKERS KERNEL KVM_PARAMS MATRIX C_TEST BASE NEW BUG RESULTS RUNS OUTPUT HOSTS PYTHON
 
 GOALS := $(or $(MAKECMDGOALS),help)
 origin_is = $(findstring $(1),$(origin $(2)))
@@ -164,7 +170,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel check-regression hosts matrix unit test test-all kill-matrix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel check-regression hosts matrix unit test test-all kill-matrix prove-fix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -206,6 +212,11 @@ endif
 ifneq ($(filter hosts,$(GOALS)),)
 ifeq ($(strip $(HOSTS)),)
 $(error make hosts: HOSTS names no host: HOSTS='root@a root@b', as ssh takes them (docs/hosts.md))
+endif
+endif
+ifneq ($(filter prove-fix,$(GOALS)),)
+ifeq ($(strip $(BUG)),)
+$(error make prove-fix: BUG names no bug: BUG=ring-reset-interrupted, or another folder below bugs/)
 endif
 endif
 ifneq ($(filter matrix,$(GOALS)),)

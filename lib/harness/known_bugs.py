@@ -48,6 +48,10 @@ class KnownBug:
             and all(host.parameters.get(name) == value for name, value in self.parameters.items())
         )
 
+    def is_of(self, family: str) -> bool:
+        """Whether it is the bug *family*, such as a folder below bugs/ is named after, or one of several entries of it."""
+        return f"{self.id}-".startswith(f"{family}-")
+
     def concerns(self, test: str, cell: Cell | None = None) -> bool:
         """Whether the entry has a test, by the name of its function, or the *cell* of the test."""
         if test in self.tests or cell is None or not self.cells:
