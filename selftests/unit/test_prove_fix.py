@@ -11,7 +11,7 @@ import pytest
 from runner import prove_fix
 from runner.errors import CannotTest
 from runner.kernel import Kernel
-from runner.kernel_source import SourceTree
+from runner.kernel_source import SourceTree, fetch_source
 
 OWN = {"test_own"}
 BEFORE = {
@@ -117,3 +117,10 @@ def test_source_that_cannot_be_built(tmp_path: Path, release: str, left: float, 
     packages = make_packages(tmp_path, "7.2.13")
     with pytest.raises(CannotTest, match=message):
         SourceTree(packages, Kernel(tmp_path, release, tmp_path), tmp_path / "tree", time.monotonic() + left)
+
+
+def test_missing_programs_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel is built with, and this machine lacks, is one line with the command that installs it."""
+    monkeypatch.setattr("shutil.which", lambda name: None if name in ("flex", "pahole") else f"/usr/bin/{name}")
+    with pytest.raises(CannotTest, match=r"a kernel is built with flex, pahole, which .* \(apt install .* dwarves "):
+        fetch_source("7.2")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The reproducers of bugs/ in a booted kernel that has the bugs."""
+
+import io
+import json
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import ROOT, initramfs
+from runner.arch import this_arch
+from runner.cpio import CpioWriter
+from runner.guest_init import Job
+from runner.kernel import Kernel
+from runner.modules import kvm_modules
+from runner.qemu import Machine, RunningMachine, find_qemu
+
+pytestmark = [pytest.mark.boots, pytest.mark.slow]
+
+# The kernels that tests boot are older than ring-reset-interrupted, which Linux 6.17 brought.
+SHOWN = sorted({path.parent.name for path in (ROOT / "bugs").glob("*/reproducer.c")} - {"ring-reset-interrupted"})
+TIME_LIMIT = 120  # seconds
+# What the kernel runs once KVM's modules are loaded
+RUN = """
+import json, os, subprocess
+input()
+print(json.dumps({name: subprocess.run([f"/reproducers/{name}"]).returncode for name in os.listdir("/reproducers")}))
+"""
+
+
+def test_reproducers_show_their_bugs(kernel: Kernel, tmp_path: Path) -> None:
+    """Without eager page splitting, each reproducer ends with status 1 in a kernel that has its bug."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc (apt install gcc libc6-dev)")
+    qemu = find_qemu(None, "tcg", ())
+    modules = kvm_modules(kernel, qemu.vendor)
+    parameters = {"kvm.eager_page_split": "0"}
+    job = Job(
+        report_port=this_arch().report_port,
+        modules=[(module.guest_path, module.arguments(parameters)) for module in modules],
+        parameters=parameters,
+        keep_off_cpu_0=qemu.keeps_off_cpu_0,
+        command=[initramfs.PYTHON, "-c", RUN],
+        environment={},
+    )
+    with initramfs.build(tmp_path, modules, job) as archive:
+        archive.seek(0, io.SEEK_END)
+        added = CpioWriter(archive)
+        for name in SHOWN:
+            program, source = tmp_path / name, ROOT / "bugs" / name / "reproducer.c"
+            subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
+            added.add_file(f"/reproducers/{name}", program.read_bytes(), 0o755)
+        added.finish()
+        archive.flush()
+        size = Machine(memory=1024, cpus=1, append="")
+        files = (tmp_path / name for name in ("console.log", "qemu.log"))
+        machine = RunningMachine(qemu, size, kernel.image, archive.fileno(), *files)
+        try:
+            output = output_of(machine)
+        finally:
+            machine.close()
+    statuses = json.loads(output.splitlines()[-1])
+    assert statuses == dict.fromkeys(SHOWN, 1), output
+
+
+def output_of(machine: RunningMachine) -> str:
+    """What the program printed that the machine ran, once it has ended."""
+    deadline = time.monotonic() + TIME_LIMIT
+    while select.select([machine], [], [], max(deadline - time.monotonic(), 0))[0]:
+        messages = machine.receive()
+        assert messages is not None, machine.console()
+        for message in messages:
+            assert "cannot_test" not in message, message
+            if "output" in message:
+                return str(message["output"])
+    raise AssertionError(f"no result in {TIME_LIMIT} s\n{machine.console()}")
