@@ -77,7 +77,7 @@ test-all: $(VENV)/dev lint ## everything: also unit tests with planted faults, a
 kill-matrix: $(VENV)/run ## run each contract test under each planted fault; compare with the kill matrix, and add new kills
 	@PYTHONPATH=lib $(VENV)/bin/python -m selftests.unit.mutants.record $(ARGS)
 
-prove-fix: $(VENV)/run ## build and boot a kernel with and without a patch: BUG=a folder below bugs/; 7 minutes, 2 GB
+prove-fix: $(VENV)/run ## build and boot a kernel with and without a patch: BUG=a folder below bugs/; 10 minutes, 2 GB
 	@$(VENV)/bin/python -m runner.prove_fix "$(BUG)"
 
 # Only times, of which several runs are needed, need more than what the suite runs with.
