@@ -47,6 +47,9 @@ def start(command: list[str], folder: Path, **environment: str) -> Done:
         "C_TEST",
         "RUNS",
         "OUTPUT",
+        "BUG",
+        "RESULTS",
+        "HOSTS",
     )
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(

@@ -26,7 +26,15 @@ OTHERS = {
     "harness": {"_pytest", "jinja2", "markupsafe", "numpy", "pygal", "pytest", "scipy", "xdist"},
 }
 # The commands of runner/ read what a run of pytest has left: they are on top of all packages, and import each other only.
-COMMANDS = {"check_kernel.py", "check_regression.py", "hosts.py", "kernel_matrix.py", "kernel_runs.py", "prove_fix.py", "ssh_run.py"}
+COMMANDS = {
+    "check_kernel.py",
+    "check_regression.py",
+    "hosts.py",
+    "kernel_matrix.py",
+    "kernel_runs.py",
+    "prove_fix.py",
+    "ssh_run.py",
+}
 FILES = {
     package: [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name not in COMMANDS]
     for package, folder in {name: "runner" if name == "runner" else f"lib/{name}" for name in SUITE}.items()
