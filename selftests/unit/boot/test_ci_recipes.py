@@ -20,19 +20,20 @@ TESTS = "selftests/interface/test_slots.py -k test_logging_disabled_and_enabled"
 
 def commands(recipe: str) -> list[str]:
     """The shell commands with which a recipe runs the suite."""
-    block = re.search(r"^ *(?:- run: \||script:)\n((?: +.*\n)*?)(?= *(?:- uses|artifacts):)", RECIPES[recipe], re.M)
+    block = re.search(r"^ *(?:- run: \||script:)\n((?: +.*\n)*?)(?= *(?:- if|after_script):)", RECIPES[recipe], re.M)
     assert block is not None
-    return [line.strip().removeprefix("- ") for line in block[1].splitlines()]
+    (report,) = re.findall(r"make report .*", RECIPES[recipe])
+    return [*(line.strip().removeprefix("- ") for line in block[1].splitlines()), report]
 
 
 def test_recipes_have_the_same_commands() -> None:
     """Each recipe runs the same commands, so that a test of one is a test of all."""
     assert commands("GitHub Actions") == commands("GitLab")
-    assert len(commands("GitLab")) == 2
+    assert len(commands("GitLab")) == 3
 
 
 def test_commands_of_a_recipe(kernel: Kernel, tmp_path: Path) -> None:
-    """The commands test the kernel; results, JUnit with the kernel's name, and a complete KTAP stream are where they say."""
+    """The commands test the kernel; results, JUnit with the kernel's name, a complete KTAP stream and a report are there."""
     debian = "debian:" + ".".join(kernel.release.split(".")[:2])
     environment = {"KERNEL": debian, "RESULTS": str(tmp_path / "ci"), "TESTS": TESTS}
     script = "set -e\n" + "\n".join(commands("GitHub Actions"))
@@ -47,3 +48,4 @@ def test_commands_of_a_recipe(kernel: Kernel, tmp_path: Path) -> None:
     assert ktap[1] == f"1..{len(results)}"
     assert results[-1] == f"ok {len(results)} the run"
     assert (tmp_path / "ci/results.json").exists()
+    assert kernel.release in (tmp_path / "ci/report.html").read_text()
