@@ -21,8 +21,8 @@ _DIRTY = bytes([uapi.KVM_DIRTY_GFN_F_DIRTY])
 # and so should a full one.
 _FIRST_BLOCK, _GROWTH = 64, 4
 
-# Waiting for a lock is sleeping, too: so many calls in a row, no more, are repeated for that.
-_MOST_RESETS = 100
+# Waiting for a lock is sleeping, too, so that calls of several threads would repeat each other without end.
+_MOST_RESETS = 4
 
 # The slots and the offsets of entries, in the ring's order. They stay arrays: to make Python's integers of 65,536 entries
 # takes longer than everything else that a harvest does.
