@@ -35,6 +35,8 @@ NATIVE = "native"
 
 def main(arguments: list[str]) -> int:
     """Run the suite as *arguments* say; returns the exit status."""
+    # Without PATH in its environment, a Python that env(1) has started does not know its own name.
+    sys.executable = sys.executable or os.path.realpath("/proc/self/exe")
     if sys.version_info < _OLDEST_PYTHON:
         return _refuse("needs Python 3.11 or newer, this is {}.{}: {}".format(*sys.version_info[:2], sys.executable))
     command, *words = arguments or [""]

@@ -75,6 +75,14 @@ def test_file_needs_only_python(kvm: object, bare: Bare) -> None:
     assert [*bare.temporary.iterdir()] == []
 
 
+def test_file_without_path(bare: Bare) -> None:
+    """The file runs by its first line, too, where the environment has no PATH and Python does not know its own name."""
+    if os.path.realpath("/usr/bin/python3") != os.path.realpath(PYTHON):
+        pytest.skip("the file is made for another Python than the system's")
+    done = bare.run_command(["/usr/bin/env", "python3", str(bare.file), "test", "--version"])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_reproduce_line_names_the_file(bare: Bare) -> None:
     """The printed command, pasted in the same folder, shows the same failure."""
     options = ["--log-mode=dirty-log", "--guest-mode=48bit-4k", "--backing=shmem", "--stop=forced", "--vcpus=1"]

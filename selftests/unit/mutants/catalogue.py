@@ -150,7 +150,7 @@ def entry_of_another_slot(patch: pytest.MonkeyPatch) -> None:
     falsify_rings(patch, lambda _ring, entries: entries[:-1] + [(slot + 1, offset) for slot, offset in entries[-1:]])
 
 
-@_mutant(RING, Kind.LOST, Kind.SPURIOUS)
+@_mutant(RING, Kind.LOST, Kind.SPURIOUS, Kind.DUPLICATE)
 def entry_in_another_ring(patch: pytest.MonkeyPatch) -> None:
     """The last entry of each harvest is in the ring that is harvested next, and not in its own."""
     kept: Entries = []
