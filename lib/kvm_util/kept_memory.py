@@ -3,6 +3,8 @@
 
 import ctypes
 import mmap
+import sys
+from contextlib import suppress
 
 from kvm_util.closing import Closing
 from kvm_util.memory import Backing, GuestMemory
@@ -48,7 +50,7 @@ class KeptMemory(Closing):
 
 
 class _Memory(GuestMemory):
-    """Memory that *owner* keeps when it is closed, if it was allocated, and has the huge pages that it is to have."""
+    """Memory that *owner* keeps when it is closed, unless by an interruption, if it was allocated, and has its huge pages."""
 
     def __init__(
         self, owner: KeptMemory, kind: _Kind, backing: Backing, size: int, gpa: int, mapped: mmap.mmap | None
@@ -65,7 +67,12 @@ class _Memory(GuestMemory):
         self._fit = is_huge or not self.backing.page_size
 
     def _release(self, mapped: mmap.mmap) -> None:
-        if self._fit:
+        if isinstance(sys.exception(), KeyboardInterrupt):
+            with suppress(
+                BufferError
+            ):  # what was interrupted may have views, and the mapping goes with the last of them
+                mapped.close()
+        elif self._fit:
             self._owner.keep(mapped, self._kind)
         else:
             mapped.close()

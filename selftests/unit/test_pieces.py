@@ -448,3 +448,17 @@ def test_no_hugetlb_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_size_text_units(size: int, text: str) -> None:
     """A size is shown in the largest unit that divides it."""
     assert size_text(size) == text
+
+
+def test_memory_of_an_interrupted_run() -> None:
+    """Memory that is closed by an interruption is not kept, and views in what was interrupted do no harm."""
+    with KeptMemory() as kept:
+        memory = kept.make(BACKINGS["anonymous"], MIB, 0)
+        memory.populate()
+        view = memory.view[:8]
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                memory.close()
+    view.release()
