@@ -64,8 +64,8 @@ def _no_leaks() -> object:
 
 
 @pytest.mark.slow
-def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
-    """Three hundred runs over all modes, some of them failing, leak neither files nor threads nor memory."""
+def test_no_leaks_after_120_runs(kvm: Kvm) -> None:
+    """A hundred and twenty runs over all modes, some of them failing, leak neither files nor threads nor memory."""
     modes = [name for name, mode in LOG_MODES.items() if mode.supported(kvm) is None]
 
     def one_run(number: int) -> None:
@@ -77,15 +77,15 @@ def test_no_leaks_after_300_runs(kvm: Kvm) -> None:
             else:
                 run.run()
 
-    for number in range(50):
+    for number in range(20):
         one_run(number)
     gc.collect()
     before, files = resident_memory(), open_files()
-    for number in range(250):
+    for number in range(100):
         one_run(number)
     gc.collect()
     assert open_files() == files
-    # 250 leaked VMs of this size would be 500 MiB of test memory alone.
+    # 100 leaked VMs of this size would be 200 MiB of test memory alone.
     assert resident_memory() - before < 20 * MIB
 
 

@@ -15,7 +15,7 @@ from dirty_tracking.dirty_log_run import DirtyLogRun
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
-ITERATIONS = 200
+ITERATIONS = 100
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def cpu_hogs() -> Iterator[None]:
 @pytest.mark.parametrize("stop", ["cooperative", "forced"])
 @pytest.mark.usefixtures("cpu_hogs")
 @pytest.mark.slow
-def test_no_false_alarm_in_200_iterations(kvm: Kvm, settings: Settings, log_mode: str, stop: str) -> None:
-    """A sound KVM passes 200 short iterations with two vCPUs, a small ring, and a busy process on each CPU."""
+def test_no_false_alarm_in_100_iterations(kvm: Kvm, settings: Settings, log_mode: str, stop: str) -> None:
+    """A sound KVM passes 100 short iterations with two vCPUs, a small ring, and a busy process on each CPU."""
     cell = Cell(log_mode, "48bit-4k", "anonymous", stop, "sparse", 2)
     many = replace(
         settings, iterations=ITERATIONS, interval=1.0, ring_count=min(settings.ring_count, 2048), test_mem=8 * MIB
