@@ -146,7 +146,8 @@ def test_kernel_report_fails_test_and_run(tmp_path: Path, workers: list[str], ex
         plugin += "harness.known_bugs.KnownBug.on = lambda self, host: True\n"
         plugin += "harness.known_bugs.KnownBug.explains_log = lambda self, titles: 'kvm_arch_thing' in titles[0]\n"
     (tmp_path / "plugin.py").write_text(plugin)
-    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", str(tmp_path / "test_it.py"), *workers]
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", f"--results={tmp_path}/results"]
+    command += [str(tmp_path / "test_it.py"), *workers]
     command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest"]
     done = start(command, ROOT, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'lib'}")
     assert "virt/kvm/kvm_main.c:1 kvm_arch_thing" in done.stdout, done.stdout + done.stderr
@@ -166,7 +167,9 @@ import pathlib
 def test_before():
     pass
 def test_one():
-    pathlib.Path({path!r}).write_text("{after}\\n")
+    new = pathlib.Path({path!r} + ".new")
+    new.write_text("{after}\\n")
+    new.replace({path!r})  # another worker must not find it empty, as it never finds the kernel's
 def test_after():
     pass
 """
@@ -183,7 +186,8 @@ def tainting_run(tmp_path: Path, before: int, after: int, *words: str) -> Done:
         plugin += f"runner.taint.{function}.__defaults__ = ({str(path)!r},)\n"
     plugin += "runner.kernel_log.KernelLog.__init__.__defaults__ = ('/nonexistent',)\n"
     (tmp_path / "plugin.py").write_text(plugin)
-    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", str(tmp_path / "test_it.py"), *words]
+    command = [sys.executable, "-m", "pytest", "-p", "plugin", "-v", f"--results={tmp_path}/results"]
+    command += [str(tmp_path / "test_it.py"), *words]
     command += [f"-c{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--confcutdir={ROOT}", "-p", "conftest"]
     return start([*command, "--no-known-bugs"], ROOT, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'lib'}")
 
