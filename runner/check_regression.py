@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from harness.compare import main as compare
 from harness.figure_changes import FEWEST_RUNS
 from harness.kernel_options import AUTO, MACHINE_OPTIONS
-from harness.output_paths import new_folder
+from harness.output_paths import chosen_folder
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_runs import HOST, INTERRUPTED, NOT_RUN, USAGE_ERROR, Planned, Runs, print_line, split_options
 from runner.modules import parse_parameters
@@ -95,9 +95,7 @@ def _plan(arguments: Sequence[str]) -> tuple[list[Planned], Path]:
     rounds = own.get("--rounds", str(_ROUNDS))
     if not rounds.isdecimal() or int(rounds) < FEWEST_RUNS:
         raise _UsageError(f"--rounds: {rounds} is not a number from {FEWEST_RUNS} on; fewer could show no difference")
-    folder = (
-        Path(os.path.abspath(os.path.expanduser(own["--results"]))) if "--results" in own else new_folder("regression")
-    )
+    folder = chosen_folder(own.get("--results"), "regression")
     if any(folder.glob("*/*/results.json")):
         raise _UsageError(f"--results: {folder} has the results of other runs")
     options = [f"--seed={random.SystemRandom().randrange(1 << 32)}", *make_absolute(options)]  # the last --seed counts

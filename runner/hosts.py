@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Run the suite on several hosts at once, by ssh; see _USAGE."""
 
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ if __name__ == "__main__":
     if reason := unmet():
         leave(reason, 128)
 
-from harness.output_paths import new_folder
+from harness.output_paths import chosen_folder
 from kvm_util.wording import counted
 from runner import standalone
 from runner.errors import CANNOT_TEST
@@ -81,7 +80,7 @@ def _plan(arguments: Sequence[str], file: Path) -> tuple[list[Planned], Path]:
     command = words.pop(0) if words[:1] and words[0] in _COMMANDS else _COMMANDS[0]
     # The same seed for all, so that they can be compared; the last --seed counts.
     options = [command, f"--seed={random.SystemRandom().randrange(1 << 32)}", "-v", *words]
-    folder = Path(os.path.abspath(os.path.expanduser(own["--results"]))) if "--results" in own else new_folder("hosts")
+    folder = chosen_folder(own.get("--results"), "hosts")
     if any(folder.glob("*/*")):
         raise _UsageError(f"--results: {folder} has the results of other runs")
     try:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
         leave(reason, 128)
 
 from harness.kernel_options import MACHINE_OPTIONS, VM_MEMORY
-from harness.output_paths import new_folder
+from harness.output_paths import chosen_folder
 from harness.toml_file import TomlError, TomlFile
 from kvm_util.host_limits import available_memory
 from kvm_util.memory import MIB
@@ -128,7 +128,7 @@ def _make_folder(given: str | None) -> Path:
 
     :raises OSError: it cannot be written
     """
-    folder = new_folder("matrix") if given is None else Path(os.path.abspath(os.path.expanduser(given)))
+    folder = chosen_folder(given, "matrix")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text("")
     return folder

@@ -31,6 +31,11 @@ def new_folder(label: str) -> Path:
     return next(path for path in (RESULTS / name for name in names) if not path.exists())
 
 
+def chosen_folder(given: str | None, label: str) -> Path:
+    """The folder that *given*, a value of ``--results``, names, seen from the current one; without it, a new one."""
+    return new_folder(label) if given is None else Path(os.path.abspath(os.path.expanduser(given)))
+
+
 def check_folder(option: str, folder: Path) -> None:
     """Check that *folder*, which *option* names, can be created and written to; leaves nothing behind."""
     with _refusals(f"{option} DIR puts the files elsewhere", folder):
