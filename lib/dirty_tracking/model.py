@@ -224,8 +224,10 @@ class RingModel(DirtyModel):
                 )
             self._update_mapping(state, access, page, push, was_pushed)
         if left:
+            accounted = list(pushed)[: -len(left)]
+            kind = Kind.DUPLICATE if left[0] in accounted else Kind.SPURIOUS
             detail = f"none of its accesses pushes {left[0]}; KVM pushed {_entries(pushed)}"
-            raise _of_vcpu(Kind.SPURIOUS, vcpu, detail, *left[0])
+            raise _of_vcpu(kind, vcpu, detail, *left[0])
         ring = self.rings[vcpu]
         ring.waiting += pushed
         if self.most_used is not None and ring.used > self.most_used:

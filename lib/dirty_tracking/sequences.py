@@ -49,11 +49,15 @@ class FailedSequence:
     """The evidence of a sequence that failed.
 
     :ivar steps: the executed steps, of which the last one failed
+    :ivar violations: the difference between KVM and the model
+    :ivar ring_entries: entries of each ring
     :ivar drops_masks: as in :func:`run_sequence`
     """
 
     mode: str
     steps: tuple["Step", ...]
+    violations: tuple[Violation, ...]
+    ring_entries: int
     drops_masks: bool = False
 
     @property
@@ -75,10 +79,10 @@ class SequenceFailed(ContractViolation):
     :ivar sequence: the executed steps
     """
 
-    def __init__(self, sequence: FailedSequence, error: ContractViolation | KvmError | GuestError) -> None:
-        found = error.violations if isinstance(error, ContractViolation) else [Violation(Kind.OTHER, str(error))]
+    def __init__(self, sequence: FailedSequence) -> None:
         self.sequence = sequence
-        super().__init__(found, f"{sequence.mode}: step {len(sequence.steps)}, {sequence.steps[-1]}", sequence)
+        doing = f"{sequence.mode}: step {len(sequence.steps)}, {sequence.steps[-1]}"
+        super().__init__(sequence.violations, doing, sequence)
 
 
 def script(mode: str, steps: Sequence["Step"], drops_masks: bool = False) -> str:
@@ -127,7 +131,10 @@ def run_sequence(
                 clamped.execute(vm)
                 vm.check_no_new_entries()
             except (ContractViolation, KvmError, GuestError) as error:
-                raise SequenceFailed(FailedSequence(mode, tuple(done), drops_masks), error) from error
+                found = (
+                    error.violations if isinstance(error, ContractViolation) else (Violation(Kind.OTHER, str(error)),)
+                )
+                raise SequenceFailed(FailedSequence(mode, tuple(done), found, vm.ring_entries, drops_masks)) from error
     return len(done)
 
 
@@ -137,16 +144,16 @@ class ModelCheckedVm(Closing):
     def __init__(self, kvm: Kvm, host: Host, mode: str, drops_masks: bool = False) -> None:
         log_mode = LOG_MODES[mode]
         self.emulates = host.backend in EMULATING_BACKENDS
-        entries = 1024 if uses_pml(host) else PAGE // ENTRY_SIZE
+        self.ring_entries = 1024 if uses_pml(host) else PAGE // ENTRY_SIZE
         self.model: BitmapModel | RingModel
         if log_mode.uses_ring:
-            soft_limit = entries - reserved_entries(host)
+            soft_limit = self.ring_entries - reserved_entries(host)
             # Without emulation, the exit that fills a ring pushes one entry, and at most those of the CPU's own log (PML).
-            most = None if self.emulates else entries - KVM_RESERVED if uses_pml(host) else soft_limit
+            most = None if self.emulates else self.ring_entries - KVM_RESERVED if uses_pml(host) else soft_limit
             self.model = RingModel(VCPUS, soft_limit, self.emulates, most, drops_masks)
         else:
             self.model = BitmapModel(log_mode.manual, log_mode.initially_set, self.emulates)
-        self.test_vm = ScriptedVm(kvm, mode, VCPUS, entries)
+        self.test_vm = ScriptedVm(kvm, mode, VCPUS, self.ring_entries)
         self.vm = self.test_vm.vm
         self.test_vm.map(FIRST_GPA, PLACES * MOST_PAGES)
         for ring in self.test_vm.rings:
@@ -252,8 +259,12 @@ class ModelCheckedVm(Closing):
 
         :raises ContractViolation: it did
         """
-        if new := {vcpu: entries for vcpu, entries in self._peek_rings().items() if entries}:
-            raise violated(Kind.SPURIOUS, f"no vCPU ran, and KVM pushed {new}, by vCPU")
+        new = [(vcpu, entry) for vcpu, entries in self._peek_rings().items() for entry in entries]
+        if new:
+            detail = "no vCPU ran, and KVM pushed an entry"
+            raise ContractViolation(
+                [Violation(Kind.SPURIOUS, detail, slot, (page,), vcpu) for vcpu, (slot, page) in new]
+            )
 
     def _peek_rings(self) -> dict[int, list[Entry]]:
         """The entries that KVM pushed since the last call, by vCPU; they stay in the rings."""

@@ -96,6 +96,7 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
         "thorough": "the long form of each test that has one",
         "require-kvm": "fail where a test on KVM would skip, whatever the reason",
         "no-known-bugs": "known kernel bugs (known_bugs.toml) are plain failures",
+        "emit-c": "print an operation sequence that fails as a C program, too (test_sequences.py)",
         "ktap": "print the results as KTAP, the kernel's format, and nothing else on standard output (docs/kselftest.md)",
     }
     for name, text in flags.items():

@@ -126,7 +126,9 @@ def prepare_remote(config: pytest.Config) -> None:
     # With auto it is no error if all selected tests run on this host.
     report.requires_kvm_tests, report.nothing_ran_status = option.kernel != AUTO, CANNOT_TEST
     options = options_in_kernel(
-        option, [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS], ["full", "thorough", "require_kvm", "no_known_bugs"]
+        option,
+        [*DIMENSIONS, "vcpus", "soak", *SETTING_PARSERS],
+        ["full", "thorough", "require_kvm", "no_known_bugs", "emit_c"],
     )
     reproduce_command = f"{this_pytest()} {shlex.join(kernel_options(option, target.kernel.image))}"
     tests = config.stash[REMOTE_TESTS]

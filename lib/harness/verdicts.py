@@ -160,7 +160,7 @@ def _command_of(config: pytest.Config) -> str:
     """The command that runs pytest in this kernel again, with the options without a value."""
     session = guest_session(config)
     command = this_pytest() if session is None else session.reproduce_command
-    return " ".join([command, *flags_given(config.option, ["thorough", "require_kvm", "no_known_bugs"])])
+    return " ".join([command, *flags_given(config.option, ["thorough", "require_kvm", "no_known_bugs", "emit_c"])])
 
 
 def _failure_text(error: ContractViolation, context: Context) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from dirty_tracking.cell import Settings
 from dirty_tracking.modes import LOG_MODES, smallest_ring
+from dirty_tracking.sequence_in_c import InBothLanguages
 from dirty_tracking.sequence_search import search
 from dirty_tracking.sequences import Collect, Create, Step, Write, run_sequence
 from harness import known_bugs
@@ -49,6 +50,8 @@ def test_random_operation_sequences(
     found = search(run, LOG_MODES[log_mode].uses_ring, seeds)
     if found is not None:
         seed, failure = found
+        if pytestconfig.option.emit_c:
+            failure.evidence = InBothLanguages(failure.sequence)
         # The round's seed: with --seed it is the first round.
         request.node.user_properties.append(("seed", str(seed)))
         raise failure

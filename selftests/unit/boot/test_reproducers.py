@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The reproducers of bugs/ in a booted kernel that has the bugs."""
+"""C programs in a booted kernel that has the known bugs: the reproducers of bugs/, and what --emit-c prints."""
 
 import io
 import json
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dirty_tracking.sequence_in_c import c_program
+from dirty_tracking.sequences import Collect, Create, Delete, FailedSequence, Write
+from dirty_tracking.violations import Kind, Violation
 from runner import ROOT, initramfs
 from runner.arch import this_arch
 from runner.cpio import CpioWriter
@@ -24,6 +27,19 @@ pytestmark = [pytest.mark.boots, pytest.mark.slow]
 # The kernels that tests boot are older than ring-reset-interrupted, which Linux 6.17 brought.
 SHOWN = sorted({path.parent.name for path in (ROOT / "bugs").glob("*/reproducer.c")} - {"ring-reset-interrupted"})
 TIME_LIMIT = 120  # seconds
+# A sequence with ring-reset-drops-mask, and a sound one: the slot that is created again is smaller, or is not.
+SEQUENCES = {
+    f"sequence-{npages}": FailedSequence(
+        "dirty-ring",
+        (
+            Create(1, 0, 70), Write(1, (69,)), Delete(1), Create(1, 0, npages), Write(1, (60,)), Collect(), Write(1, (60,)),
+        ),
+        (Violation(Kind.LOST, "page 60", 1, (60,)),),
+        1024,
+    )
+    for npages in (64, 70)
+}  # fmt: skip
+EXPECTED = {**dict.fromkeys(SHOWN, 1), "sequence-64": 1, "sequence-70": 0}
 # What the kernel runs once KVM's modules are loaded
 RUN = """
 import json, os, subprocess
@@ -33,7 +49,7 @@ print(json.dumps({name: subprocess.run([f"/reproducers/{name}"]).returncode for 
 
 
 def test_reproducers_show_their_bugs(kernel: Kernel, tmp_path: Path) -> None:
-    """Without eager page splitting, each reproducer ends with status 1 in a kernel that has its bug."""
+    """Without eager page splitting, each C program ends with status 1 in a kernel that has its bug, and only then."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc (apt install gcc libc6-dev)")
     qemu = find_qemu(None, "tcg", ())
@@ -50,8 +66,12 @@ def test_reproducers_show_their_bugs(kernel: Kernel, tmp_path: Path) -> None:
     with initramfs.build(tmp_path, modules, job) as archive:
         archive.seek(0, io.SEEK_END)
         added = CpioWriter(archive)
-        for name in SHOWN:
-            program, source = tmp_path / name, ROOT / "bugs" / name / "reproducer.c"
+        for name in EXPECTED:
+            program, source = tmp_path / name, tmp_path / f"{name}.c"
+            if name in SEQUENCES:
+                source.write_text(c_program(SEQUENCES[name]))
+            else:
+                shutil.copy(ROOT / "bugs" / name / "reproducer.c", source)
             subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
             added.add_file(f"/reproducers/{name}", program.read_bytes(), 0o755)
         added.finish()
@@ -64,7 +84,7 @@ def test_reproducers_show_their_bugs(kernel: Kernel, tmp_path: Path) -> None:
         finally:
             machine.close()
     statuses = json.loads(output.splitlines()[-1])
-    assert statuses == dict.fromkeys(SHOWN, 1), output
+    assert statuses == EXPECTED, output
 
 
 def output_of(machine: RunningMachine) -> str:

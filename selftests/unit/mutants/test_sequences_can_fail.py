@@ -194,7 +194,7 @@ def run_pytest(command: str, tmp_path: Path) -> "subprocess.CompletedProcess[str
 def test_failure_shows_script_and_command(tmp_path: Path) -> None:
     """The printed command finds the same sequence again, also where a later round of a soak run failed."""
     python = shlex.quote(sys.executable)
-    done = run_pytest(f"{python} -m pytest '{TEST}' -p faulty --soak 60 --seed 3", tmp_path)
+    done = run_pytest(f"{python} -m pytest '{TEST}' -p faulty --soak 60 --seed 3 --emit-c", tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     for expected in (
         "dirty-log: step",
@@ -209,6 +209,7 @@ def test_failure_shows_script_and_command(tmp_path: Path) -> None:
     again = run_pytest(f"{command[1]} -p faulty", tmp_path)
     assert again.returncode == 1, again.stdout + again.stderr
     assert script_text[0] in again.stdout
+    assert "must_report(" in done.stdout and "must_report(" in again.stdout
 
 
 @pytest.mark.slow
