@@ -9,65 +9,39 @@ from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
-from kvm_util.arch.x86_64 import uapi
-from kvm_util.ioctl import ioctl
 from kvm_util.kvm import Kvm
-from kvm_util.memory import BACKINGS, GuestMemory
+from kvm_util.vcpu import Vcpu
+from selftests.x86_64 import smram
+from selftests.x86_64.smram import FIRST, HANDLER_PAGE, SECOND, SLOT, SMM_SLOT, SMRAM_SLOT, STATE_PAGE
 
-SLOT = 1
-SMM = 1 << 16  # the address space's number, in bits 16 to 31 of a slot number
-SMRAM_SLOT, SMM_SLOT = SMM | 2, SMM | SLOT
 NPAGES = 16
-# Where a CPU has its SMRAM by default (Intel SDM volume 3, "SMRAM"): the handler begins at SMBASE + 0x8000, and the state is
-# saved at the end of the 64 KiB
-SMBASE, SMRAM_SIZE = 0x30000, 0x10000
-HANDLER = SMBASE + 0x8000
-HANDLER_PAGE, STATE_PAGE = (HANDLER - SMBASE) // PAGE, SMRAM_SIZE // PAGE - 1
-PORT = 0xE1
-FIRST, SECOND = 3, 7
-
-
-def handler() -> bytes:
-    """Real-mode code that stores a byte to pages FIRST and SECOND of the memslot at FIRST_GPA, calls the host, and returns."""
-    code = b""
-    for page in (FIRST, SECOND):
-        address = FIRST_GPA + page * PAGE
-        code += b"\x66\xb8" + address.to_bytes(4, "little")  # mov $address, %eax
-        code += b"\x67\xc6\x00\x5a"  # movb $0x5a, (%eax)
-    return code + bytes((0xE6, PORT)) + b"\x0f\xaa"  # out %al, $PORT; rsm
 
 
 @pytest.fixture
 def smm_vm(kvm: Kvm, log_mode: str) -> Iterator[ScriptedVm]:
     """A VM with a logged memslot in each address space, at the same gpa and with the same id, and SMRAM."""
-    if not kvm.check_extension(uapi.KVM_CAP_X86_SMM):
-        pytest.skip("no KVM_CAP_X86_SMM: this backend or kernel has no system management mode")
+    if reason := smram.missing(kvm):
+        pytest.skip(reason)
     assert kvm.check_extension(kvm_uapi.KVM_CAP_MULTI_ADDRESS_SPACE) == 2
     # KVM delivers an SMI through its own local APIC.
     with ScriptedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
         vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-        vm.add_slot(SMM_SLOT, FIRST_GPA, NPAGES)
-        smram = GuestMemory(BACKINGS["anonymous"], SMRAM_SIZE, SMBASE)
-        smram.view[HANDLER - SMBASE : HANDLER - SMBASE + len(handler())] = handler()
-        vm.vm.set_user_memory_region(SMRAM_SLOT, SMBASE, smram, kvm_uapi.KVM_MEM_LOG_DIRTY_PAGES)
-        vm.collect()
+        smram.add_smm_slots(vm, NPAGES)
         yield vm
 
 
 def smi(vm: ScriptedVm) -> None:
     """Have the vCPU take a system management interrupt, and return from it."""
-    (vcpu,) = vm.vm.vcpus
-    ioctl(vcpu.fd, uapi.KVM_SMI, "KVM_SMI")
+    smram.send_smi(vm.vm.vcpus[0])
     calls = []
 
-    def called() -> bool:
-        run = vcpu.run
-        if run.exit_reason == kvm_uapi.KVM_EXIT_IO and run.io.port == PORT:
-            calls.append(run.flags)
+    def called(vcpu: Vcpu) -> bool:
+        if smram.in_handler(vcpu):
+            calls.append(vcpu.run.flags)
             return True
         return False
 
-    vm.run(on_exit=lambda _vcpu: called())
+    vm.run(on_exit=called)
     assert len(calls) == 1, "the handler did not run"
 
 
