@@ -243,6 +243,9 @@ do_\name:
 	shr $32, %rdx
 	wrmsr
 	ret
+	operation invlpg
+	invlpg (%rdi)
+	ret
 	operation enable_xsave		# with XCR0 = %rsi
 	mov %cr4, %rax
 	or $CR4_OSXSAVE, %rax
@@ -309,9 +312,14 @@ do_\name:
 	operation vmmcall		# ends the nested guest's list
 	vmmcall
 
-# --- string input: KVM itself writes the data ---
+# --- port I/O ---
 
-	operation rep_insb		# %rdx bytes from port %rsi
+	operation port_output		# a byte to port %rdi
+	mov %edi, %edx
+	out %al, %dx
+	ret
+
+	operation rep_insb		# %rdx bytes from port %rsi; KVM itself writes the data
 	mov %rdx, %rcx
 	mov %esi, %edx
 	rep insb

@@ -301,7 +301,7 @@ def page_tables(levels: int, memory: bytearray) -> arch.PageTables:
 @pytest.mark.parametrize("page_size", [4 * KIB, 2 * MIB, GIB])
 @pytest.mark.parametrize("gpa", [0x1_2345_6000, 0xFFFC_BFFF_D000])
 def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
-    """Page tables translate a range of any size with every page size, and nothing beyond its pages."""
+    """Page tables translate a range of any size with every page size, and nothing beyond its pages; entries can be found."""
     memory = bytearray(8 * MIB)
     tables = page_tables(levels, memory)
     gva = (1 << 40 if levels == 4 else 1 << 52) + gpa % page_size
@@ -309,6 +309,8 @@ def test_page_tables_translate(levels: int, page_size: int, gpa: int) -> None:
     tables.map(gva, gpa, size, page_size)
     for offset in (0, 1, 4095, 2 * MIB, size // 2 + 123, size - 1):
         assert walk(memory, tables.root, levels, gva + offset) == gpa + offset
+        entry = tables.entry(gva + offset)
+        assert int.from_bytes(memory[entry : entry + 8], "little") & ~0xFFF == align_down(gpa + offset, page_size)
     assert walk(memory, tables.root, levels, align_down(gva, page_size) - 1) is None
     assert walk(memory, tables.root, levels, align_down(gva + size - 1, page_size) + page_size) is None
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A nested guest (L2) that executes operations, for the tests of nested guests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from dirty_tracking.scripted_vm import LIST_SIZE, Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
+from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import msr, svm
 from kvm_util.arch.x86_64.paging import PageTables
@@ -23,8 +24,16 @@ TABLES, VMCB = range(NPAGES - 1), NPAGES - 1
 WINDOW, ALIAS = 8 * GIB, 9 * GIB
 STACK_SIZE = 4 * PAGE
 RING = 512
+# An operation of L2 that exits to user space, for L1 does not intercept it
+PORT = 0xE2
+PAUSE = Operation("port_output", PORT)
 # KVM pushes each of its own writes to a ring (mark_page_dirty_in_slot()), and a page once for each of its mappings
 MANY = 1000
+
+
+def paused(vcpu: Vcpu) -> bool:
+    """Whether the last exit is a PAUSE of L2."""
+    return vcpu.run.exit_reason == uapi.KVM_EXIT_IO and bool(vcpu.run.io.port == PORT)
 
 
 class NestedGuest:
@@ -67,18 +76,41 @@ class NestedGuest:
         """The gva at which L2 has a page of the test memslot."""
         return window + page * PAGE + GVA_OFFSET
 
-    def run(self, *operations: Operation, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
+    def run(
+        self, *operations: Operation, on_exit: Callable[[Vcpu], bool] | None = None, flush_tlb: bool = False
+    ) -> None:
         """Have L1 run L2, and L2 do *operations* and return to L1.
 
+        :param flush_tlb: whether L1 flushes L2's TLB entries first
         :raises GuestError: L2 exited in another way
         """
         self.vm.write_list(self._list, operations, end="vmmcall")
         root = self.tables.root if self.tables else None
         with self.own.view[VMCB * PAGE : (VMCB + 1) * PAGE] as vmcb:
-            svm.fill_vmcb(vmcb, self._sregs(), self.vm.guest.program.symbols["guest_main"], self._stack, root)
+            svm.fill_vmcb(
+                vmcb, self._sregs(), self.vm.guest.program.symbols["guest_main"], self._stack, root, flush_tlb
+            )
             self.vm.run(Operation("vmrun", OWN_GPA + VMCB * PAGE, self._block), on_exit=on_exit)
             if (code := svm.exit_code(vmcb)) != svm.VMEXIT_VMMCALL:
                 raise GuestError(f"L2 ended with exit code {code:#x}")
+
+    def run_in_steps(self, steps: Iterator[None], *operations: Operation) -> None:
+        """Have L2 do *operations*, and the host the next of *steps* at each PAUSE among them, with the vCPU in L2.
+
+        What follows the last step is done when L2 has returned to L1.
+        """
+
+        def step(vcpu: Vcpu) -> bool:
+            if not paused(vcpu):
+                return False
+            vcpu.run.immediate_exit = 1
+            vcpu.kvm_run()  # completes the instruction (api.rst, KVM_EXIT_IO), and does not enter the guest
+            vcpu.run.immediate_exit = 0
+            next(steps)
+            return True
+
+        self.run(*operations, on_exit=step)
+        assert next(steps, "the end") == "the end", "there are more steps than pauses"
 
     def write(self, *pages: int, window: int = WINDOW) -> None:
         """Have L2 write a word into each of *pages*."""

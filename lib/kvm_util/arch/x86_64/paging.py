@@ -99,6 +99,16 @@ class PageTables:
         span = PAGE_SIZE * _ENTRIES ** (self._levels - 1)
         self._words(self.root)[gva // span % _ENTRIES] = below.root | self._table_access
 
+    def entry(self, gva: int) -> int:
+        """The gpa of the entry that maps *gva*, which must be mapped."""
+        table, level = self.root, self._levels
+        while True:
+            index: int = gva // (PAGE_SIZE * _ENTRIES ** (level - 1)) % _ENTRIES
+            word = self._words(table)[index]
+            if level == 1 or word & _PAGE_SIZE_BIT:
+                return table + index * 8
+            table, level = word & _ADDRESS_MASK, level - 1
+
     def _map(self, table: int, level: int, start: int, end: int, gpa: int, page_size: int, access: int) -> None:
         """Fill the entries of *table* that translate [start, end); lower tables are allocated on demand."""
         words = self._words(table)

@@ -10,6 +10,7 @@ _SIZE = 4096
 # The control area
 _INTERCEPT_MISC2 = 0x10
 _ASID = 0x58
+_TLB_CONTROL = 0x5C
 _EXIT_CODE = 0x70
 _NESTED_PAGING = 0x90
 _NESTED_ROOT = 0xB0
@@ -24,19 +25,21 @@ _RSP = 0x5D8
 _PAT = 0x668
 
 _VMRUN, _VMMCALL = 1 << 0, 1 << 1  # bits of _INTERCEPT_MISC2
+_FLUSH_ALL = 1  # of _TLB_CONTROL
 _RFLAGS_RESERVED, _DR6_RESERVED, _DR7_RESERVED = 1 << 1, 0xFFFF0FF0, 1 << 10
 _PAT_AT_RESET = 0x0007040600070406
 # Exit code of an intercepted vmmcall (appendix C)
 VMEXIT_VMMCALL = 0x81
 
 
-def fill_vmcb(vmcb: memoryview, sregs: kvm_sregs, rip: int, rsp: int, nested_root: int | None) -> None:
+def fill_vmcb(vmcb: memoryview, sregs: kvm_sregs, rip: int, rsp: int, nested_root: int | None, flush_tlb: bool) -> None:
     """Set up *vmcb* for a nested guest that starts at *rip*, in the mode and address space of *sregs*.
 
     Only vmrun and vmmcall are intercepted; the nested guest takes its own interrupts and exceptions.
 
     :param sregs: of the vCPU that runs it
     :param nested_root: gpa of the root of the nested page tables; None to run without nested paging
+    :param flush_tlb: forget what the TLB has of earlier runs, as is needed after a change of the nested page tables
     """
     vmcb[:] = bytes(_SIZE)
 
@@ -45,6 +48,7 @@ def fill_vmcb(vmcb: memoryview, sregs: kvm_sregs, rip: int, rsp: int, nested_roo
 
     put("I", _INTERCEPT_MISC2, _VMRUN | _VMMCALL)
     put("I", _ASID, 1)
+    put("B", _TLB_CONTROL, _FLUSH_ALL if flush_tlb else 0)
     if nested_root is not None:
         put("Q", _NESTED_PAGING, 1)
         put("Q", _NESTED_ROOT, nested_root)

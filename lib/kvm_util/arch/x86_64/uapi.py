@@ -117,12 +117,21 @@ class kvm_xen_vcpu_attr(Structure):
     _fields_ = (("type", c_uint16), ("pad", c_uint16 * 3), ("u", c_uint64 * 8))
 
 
+class kvm_nested_state(Structure):
+    """Header of the state; ``hdr`` is a union of 120 bytes, and the data depend on the vendor."""
+
+    _fields_ = (("flags", c_uint16), ("format", c_uint16), ("size", c_uint32), ("hdr", c_uint64 * 15))
+
+
 KVM_CAP_IRQCHIP = 0
 KVM_CAP_VAPIC = 6
 KVM_CAP_XEN_HVM = 38
 KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_X86_SMM = 117
 KVM_CAP_HYPERV_SYNIC2 = 148
+KVM_CAP_NESTED_STATE = 157
+
+KVM_STATE_NESTED_GUEST_MODE = 1 << 0
 
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 
@@ -148,4 +157,6 @@ KVM_SET_CPUID2 = _IOW(KVMIO, 0x90, kvm_cpuid2)
 KVM_SET_VAPIC_ADDR = _IOW(KVMIO, 0x93, kvm_vapic_addr)
 KVM_KVMCLOCK_CTRL = _IO(KVMIO, 0xAD)
 KVM_SMI = _IO(KVMIO, 0xB7)
+KVM_GET_NESTED_STATE = _IOWR(KVMIO, 0xBE, kvm_nested_state)
+KVM_SET_NESTED_STATE = _IOW(KVMIO, 0xBF, kvm_nested_state)
 KVM_XEN_VCPU_SET_ATTR = _IOW(KVMIO, 0xCB, kvm_xen_vcpu_attr)
