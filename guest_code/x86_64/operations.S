@@ -246,6 +246,12 @@ do_\name:
 	operation invlpg
 	invlpg (%rdi)
 	ret
+	operation write_cr0		# value %rdi
+	mov %rdi, %cr0
+	ret
+	operation write_cr3		# likewise
+	mov %rdi, %cr3
+	ret
 	operation enable_xsave		# with XCR0 = %rsi
 	mov %cr4, %rax
 	or $CR4_OSXSAVE, %rax
