@@ -46,6 +46,7 @@ _STUB_SPACING = 16
 _TSS_SIZE = 0x68
 _TSS_IST1 = 0x24
 
+_CR0_PG, _CR4_PAE, _CR4_PSE = 1 << 31, 1 << 5, 1 << 4
 _CR0 = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 1 | 1 << 0  # PG WP NE ET MP PE
 _CR4 = 1 << 10 | 1 << 9 | 1 << 5  # OSXMMEXCPT OSFXSR PAE
 _CR4_LA57 = 1 << 12
@@ -153,6 +154,20 @@ def init_vcpu(
 
     regs = kvm_regs(rip=entry, rsp=stack, rdi=argument, rflags=_RFLAGS_RESERVED)
     ioctl(vcpu_fd, KVM_SET_REGS, "KVM_SET_REGS", ctypes.byref(regs))
+
+
+def enter_32bit_mode(vcpu_fd: int, root: int | None, pae: bool = False) -> None:
+    """Put a vCPU that :func:`init_vcpu` has set up, and that has not run yet, into 32-bit protected mode with flat segments.
+
+    :param root: gpa of the page tables, below 4 GiB; None for no paging
+    :param pae: whether they are those of PAE paging; else those of 32-bit paging, with pages of 4 MiB allowed
+    """
+    sregs = get_sregs(vcpu_fd)
+    sregs.efer = 0
+    sregs.cr0 = _CR0 if root is not None else _CR0 & ~_CR0_PG
+    sregs.cr3, sregs.cr4 = root or 0, _CR4_PAE if pae else _CR4_PSE
+    sregs.cs = _segment(_CODE_SELECTOR, _CODE_TYPE, db=1)
+    ioctl(vcpu_fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"cr0={sregs.cr0:#x}, cr4={sregs.cr4:#x}")
 
 
 def accepts_la57(vcpu_fd: int, cpuid: Cpuid) -> bool:
