@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import known_bugs
-from harness.compare import CompareError, Result, SavedRun
 from harness.output_paths import new_folder
+from harness.saved_run import CompareError, Result, SavedRun
 from runner import ROOT
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel import Kernel, find_kernel

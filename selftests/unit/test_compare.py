@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from harness.compare import Change, Comparison, SavedRun, main
+from harness.compare import Change, Comparison, main
 from harness.figure_changes import FEWEST_RUNS, LEVEL, moved_figures
+from harness.saved_run import SavedRun
 from selftests.unit.commands import ONE_CELL, QUICK, pytest_command
 from selftests.unit.mutants.faults import LOSING_PLUGIN
 

@@ -9,9 +9,10 @@ import pytest
 
 from dirty_tracking.violations import Kind
 from harness import known_bugs
-from harness.compare import SavedRun, main
+from harness.compare import main
 from harness.failure_report import file_name
 from harness.known_bugs import KnownBug, not_shown
+from harness.saved_run import SavedRun
 
 HOST = {"kernel": "6.12.1", "backend": "kvm_amd", "parameters": {"kvm.a": "N"}, "cpu": "Z", "cpus": 2, "memory": 1}
 TEST = "selftests/memory/test_x.py::test_x[1]"

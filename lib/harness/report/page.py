@@ -10,10 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dirty_tracking.cell import Cell
-from harness.compare import Change, Comparison, Result
+from harness.compare import Change, Comparison
 from harness.report.plots import Plot, bar_plot, line_plot, logarithmic_line_plot
 from harness.report.saved import CellRun, Problem, ReportedRun
 from harness.report.tables import Count, Row, Tests, area_row, by_area, cells_of, function_rows, reasons
+from harness.saved_run import Result
 from kvm_util.wording import counted
 
 # Failure reports take no more characters than these in all, so that the file stays small however much failed.

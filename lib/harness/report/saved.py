@@ -16,11 +16,11 @@ from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.run_evidence import SlotMap
 from dirty_tracking.violations import Kind, Violation
 from dirty_tracking.vm import PAGE
-from harness.compare import CompareError, Result, SavedRun
 from harness.failure_report import cell_command, file_name
 from harness.journal import NAME as JOURNAL
 from harness.kernel_verdict import RunSummary, Verdict, describe_system, verdict_on_kernel
 from harness.run_report import FILES_OF_A_RUN, KernelReport
+from harness.saved_run import CompareError, Result, SavedRun
 from harness.table import UNTESTED, VERDICTS
 
 _RESULTS = FILES_OF_A_RUN[0]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dirty_tracking.cell import Cell
-from harness.compare import Result
 from harness.report.saved import ReportedRun
+from harness.saved_run import Result
 from harness.table import VERDICTS, counts_of_tests
 
 # The verdict that stands for several, worst first: a test that the host cannot run says less than one that passed.
