@@ -21,8 +21,9 @@ from harness.figure_changes import FEWEST_RUNS
 from harness.kernel_options import AUTO, MACHINE_OPTIONS
 from harness.output_paths import chosen_folder
 from runner.errors import CANNOT_TEST, CannotTest
-from runner.kernel_runs import HOST, INTERRUPTED, NOT_RUN, USAGE_ERROR, Planned, Runs, print_line, split_options
+from runner.kernel_runs import HOST, Planned, Runs, split_options
 from runner.modules import parse_parameters
+from runner.run_verdicts import INTERRUPTED, NOT_RUN, USAGE_ERROR, print_line
 from runner.store import shown
 from runner.suite_pytest import is_path, make_absolute
 

@@ -18,7 +18,9 @@ from harness.output_paths import chosen_folder
 from kvm_util.wording import counted
 from runner import standalone
 from runner.errors import CANNOT_TEST
-from runner.kernel_runs import USAGE_ERROR, Planned, Runs, conclude, split_options
+from runner.kernel_runs import Planned, Runs, split_options
+from runner.run_verdicts import USAGE_ERROR
+from runner.runs_summary import conclude
 from runner.store import BUILD, shown
 
 _USAGE = """\

@@ -26,9 +26,11 @@ from harness.toml_file import TomlError, TomlFile
 from kvm_util.host_limits import available_memory
 from kvm_util.memory import MIB
 from runner.errors import CannotTest
-from runner.kernel_runs import HOST, USAGE_ERROR, Planned, Runs, conclude, split_options
+from runner.kernel_runs import HOST, Planned, Runs, split_options
 from runner.modules import parse_parameters
 from runner.qemu import nested_vendor
+from runner.run_verdicts import USAGE_ERROR
+from runner.runs_summary import conclude
 from runner.target import MOST_MACHINES
 
 _USAGE = "usage: kernel_matrix.py FILE [options of pytest]"

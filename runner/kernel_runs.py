@@ -8,23 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from _pytest._io import TerminalWriter
 
 from harness.kernel_options import MACHINE_OPTIONS, OWN_TESTS
-from harness.table import cross_table, cross_table_of_tests, skipped_everywhere
 from kvm_util.wording import counted
 from runner import ROOT
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST
-from runner.store import shown
+from runner.run_verdicts import INTERRUPTED, NOT_RUN, USAGE_ERROR, print_line, verdict_of
 from runner.waiting import waiting
 
 HOST = "host"  # in place of a kernel: the one that runs here, with the KVM that is loaded
@@ -33,30 +31,7 @@ _KVM_TESTS = sorted(
 )
 # pytest's exit statuses there: where no test ran, this host may have no KVM, and the other kernels may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
-NOT_RUN, USAGE_ERROR, INTERRUPTED = -1, 128, 130
 _POLL = 0.1  # seconds between looks at the runs
-_VERDICTS = {
-    0: "good",
-    1: "BAD",
-    CANNOT_TEST: "cannot be tested",
-    USAGE_ERROR: "cannot be run like this",
-    INTERRUPTED: "interrupted",
-    NOT_RUN: "not run",
-}
-_GREEN, _RED, _YELLOW = {"green": True}, {"red": True, "bold": True}, {"yellow": True}
-# The words of verdicts and of the tables; F and k follow the number of a test's cases.
-_COLOURS = {
-    "good": _GREEN,
-    "pass": _GREEN,
-    "BAD": _RED,
-    "FAIL": _RED,
-    "F": _RED,
-    "cannot be tested": _RED,
-    "bug": _YELLOW,
-    "bug?": _YELLOW,
-    "k": _YELLOW,
-}
-_COLOURED = re.compile(r"(?<!\S)(?:good|BAD|cannot be tested|pass|FAIL|bug\??|[0-9]+[Fk])(?=[ :,;]|$)")
 # The lines in which a run gives its reason for testing nothing
 _REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: error: )(.+)")
 
@@ -316,65 +291,3 @@ def split_options(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str,
         else:
             rest.append(word)
     return found, rest
-
-
-def print_line(text: str) -> None:
-    """Print *text* with verdicts in colour, if the terminal is still there."""
-    with suppress(OSError):
-        print(colourize(text), flush=True)
-
-
-def colourize(text: str) -> str:
-    """*text* with the verdicts in colour, if the terminal has some; the lines that explain the words have none."""
-    writer = TerminalWriter()
-
-    def coloured(found: re.Match[str]) -> str:
-        return writer.markup(found[0], **_COLOURS[found[0].lstrip("0123456789")])
-
-    return "\n".join(line if line.startswith("(") else _COLOURED.sub(coloured, line) for line in text.split("\n"))
-
-
-def verdict_of(status: int) -> str:
-    """A run's exit status in words."""
-    return _VERDICTS.get(status, f"ended with status {status}")
-
-
-def conclude(planned: Sequence[Planned], results: Sequence[RunResult], folder: Path) -> int:
-    """Print the tables of all runs and their verdicts, and keep the tables in *folder*; returns the exit status of all."""
-    lines = _summary(planned, results)
-    try:
-        (folder / "table.txt").write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        lines.append(f"THE TABLE IS NOT KEPT: {error.filename}: {error.strerror}")
-    verdicts = Counter(verdict_of(result.status) for result in results)
-    words = ", ".join(f"{number} {word}" for word, number in verdicts.items())
-    lines += ["", f"{counted(len(results), 'run')}: {words}; files: {shown(folder)}"]
-    print_line("\n".join(["", *lines]))
-    statuses = {result.status for result in results}
-    if 1 in statuses:
-        return 1
-    return max(statuses) if max(statuses) >= USAGE_ERROR or NOT_RUN not in statuses else INTERRUPTED
-
-
-def _summary(planned: Sequence[Planned], results: Sequence[RunResult]) -> list[str]:
-    """The tables of all runs, with a letter for each, and the verdict behind each letter."""
-    names = [chr(ord("A") + index) if index < 26 else f"Z{index - 25}" for index in range(len(results))]
-    legend = [
-        f"{name}  {_title(run, result)}: {result.verdict}"
-        for name, run, result in zip(names, planned, results, strict=True)
-    ]
-    columns = {name: result for name, result in zip(names, results, strict=True) if result.status != NOT_RUN}
-    cells, tests = [result.cells for result in columns.values()], [result.tests for result in columns.values()]
-    lines = [*cross_table([*columns], cells), ""] if any(cells) else []
-    lines += [*cross_table_of_tests([*columns], tests), ""] if any(tests) else []
-    lines += legend
-    if nowhere := skipped_everywhere(tests):
-        lines += ["", f"{counted(len(nowhere), 'test')} ran in none of these runs:", *(f"  {test}" for test in nowhere)]
-    return lines
-
-
-def _title(planned: Planned, result: RunResult) -> str:
-    """The kernel with its parameters, or the host with its kernel if that is known."""
-    if planned.file is None:
-        return f"{result.release}  {result.parameters or 'defaults'}"
-    return planned.kernel + (f"  {result.release}" if result.release != planned.kernel else "")

@@ -8,6 +8,7 @@ import pytest
 
 from runner import hosts, kernel_runs
 from runner.errors import CANNOT_TEST
+from runner.run_verdicts import USAGE_ERROR
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from runner.errors import CANNOT_TEST
 )
 def test_wrong_arguments_for_hosts(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     """A mistake in the arguments is one line, and no host is asked."""
-    assert hosts.main(arguments) == kernel_runs.USAGE_ERROR
+    assert hosts.main(arguments) == USAGE_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"hosts.py: {message}")
 

@@ -18,7 +18,7 @@ import pytest
 from harness import output_paths
 from harness.table import DIMENSIONS
 from kvm_util.memory import GIB
-from runner import ROOT, kernel_runs
+from runner import ROOT, kernel_runs, run_verdicts
 from runner import kernel_matrix as matrix
 from runner.modules import parse_parameters
 
@@ -153,7 +153,7 @@ def test_colours_of_a_matrix(monkeypatch: pytest.MonkeyPatch, coloured: bool) ->
     red, yellow, green, end = ("\x1b[31m\x1b[1m", "\x1b[33m", "\x1b[32m", "\x1b[0m") if coloured else [""] * 4
     text = "A  {red}FAIL{end}  {green}pass{end}\n{red}2F{end}  4 {yellow}1k{end} 2s  k2.py\nB: {red}BAD{end}: no\n(1F: 1 bug)"
     plain = text.format(red="", yellow="", green="", end="")
-    assert kernel_runs.colourize(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
+    assert run_verdicts.colourize(plain) == text.format(red=red, yellow=yellow, green=green, end=end)
 
 
 def test_two_matrices_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ COMMANDS = {
     "kernel_matrix.py",
     "kernel_runs.py",
     "prove_fix.py",
+    "run_verdicts.py",
+    "runs_summary.py",
     "ssh_run.py",
 }
 FILES = {
