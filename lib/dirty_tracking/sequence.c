@@ -261,8 +261,7 @@ void create_slot(int slot, int place, int npages, int logged)
 
 	begin_step();
 	madvise(mem, npages * PAGE, MADV_NOHUGEPAGE);
-	for (int page = 0; page < npages; page++)
-		((volatile unsigned long *)mem)[page * 512] = 0;
+	memset(mem, 0, npages * PAGE);
 	slots[slot] = (struct slot){ place, npages, logged, mem };
 	set_slot(slot);
 }
