@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The checks of test_write_protection.py and test_huge_pages.py fail when an answer of real KVM is falsified."""
+"""The checks of test_write_protection.py and of the tests of huge pages fail when an answer of real KVM is falsified."""
 
 import random
 from itertools import count
@@ -15,13 +15,13 @@ from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, MIB
-from selftests.memory import test_huge_pages, test_write_protection
+from selftests.memory import conftest, huge_memory, test_huge_pages, test_write_protection
 from selftests.unit.mutants.catalogue import MUTANTS
 from selftests.unit.mutants.faults import falsify_pages
 
-SLOT = test_huge_pages.SLOT
+SLOT = huge_memory.SLOT
 # Base pages will do where the mapping does not matter, only the edges.
-LAYOUT = test_huge_pages.Layout("anonymous", FIRST_GPA + 3 * PAGE, 3 * 512 + 7, 2 * MIB)
+LAYOUT = huge_memory.Layout("anonymous", FIRST_GPA + 3 * PAGE, 3 * 512 + 7, 2 * MIB)
 EDGE = 512 - 3
 NPAGES = 129
 
@@ -47,7 +47,7 @@ def test_report_off_by_one_at_huge_page_edge(
         vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, logged=False)
         falsify_page(monkeypatch, page, page + 1)
         with pytest.raises(ContractViolation):
-            test_huge_pages.check_reports(vm, LAYOUT, seed=1, rounds=1)
+            huge_memory.check_reports(vm, LAYOUT, seed=1, rounds=1)
 
 
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
@@ -111,9 +111,9 @@ def test_masks_at_a_huge_page_edge() -> None:
 @pytest.mark.parametrize("found", [1, 3, 0])
 def test_wrong_number_of_huge_pages(found: int) -> None:
     """More or fewer huge mappings than expected are a violation."""
-    test_huge_pages.check_huge(MappingSizes({2 * MIB: 2}), 2 * MIB, 2, "sound")
+    huge_memory.check_huge(MappingSizes({2 * MIB: 2}), 2 * MIB, 2, "sound")
     with pytest.raises(ContractViolation, match="2 mappings of 2 MiB expected, found"):
-        test_huge_pages.check_huge(MappingSizes({2 * MIB: found}), 2 * MIB, 2, "falsified")
+        huge_memory.check_huge(MappingSizes({2 * MIB: found}), 2 * MIB, 2, "falsified")
 
 
 @pytest.mark.parametrize("call", range(1, 5))
@@ -130,12 +130,12 @@ def test_falsified_statistics(
         return MappingSizes(found.counts | {2 * MIB: found.counts[2 * MIB] + (next(calls) == call)})
 
     monkeypatch.setattr(MappingSizes, "read", falsified)
-    layout = test_huge_pages.few_huge_pages("anonymous_thp", 3)
+    layout = huge_memory.few_huge_pages("anonymous_thp", 3)
     with make_huge_vm(layout) as vm, open_stats(vm) as stats, pytest.raises((ContractViolation, AssertionError)):
-        test_huge_pages.check_sizes(vm, stats, host, layout)
+        huge_memory.check_sizes(vm, stats, host, layout)
 
 
-make_huge_vm, open_stats = test_huge_pages.make_huge_vm, test_huge_pages.open_stats
+make_huge_vm, open_stats = conftest.make_huge_vm, conftest.open_stats
 
 
 @pytest.mark.parametrize(("shift", "size", "expected"), [(0, 2 * MIB, 3), (1, 2 * MIB, 2), (0, GIB, 0)])
