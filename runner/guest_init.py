@@ -5,6 +5,7 @@
 Its job is in ``/job.json``, its messages are lines of JSON. The host kills the machine at the end.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -64,6 +65,7 @@ def main(job: Job) -> None:
         libc.mount(kind.encode(), path.encode(), kind.encode(), 0, None)
     with open("/dev/kmsg", "w") as log:
         log.write(INIT_MARKER)
+    allow_huge_shmem()
     send(job, booted=os.uname().release)
     if job.keep_off_cpu_0:
         keep_off_cpu_0()
@@ -81,6 +83,15 @@ def main(job: Job) -> None:
     suite.communicate(b"\n")
     with open(OUTPUT, errors="replace") as output:
         send(job, exit_status=suite.returncode, output=output.read()[-20000:])
+
+
+def allow_huge_shmem() -> None:
+    """Allow huge pages in shared memory that asks for them, for the backing ``shmem_thp``; a kernel without them stays so.
+
+    The kernel's command line can do that since Linux 6.14 only.
+    """
+    with contextlib.suppress(OSError), open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "w") as switch:
+        switch.write("advise")
 
 
 def load_module(path: str, arguments: str) -> None:

@@ -23,6 +23,7 @@ from harness.output_paths import RESULTS, check_file, check_folder
 from harness.run_report import FILES_OF_A_RUN
 from harness.selection import (
     DEFAULT_VCPUS,
+    DEFAULTS,
     DIMENSIONS,
     check_memory,
     check_values,
@@ -68,9 +69,9 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     )
     for name, values in DIMENSIONS.items():
         letter = {"log_mode": " [-M]", "guest_mode": " [-m]"}.get(name, "")
-        group.addoption(
-            option_name(name), metavar="NAME,...", help=f"which of {', '.join(values)}; default all{letter}"
-        )
+        but = "".join(f" but {value}" for value in values if value not in DEFAULTS[name])
+        text = f"which of {', '.join(values)}; default all{but}{letter}"
+        group.addoption(option_name(name), metavar="NAME,...", help=text)
     default = Settings()
     texts = {
         "vcpus N": "vCPUs of each VM; default both 1 and 2",
@@ -183,7 +184,9 @@ def only_shows(option: Any) -> bool:
 def dimensions_of(option: Any) -> dict[str, tuple[Any, ...]]:
     """The selected values of each dimension of the matrix."""
     dimensions: dict[str, tuple[Any, ...]] = {
-        name: values if (text := getattr(option, name)) is None else parse_names(option_name(name), text, values)
+        name: DEFAULTS[name]
+        if (text := getattr(option, name)) is None
+        else parse_names(option_name(name), text, values)
         for name, values in DIMENSIONS.items()
     }
     dimensions["vcpus"] = vcpus_of(option)

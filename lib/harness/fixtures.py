@@ -113,10 +113,25 @@ def cell(kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
         yield planned_cell.cell
 
 
+# Called with a backing's name and a size
+Provided = Callable[[str, int], AbstractContextManager[None]]
+
+
 @pytest.fixture(scope="session")
-def huge_page_pool() -> Callable[[], AbstractContextManager[None]]:
-    """Returns a context manager; while it lasts no other test uses the pools of huge pages."""
-    return _huge_page_pool
+def provided() -> Provided:
+    """Call it for a context in which the host provides that memory, and no other test takes its huge pages; or skip."""
+
+    @contextmanager
+    def provided(name: str, size: int) -> Iterator[None]:
+        backing = BACKINGS[name]
+        if reason := backing.missing(0):
+            pytest.skip(reason)
+        with _huge_page_pool() if backing.hugetlb else nullcontext():
+            if reason := backing.missing(size):
+                pytest.skip(reason)
+            yield
+
+    return provided
 
 
 @contextmanager

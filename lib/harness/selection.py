@@ -39,6 +39,10 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "density": tuple(DENSITIES),
 }
 DEFAULT_VCPUS = (1, 2)
+# To KVM, huge pages that are shared are like others: these are for those who name them, and for the tests of huge pages.
+_DEFAULT_BACKINGS = tuple(name for name, backing in BACKINGS.items() if not (backing.shared and backing.page_size))
+# The values that run where none are named
+DEFAULTS = DIMENSIONS | {"backing": _DEFAULT_BACKINGS}
 
 # Memory of a worker without the guest's: interpreter, tables, the judge's sets (measured: below 120 MiB for 1 GiB)
 _WORKER_MEMORY = 150 * MIB

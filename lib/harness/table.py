@@ -210,6 +210,8 @@ _SHORT_NAMES = {
     "anonymous_thp": "thp",
     "anonymous_hugetlb_2mb": "htlb-2m",
     "anonymous_hugetlb_1gb": "htlb-1g",
+    "shmem_thp": "shm-thp",
+    "shared_hugetlb_2mb": "shm-2m",
     "cooperative": "coop",
     "dense-sequential": "dense-seq",
     "dense-random": "dense-rnd",

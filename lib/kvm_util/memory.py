@@ -28,10 +28,13 @@ _MAP_NORESERVE = 0x4000
 _MAP_HUGETLB = 0x40000
 _MAP_HUGE_SHIFT = 26
 _MADV_POPULATE_WRITE = 23
+_MFD_HUGETLB = 0x4
 
-# A mapping in /proc/self/smaps: its first address, the one after its last, and how many KiB of it are in huge pages
-_TRANSPARENT = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (?:.*\n)+?AnonHugePages: +([0-9]+) kB", re.MULTILINE)
-_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# A mapping in /proc/self/smaps: its first address, the one after its last, and how many KiB of it are mapped by huge pages
+_TRANSPARENT = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) (?:.*\n)+?AnonHugePages: +([0-9]+) kB\nShmemPmdMapped: +([0-9]+) kB", re.MULTILINE
+)
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 
 
@@ -82,7 +85,7 @@ class Backing:
             groups = host_limits.huge_page_limits(self.page_size)
             if limit := host_limits.tightest(groups, needed * self.page_size):
                 return f"{self.name}: needs {counted(needed, 'huge page')} of {size_text(self.page_size)}, but {limit}"
-        elif self.page_size and (reason := _why_no_thp(self.page_size)):
+        elif self.page_size and (reason := _why_no_thp(self)):
             return f"{self.name}: {reason}"
         return None
 
@@ -95,6 +98,8 @@ BACKINGS = {
         Backing("anonymous_hugetlb_2mb", page_size=2 * MIB, hugetlb=True),
         Backing("anonymous_hugetlb_1gb", page_size=GIB, hugetlb=True),
         Backing("shmem", shared=True),
+        Backing("shmem_thp", page_size=HUGE_PAGE_SIZE, shared=True),
+        Backing("shared_hugetlb_2mb", page_size=2 * MIB, shared=True, hugetlb=True),
     )
 }
 
@@ -104,8 +109,8 @@ def _kernel_has_thp() -> bool:
     return _THP.exists()
 
 
-def _why_no_thp(page_size: int) -> str | None:
-    """Why MADV_HUGEPAGE memory gets no huge pages of *page_size* bytes; None if it may get them."""
+def _why_no_thp(backing: Backing) -> str | None:
+    """Why MADV_HUGEPAGE memory of *backing* gets no huge pages; None if it may get them."""
     if not _THP.exists():
         return "this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"
     if host_limits.status("THP_enabled") == "0":
@@ -113,13 +118,15 @@ def _why_no_thp(page_size: int) -> str | None:
             "transparent huge pages are off for this process: the program that started it switched them off with"
             " PR_SET_THP_DISABLE (start the tests from another one)"
         )
-    # Since Linux 6.8 each size has a setting of its own, which may defer to the global one ("inherit").
-    switch = _THP.parent / f"hugepages-{page_size // KIB}kB" / "enabled"
-    chosen = _chosen(switch)
+    name, word = ("shmem_enabled", "advise") if backing.shared else ("enabled", "madvise")
+    # Since Linux 6.8 (shmem: 6.11) each size has a setting of its own, which may defer to the global one ("inherit").
+    switch = _THP / f"hugepages-{backing.page_size // KIB}kB" / name
+    chosen, common = _chosen(switch), _chosen(_THP / name)
     if chosen == "never":
-        return f"transparent huge pages of {size_text(page_size)} are off (echo inherit > {switch})"
-    if chosen in (None, "inherit") and _chosen(_THP) == "never":
-        return f"transparent huge pages are off (echo madvise > {_THP})"
+        return f"transparent huge pages of {size_text(backing.page_size)} are off (echo inherit > {switch})"
+    # "deny" is for shmem only, and overrides the setting of each size.
+    if common == "deny" or (chosen in (None, "inherit") and common == "never"):
+        return f"transparent huge pages are off (echo {word} > {_THP / name})"
     return None
 
 
@@ -178,10 +185,14 @@ class GuestMemory:
             )
 
     def transparent_huge_size(self) -> int:
-        """How many bytes are backed by transparent huge pages (``AnonHugePages`` in /proc/self/smaps)."""
+        """How many bytes are mapped by transparent huge pages (/proc/self/smaps)."""
         found = _TRANSPARENT.findall(Path("/proc/self/smaps").read_text())
         end = self.hva + self.size
-        return sum(int(size) * KIB for first, last, size in found if int(first, 16) < end and self.hva < int(last, 16))
+        return sum(
+            (int(anonymous) + int(shmem)) * KIB
+            for first, last, anonymous, shmem in found
+            if int(first, 16) < end and self.hva < int(last, 16)
+        )
 
     def close(self) -> None:
         """Unmap the memory. Views derived from :attr:`view` must be released before."""
@@ -194,17 +205,17 @@ class GuestMemory:
 
 
 def _map_backing(backing: Backing, size: int) -> mmap.mmap:
-    """Map *size* bytes; for anonymous memory enough more that an aligned range of *size* bytes lies within."""
-    flags = _MAP_NORESERVE | (mmap.MAP_SHARED if backing.shared else mmap.MAP_PRIVATE)
-    length, fd = align_up(size, backing.alignment), -1
-    if backing.hugetlb:
-        flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB | (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
-        flags &= ~_MAP_NORESERVE  # reserve the huge pages: otherwise a write with an empty pool is a SIGBUS
-    elif backing.shared:
+    """Map *size* bytes, and for transparent huge pages enough more that an aligned range of *size* bytes lies within."""
+    flags, length, fd = 0, align_up(size, backing.alignment), -1
+    if not backing.hugetlb:  # whose pages are to be reserved: otherwise a write with an empty pool is a SIGBUS
+        flags |= _MAP_NORESERVE
+        length += backing.page_size
+    if backing.shared:
+        flags |= mmap.MAP_SHARED
         fd = _memory_file(backing, length)
     else:
-        flags |= mmap.MAP_ANONYMOUS
-        length += backing.alignment
+        flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        flags |= _MAP_HUGETLB | _size_flag(backing) if backing.hugetlb else 0
     what = f"cannot map {size_text(size)} of {backing.name} guest memory"
     try:
         mapped = mmap.mmap(fd, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -219,7 +230,7 @@ def _map_backing(backing: Backing, size: int) -> mmap.mmap:
             os.close(fd)
     if backing.page_size and not backing.hugetlb:
         _madvise(mapped, mmap.MADV_HUGEPAGE, 0, length)
-    elif not backing.page_size and not backing.shared and _kernel_has_thp():
+    elif not backing.page_size and _kernel_has_thp():
         # With THP set to "always" this memory would be huge too, and base-page cells would test the same as THP cells.
         _madvise(mapped, mmap.MADV_NOHUGEPAGE, 0, length)
     return mapped
@@ -235,11 +246,17 @@ def _madvise(mapped: mmap.mmap, advice: int, offset: int, size: int) -> None:
         raise
 
 
+def _size_flag(backing: Backing) -> int:
+    """The size of hugetlb pages, in the encoding of both mmap(2) and memfd_create(2)."""
+    return (backing.page_size.bit_length() - 1) << _MAP_HUGE_SHIFT
+
+
 def _memory_file(backing: Backing, length: int) -> int:
     """Create a memfd of *length* bytes."""
+    flags = os.MFD_CLOEXEC | (_MFD_HUGETLB | _size_flag(backing) if backing.hugetlb else 0)
     try:
         with explained(f"cannot create a file of {size_text(length)} for {backing.name} guest memory", length):
-            fd = os.memfd_create(f"guest-{backing.name}", os.MFD_CLOEXEC)
+            fd = os.memfd_create(f"guest-{backing.name}", flags)
             try:
                 os.ftruncate(fd, length)
             except BaseException:

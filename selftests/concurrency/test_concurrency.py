@@ -23,6 +23,7 @@ from dirty_tracking.violations import Kind, violated
 from dirty_tracking.vm import PAGE
 from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
+from harness.fixtures import Provided
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
@@ -34,7 +35,13 @@ Shapes = Sequence[tuple[int, str]]
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]
 # Two huge pages and a part of one
-HUGE_SHAPES = [(2 * HUGE_PAGE_SIZE // PAGE + 9, "anonymous_thp")]
+HUGE_NPAGES = 2 * HUGE_PAGE_SIZE // PAGE + 9
+HUGE_CASES = [
+    *((mode, "anonymous_thp") for mode in LOG_MODES),
+    ("dirty-log", "shared_hugetlb_2mb"),
+    ("clear-log", "shmem_thp"),
+    ("dirty-ring", "shmem_thp"),
+]
 # Fewer entries than the slots have pages, so that rings fill. With PML this is too small, and KVM's smallest ring is used
 RING = 512
 # How many writes a vCPU makes before they repeat; a multiple of the guest's batch
@@ -188,13 +195,16 @@ def test_toggling_beside_writers(writing: Writing, thorough: bool, draw: random.
             log.set_all_logging(on=False)
 
 
+@pytest.mark.parametrize(("log_mode", "backing"), HUGE_CASES, indirect=["log_mode"])
 def test_huge_page_splits_beside_writers(
     kvm: Kvm,
     host: Host,
     emulates: bool,
+    provided: Provided,
     writing: Writing,
     thorough: bool,
     draw: random.Random,
+    backing: str,
 ) -> None:
     """No write is lost while huge pages are split and recovered, as dirty logging of running vCPUs is toggled."""
     if emulates:
@@ -204,7 +214,8 @@ def test_huge_page_splits_beside_writers(
     vcpus, rounds, count = (4, 20, 40) if thorough else (2, 2, 8)
     guest_mode = "48bit-4k" if uses_tdp(host) else "48bit-2m"
     with (
-        writing("same-pages", vcpus, on=False, shapes=HUGE_SHAPES, guest_mode=guest_mode) as log,
+        provided(backing, HUGE_NPAGES * PAGE),
+        writing("same-pages", vcpus, on=False, shapes=[(HUGE_NPAGES, backing)], guest_mode=guest_mode) as log,
         BinaryStats(log.vm.vm.get_stats_fd()) as stats,
     ):
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Fixtures for the tests of huge pages: VMs of huge_memory.py, and the statistics of their mappings."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from dirty_tracking.mapping_sizes import huge_pages
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import PAGE
+from harness.fixtures import Provided
 from kvm_util import uapi
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
@@ -18,9 +19,7 @@ from selftests.memory.huge_memory import SLOT, Layout, MakeHugeVm, OpenStats, hu
 
 
 @pytest.fixture
-def make_huge_vm(
-    kvm: Kvm, host: Host, log_mode: str, huge_page_pool: Callable[[], AbstractContextManager[None]]
-) -> MakeHugeVm:
+def make_huge_vm(kvm: Kvm, host: Host, log_mode: str, provided: Provided) -> MakeHugeVm:
     """Call it with a layout for a VM with a memslot of that layout, without dirty logging, in huge pages of the host.
 
     Unless a guest mode is given, it is one in which KVM can map the memslot huge.
@@ -30,20 +29,16 @@ def make_huge_vm(
     def make_huge_vm(layout: Layout, guest_mode: str | None = None) -> Iterator[ScriptedVm]:
         backing = BACKINGS[layout.backing]
         guest_mode = guest_mode or huge_guest_mode(kvm, host, layout)
-        if reason := backing.missing(0):
-            pytest.skip(reason)
-        with huge_page_pool() if backing.hugetlb else nullcontext():
-            if reason := backing.missing(layout.npages * PAGE + layout.gpa % backing.alignment):
-                pytest.skip(reason)
-            with ScriptedVm(kvm, log_mode, guest_mode=guest_mode) as vm:
-                memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, logged=False)
-                memslot.memory.populate()
-                needed = len(huge_pages(memslot, layout.size)) * layout.size
-                if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
-                    pytest.skip(
-                        f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)"
-                    )
-                yield vm
+        with (
+            provided(layout.backing, layout.npages * PAGE + layout.gpa % backing.alignment),
+            ScriptedVm(kvm, log_mode, guest_mode=guest_mode) as vm,
+        ):
+            memslot = vm.add_slot(SLOT, layout.gpa, layout.npages, layout.backing, logged=False)
+            memslot.memory.populate()
+            needed = len(huge_pages(memslot, layout.size)) * layout.size
+            if not backing.hugetlb and memslot.memory.transparent_huge_size() < needed:
+                pytest.skip(f"{backing.name}: the host's memory is fragmented (echo 1 > /proc/sys/vm/compact_memory)")
+            yield vm
 
     return make_huge_vm
 

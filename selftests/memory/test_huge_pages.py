@@ -39,6 +39,8 @@ SMALL_LAYOUTS = [
     few_huge_pages("anonymous_thp", 3),
     few_huge_pages("anonymous_hugetlb_2mb", 0),
     few_huge_pages("anonymous_hugetlb_2mb", 2 * MIB // PAGE - 1),
+    few_huge_pages("shmem_thp", 3),
+    few_huge_pages("shared_hugetlb_2mb", 2 * MIB // PAGE - 1),
 ]
 # Clearing a page of 1 GiB takes long where the backend emulates, so only some modes have it.
 CASES = [

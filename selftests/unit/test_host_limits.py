@@ -397,10 +397,13 @@ def test_hugetlb_limit_of_a_control_group(
     assert (backing.missing(6 * MIB) or "").startswith(expected)
 
 
-ALL_OFF = "transparent huge pages are off (echo madvise > {at}/enabled)"
-SIZE_OFF = "transparent huge pages of 2 MiB are off (echo inherit > {at}/hugepages-2048kB/enabled)"
+ALL_OFF = "transparent huge pages are off (echo {word} > {at})"
+SIZE_OFF = "transparent huge pages of 2 MiB are off (echo inherit > {at_size})"
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "word"), [("anonymous_thp", "enabled", "madvise"), ("shmem_thp", "shmem_enabled", "advise")]
+)
 @pytest.mark.parametrize(
     ("common", "of_size", "expected"),
     [
@@ -410,21 +413,24 @@ SIZE_OFF = "transparent huge pages of 2 MiB are off (echo inherit > {at}/hugepag
         ("always [madvise] never", "always [inherit] madvise never", None),
         ("always madvise [never]", "always [inherit] madvise never", ALL_OFF),
         ("always madvise [never]", "always inherit [madvise] never", None),
+        ("always within_size advise never [deny] force", "always inherit [advise] never", ALL_OFF),
     ],
 )
 def test_thp_settings_per_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, common: str, of_size: str | None, expected: str | None
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, file: str, word: str, common: str, of_size: str | None, expected: str | None,
+) -> None:  # fmt: skip
     """A size's own THP setting decides, or the global one that it inherits; the remedy names the right one."""
-    (tmp_path / "enabled").write_text(common)
+    at, at_size = tmp_path / file, tmp_path / "hugepages-2048kB" / file
+    at.write_text(common)
     if of_size is not None:
-        (tmp_path / "hugepages-2048kB").mkdir()
-        (tmp_path / "hugepages-2048kB/enabled").write_text(of_size)
-    monkeypatch.setattr(memory, "_THP", tmp_path / "enabled")
-    reason = f"anonymous_thp: {expected.format(at=tmp_path)}" if expected else None
-    assert BACKINGS["anonymous_thp"].missing(2 * MIB) == reason
+        at_size.parent.mkdir()
+        at_size.write_text(of_size)
+    monkeypatch.setattr(memory, "_THP", tmp_path)
+    reason = f"{name}: {expected.format(word=word, at=at, at_size=at_size)}" if expected else None
+    assert BACKINGS[name].missing(2 * MIB) == reason
     # Memory that was mapped before THP was disabled, or gets no huge page although it is not: it would test base pages
-    guest_memory = GuestMemory(BACKINGS["anonymous_thp"], 8 * MIB, 0)
+    guest_memory = GuestMemory(BACKINGS[name], 8 * MIB, 0)
     monkeypatch.setattr(GuestMemory, "transparent_huge_size", lambda _: 0)
     with pytest.raises(HugePagesMissing, match=re.escape(reason or "gave no huge page")):
         guest_memory.populate()

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import mmap
 import random
+import re
 import signal
 import struct
 from array import array
@@ -356,34 +357,47 @@ def test_guest_phys_limit(
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem", "shmem_thp"])
 @pytest.mark.parametrize("gpa", [0, 0x1000, 0xFFFC_BFFF_D000])
 def test_guest_memory_alignment(name: str, gpa: int) -> None:
     """Guest memory is zero, and its hva and gpa are congruent modulo the backing's page size."""
     memory = GuestMemory(BACKINGS[name], 4 * MIB, gpa)
     assert (memory.hva - gpa) % BACKINGS[name].alignment == 0
-    memory.populate()
+    populate(memory)
     assert not any(memory.words[::512].tolist())
     memory.words[-1] = 1
     assert ctypes.c_uint64.from_address(memory.hva + 4 * MIB - 8).value == 1
     memory.close()
 
 
-@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp"])
+@pytest.mark.parametrize(
+    ("name", "flag"), [("anonymous", "nh"), ("shmem", "nh"), ("anonymous_thp", "hg"), ("shmem_thp", "hg")]
+)
+def test_advice_about_huge_pages(name: str, flag: str) -> None:
+    """Memory of small pages asks for no huge ones, so that it stays small where the host's settings are always or force."""
+    memory = GuestMemory(BACKINGS[name], 4 * MIB, 0)
+    smaps = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (?:.*\n)+?VmFlags: (.*)", smaps, re.MULTILINE)
+    (flags,) = [flags for first, end, flags in found if int(first, 16) <= memory.hva < int(end, 16)]
+    memory.close()
+    assert {"nh", "hg"} & set(flags.split()) == {flag}
+
+
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem", "shmem_thp"])
 def test_huge_pages_are_detected(name: str) -> None:
     """Transparent huge pages are counted in memory that has them, and in no other."""
-    if reason := BACKINGS["anonymous_thp"].missing(8 * MIB):
+    if reason := BACKINGS["shmem_thp" if name == "shmem_thp" else "anonymous_thp"].missing(8 * MIB):
         pytest.skip(reason)
     memory = GuestMemory(BACKINGS[name], 8 * MIB, 0)
     try:
         memory.populate()
     except HugePagesMissing as error:
         pytest.skip(str(error))
-    assert bool(memory.transparent_huge_size()) is (name == "anonymous_thp")
+    assert bool(memory.transparent_huge_size()) is name.endswith("_thp")
     memory.close()
 
 
-@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem"])
+@pytest.mark.parametrize("name", ["anonymous", "anonymous_thp", "shmem", "shmem_thp"])
 def test_kept_memory_is_zero_again(name: str) -> None:
     """Memory that is kept comes back zeroed, at its old address; for another size or backing it is freed first."""
     with KeptMemory() as kept:

@@ -13,6 +13,7 @@ from harness import known_bugs
 from harness.combinations import all_cells, pairwise_cells
 from harness.failure_report import cell_command
 from harness.selection import (
+    DEFAULTS,
     DIMENSIONS,
     check_settings,
     parse_milliseconds,
@@ -116,6 +117,14 @@ def test_default_matrix_is_pairwise(left_out: tuple[str, ...], vcpus: tuple[int,
     for first, second in combinations(every, 2):
         met = {(getattr(cell, first), getattr(cell, second)) for cell in cells}
         assert met == set(product(every[first], every[second]))
+
+
+def test_shared_huge_pages_run_when_named() -> None:
+    """By default all values of each dimension run, except the backings in shared huge pages."""
+    left_out = {name: set(values) - set(DEFAULTS[name]) for name, values in DIMENSIONS.items()}
+    assert {name: values for name, values in left_out.items() if values} == {
+        "backing": {"shmem_thp", "shared_hugetlb_2mb"}
+    }
 
 
 def test_full_matrix_is_the_product() -> None:
