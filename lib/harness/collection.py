@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.nodeid.startswith(OWN_TESTS):
             item.add_marker("unit")
         if on_host and item.get_closest_marker("disposable_kernel"):
-            why = "could corrupt the memory of a kernel with this bug: only in one that is booted for it (make check-kernel)"
+            why = "could harm the kernel, or changes settings of it: only in one that is booted for it (make check-kernel)"
             item.add_marker(pytest.mark.skip(why))
         item.user_properties.append(("kvm", on_kvm))
         if cell := cell_of(item):

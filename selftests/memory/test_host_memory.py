@@ -1,123 +1,36 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The host changes its mapping of a memslot: KVM's MMU notifier zaps its SPTEs, and the dirty log loses no write."""
 
-import ctypes
-import mmap
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-
 import pytest
 
+from dirty_tracking.mapping_sizes import huge_pages
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
+from harness.fixtures import Provided
 from kvm_util.kvm import Kvm
-from kvm_util.memory import GuestMemory
-from kvm_util.userfault import WriteProtectedPages
+from kvm_util.memory import HUGE_PAGE_SIZE
+from selftests.memory.huge_memory import SLOT, MakeHugeVm, few_huge_pages, inside, touched
+from selftests.memory.invalidations import (
+    HOST_WIDE,
+    NEEDS,
+    Invalidation,
+    aged,
+    call_at,
+    collapsed,
+    discarded,
+    merged_by_ksm,
+    moved,
+    protected,
+    replaced,
+    shared_with_a_child,
+    soft_dirty_bits_cleared,
+    way_to_discard,
+    write_protected_by_userfaultfd,
+)
 
-SLOT = 1
 NPAGES = 64 + 9
-# The pages whose mapping the host changes
-FIRST, END = 8, 66
+# Pages that the invalidations concern, and others
 INSIDE, OUTSIDE = [8, 9, 30, 65], [3, 66, 72]
-MADV_REMOVE = 9  # mmap has no name for it
-PROT_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
-
-SIZE = (END - FIRST) * PAGE
-# <sys/mman.h>, <linux/mman.h>
-MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
-
-Invalidation = Callable[[GuestMemory], AbstractContextManager[None]]
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def call(name: str, memory: GuestMemory, argument: int) -> None:
-    """madvise() or mprotect() of the pages FIRST to END - 1."""
-    if getattr(libc, name)(ctypes.c_void_p(start_of(memory)), SIZE, argument):
-        raise OSError(ctypes.get_errno(), f"{name}({argument})")
-
-
-def start_of(memory: GuestMemory) -> int:
-    """The hva of page FIRST."""
-    return memory.hva + FIRST * PAGE
-
-
-def map_at(hva: int) -> None:
-    """Map SIZE bytes of new private memory at *hva*, in place of what is there."""
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    libc.mmap.restype = ctypes.c_void_p
-    if libc.mmap(ctypes.c_void_p(hva), ctypes.c_size_t(SIZE), PROT_WRITABLE, private, -1, ctypes.c_long(0)) != hva:
-        raise OSError(ctypes.get_errno(), "mmap")
-
-
-def move_pages(old: int, new: int) -> None:
-    """Move SIZE bytes of mapped memory from hva *old* to *new*."""
-    libc.mremap.restype = ctypes.c_void_p
-    size, flags = ctypes.c_size_t(SIZE), MREMAP_MAYMOVE | MREMAP_FIXED
-    if libc.mremap(ctypes.c_void_p(old), size, size, flags, ctypes.c_void_p(new)) != new:
-        raise OSError(ctypes.get_errno(), "mremap")
-
-
-@contextmanager
-def discarded(memory: GuestMemory) -> Iterator[None]:
-    """Discard the pages and their contents."""
-    call("madvise", memory, MADV_REMOVE if memory.backing.shared else mmap.MADV_DONTNEED)
-    yield
-
-
-@contextmanager
-def protected(memory: GuestMemory) -> Iterator[None]:
-    """Make the pages read-only for a moment."""
-    call("mprotect", memory, mmap.PROT_READ)
-    call("mprotect", memory, PROT_WRITABLE)
-    yield
-
-
-@contextmanager
-def replaced(memory: GuestMemory) -> Iterator[None]:
-    """Map other memory at the same hva."""
-    map_at(start_of(memory))
-    yield
-
-
-@contextmanager
-def moved(memory: GuestMemory) -> Iterator[None]:
-    """Move the pages to another hva, and back."""
-    with closing(mmap.mmap(-1, SIZE)) as elsewhere:
-        spare = ctypes.addressof(ctypes.c_char.from_buffer(elsewhere))
-        # What moves leaves a hole, which is filled at once: another thread's mapping could go there.
-        move_pages(start_of(memory), spare)
-        map_at(start_of(memory))
-        move_pages(spare, start_of(memory))
-        map_at(spare)
-    yield
-
-
-@contextmanager
-def write_protected_by_userfaultfd(memory: GuestMemory) -> Iterator[None]:
-    """Write-protect the pages, as a snapshot of a running guest does, and end that."""
-    with WriteProtectedPages(start_of(memory), SIZE):
-        pass
-    yield
-
-
-@contextmanager
-def shared_with_a_child(_memory: GuestMemory) -> Iterator[None]:
-    """Share the pages with a child process until the context ends: the next write to each copies it."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(write_end)
-        os.read(read_end, 1)
-        os._exit(0)
-    os.close(read_end)
-    try:
-        yield
-    finally:
-        os.close(write_end)
-        os.waitpid(child, 0)
-
 
 INVALIDATIONS = [
     ("anonymous", discarded),
@@ -130,15 +43,31 @@ INVALIDATIONS = [
     ("shmem", protected),
     ("shmem", replaced),
     ("shmem", moved),
+    ("anonymous_thp", collapsed),
+    ("shmem_thp", collapsed),
+    ("anonymous", soft_dirty_bits_cleared),
+    ("anonymous", merged_by_ksm),
+    ("anonymous", aged),
 ]
 
 
 @pytest.mark.parametrize(
-    ("backing", "invalidation"), INVALIDATIONS, ids=[f"{backing}-{way.__name__}" for backing, way in INVALIDATIONS]
+    ("backing", "invalidation"),
+    [
+        pytest.param(
+            backing, way, id=f"{backing}-{way.__name__}", marks=[pytest.mark.disposable_kernel] * (way in HOST_WIDE)
+        )
+        for backing, way in INVALIDATIONS
+    ],
 )
-def test_dirty_log_survives_mmu_notifier(kvm: Kvm, log_mode: str, backing: str, invalidation: Invalidation) -> None:
+def test_dirty_log_survives_mmu_notifier(
+    kvm: Kvm, provided: Provided, log_mode: str, backing: str, invalidation: Invalidation
+) -> None:
     """Writes before and after an MMU notifier invalidation are reported, and the invalidation itself dirties no page."""
-    with ScriptedVm(kvm, log_mode) as vm:
+    needed, what = NEEDS.get(invalidation, (None, ""))
+    if needed is not None and not needed.exists():
+        pytest.skip(f"this kernel has no {what}")
+    with provided(backing, NPAGES * PAGE), ScriptedVm(kvm, log_mode) as vm:
         memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES, backing).memory
         vm.write(SLOT, *range(NPAGES))
         vm.assert_dirty("writes to all pages", {SLOT: range(NPAGES)})
@@ -156,3 +85,35 @@ def test_dirty_log_survives_mmu_notifier(kvm: Kvm, log_mode: str, backing: str, 
             vm.assert_dirty("writes before and after an invalidation", {SLOT: INSIDE + OUTSIDE}, writes_per_page=2)
         vm.write(SLOT, *INSIDE)
         vm.assert_dirty("writes when all invalidations are over", {SLOT: INSIDE})
+
+
+@pytest.mark.parametrize("backing", ["anonymous_thp", "shmem_thp", "shared_hugetlb_2mb"])
+def test_hole_in_memory_mapped_huge(make_huge_vm: MakeHugeVm, backing: str) -> None:
+    """A hole that ends within a huge page dirties no page, and pages around and in it that are written are reported."""
+    layout = few_huge_pages(backing, 3)
+    with make_huge_vm(layout) as vm:
+        memslot = vm.vm.memslots[SLOT]
+        first, second = huge_pages(memslot, HUGE_PAGE_SIZE)
+        hole = range(inside(first), second.stop)
+        pages = sorted(
+            {*touched(vm, layout), hole.start - 1, hole.start + 1, second.start, second.stop - 1, second.stop}
+        )
+
+        def punch() -> None:
+            start, size = memslot.memory.hva + hole.start * PAGE, len(hole) * PAGE
+            call_at("madvise", start, size, way_to_discard(memslot.memory))
+
+        for logged_first in (True, False):
+            vm.write(SLOT, *pages)
+            if not logged_first:
+                punch()
+            vm.enable_dirty_logging(SLOT)
+            if logged_first:
+                punch()
+            vm.assert_dirty("a hole without writes", {})
+            vm.write(SLOT, *pages)
+            punch()
+            vm.assert_dirty("writes before a hole", {SLOT: pages})
+            vm.write(SLOT, *pages)
+            vm.assert_dirty("writes after a hole", {SLOT: pages})
+            vm.disable_dirty_logging(SLOT)
