@@ -213,6 +213,14 @@ class Writers:
                     raise VcpuHang(self._describe_hang(what))
                 self.cond.wait(poll_interval(begun))
 
+    def wait_for_writes(self, count: int, since: Sequence[int]) -> None:
+        """Wait until each vCPU has made *count* writes more than *since*, or one waits for its ring."""
+
+        def written() -> bool:
+            return all(now >= then + count for now, then in zip(self.published(), since, strict=True))
+
+        self.wait(lambda: written() or self.any_ring_full(), "writing")
+
     def last_exits(self) -> str:
         """The last exit of each vCPU, a line each."""
         return "\n".join(f"last exit of {thread.name}: {thread.last_exit}" for thread in self.threads)

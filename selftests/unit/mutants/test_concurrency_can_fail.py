@@ -11,7 +11,8 @@ import pytest
 
 from dirty_tracking import ring as dirty_ring
 from dirty_tracking import shared_rings, writers
-from dirty_tracking.migration import Migration, Pages
+from dirty_tracking.memory_copy import Pages
+from dirty_tracking.migration import Migration
 from dirty_tracking.race import Worker, race
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.scripted_vm import ScriptedVm
