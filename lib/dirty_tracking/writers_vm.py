@@ -32,6 +32,7 @@ class WritersVm(DirtyVm):
     :param guest_mode: a key of ``GUEST_MODES``; with larger pages than the host's there can be one slot only
     :param gpa: where the first slot begins
     :param make_memory: makes the memory of each slot
+    :param touch: whether :meth:`populate` has the guest touch all pages
     :ivar slots: the test slots, with the numbers of their pages
     :raises HugePagesMissing: transparent huge pages were asked for, and there is not one
     """
@@ -47,6 +48,7 @@ class WritersVm(DirtyVm):
         guest_mode: str = "48bit-4k",
         gpa: int = FIRST_GPA,
         make_memory: Callable[[Backing, int, int], GuestMemory] = GuestMemory,
+        touch: bool = True,
     ) -> None:
         npages = sum(count for count, _ in shapes)
         data_size = guest_data_size(npages * PAGE, len(streams))
@@ -62,7 +64,7 @@ class WritersVm(DirtyVm):
             self.writers = Writers(self.guest, self.mode)
             for vcpu, stream in enumerate(streams):
                 # One vCPU touches all pages.
-                self.writers.add(stream, self._gva, npages * PAGE if vcpu == 0 else 0, pace)
+                self.writers.add(stream, self._gva, npages * PAGE if touch and vcpu == 0 else 0, pace)
 
     def populate(self) -> None:
         """Start the vCPUs' threads and have the guest touch all pages: all are mapped then, and writable.

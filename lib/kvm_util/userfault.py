@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""userfaultfd(2): memory whose pages stay missing until the test provides them (admin-guide/mm/userfaultfd.rst)."""
+"""userfaultfd(2): memory whose pages stay missing until somebody provides them (admin-guide/mm/userfaultfd.rst)."""
 
 import ctypes
 import errno
 import os
 import select
+import signal
 from ctypes import Structure, c_int64, c_uint64
 from pathlib import Path
+from typing import NoReturn
 
 from kvm_util import filtered_calls, host_limits
 from kvm_util.arch import current as arch
@@ -37,16 +39,24 @@ class _Zeropage(Structure):
     _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64), ("zeropage", c_int64))
 
 
+class _Copy(Structure):
+    _fields_ = (("dst", c_uint64), ("src", c_uint64), ("len", c_uint64), ("mode", c_uint64), ("copy", c_int64))
+
+
 class _WriteProtect(Structure):
     _fields_ = (("start", c_uint64), ("len", c_uint64), ("mode", c_uint64))
 
 
 _UFFDIO_REGISTER = _IOWR(_UFFD, 0x00, _Register)
+_UFFDIO_COPY = _IOWR(_UFFD, 0x03, _Copy)
 _UFFDIO_ZEROPAGE = _IOWR(_UFFD, 0x04, _Zeropage)
 _UFFDIO_WRITEPROTECT = _IOWR(_UFFD, 0x06, _WriteProtect)
 _UFFDIO_API = _IOWR(_UFFD, 0x3F, _Api)
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
 
 
 def _why_not(code: int) -> str:
@@ -140,10 +150,66 @@ class MissingPages(_RegisteredPages):
         """
         if not select.select([self._fd], [], [], timeout)[0]:
             raise TimeoutError(f"no missing page was touched within {timeout:g} s")
-        return int.from_bytes(os.read(self._fd, _MESSAGE_SIZE)[_ADDRESS_OFFSET : _ADDRESS_OFFSET + 8], "little")
+        return self._next_fault()
 
     def provide(self, address: int) -> None:
         """Map a zero page at hva *address*, rounded down to a page, and wake the threads that fault on it."""
         start = align_down(address, HOST_PAGE_SIZE)
         request = _Zeropage(start=start, len=HOST_PAGE_SIZE)
         ioctl(self._fd, _UFFDIO_ZEROPAGE, "UFFDIO_ZEROPAGE", ctypes.byref(request), f"start={start:#x}")
+
+    def _next_fault(self) -> int:
+        """The hva of the next message."""
+        return int.from_bytes(os.read(self._fd, _MESSAGE_SIZE)[_ADDRESS_OFFSET : _ADDRESS_OFFSET + 8], "little")
+
+
+class SuppliedPages(MissingPages):
+    """A range of untouched memory that gets its pages from *image* when they are touched, until it is closed.
+
+    A child process supplies them, as for a VMM that restores a snapshot. A thread could not: any other thread of this process
+    that touches a missing page waits for it with the interpreter's lock.
+
+    :param hva: where the range begins, page-aligned; it is as long as *image*
+    """
+
+    def __init__(self, hva: int, image: bytes) -> None:
+        super().__init__(hva, len(image))
+        self._hva = hva
+        self._image = image
+        try:
+            self._child = os.fork()
+            if not self._child:
+                self._supply()
+        finally:
+            # The child's file is the last: if the child dies, the pages become zero pages, and nobody waits for them.
+            super().close()
+
+    def close(self) -> None:
+        """End the child, and unregister the range.
+
+        :raises RuntimeError: the child has ended before, and pages lack their contents since
+        """
+        if os.waitpid(self._child, os.WNOHANG)[0]:
+            raise RuntimeError("the process that supplies missing pages has died")
+        os.kill(self._child, signal.SIGKILL)
+        os.waitpid(self._child, 0)
+
+    def _supply(self) -> NoReturn:
+        """Supply pages without end; in the child, which ends with its parent and with nothing else."""
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            # A thread may have stopped waiting since there was a message to read.
+            os.set_blocking(self._fd, True)
+            source = ctypes.cast(ctypes.c_char_p(self._image), ctypes.c_void_p).value or 0
+            while True:
+                start = align_down(self._next_fault(), HOST_PAGE_SIZE)
+                request = _Copy(dst=start, src=source + start - self._hva, len=HOST_PAGE_SIZE)
+                try:
+                    ioctl(self._fd, _UFFDIO_COPY, "UFFDIO_COPY", ctypes.byref(request), f"dst={start:#x}")
+                except KvmError as error:
+                    # Several threads can wait for one page, and each has a message.
+                    if error.errno != errno.EEXIST:
+                        raise
+        finally:
+            os._exit(1)

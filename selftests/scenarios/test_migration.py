@@ -2,46 +2,24 @@
 """Live migration by pre-copy: after the last round, source and copy of guest memory are byte-identical (migration.py)."""
 
 import random
-from array import array
 from contextlib import closing
 
 import pytest
 
 from dirty_tracking.cell import Settings
 from dirty_tracking.migration import Migration
-from dirty_tracking.ring import ENTRY_SIZE
 from dirty_tracking.vm import PAGE
-from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers import Pace
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS
 from kvm_util.wording import counted
+from selftests.scenarios.guests import HOT, RING, streams
 
-WRITES = 4096
-HOT = 16
 # The vCPUs are stopped when a round has at most so many pages: the hot ones, and a few of the guest program's
 ENOUGH = HOT + 8
-RING = max(1024, PAGE // ENTRY_SIZE)
 SMALL = [(700, "shmem"), (300, "anonymous")]
 LARGE = [(8192 + 5, "anonymous_thp"), (700, "shmem"), (64, "anonymous")]
-
-
-def streams(vcpus: int, npages: int, pattern: str, draw: random.Random) -> list[WriteStream]:
-    """Writes of each vCPU: 9 in 10 to a few hot pages that all vCPUs share, the others to cold pages in *pattern* order."""
-    hot = draw.sample(range(npages), HOT)
-    result = []
-    for vcpu in range(vcpus):
-        cold = npages * vcpu // vcpus
-        pages = array("I")
-        for _ in range(WRITES):
-            if draw.random() < 0.9:
-                pages.append(draw.choice(hot))
-            else:
-                cold = (cold + 1) % npages if pattern == "sequential" else draw.randrange(npages)
-                pages.append(cold)
-        result.append(WriteStream(pages, 0))
-    return result
 
 
 @pytest.mark.parametrize(("vcpus", "pattern"), [(1, "sequential"), (2, "random")])

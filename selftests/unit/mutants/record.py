@@ -36,7 +36,10 @@ MODES = ("dirty-log", "clear-log", "dirty-ring")
 # These run for minutes under some mutants; test_checks_can_fail.py plants more faults in the same run.
 ELSEWHERE = ("test_dirty_log.py", "test_known_bugs.py")
 # Tests with writer threads, each of which would wait a minute for what never comes under some mutants
-WRITERS = ("test_concurrency.py", "test_interrupted_reset.py", "test_migration.py", "test_ring_concurrency.py")
+WRITERS = (
+    *("test_concurrency.py", "test_interrupted_reset.py", "test_migration.py", "test_ring_concurrency.py"),
+    "test_snapshots.py",
+)
 SIZES = ("--test-mem=64M", "--iterations=8", "--ring-count=4096")
 _TIMEOUT = 3600
 
