@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import pytest
 
 from dirty_tracking.scripted_vm import NotEmulated, ScriptedVm
-from dirty_tracking.vm import FIRST_GPA, PAGE
+from dirty_tracking.vm import PAGE
 from kvm_util.kvm import Kvm
-from selftests.stores import SPARE_GVA, WRITTEN, MaxEntries, SkipUnemulated, add_loaded_slots
+from selftests.stores import SLOT_GPA, SPARE_GVA, WRITTEN, MaxEntries, SkipUnemulated, add_loaded_slots
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def max_entries(emulates: bool) -> MaxEntries:
 @pytest.fixture(params=[True, False], ids=["read-only", "not-present"])
 def boundary_gva(request: pytest.FixtureRequest, logged_vm: ScriptedVm) -> int:
     """The gva after the page at WRITTEN, where the guest's own page tables end or allow no writes."""
-    logged_vm.map_at(SPARE_GVA - PAGE, FIRST_GPA + WRITTEN * PAGE, 1)
+    logged_vm.map_at(SPARE_GVA - PAGE, SLOT_GPA + WRITTEN * PAGE, 1)
     if request.param:
-        logged_vm.guest.page_tables.map(SPARE_GVA, FIRST_GPA + (WRITTEN + 1) * PAGE, PAGE, writable=False)
+        logged_vm.guest.page_tables.map(SPARE_GVA, SLOT_GPA + (WRITTEN + 1) * PAGE, PAGE, writable=False)
     return SPARE_GVA

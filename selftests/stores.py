@@ -6,22 +6,29 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
-from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
+from dirty_tracking.vm import GVA_OFFSET, PAGE
+from kvm_util import uapi
+from kvm_util.memory import HUGE_PAGE_SIZE
+from selftests.decoys import LowMemory, add_decoys
 
 SLOT, NEIGHBOUR = 1, 2
 NPAGES = 24
 WRITTEN = 5
+# Where SLOT begins: above slot 0, and so low that the number is a gfn within 40 bits of guest-physical address
+SLOT_GPA = 67 * HUGE_PAGE_SIZE
 # A guest-virtual address that nothing else uses, for mappings with other permissions
-SPARE_GVA = FIRST_GPA + GVA_OFFSET + (1 << 36)
+SPARE_GVA = SLOT_GPA + GVA_OFFSET + (1 << 36)
 
 SkipUnemulated = Callable[[str], AbstractContextManager[None]]
 MaxEntries = Callable[[int], int]
 
 
 def add_loaded_slots(vm: ScriptedVm) -> None:
-    """Add two logged memslots side by side, and have the guest read all of their pages."""
-    vm.add_slot(SLOT, FIRST_GPA, NPAGES)
-    vm.add_slot(NEIGHBOUR, FIRST_GPA + NPAGES * PAGE, NPAGES)
+    """Add two logged memslots side by side, and decoys for the first; have the guest read all of their pages."""
+    vm.vm.set_user_memory_region(SLOT, SLOT_GPA, LowMemory(NPAGES * PAGE), uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    vm.map(SLOT_GPA, NPAGES)
+    add_decoys(vm, SLOT, WRITTEN, 2)
+    vm.add_slot(NEIGHBOUR, SLOT_GPA + NPAGES * PAGE, NPAGES)
     vm.run(*(Operation("load", vm.address(slot, page)) for slot in (SLOT, NEIGHBOUR) for page in range(NPAGES)))
     vm.assert_dirty("loads of all pages", {})
 

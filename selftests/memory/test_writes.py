@@ -20,6 +20,7 @@ from selftests.stores import (
     NEIGHBOUR,
     NPAGES,
     SLOT,
+    SLOT_GPA,
     SPARE_GVA,
     WRITTEN,
     MaxEntries,
@@ -58,7 +59,7 @@ def test_faulting_store_is_not_logged(
 ) -> None:
     """A store that faults in the guest's own page tables changes nothing and dirties no gfn."""
     vm = logged_vm
-    vm.guest.page_tables.map(SPARE_GVA, FIRST_GPA, NPAGES * PAGE, writable=False)
+    vm.guest.page_tables.map(SPARE_GVA, SLOT_GPA, NPAGES * PAGE, writable=False)
     before = bytes(vm.vm.memslots[SLOT].memory.view)
     with skip_unemulated(operation.name), pytest.raises(GuestError, match="page fault"):
         vm.run(replace(operation, address=SPARE_GVA + WRITTEN * PAGE))

@@ -13,7 +13,7 @@ from kvm_util.host import Host
 from kvm_util.ioctl import ioctl
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
-from selftests.stores import NPAGES, SLOT, SPARE_GVA, WRITTEN
+from selftests.stores import NPAGES, SLOT, SLOT_GPA, SPARE_GVA, WRITTEN
 
 # Bits of a page table's entry, and of CR0
 WRITABLE, ACCESSED_AND_DIRTY = 1 << 1, 1 << 5 | 1 << 6
@@ -26,7 +26,7 @@ LOAD, STORE = Operation("load", SPARE_GVA), Operation("store_8", SPARE_GVA, 1)
 def map_read_only(vm: ScriptedVm, page: int, npages: int = 1) -> int:
     """Map pages of the memslot at SPARE_GVA, read-only; returns the gpa of the first one's entry."""
     tables = vm.guest.page_tables
-    tables.map(SPARE_GVA, FIRST_GPA + page * PAGE, npages * PAGE, writable=False)
+    tables.map(SPARE_GVA, SLOT_GPA + page * PAGE, npages * PAGE, writable=False)
     return tables.entry(SPARE_GVA)
 
 

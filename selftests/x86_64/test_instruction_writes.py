@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
-from dirty_tracking.vm import FIRST_GPA, PAGE
+from dirty_tracking.vm import PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.guest import GuestError
@@ -20,6 +20,7 @@ from selftests.stores import (
     NEIGHBOUR,
     NPAGES,
     SLOT,
+    SLOT_GPA,
     SPARE_GVA,
     WRITTEN,
     MaxEntries,
@@ -167,7 +168,7 @@ def test_string_store_faulting_midway(
     logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated, max_entries: MaxEntries
 ) -> None:
     """A string store that runs into an unmapped page dirties the gfns before it."""
-    logged_vm.map_at(SPARE_GVA - 2 * PAGE, FIRST_GPA + WRITTEN * PAGE, 2)
+    logged_vm.map_at(SPARE_GVA - 2 * PAGE, SLOT_GPA + WRITTEN * PAGE, 2)
     with skip_unemulated("rep_stosq"), pytest.raises(GuestError, match="#PF"):
         logged_vm.run(Operation("rep_stosq", SPARE_GVA - PAGE - 16, 1, PAGE))
     logged_vm.assert_dirty(

@@ -22,11 +22,11 @@ from kvm_util.kvm import Kvm
 from kvm_util.userfault import MissingPages
 from kvm_util.vcpu import Vcpu
 from kvm_util.vm import Vm
-from selftests.stores import NPAGES, SLOT, add_loaded_slots
+from selftests.stores import NPAGES, SLOT, SLOT_GPA, add_loaded_slots
 
 LATE = 3
 AREA, DATA = 5, 9
-AREA_GPA = FIRST_GPA + AREA * PAGE
+AREA_GPA = SLOT_GPA + AREA * PAGE
 # KVM pushes each of its own writes to a ring, so one event may have several entries (mark_page_dirty_in_slot())
 MANY = 1000
 # <asm/kvm_para.h>, <linux/kvm_para.h>
@@ -207,7 +207,7 @@ def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool) ->
             "asynchronous page faults: this backend emulates every instruction, and waits for the page meanwhile"
         )
     vm, (vcpu,) = apic_vm, apic_vm.vm.vcpus
-    late = vm.add_slot(LATE, FIRST_GPA + 4 * NPAGES * PAGE, 1, logged=False)
+    late = vm.add_slot(LATE, SLOT_GPA + 4 * NPAGES * PAGE, 1, logged=False)
     vector = vm.guest.program.symbols["INTERRUPT_VECTOR"]
     flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
     vm.write(SLOT, AREA, value=0)
@@ -402,11 +402,11 @@ def test_area_named_before_slot_changed(
     vm.enable_dirty_logging(SLOT)
     check("after dirty logging was disabled and enabled", AREA)
     memslot = vm.vm.memslots[SLOT]
-    vm.vm.set_user_memory_region(SLOT, FIRST_GPA - PAGE, memslot.memory, memslot.flags)
+    vm.vm.set_user_memory_region(SLOT, SLOT_GPA - PAGE, memslot.memory, memslot.flags)
     check("after its memslot was moved down by a page", AREA + 1)
     vm.vm.delete_memory_region(SLOT)
     vm.run()
-    vm.vm.set_user_memory_region(SLOT, FIRST_GPA, memslot.memory)
+    vm.vm.set_user_memory_region(SLOT, SLOT_GPA, memslot.memory)
     vm.enable_dirty_logging(SLOT)
     check("after its memslot was recreated", AREA)
 
@@ -439,7 +439,7 @@ def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: ScriptedVm) -> Non
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])
 def test_string_move_from_mmio_is_logged(logged_vm: ScriptedVm, offset: int) -> None:
     """A string move from an MMIO address, which KVM emulates with data of user space, dirties the gfns of its target."""
-    device = FIRST_GPA + 64 * NPAGES * PAGE
+    device = SLOT_GPA + 64 * NPAGES * PAGE
     logged_vm.map(device, 1)
     words = 4
 

@@ -5,7 +5,7 @@ A mutant changes as little as makes its bug: one page of each report, one entry 
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from dirty_tracking.bitmap import set_pages
-from dirty_tracking.modes import LOG_MODES
+from dirty_tracking.modes import LOG_MODES, RingMode
+from dirty_tracking.report import DirtyReport
 from dirty_tracking.ring import DirtyRing
 from dirty_tracking.ring import Entries as RingEntries
 from dirty_tracking.violations import Kind
 from kvm_util import uapi
+from kvm_util.memory import HOST_PAGE_SIZE
 from kvm_util.vm import Memslot, Vm
 from selftests.unit.mutants.faults import (
     Answer,
@@ -299,6 +301,48 @@ def reset_in_parts(patch: pytest.MonkeyPatch) -> None:
         return left + count
 
     patch.setattr(Vm, "reset_dirty_rings", reset_dirty_rings)
+
+
+def _mark_too(patch: pytest.MonkeyPatch, wrong_gfn: Callable[[Memslot, int], int]) -> None:
+    """Have KVM log each page a second time, at *wrong_gfn* of its memslot and offset, if a memslot after its own is there."""
+    pending: dict[tuple[Vm, int], list[int]] = {}
+    collected: list[Vm] = []
+
+    def also(vm: Vm, slot: int, page: int) -> Entries:
+        gfn = wrong_gfn(vm.memslots[slot], page) if slot in vm.memslots else -1
+        offsets = {other: gfn - memslot.gpa // HOST_PAGE_SIZE for other, memslot in vm.memslots.items()}
+        return [(other, offset) for other, offset in offsets.items() if 0 <= offset < vm.memslots[other].npages]
+
+    def bitmap_has(vm: Vm, slot: int, bitmap: bytearray) -> None:
+        for page in set_pages(bitmap):
+            for other, offset in also(vm, slot, page):
+                pending.setdefault((vm, other), []).append(offset)
+        _set_bits(bitmap, pending.pop((vm, slot), []))
+
+    def ring_has(_ring: DirtyRing, entries: Entries) -> Entries:
+        return entries + [wrong for vm in collected for slot, page in entries for wrong in also(vm, slot, page)]
+
+    honest = RingMode._take
+
+    def take(mode: RingMode, vm: Vm, slots: Iterable[int], stopped: bool) -> DirtyReport:
+        collected[:] = [vm]
+        return honest(mode, vm, slots, stopped)
+
+    patch.setattr(RingMode, "_take", take)
+    falsify_bitmaps(patch, bitmap_has)
+    falsify_rings(patch, ring_has)
+
+
+@_mutant(ALL)
+def host_address_marked(patch: pytest.MonkeyPatch) -> None:
+    """KVM logs each page once more by its host address, as if that were its gpa (on s390 until commit 898885477e0f)."""
+    _mark_too(patch, lambda memslot, page: memslot.memory.hva // HOST_PAGE_SIZE + page)
+
+
+@_mutant(ALL)
+def byte_address_marked(patch: pytest.MonkeyPatch) -> None:
+    """KVM logs each page once more by its gpa, as if that were its gfn."""
+    _mark_too(patch, lambda memslot, page: memslot.gpa + page * HOST_PAGE_SIZE)
 
 
 # --- slots --------------------------------------------------------------------------------------------------------------
