@@ -53,10 +53,14 @@ class ScriptedVm(DirtyVm):
         self._lists: list[int] = []
         with self._building():
             for _ in range(vcpus):
-                block, operations = self.guest.allocate(8), self.guest.allocate(LIST_SIZE)
-                self._words(block, 8)[0] = operations
-                self._lists.append(operations)
-                self.guest.add_vcpu(block)
+                self.add_vcpu()
+
+    def add_vcpu(self) -> None:
+        """Create the next vCPU."""
+        block, operations = self.guest.allocate(8), self.guest.allocate(LIST_SIZE)
+        self._words(block, 8)[0] = operations
+        self._lists.append(operations)
+        self.guest.add_vcpu(block)
 
     def run(self, *operations: Operation, vcpu: int = 0, on_exit: Callable[[Vcpu], bool] | None = None) -> None:
         """Have a vCPU execute *operations*.

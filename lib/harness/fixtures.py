@@ -17,6 +17,8 @@ from harness.collection import log_modes_of
 from harness.command_line import soak_of
 from harness.run_state import SETTINGS
 from harness.selection import PlannedCell
+from kvm_util import uapi
+from kvm_util.arch import current as arch
 from kvm_util.host import (
     EMULATING_BACKENDS,
     Host,
@@ -101,6 +103,14 @@ def rings_in_write_order(host: Host) -> None:
     """For tests that require a ring's entries in the order of the writes."""
     if not ring_order_is_write_order(host):
         pytest.skip("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
+
+
+@pytest.fixture
+def zap_all_quirk(kvm: Kvm) -> int:
+    """The quirk with which KVM zaps the SPTEs of all memslots when one is deleted or moved, for KVM_CAP_DISABLE_QUIRKS2."""
+    if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
+        pytest.skip("this KVM has no quirk that zaps all memslots (on x86 it came with Linux 6.12)")
+    return arch.SLOT_ZAP_ALL_QUIRK
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
 from harness.fixtures import Provided
 from kvm_util import uapi
-from kvm_util.arch import current as arch
 from kvm_util.binary_stats import BinaryStats
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
@@ -244,16 +243,14 @@ def test_slot_changes_beside_writers(writing: Writing, thorough: bool, draw: ran
 
 
 def test_slot_changes_without_zap_all(
-    kvm: Kvm,
+    zap_all_quirk: int,
     writing: Writing,
     thorough: bool,
     draw: random.Random,
 ) -> None:
     """No write is lost when KVM zaps only the SPTEs of the deleted or moved memslot (KVM_CAP_DISABLE_QUIRKS2)."""
-    if not kvm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & arch.SLOT_ZAP_ALL_QUIRK:
-        pytest.skip("this KVM has no quirk that zaps all memslots (on x86 it came with Linux 6.12)")
     with writing("same-pages", 4 if thorough else 2) as log:
-        log.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, arch.SLOT_ZAP_ALL_QUIRK)
+        log.vm.vm.enable_cap(uapi.KVM_CAP_DISABLE_QUIRKS2, zap_all_quirk)
         change_slots(log, draw, thorough)
 
 

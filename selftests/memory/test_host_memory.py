@@ -7,6 +7,7 @@ from dirty_tracking.mapping_sizes import huge_pages
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from harness.fixtures import Provided
+from kvm_util import uapi
 from kvm_util.kvm import Kvm
 from kvm_util.memory import HUGE_PAGE_SIZE
 from selftests.memory.huge_memory import SLOT, MakeHugeVm, few_huge_pages, inside, touched
@@ -28,6 +29,7 @@ from selftests.memory.invalidations import (
     write_protected_by_userfaultfd,
 )
 
+ALIAS = 2
 NPAGES = 64 + 9
 # Pages that the invalidations concern, and others
 INSIDE, OUTSIDE = [8, 9, 30, 65], [3, 66, 72]
@@ -117,3 +119,25 @@ def test_hole_in_memory_mapped_huge(make_huge_vm: MakeHugeVm, backing: str) -> N
             vm.write(SLOT, *pages)
             vm.assert_dirty("writes after a hole", {SLOT: pages})
             vm.disable_dirty_logging(SLOT)
+
+
+@pytest.mark.parametrize("invalidation", [discarded, protected, replaced], ids=lambda way: way.__name__)
+def test_invalidation_of_two_slots(kvm: Kvm, log_mode: str, invalidation: Invalidation) -> None:
+    """An MMU notifier invalidation zaps the SPTEs of both slots over the memory: later writes to either are logged."""
+    with ScriptedVm(kvm, log_mode) as vm:
+        memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES).memory
+        gpa = FIRST_GPA + NPAGES * PAGE
+        vm.vm.set_user_memory_region(ALIAS, gpa, memory, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+        vm.map(gpa, NPAGES)
+        for slot in (SLOT, ALIAS):
+            vm.write(slot, *range(NPAGES))
+        vm.collect()
+        for first, second in ((SLOT, ALIAS), (ALIAS, SLOT)):
+            vm.write(second, *OUTSIDE, INSIDE[0])
+            with invalidation(memory):
+                vm.assert_dirty("writes to one slot before an invalidation", {second: [*OUTSIDE, INSIDE[0]]})
+                vm.write(first, *INSIDE, *OUTSIDE, value=first)
+                vm.write(second, *INSIDE[1:], value=second)
+                vm.assert_dirty("writes to both after it", {first: INSIDE + OUTSIDE, second: INSIDE[1:]})
+            held = [memory.words[page * PAGE // 8] for page in INSIDE]
+            assert held == [first, *[second] * (len(INSIDE) - 1)], "KVM maps memory that is not there any more"
