@@ -15,6 +15,7 @@ from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util import uapi
 from kvm_util.arch import current as arch
+from kvm_util.host import Host
 from kvm_util.ioctl import errno_name, ioctl, raw_ioctl
 from kvm_util.kvm import Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
@@ -364,16 +365,21 @@ def test_create_vcpu_rejects_bad_ids_in_ring_mode(ring_vm: ScriptedVm, kvm: Kvm)
     assert ioctl_result(ring_vm.vm.fd, uapi.KVM_CREATE_VCPU, kvm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)) == "EINVAL"
 
 
-def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm) -> None:
-    """A memslot with a guest_memfd cannot have KVM_MEM_LOG_DIRTY_PAGES, neither when created nor later (api.rst 4.140)."""
-    if not ioctl(bare_vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
+def create_guest_memfd(vm: Vm, size: int) -> int:
+    """KVM_CREATE_GUEST_MEMFD; skips where ordinary VMs have none."""
+    if not ioctl(vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD):
         pytest.skip("no KVM_CAP_GUEST_MEMFD for ordinary VMs")
-    size = 4 * PAGE
     # All supported flags: an ordinary VM can use only a file that user space can map, which one of them asks for.
-    flags = ioctl(bare_vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
+    flags = ioctl(vm.fd, uapi.KVM_CHECK_EXTENSION, "KVM_CHECK_EXTENSION", uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
     create = uapi._kvm_create_guest_memfd(size=size, flags=flags)
     request = uapi.KVM_CREATE_GUEST_MEMFD
-    file = ioctl(bare_vm.fd, request, "KVM_CREATE_GUEST_MEMFD", ctypes.byref(create), f"size={size:#x}")
+    return ioctl(vm.fd, request, "KVM_CREATE_GUEST_MEMFD", ctypes.byref(create), f"size={size:#x}")
+
+
+def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm) -> None:
+    """A memslot with a guest_memfd cannot have KVM_MEM_LOG_DIRTY_PAGES, neither when created nor later (api.rst 4.140)."""
+    size = 4 * PAGE
+    file = create_guest_memfd(bare_vm, size)
     memory = GuestMemory(BACKINGS["anonymous"], size, FIRST_GPA)
     try:
         region = uapi._kvm_userspace_memory_region2(
@@ -391,3 +397,31 @@ def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm) -> None:
     finally:
         os.close(file)
         memory.close()
+
+
+@pytest.fixture
+def guest_memfd_checked(host: Host) -> None:
+    """Skips where a memslot could get a guest_memfd late."""
+    if host.kernel_version < (6, 19):
+        pytest.skip("KVM_MEM_GUEST_MEMFD can be set on a memslot before Linux 6.19, and KVM uses freed memory then")
+
+
+@pytest.mark.usefixtures("guest_memfd_checked")
+def test_no_guest_memfd_for_a_logged_slot(manual_vm: ScriptedVm) -> None:
+    """KVM_MEM_GUEST_MEMFD cannot be set on a logged memslot, and the attempt changes neither memory nor dirty log."""
+    memslot = manual_vm.vm.memslots[SLOT]
+    file = create_guest_memfd(manual_vm.vm, memslot.memory.size)
+    try:
+        manual_vm.write(SLOT, 7, value=7)
+        region = uapi._kvm_userspace_memory_region2(
+            slot=SLOT, guest_phys_addr=memslot.gpa, memory_size=memslot.memory.size, userspace_addr=memslot.memory.hva,
+            guest_memfd=file,
+        )  # fmt: skip
+        for flags in (uapi.KVM_MEM_GUEST_MEMFD, uapi.KVM_MEM_GUEST_MEMFD | uapi.KVM_MEM_LOG_DIRTY_PAGES):
+            region.flags = flags
+            assert ioctl_result(manual_vm.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, region) == "EINVAL"
+        manual_vm.write(SLOT, 9, value=9)
+        assert [memslot.memory.words[page * PAGE // 8] for page in (7, 9)] == [7, 9]
+        manual_vm.assert_dirty("writes before and after KVM_MEM_GUEST_MEMFD was refused", {SLOT: [7, 9]})
+    finally:
+        os.close(file)

@@ -4,6 +4,8 @@
 import random
 from contextlib import closing
 
+import pytest
+
 from dirty_tracking.memory_copy import MemoryCopy
 from dirty_tracking.vm import PAGE
 from dirty_tracking.writers import Pace
@@ -13,7 +15,7 @@ from kvm_util.lazy_memory import LazyMemory
 from kvm_util.memory import Backing
 from selftests.scenarios.guests import RING, streams
 
-SHAPES = [(150, "shmem"), (70, "anonymous")]
+SHAPES = [(70, "shmem"), (50, "anonymous")]
 VCPUS = 2
 # The least number of writes of each vCPU between two pauses, and how many pages of each slot the host fills then
 WRITES, FILLED = 32, 4
@@ -24,6 +26,7 @@ def lazy_memory(draw: random.Random, backing: Backing, size: int, gpa: int) -> L
     return LazyMemory(backing, b"".join(bytes(PAGE // 2) + draw.randbytes(PAGE // 2) for _ in range(size // PAGE)), gpa)
 
 
+@pytest.mark.log_modes("dirty-log", "clear-log", "dirty-ring")
 def test_snapshots_of_lazily_restored_vm(kvm: Kvm, log_mode: str, draw: random.Random, thorough: bool) -> None:
     """The base image and the pages reported at each pause make up the memory of a VM that was restored by userfaultfd.
 
