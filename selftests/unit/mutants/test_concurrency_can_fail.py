@@ -29,7 +29,7 @@ from selftests.unit.mutants.faults import falsify_clears, falsify_pages
 
 SHAPES = [(130, "anonymous"), (70, "anonymous")]
 # A mutant shows in the first, as a rule. But a page whose last entry is lost has others, where KVM makes each write itself.
-ROUNDS = 9
+ROUNDS = 30
 
 
 def streams(vcpus: int = 2) -> list[WriteStream]:
