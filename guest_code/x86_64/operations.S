@@ -201,6 +201,25 @@ do_\name:
 	mov %rdx, %rax
 	emulated lock cmpxchg %rsi, (%rdi)
 	ret
+	operation emulated_lock_cmpxchg_1
+	mov %edx, %eax
+	emulated lock cmpxchg %sil, (%rdi)
+	ret
+	operation emulated_lock_cmpxchg_2
+	mov %edx, %eax
+	emulated lock cmpxchg %si, (%rdi)
+	ret
+	operation emulated_lock_cmpxchg_4
+	mov %edx, %eax
+	emulated lock cmpxchg %esi, (%rdi)
+	ret
+	operation emulated_sgdt		# 10 bytes
+	emulated sgdt (%rdi)
+	ret
+	operation emulated_load_segment	# selector %rsi, after lgdt (%rdi)
+	lgdt (%rdi)
+	emulated mov %esi, %fs
+	ret
 	operation emulated_load
 	emulated mov (%rdi), %rax
 	ret

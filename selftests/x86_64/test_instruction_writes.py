@@ -40,6 +40,9 @@ EMULATED_STORES = [
     Store("emulated_xchg", 8),
     Store("emulated_cmpxchg", 8, exchanges=True),
     Store("emulated_lock_cmpxchg", 8, exchanges=True),
+    *(Store(f"emulated_lock_cmpxchg_{size}", size, exchanges=True) for size in (1, 2, 4)),
+    # Not written as data are: segmented_write_std(), arch/x86/kvm/emulate.c. It refuses fxsave in 64-bit mode.
+    Store("emulated_sgdt", 10),
 ]
 EMULATED_FAULTING = {
     "store": Operation("emulated_store_8", 0, 0xA5),
@@ -128,8 +131,12 @@ def test_interrupt_frame_is_logged(
             )
 
 
-def test_segment_accessed_bit_is_logged(logged_vm: ScriptedVm, skip_unemulated: SkipUnemulated) -> None:
-    """Loading a segment dirties the gfn of its descriptor if the CPU has to set the accessed bit, and not if it is set."""
+@pytest.mark.parametrize("name", ["load_segment", "emulated_load_segment"])
+def test_segment_accessed_bit_is_logged(
+    request: pytest.FixtureRequest, skip_unemulated: SkipUnemulated, name: str
+) -> None:
+    """Loading a segment dirties the gfn of its descriptor if the accessed bit is to be set, and not if it is set."""
+    logged_vm: ScriptedVm = request.getfixturevalue("logged_vm" if name == "load_segment" else "forced_emulation_vm")
     selector = 0x18
     table = logged_vm.address(SLOT, WRITTEN, 64)
     descriptors = [0, *arch.SEGMENT_DESCRIPTORS, arch.SEGMENT_NOT_ACCESSED]
@@ -142,8 +149,8 @@ def test_segment_accessed_bit_is_logged(logged_vm: ScriptedVm, skip_unemulated: 
     # The host's writes unmapped the page: test_execution_is_not_logged() has what that means.
     logged_vm.run(Operation("load", logged_vm.address(SLOT, WRITTEN)))
     logged_vm.collect()
-    load = Operation("load_segment", logged_vm.address(SLOT, WRITTEN), selector)
-    with skip_unemulated("load_segment"):
+    load = Operation(name, logged_vm.address(SLOT, WRITTEN), selector)
+    with skip_unemulated(name):
         logged_vm.run(load)
     assert slot.words[first + 8 + selector // 8] != arch.SEGMENT_NOT_ACCESSED
     logged_vm.assert_dirty("loading a segment that was not accessed", {SLOT: [WRITTEN]})

@@ -15,6 +15,7 @@ from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
 from kvm_util import uapi as kvm_uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import msr, uapi
+from kvm_util.arch.x86_64.cpuid import with_hyperv
 from kvm_util.guest import GuestError
 from kvm_util.host import Host
 from kvm_util.ioctl import KvmError, ioctl
@@ -434,6 +435,27 @@ def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: ScriptedVm) -> Non
         vm.run()
         assert area(vm) != before
         vm.assert_dirty(what, {SLOT: [AREA]}, MANY)
+
+
+@pytest.mark.parametrize("register", [msr.HV_X64_MSR_SIEFP, msr.HV_X64_MSR_SIMP], ids=["event-flags", "messages"])
+def test_hyperv_page_clearing_is_logged(kvm: Kvm, log_mode: str, register: int) -> None:
+    """KVM dirties the gfn of the page of event flags or messages that the guest enables, as it clears that page."""
+    if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC):
+        pytest.skip("no KVM_CAP_HYPERV_SYNIC")
+    with ScriptedVm(kvm, log_mode, prepare=lambda vm: arch.create_irqchip(vm.fd)) as vm:
+        (vcpu,) = vm.vm.vcpus
+        ioctl(vcpu.fd, uapi.KVM_SET_CPUID2, "KVM_SET_CPUID2", with_hyperv(kvm.supported_cpuid).buffer)
+        vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC)
+        add_loaded_slots(vm)
+        for _ in range(2):
+            vm.write(SLOT, AREA, value=1)
+            vm.assert_dirty("a store", {SLOT: [AREA]})
+            vm.run(
+                Operation("wrmsr", register, AREA_GPA | 1),
+                on_exit=lambda vcpu: vcpu.run.exit_reason == kvm_uapi.KVM_EXIT_HYPERV,
+            )
+            assert area(vm) == bytes(PAGE)
+            vm.assert_dirty("enabling the page", {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("offset", [16, PAGE - 16], ids=["one-page", "two-pages"])

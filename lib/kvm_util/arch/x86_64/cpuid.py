@@ -10,6 +10,8 @@ from kvm_util.host_limits import HostLimit
 from kvm_util.ioctl import fail, raw_ioctl
 from kvm_util.memory import GIB
 
+# The leaf of the hypervisor's interface, and what Hyper-V has there (Hypervisor Top Level Functional Specification)
+_INTERFACE, _HYPERV = 0x40000001, int.from_bytes(b"Hv#1", "little")
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 _HYPERTRANSPORT_SIZE = 12 * GIB
 # x87, SSE and AVX; and the three states of AVX-512
@@ -63,6 +65,13 @@ class Cpuid:
     def has_nx(self) -> bool:
         """Whether no-execute page protection is supported."""
         return bool(self.leaf(0x80000001).edx >> 20 & 1)
+
+
+def with_hyperv(cpuid: Cpuid) -> Cpuid:
+    """A copy of *cpuid* that has Hyper-V's interface in place of KVM's, so that the guest may use Hyper-V's MSRs."""
+    copy = Cpuid(ctypes.create_string_buffer(cpuid.buffer.raw, len(cpuid.buffer)))
+    copy.leaf(_INTERFACE).eax = _HYPERV
+    return copy
 
 
 def has_svm(cpuid: Cpuid) -> bool:
