@@ -16,8 +16,8 @@ then change nothing there, and KVM's SPTEs come and go by these rules only (arch
 """
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -113,7 +113,7 @@ class DirtyModel(ABC):
         """Dirty logging of a slot was enabled."""
 
     @abstractmethod
-    def ran(self, vcpu: int, slot: int, accesses: Iterable[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
+    def ran(self, vcpu: int, slot: int, accesses: Sequence[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
         """A vCPU made *accesses* to pages of a slot, to each page at most once.
 
         :param pushed: the new entries of its ring
@@ -141,7 +141,7 @@ class BitmapModel(DirtyModel):
         if self.initially_set:
             state.dirty = set(range(state.npages))
 
-    def ran(self, vcpu: int, slot: int, accesses: Iterable[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
+    def ran(self, vcpu: int, slot: int, accesses: Sequence[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
         if pushed:
             raise _of_vcpu(Kind.SPURIOUS, vcpu, f"its ring has {_entries(pushed)}, and the VM has no rings")
         state = self.slots[slot]
@@ -211,23 +211,23 @@ class RingModel(DirtyModel):
         state.writable.clear()
         state.maybe_writable.clear()
 
-    def ran(self, vcpu: int, slot: int, accesses: Iterable[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
+    def ran(self, vcpu: int, slot: int, accesses: Sequence[tuple[Access, int]], pushed: Sequence[Entry]) -> None:
         state, left = self.slots[slot], deque(pushed)
+        unseen = Counter((slot, page) for _, page in accesses)
         for access, page in accesses:
             push = self._push(state, access, page) if state.logged else Push.NO
             was_pushed = bool(left) and left[0] == (slot, page)
             if was_pushed and push is not Push.NO:
                 left.popleft()
             elif push is Push.MUST:
-                raise _of_vcpu(
-                    Kind.LOST, vcpu, f"its ring lacks {(slot, page)}; KVM pushed {_entries(pushed)}", slot, page
-                )
+                if (slot, page) in left:
+                    raise _wrong_entry(vcpu, pushed, left, unseen)
+                detail = f"its ring lacks {(slot, page)}; KVM pushed {_entries(pushed)}"
+                raise _of_vcpu(Kind.LOST, vcpu, detail, slot, page)
+            unseen[slot, page] -= 1
             self._update_mapping(state, access, page, push, was_pushed)
         if left:
-            accounted = list(pushed)[: -len(left)]
-            kind = Kind.DUPLICATE if left[0] in accounted else Kind.SPURIOUS
-            detail = f"none of its accesses pushes {left[0]}; KVM pushed {_entries(pushed)}"
-            raise _of_vcpu(kind, vcpu, detail, *left[0])
+            raise _wrong_entry(vcpu, pushed, left, unseen)
         ring = self.rings[vcpu]
         ring.waiting += pushed
         if self.most_used is not None and ring.used > self.most_used:
@@ -306,6 +306,19 @@ def _joined(entries: Iterable[Entry]) -> Iterator[tuple[int, set[int]]]:
 
 def _of_vcpu(kind: Kind, vcpu: int, detail: str, slot: int | None = None, *pages: int) -> ContractViolation:
     return ContractViolation([Violation(kind, detail, slot, pages, vcpu)])
+
+
+def _wrong_entry(
+    vcpu: int, pushed: Sequence[Entry], left: Sequence[Entry], unseen: Mapping[Entry, int]
+) -> ContractViolation:
+    """The first of *left*, which end *pushed*, is wrong: no access pushes it, or only one of *unseen*, which come later."""
+    wrong, before = left[0], pushed[: len(pushed) - len(left)]
+    if unseen.get(wrong):
+        kind, what = Kind.OTHER, "its accesses push {} later"
+    else:
+        kind = Kind.DUPLICATE if wrong in before else Kind.SPURIOUS
+        what = "none of its accesses pushes {}"
+    return _of_vcpu(kind, vcpu, f"{what.format(wrong)}; KVM pushed {_entries(pushed)}", *wrong)
 
 
 def _entries(entries: Sequence[Entry]) -> str:

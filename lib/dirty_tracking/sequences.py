@@ -28,7 +28,7 @@ from kvm_util.ioctl import KvmError
 from kvm_util.kvm import DEFAULT_DEVICE, Kvm
 from kvm_util.memory import BACKINGS, GuestMemory
 from kvm_util.vcpu import Vcpu
-from kvm_util.wording import counted
+from kvm_util.wording import counted, listed
 
 VCPUS = 2
 # Adjacent places for slots; in none does a slot begin or end on a 64-page boundary of guest memory
@@ -259,11 +259,15 @@ class ModelCheckedVm(Closing):
 
         :raises ContractViolation: it did
         """
-        new = [(vcpu, entry) for vcpu, entries in self._peek_rings().items() for entry in entries]
-        if new:
-            detail = "no vCPU ran, and KVM pushed an entry"
+        found: dict[tuple[int, int], set[int]] = {}
+        for vcpu, entries in self._peek_rings().items():
+            for slot, page in entries:
+                found.setdefault((vcpu, slot), set()).add(page)
+        if found:
+            detail = "no vCPU ran, and KVM pushed "
             raise ContractViolation(
-                [Violation(Kind.SPURIOUS, detail, slot, (page,), vcpu) for vcpu, (slot, page) in new]
+                Violation(Kind.SPURIOUS, detail + listed("page", sorted(pages)), slot, tuple(sorted(pages)), vcpu)
+                for (vcpu, slot), pages in found.items()
             )
 
     def _peek_rings(self) -> dict[int, list[Entry]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from dirty_tracking.model import Access, BitmapModel, Entry, RingModel
-from dirty_tracking.violations import ContractViolation
+from dirty_tracking.violations import ContractViolation, Kind
 
 STORE, LOAD, RETRIED = Access.STORE, Access.LOAD, Access.RETRIED
 
@@ -137,9 +137,17 @@ def test_emulated_stores_are_all_pushed() -> None:
 
 def test_order_and_ring_of_entries() -> None:
     """Entries are in the order of the stores, in the ring of the vCPU that made them."""
-    model = rings()
-    with pytest.raises(ContractViolation, match="lacks"):
-        model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 4), (1, 3)])
+    for pushed, kind in (
+        ([(1, 4), (1, 3)], Kind.OTHER),
+        ([(1, 3)], Kind.LOST),
+        ([(1, 9), (1, 3), (1, 4)], Kind.SPURIOUS),
+        ([(1, 3), (1, 3), (1, 4)], Kind.DUPLICATE),
+        ([(1, 3), (1, 4), (1, 4)], Kind.DUPLICATE),
+        ([(1, 3), (1, 4), (1, 9)], Kind.SPURIOUS),
+    ):
+        with pytest.raises(ContractViolation) as caught:
+            rings().ran(0, 1, [(STORE, 3), (STORE, 4)], pushed)
+        assert caught.value.kinds == {kind}
     model = rings()
     model.ran(0, 1, [(STORE, 3), (STORE, 4)], [(1, 3), (1, 4)])
     with pytest.raises(ContractViolation, match="the harvest returned"):

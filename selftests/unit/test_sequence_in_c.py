@@ -35,7 +35,7 @@ COMMON: list[Step] = [
     Write(2, (5, 6, 64), 1), SetDirtyLogging(1, False), Write(1, (3,)), SetDirtyLogging(1, True), Move(2, 3),
     Write(2, (7,)), Delete(1), Create(1, 0, 64), Collect(),
 ]  # fmt: skip
-BITMAP_END: list[Step] = [Clear(2, 64, 66, range(64, 130, 2)), Write(1, (63,)), Get(1)]
+BITMAP_END: list[Step] = [Clear(2, 64, 66, range(64, 130, 2)), Clear(2, 0, 64, ()), Write(1, (63,)), Get(1)]
 RING_END: list[Step] = [Write(1, (62,), 1), Harvest(1, 1), Reset(), Write(1, (63,))]
 REPORTED, CLEAN = 63, 9  # pages of slot 1 that KVM reports, and does not report, in the last step
 
@@ -79,11 +79,11 @@ VERDICTS = {
     "spurious": ([Violation(Kind.SPURIOUS, "", 1, (REPORTED,))], 1, f"spurious: slot 1, page {REPORTED} is reported 1"),
     "once": ([Violation(Kind.DUPLICATE, "", 1, (REPORTED,))], 0, "has to"),
     "not-checked": (
-        [Violation(Kind.OTHER, 'the "guest" is 100% lost')],
-        4,
-        "not checked here: OTHER: the 'guest' is 100%",
+        [Violation(Kind.OTHER, 'the "guest" is 100% \\n lost, ' * 20)], 4, "here: OTHER: the 'guest' is 100' 'n lost",
     ),
-}
+    "no-such-slot": ([Violation(Kind.SPURIOUS, "", 1 << 24, (3,))], 4, "not checked here: slot 16777216"),
+    "no-such-page": ([Violation(Kind.LOST, "", 1, (1 << 40,))], 4, "not checked here: slot 1"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("violations", "status", "text"), VERDICTS.values(), ids=VERDICTS)
