@@ -5,62 +5,44 @@ In most layouts such a number is the gfn of nothing, so that nothing shows if th
 spurious page of a decoy. KVM for s390 took the host address until Linux 7.0 (commit 898885477e0f).
 """
 
-import ctypes
-import errno
 import mmap
+from collections.abc import Iterator
 
 from dirty_tracking.vm import PAGE, DirtyVm
 from kvm_util import uapi
-from kvm_util.memory import BACKINGS, MIB, GuestMemory
+from kvm_util.arch import current as arch
+from kvm_util.memory import Backing, GuestMemory
+from kvm_util.vm import Memslot
 
 HOST_ADDRESS_DECOY, BYTE_ADDRESS_DECOY = 30, 31
-# Host addresses that are no gpa of a test: above its memslots, below the APIC's page
-_LOW = range(0xA0000000, 0xC0000000, 16 * MIB)
-_MAP_FIXED_NOREPLACE = 0x100000
-_MADV_POPULATE_WRITE = 23
-_PYBUF_WRITE = 0x200
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.argtypes, _view_of.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+# Memory below 2 GiB; only x86 knows the flag, and elsewhere its memory is too high for a decoy
+_MAP_32BIT = 0x40
 
 
-class LowMemory(GuestMemory):
-    """*size* bytes of anonymous memory at a host address that can be a guest-physical address as well."""
+def low_memory(backing: Backing, size: int, gpa: int) -> GuestMemory:
+    """Anonymous memory at a host address that can be a guest-physical address as well: between 1 and 2 GiB."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_32BIT
+    return GuestMemory(backing, size, gpa, mmap.mmap(-1, size, flags))
 
-    def __init__(self, size: int) -> None:
-        self.backing, self.size = BACKINGS["anonymous"], size
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-        for self.hva in _LOW:
-            address = ctypes.c_void_p(self.hva)
-            if _libc.mmap(address, ctypes.c_size_t(size), access, flags, -1, ctypes.c_long(0)) == self.hva:
-                break
-            if ctypes.get_errno() != errno.EEXIST:
-                raise OSError(ctypes.get_errno(), f"mmap of {size} bytes at {self.hva:#x}")
-        else:
-            raise OSError(errno.EEXIST, f"no low host address is free for {size} bytes")
-        self.view: memoryview = _view_of(self.hva, size, _PYBUF_WRITE)
-        self.words = self.view.cast("Q")
 
-    def populate(self) -> None:
-        """Allocate every page now; does nothing before Linux 5.14."""
-        _libc.madvise(ctypes.c_void_p(self.hva), ctypes.c_size_t(self.size), _MADV_POPULATE_WRITE)
+def decoys(memslot: Memslot, first: int, count: int, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Slot, gpa and size of the decoys that end below gpa *limit*; see :func:`add_decoys`.
 
-    def close(self) -> None:
-        """Unmap the memory."""
-        self.words.release()
-        self.view.release()
-        _libc.munmap(ctypes.c_void_p(self.hva), ctypes.c_size_t(self.size))
+    KVM refuses slots above that: 2^39 for many CPUs, 2^36 for some.
+    """
+    for slot, gpa, size in (
+        (HOST_ADDRESS_DECOY, memslot.memory.hva, memslot.memory.size),
+        (BYTE_ADDRESS_DECOY, (memslot.gpa + first * PAGE) * PAGE, count * PAGE * PAGE),
+    ):
+        if gpa + size <= limit:
+            yield slot, gpa, size
 
 
 def add_decoys(vm: DirtyVm, slot: int, first: int, count: int) -> None:
-    """Add a decoy for the host addresses of a slot with :class:`LowMemory`, and one for the gpas of some of its pages.
+    """Add a decoy for the host addresses of a slot in low memory, and one for the gpas of some of its pages.
 
     :param first: the first of these pages, and *count*: how many they are, each of which takes PAGE pages of the decoy
     """
-    memslot = vm.vm.memslots[slot]
-    flags = uapi.KVM_MEM_LOG_DIRTY_PAGES
-    vm.vm.add_memory(HOST_ADDRESS_DECOY, memslot.memory.hva, memslot.memory.size, flags=flags)
-    vm.vm.add_memory(BYTE_ADDRESS_DECOY, (memslot.gpa + first * PAGE) * PAGE, count * PAGE * PAGE, flags=flags)
+    limit = arch.guest_phys_limit(vm.guest.cpuid)
+    for decoy, gpa, size in decoys(vm.vm.memslots[slot], first, count, limit):
+        vm.vm.add_memory(decoy, gpa, size, flags=uapi.KVM_MEM_LOG_DIRTY_PAGES)

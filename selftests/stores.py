@@ -9,13 +9,13 @@ from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import GVA_OFFSET, PAGE
 from kvm_util import uapi
 from kvm_util.memory import HUGE_PAGE_SIZE
-from selftests.decoys import LowMemory, add_decoys
+from selftests.decoys import add_decoys, low_memory
 
 SLOT, NEIGHBOUR = 1, 2
 NPAGES = 24
 WRITTEN = 5
-# Where SLOT begins: above slot 0, and so low that the number is a gfn within 40 bits of guest-physical address
-SLOT_GPA = 67 * HUGE_PAGE_SIZE
+# Where SLOT begins: above slot 0, and so low that the number is a gfn of a CPU with 39 bits of physical address, too
+SLOT_GPA = 33 * HUGE_PAGE_SIZE
 # A guest-virtual address that nothing else uses, for mappings with other permissions
 SPARE_GVA = SLOT_GPA + GVA_OFFSET + (1 << 36)
 
@@ -25,7 +25,8 @@ MaxEntries = Callable[[int], int]
 
 def add_loaded_slots(vm: ScriptedVm) -> None:
     """Add two logged memslots side by side, and decoys for the first; have the guest read all of their pages."""
-    vm.vm.set_user_memory_region(SLOT, SLOT_GPA, LowMemory(NPAGES * PAGE), uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    flags = uapi.KVM_MEM_LOG_DIRTY_PAGES
+    vm.vm.add_memory(SLOT, SLOT_GPA, NPAGES * PAGE, flags=flags, make_memory=low_memory)
     vm.map(SLOT_GPA, NPAGES)
     add_decoys(vm, SLOT, WRITTEN, 2)
     vm.add_slot(NEIGHBOUR, SLOT_GPA + NPAGES * PAGE, NPAGES)
