@@ -18,6 +18,7 @@ import pytest
 from dirty_tracking.vm import PAGE
 from kvm_util.memory import HUGE_PAGE_SIZE, GuestMemory
 from kvm_util.userfault import WriteProtectedPages
+from selftests.memory.damon import age_pages, why_no_damon
 
 FIRST, END = 8, 66
 SIZE = (END - FIRST) * PAGE
@@ -25,10 +26,9 @@ MADV_REMOVE, MADV_COLLAPSE = 9, 25  # mmap has no names for these
 PROT_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
 # <sys/mman.h>, <linux/mman.h>
 MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
-KSM, DAMON = Path("/sys/kernel/mm/ksm"), Path("/sys/kernel/mm/damon/admin")
-CLEAR_REFS = Path("/proc/self/clear_refs")
-# A user of DAMON that has it for itself, in Linux 6.17 and later
-DAMON_STAT = Path("/sys/module/damon_stat/parameters/enabled")
+KSM = Path("/sys/kernel/mm/ksm")
+CLEAR_REFS, PAGEMAP = Path("/proc/self/clear_refs"), Path("/proc/self/pagemap")
+SOFT_DIRTY = 1 << 55  # in an entry of pagemap
 DEADLINE = 30.0
 
 Invalidation = Callable[[GuestMemory], AbstractContextManager[None]]
@@ -89,9 +89,9 @@ def collapsed(memory: GuestMemory) -> Iterator[None]:
             call_at("madvise", memory.hva, HUGE_PAGE_SIZE, MADV_COLLAPSE)
         except OSError as error:
             if error.errno == errno.EINVAL:
-                pytest.skip(
-                    "this kernel has no MADV_COLLAPSE for such memory (private: Linux 6.1; shared: a later one)"
-                )
+                pytest.skip("MADV_COLLAPSE is refused for such memory (it needs Linux 6.1, and a later one if shared)")
+            if error.errno == errno.ENOMEM:  # no huge page is free
+                break
             if error.errno not in (errno.EAGAIN, errno.EBUSY):  # such as a page that is being reclaimed
                 raise
         else:
@@ -160,9 +160,11 @@ def shared_with_a_child(_memory: GuestMemory) -> Iterator[None]:
 def merged_by_ksm(memory: GuestMemory) -> Iterator[None]:
     """Have KSM replace all of the pages, which have the same content, by one; after the context it makes copies again."""
     call("madvise", memory, mmap.MADV_MERGEABLE)
-    for name, value in {"pages_to_scan": 1000, "sleep_millisecs": 1, "run": 1}.items():
-        (KSM / name).write_text(str(value))
+    settings = {KSM / "pages_to_scan": "1000", KSM / "sleep_millisecs": "1", KSM / "run": "1"}
+    before = {file: file.read_text() for file in settings}
     try:
+        for file, value in settings.items():
+            file.write_text(value)
         until = time.monotonic() + DEADLINE
         while int((KSM / "pages_sharing").read_text()) < END - FIRST - 1:
             if time.monotonic() > until:
@@ -172,39 +174,28 @@ def merged_by_ksm(memory: GuestMemory) -> Iterator[None]:
         yield
     finally:
         (KSM / "run").write_text("2")
+        for file, value in before.items():
+            file.write_text(value)
 
 
 @contextmanager
 def aged(memory: GuestMemory) -> Iterator[None]:
     """Have DAMON, which looks at what is in use, clear the accessed bit of each page some times (kvm_age_gfn())."""
-    kdamond = DAMON / "kdamonds/0"
-    context = kdamond / "contexts/0"
-    regions = context / "targets/0/regions"
-
-    def write(path: Path, value: object) -> None:
-        path.write_text(str(value))
-
-    if DAMON_STAT.exists():
-        write(DAMON_STAT, "N")
-    write(DAMON / "kdamonds/nr_kdamonds", 1)
-    write(kdamond / "contexts/nr_contexts", 1)
-    try:
-        write(context / "operations", "fvaddr")
-    except OSError:
-        pytest.skip("this kernel's DAMON does not know virtual addresses (CONFIG_DAMON_VADDR)")
-    # Each page is a region of its own, of which each sampling clears the bit, and none are joined meanwhile.
-    write(context / "monitoring_attrs/intervals/sample_us", 1000)
-    write(context / "monitoring_attrs/intervals/aggr_us", 100_000_000)
-    write(context / "targets/nr_targets", 1)
-    write(context / "targets/0/pid_target", os.getpid())
-    write(regions / "nr_regions", END - FIRST)
-    for index in range(END - FIRST):
-        for name, page in (("start", FIRST + index), ("end", FIRST + index + 1)):
-            write(regions / str(index) / name, memory.hva + page * PAGE)
-    write(kdamond / "state", "on")
-    time.sleep(0.1)
-    write(kdamond / "state", "off")
+    age_pages(memory.hva + page * PAGE for page in range(FIRST, END))
     yield
+
+
+def why_no_soft_dirty_bits() -> str | None:
+    """Why there are no soft-dirty bits, or none that this process can clear; None if it can."""
+    try:
+        CLEAR_REFS.write_text("4")
+        with closing(mmap.mmap(-1, PAGE)) as memory, PAGEMAP.open("rb", buffering=0) as pagemap:
+            memory[0] = 1
+            pagemap.seek(ctypes.addressof(ctypes.c_char.from_buffer(memory)) // PAGE * 8)
+            written = int.from_bytes(pagemap.read(8), "little")
+    except OSError as error:
+        return f"soft-dirty bits cannot be cleared and read (/proc/PID/clear_refs, pagemap): {error.strerror}"
+    return None if written & SOFT_DIRTY else "this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"
 
 
 @contextmanager
@@ -214,11 +205,11 @@ def soft_dirty_bits_cleared(_memory: GuestMemory) -> Iterator[None]:
     yield
 
 
-# What is there if the kernel can do it, and how the kernel gets that
-NEEDS: dict[Invalidation, tuple[Path, str]] = {
-    soft_dirty_bits_cleared: (CLEAR_REFS, "/proc/PID/clear_refs (CONFIG_PROC_PAGE_MONITOR)"),
-    merged_by_ksm: (KSM, "KSM (CONFIG_KSM)"),
-    aged: (DAMON, "DAMON in sysfs (CONFIG_DAMON_SYSFS, CONFIG_DAMON_VADDR)"),
+# Why this kernel cannot do it, or None
+WHY_NOT: dict[Invalidation, Callable[[], str | None]] = {
+    soft_dirty_bits_cleared: why_no_soft_dirty_bits,
+    merged_by_ksm: lambda: None if KSM.exists() else "this kernel has no KSM (CONFIG_KSM)",
+    aged: why_no_damon,
 }
 # These change settings of the whole host.
 HOST_WIDE = (merged_by_ksm, aged)

@@ -13,7 +13,7 @@ from kvm_util.memory import HUGE_PAGE_SIZE
 from selftests.memory.huge_memory import SLOT, MakeHugeVm, few_huge_pages, inside, touched
 from selftests.memory.invalidations import (
     HOST_WIDE,
-    NEEDS,
+    WHY_NOT,
     Invalidation,
     aged,
     call_at,
@@ -66,9 +66,8 @@ def test_dirty_log_survives_mmu_notifier(
     kvm: Kvm, provided: Provided, log_mode: str, backing: str, invalidation: Invalidation
 ) -> None:
     """Writes before and after an MMU notifier invalidation are reported, and the invalidation itself dirties no page."""
-    needed, what = NEEDS.get(invalidation, (None, ""))
-    if needed is not None and not needed.exists():
-        pytest.skip(f"this kernel has no {what}")
+    if invalidation in WHY_NOT and (reason := WHY_NOT[invalidation]()):
+        pytest.skip(reason)
     with provided(backing, NPAGES * PAGE), ScriptedVm(kvm, log_mode) as vm:
         memory = vm.add_slot(SLOT, FIRST_GPA, NPAGES, backing).memory
         vm.write(SLOT, *range(NPAGES))
