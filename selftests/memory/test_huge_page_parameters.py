@@ -37,11 +37,13 @@ def kvm_parameters(**values: str) -> Iterator[None]:
     files = {Path("/sys/module/kvm/parameters") / name: value for name, value in values.items()}
     if missing := [file.name for file in files if not file.exists()]:
         pytest.skip(f"this KVM has no parameter {missing[0]}")
-    before = {file: file.read_text() for file in files}
+    before: dict[Path, str] = {}
     try:
         try:
             for file, value in files.items():
+                old = file.read_text()
                 file.write_text(value)
+                before[file] = old
         except PermissionError:
             pytest.skip("KVM does not let its parameters be changed (kvm.nx_huge_pages=never is for good)")
         yield
