@@ -4,7 +4,6 @@
 import errno
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,43 +46,50 @@ def pre_faulting(vm: ScriptedVm, vcpu: int) -> Iterator[None]:
     KVM_PRE_FAULT_MEMORY retries until a signal comes when a change of memslots makes its root obsolete (before Linux 6.18 also
     when it deletes or moves the slot): kvm_tdp_map_page(), arch/x86/kvm/mmu/mmu.c. The change waits for that (SRCU).
     """
-    ended, running, lock = threading.Event(), True, threading.Lock()
-    errors: list[KvmError] = []
+    ended, given_up, running, lock = threading.Event(), threading.Event(), True, threading.Lock()
+    errors: list[BaseException] = []
 
     def pre_fault() -> None:
         nonlocal running
-        while not ended.is_set() and not errors:
-            for gpa in (FIRST_GPA, MOVED):
-                try:
-                    vm.vm.vcpus[vcpu].pre_fault_memory(gpa, NPAGES * PAGE)
-                except KvmError as error:
-                    if error.errno not in ALLOWED:
-                        errors.append(error)
-        with lock:
-            running = False
+        try:
+            while not ended.is_set():
+                for gpa in (FIRST_GPA, MOVED):
+                    try:
+                        vm.vm.vcpus[vcpu].pre_fault_memory(gpa, NPAGES * PAGE)
+                    except KvmError as error:
+                        if error.errno not in ALLOWED:
+                            raise
+        except BaseException as error:  # noqa: BLE001 (the main thread raises it)
+            errors.append(error)
+        finally:
+            with lock:
+                running = False
 
     def interrupt() -> None:
-        while True:
+        while not given_up.wait(INTERRUPTED):
             with lock:
                 if not running:
                     return
-                signal.pthread_kill(threads[0].ident or 0, KICK_SIGNAL)
-            time.sleep(INTERRUPTED)
+                signal.pthread_kill(pre_faulter.ident or 0, KICK_SIGNAL)
 
-    threads = [threading.Thread(target=target, daemon=True) for target in (pre_fault, interrupt)]
+    pre_faulter, interrupter = (threading.Thread(target=target, daemon=True) for target in (pre_fault, interrupt))
     before = signal.signal(KICK_SIGNAL, lambda _number, _frame: None)
-    for thread in threads:
-        thread.start()
+    pre_faulter.start()
     try:
+        interrupter.start()
         yield
     finally:
         ended.set()
-        for thread in threads:
-            thread.join(HANG_TIMEOUT)
-        signal.signal(KICK_SIGNAL, before)
+        pre_faulter.join(HANG_TIMEOUT)
+        given_up.set()
+        if interrupter.ident is not None:
+            interrupter.join()
+        # The last signal may still be under way to a thread that hangs: its default action would end the process.
+        if not pre_faulter.is_alive():
+            signal.signal(KICK_SIGNAL, before)
     if errors:
         raise errors[0]
-    if running:
+    if pre_faulter.is_alive():
         raise VcpuHang(f"KVM_PRE_FAULT_MEMORY does not return within {HANG_TIMEOUT:g} s, not even after signals")
 
 
