@@ -14,7 +14,7 @@ from kvm_util import filtered_calls, host_limits
 from kvm_util.arch import current as arch
 from kvm_util.closing import Closing
 from kvm_util.host_limits import HostLimit
-from kvm_util.ioctl import _IOWR, KvmError, errno_name, ioctl
+from kvm_util.ioctl import _IOWR, KvmError, errno_name, ioctl, raw_ioctl
 from kvm_util.memory import HOST_PAGE_SIZE, align_down
 
 _UFFD = 0xAA
@@ -176,40 +176,60 @@ class SuppliedPages(MissingPages):
         super().__init__(hva, len(image))
         self._hva = hva
         self._image = image
+        self._child = 0
+        parent = os.getpid()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            self._child = os.fork()
-            if not self._child:
-                self._supply()
-        finally:
-            # The child's file is the last: if the child dies, the pages become zero pages, and nobody waits for them.
-            super().close()
+            try:
+                # Else a signal's handler could run in the child, and what it raises go through this process's frames there.
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                self._child = os.fork()
+                if not self._child:
+                    self._supply(parent)
+            finally:
+                # The child's file is the last: if the child dies, the pages become zero pages, and nobody waits for them.
+                super().close()
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Supply no more pages.
+
+        :raises HostLimit: the child has ended before, and pages lack their contents since
+        """
+        # What waits for a page wakes before an ending child can be waited for. One that ends does not stop any more.
+        os.kill(self._child, signal.SIGSTOP)
+        state = os.waitid(os.P_PID, self._child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert state is not None
+        if state.si_code != os.CLD_STOPPED:
+            failed = f"UFFDIO_COPY: {errno_name(state.si_status)}"
+            why = failed if state.si_code == os.CLD_EXITED else f"signal {state.si_status}"
+            raise HostLimit(f"userfaultfd: the process that supplies missing pages has ended: {why}")
 
     def close(self) -> None:
-        """End the child, and unregister the range.
+        """End the child, and unregister the range."""
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self._child = 0
 
-        :raises RuntimeError: the child has ended before, and pages lack their contents since
-        """
-        if os.waitpid(self._child, os.WNOHANG)[0]:
-            raise RuntimeError("the process that supplies missing pages has died")
-        os.kill(self._child, signal.SIGKILL)
-        os.waitpid(self._child, 0)
-
-    def _supply(self) -> NoReturn:
-        """Supply pages without end; in the child, which ends with its parent and with nothing else."""
+    def _supply(self, parent: int) -> NoReturn:
+        """Supply pages without end; in the child, which ends with its parent, or with the errno of what failed."""
+        status = 0
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             # A thread may have stopped waiting since there was a message to read.
             os.set_blocking(self._fd, True)
             source = ctypes.cast(ctypes.c_char_p(self._image), ctypes.c_void_p).value or 0
-            while True:
+            while os.getppid() == parent:
                 start = align_down(self._next_fault(), HOST_PAGE_SIZE)
                 request = _Copy(dst=start, src=source + start - self._hva, len=HOST_PAGE_SIZE)
-                try:
-                    ioctl(self._fd, _UFFDIO_COPY, "UFFDIO_COPY", ctypes.byref(request), f"dst={start:#x}")
-                except KvmError as error:
-                    # Several threads can wait for one page, and each has a message.
-                    if error.errno != errno.EEXIST:
-                        raise
+                result, code = raw_ioctl(self._fd, _UFFDIO_COPY, ctypes.byref(request))
+                # Several threads can wait for one page, and each has a message.
+                if result and code != errno.EEXIST:
+                    status = code
+                    break
         finally:
-            os._exit(1)
+            os._exit(status)
