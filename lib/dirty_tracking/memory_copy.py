@@ -49,7 +49,11 @@ class MemoryCopy:
         """
         violations = [*self._differences(), *self.recorder.judge.verify()]
         if violations:
-            raise ContractViolation(violations, self.vm.mode.name)
+            raise ContractViolation(violations, self.described())
+
+    def described(self) -> str:
+        """What was verified, for the message."""
+        return self.vm.mode.name
 
     def _differences(self) -> Iterator[Violation]:
         for slot, memslot in self._slots.items():

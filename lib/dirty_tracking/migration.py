@@ -11,6 +11,7 @@ from typing import Any
 
 from dirty_tracking.memory_copy import MemoryCopy, Pages
 from dirty_tracking.writers_vm import WritersVm
+from kvm_util.wording import counted
 
 # The least number of writes of each vCPU in a round
 _WRITES = 128
@@ -63,6 +64,10 @@ class Migration(MemoryCopy):
     def figures(self) -> list[dict[str, Any]]:
         """The rounds as plain data."""
         return list(map(asdict, self.rounds))
+
+    def described(self) -> str:
+        """What was verified, and after how many rounds."""
+        return f"{super().described()}, after {counted(len(self.rounds), 'round')}"
 
     def _round(self, number: int, everything: Pages | None, stopped: bool = False) -> None:
         started, writes = time.monotonic(), self.vm.writers.published()
