@@ -400,10 +400,12 @@ def test_no_dirty_logging_of_guest_memfd(bare_vm: Vm) -> None:
 
 
 @pytest.fixture
-def guest_memfd_checked(host: Host) -> None:
-    """Skips where a memslot could get a guest_memfd late."""
+def guest_memfd_checked(host: Host, kvm: Kvm) -> None:
+    """Skips where a memslot could get a guest_memfd late, or KVM has none at all."""
     if host.kernel_version < (6, 19):
         pytest.skip("KVM_MEM_GUEST_MEMFD can be set on a memslot before Linux 6.19, and KVM uses freed memory then")
+    if not kvm.check_extension(uapi.KVM_CAP_GUEST_MEMFD):
+        pytest.skip("no KVM_CAP_GUEST_MEMFD (CONFIG_KVM_GUEST_MEMFD)")
 
 
 @pytest.mark.usefixtures("guest_memfd_checked")
