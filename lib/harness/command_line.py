@@ -69,8 +69,8 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
     )
     for name, values in DIMENSIONS.items():
         letter = {"log_mode": " [-M]", "guest_mode": " [-m]"}.get(name, "")
-        but = "".join(f" but {value}" for value in values if value not in DEFAULTS[name])
-        text = f"which of {', '.join(values)}; default all{but}{letter}"
+        left_out = " and ".join(value for value in values if value not in DEFAULTS[name])
+        text = f"which of {', '.join(values)}; default all{f' but {left_out}' if left_out else ''}{letter}"
         group.addoption(option_name(name), metavar="NAME,...", help=text)
     default = Settings()
     texts = {

@@ -154,9 +154,8 @@ def _huge_page_pool() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            if (
-                error.errno != errno.ENOSYS
-            ):  # CONFIG_FILE_LOCKING, which a small kernel that is booted for one session may lack
+            # CONFIG_FILE_LOCKING, which a small kernel that is booted for one session may lack
+            if error.errno != errno.ENOSYS:
                 raise
         yield
     finally:

@@ -68,9 +68,8 @@ class _Memory(GuestMemory):
 
     def _release(self, mapped: mmap.mmap) -> None:
         if isinstance(sys.exception(), KeyboardInterrupt):
-            with suppress(
-                BufferError
-            ):  # what was interrupted may have views, and the mapping goes with the last of them
+            # What was interrupted may have views, and the mapping goes with the last of them.
+            with suppress(BufferError):
                 mapped.close()
         elif self._fit:
             self._owner.keep(mapped, self._kind)
