@@ -114,6 +114,15 @@ def zap_all_quirk(kvm: Kvm) -> int:
 
 
 @pytest.fixture
+def prefault(kvm: Kvm) -> None:
+    """For tests that call KVM_PRE_FAULT_MEMORY."""
+    if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
+        pytest.skip(
+            "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
+        )
+
+
+@pytest.fixture
 def cell(kvm: Kvm, planned_cell: PlannedCell) -> Iterator[Cell]:
     """The cell to test; skips if the host lacks something for it."""
     if planned_cell.missing:

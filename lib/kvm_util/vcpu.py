@@ -74,14 +74,22 @@ class Vcpu:
         ioctl(self.fd, uapi.KVM_ENABLE_CAP, "KVM_ENABLE_CAP", ctypes.byref(request), f"vCPU {self.id}, cap={cap}")
 
     def pre_fault_memory(self, gpa: int, size: int) -> None:
-        """KVM_PRE_FAULT_MEMORY: map *size* bytes at *gpa* as read faults would (api.rst 4.143).
+        """:meth:`pre_fault_some`, again until all *size* bytes at *gpa* are mapped."""
+        left = size
+        while left:
+            left = self.pre_fault_some(gpa + size - left, left)
+
+    def pre_fault_some(self, gpa: int, size: int) -> int:
+        """KVM_PRE_FAULT_MEMORY: map the first of *size* bytes at *gpa* as read faults would (api.rst 4.143).
 
         The vCPU must not be running.
+
+        :returns: how many bytes are left to do; fewer than *size*
         """
         request = uapi._kvm_pre_fault_memory(gpa=gpa, size=size)
-        while request.size:
-            asked = f"vCPU {self.id}, gpa={request.gpa:#x}, size={request.size:#x}"
-            ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
+        asked = f"vCPU {self.id}, gpa={gpa:#x}, size={size:#x}"
+        ioctl(self.fd, uapi.KVM_PRE_FAULT_MEMORY, "KVM_PRE_FAULT_MEMORY", ctypes.byref(request), asked)
+        return int(request.size)
 
     def map_shared(self, size: int, offset: int, what: str) -> mmap.mmap:
         """Map *size* bytes at *offset* of the vCPU's file, shared and writable. The mapping keeps the VM alive.

@@ -30,15 +30,6 @@ MANY = 1000
 INTERRUPTED = 0.01
 
 
-@pytest.fixture
-def prefault(kvm: Kvm) -> None:
-    """Skips where KVM cannot pre-fault."""
-    if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
-        pytest.skip(
-            "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
-        )
-
-
 @contextmanager
 def pre_faulting(vm: ScriptedVm, vcpu: int) -> Iterator[None]:
     """While the context lasts, one thread pre-faults both places of the slot again and again, and one sends it signals.

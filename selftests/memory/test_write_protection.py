@@ -9,7 +9,6 @@ import pytest
 from dirty_tracking.bitmap import bitmap_of
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
-from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, HUGE_PAGE_SIZE, align_up, size_text
@@ -65,34 +64,6 @@ def check_slot(vm: ScriptedVm, gpa: int, npages: int, rng: random.Random, rounds
             vm.assert_dirty(f"{where}, {name} written", {SLOT: pages})
     vm.assert_dirty(f"{where}, nothing since the last collection", {})
     vm.remove_slot(SLOT)
-
-
-def test_prefaulted_pages_are_logged(kvm: Kvm, vm: ScriptedVm) -> None:
-    """Writes to pages that KVM_PRE_FAULT_MEMORY mapped are logged, be it before or after dirty logging was enabled."""
-    if not kvm.check_extension(uapi.KVM_CAP_PRE_FAULT_MEMORY):
-        pytest.skip(
-            "no KVM_CAP_PRE_FAULT_MEMORY: it came with Linux 6.11, for CPUs that translate guest addresses (TDP)"
-        )
-    npages = 64 + 9
-    vm.add_slot(SLOT, FIRST_GPA, npages, logged=False)
-    vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA, npages * PAGE)
-    vm.enable_dirty_logging(SLOT)
-    vm.assert_dirty("nothing since dirty logging was enabled", {})
-    vm.write(SLOT, *range(0, npages, 3))
-    vm.assert_dirty("writes to pages that were mapped before dirty logging was enabled", {SLOT: range(0, npages, 3)})
-    vm.remove_slot(SLOT)
-    vm.add_slot(SLOT, FIRST_GPA, npages).memory.populate()
-    # Makes the vCPU drop its obsolete root: with one the ioctl loops for ever before "KVM: x86/mmu: Check and free obsolete
-    # roots in kvm_mmu_reload()", which 6.12 does not have.
-    vm.run()
-    first, count = 7, 60
-    vm.vm.vcpus[0].pre_fault_memory(FIRST_GPA + first * PAGE, count * PAGE)
-    # KVM maps these pages writable, and logs them at once, though nothing has written them (make_spte(), mmu/spte.c).
-    report = vm.collect()
-    may_be = report.dirty(SLOT).intersection(range(first, first + count))
-    vm.assert_report(f"KVM_PRE_FAULT_MEMORY of pages {first} to {first + count - 1}", {SLOT: may_be}, report)
-    vm.write(SLOT, *range(0, npages, 3))
-    vm.assert_dirty("writes to pages that were mapped after that", {SLOT: range(0, npages, 3)})
 
 
 def test_unaligned_slot_sizes_and_gfns(vm: ScriptedVm, draw: random.Random, thorough: bool) -> None:

@@ -203,7 +203,7 @@ def test_planted_fault_in_booted_kernel(check_kernel: CheckKernel, kernel: Kerne
         kernel.image, statistics, PLANTED, "selftests/x86_64", "selftests/memory/test_huge_pages.py",
         "selftests/memory/test_huge_page_parameters.py", "selftests/memory/test_host_memory.py",
         "selftests/memory/test_writes.py", "selftests/memory/test_stale_translations.py",
-        "selftests/memory/test_write_protection.py::test_prefaulted_pages_are_logged",
+        "selftests/memory/test_prefault.py",
         "--no-known-bugs", "--tb=no", "-k", "not plain and not dirty-log and not clear-log-unset",  # a ring, and a bitmap
         "--kvm-params=kvm_amd.npt=1", "--machines=1",  # the one with the fault
         "--append=tsc=reliable clocksource=tsc",  # for KVM_HC_CLOCK_PAIRING
