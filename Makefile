@@ -46,7 +46,7 @@ SHORT := --test-mem 64M --iterations 8 --ring-count 4096
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTEST_PLUGINS PYTEST_DISABLE_PLUGIN_AUTOLOAD
 
 .DEFAULT_GOAL := help
-.PHONY: help run check-kernel matrix unit test test-all kill-matrix prove-fix compare rejudge check-regression hosts report fetch standalone lint guest_code bench perf clean
+.PHONY: help run check-kernel matrix unit test test-all kill-matrix prove-fix coverage compare rejudge check-regression hosts report fetch standalone lint guest_code bench perf clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z_-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -79,6 +79,9 @@ kill-matrix: $(VENV)/run ## run each contract test under each planted fault; com
 
 prove-fix: $(VENV)/run ## build and boot a kernel with and without a patch: BUG=a folder below bugs/; 10 minutes, 2 GB
 	@$(VENV)/bin/python -m runner.prove_fix "$(BUG)"
+
+coverage: $(VENV)/run ## which of KVM's code the suite executes: KERNEL=a build tree with GCOV; up to an hour
+	@$(VENV)/bin/python runner/coverage.py "$(KERNEL)" "$(KVM_PARAMS)" $(ARGS)
 
 # Only times, of which several runs are needed, need more than what the suite runs with.
 SEVERAL_RUNS = $(wildcard $(BASE:=/*/results.json) $(NEW:=/*/results.json))
@@ -151,6 +154,7 @@ TAKES_test := ARGS WORKERS
 TAKES_test-all := ARGS WORKERS
 TAKES_kill-matrix := ARGS
 TAKES_prove-fix := BUG
+TAKES_coverage := KERNEL KVM_PARAMS ARGS
 TAKES_fetch := KERNEL
 TAKES_bench := C_TEST ARGS
 TAKES_perf := ARGS
@@ -170,7 +174,7 @@ UNKNOWN := $(filter-out $(VARIABLES),$(GIVEN))
 # run and test refuse what another goal uses, too: after `fetch run KERNEL=...` that kernel would seem to be tested.
 REFUSING := $(or $(filter run unit test test-all,$(GOALS)),$(GOALS))
 NEEDLESS := $(filter-out PYTHON $(UNKNOWN) $(foreach goal,$(REFUSING),$(TAKES_$(goal))),$(GIVEN))
-takers = $(strip $(foreach goal,run check-kernel check-regression hosts matrix unit test test-all kill-matrix prove-fix compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
+takers = $(strip $(foreach goal,run check-kernel check-regression hosts matrix unit test test-all kill-matrix prove-fix coverage compare rejudge report fetch bench perf,$(if $(filter $(1),$(TAKES_$(goal))),$(goal))))
 
 ifneq ($(UNKNOWN),)
 $(error no such variable: $(UNKNOWN) (there are $(VARIABLES)))
@@ -187,6 +191,11 @@ endif
 ifneq ($(filter check-kernel,$(GOALS)),)
 ifeq ($(strip $(KERNEL)),)
 $(error make check-kernel: no kernel is named: KERNEL=debian:6.12, a bzImage, a build tree, ... (docs/kernels.md))
+endif
+endif
+ifneq ($(filter coverage,$(GOALS)),)
+ifeq ($(strip $(KERNEL)),)
+$(error make coverage: KERNEL names no build tree of a kernel with GCOV (docs/coverage.md))
 endif
 endif
 ifneq ($(filter compare,$(GOALS)),)

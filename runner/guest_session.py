@@ -13,11 +13,13 @@ class GuestSession:
     :ivar report_path: the device file that takes all reports, as JSON
     :ivar reproduce_command: the host's command that runs pytest in this kernel again
     :ivar emulated: whether TCG emulates the CPUs
+    :ivar gcov: whether it sends GCOV's counters of KVM at its end
     """
 
     report_path: str
     reproduce_command: str
     emulated: bool
+    gcov: bool
 
 
 def guest_session(config: pytest.Config) -> GuestSession | None:

@@ -89,7 +89,8 @@ def _find_target(option: Any, tests: int) -> "Target":
     from runner.target import EMULATION_SIZES, find_target, number_of_machines
 
     numbers = machine_numbers(option)
-    machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], option.append or "")
+    debugfs = " debugfs=on" if option.gcov else ""  # the last one counts
+    machine = Machine(numbers["vm_memory"], numbers["vm_cpus"], f"{option.append or ''}{debugfs}")
     limit = min(numbers["time_limit"] + (soak_of(option) or 0), LONGEST)
     parameters = option.kvm_params or ""
     kernel = None if option.kernel == AUTO else option.kernel

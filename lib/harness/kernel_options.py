@@ -69,6 +69,7 @@ def add_kernel_options(group: pytest.OptionGroup) -> None:
         "--qemu", metavar="PATH", help="the QEMU to use; default: this host's if it is known to be sound, else Debian's"
     )
     group.addoption("--cpu-model", metavar="MODEL", help="CPU model for QEMU's -cpu; default: the one known to work")
+    group.addoption("--gcov", action="store_true", help="keep GCOV's counters of its KVM (docs/coverage.md)")
     group.addoption("--append", metavar="TEXT", help="parameters to append to the kernel's command line")
 
 
@@ -85,7 +86,7 @@ def machine_numbers(option: Any) -> dict[str, int]:
 
 def other_kernel_options(option: Any) -> list[str]:
     """The given options that need --kernel, as named on the command line; an empty value counts as not given."""
-    return [option_name(name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS) if getattr(option, name)]
+    return [option_name(name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS, "gcov") if getattr(option, name)]
 
 
 def options_given(option: Any, names: Iterable[str]) -> list[str]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs the tests in another kernel: boots it, in one machine or several that share the tests, and replays their reports."""
 
+import base64
 import json
 import select
+import shutil
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -17,7 +19,7 @@ from harness.boot import STOPPED, Boot
 from harness.planned_tests import PlannedTests
 from harness.run_report import Facts, KernelReport, RunReport, write_failure
 from harness.stored_reports import from_data
-from runner import initramfs
+from runner import gcov, initramfs
 from runner.arch import this_arch
 from runner.boot_outcome import BootOutcome, Diagnosis, is_emulator_fault, splats_before_init
 from runner.errors import CANNOT_TEST, CannotTest
@@ -147,6 +149,7 @@ class RemoteSession:
     def _run_machines(self) -> None:
         """Boot the kernel, in each machine, and handle their messages until all have ended."""
         target = self._target
+        shutil.rmtree(self._results / gcov.FOLDER, ignore_errors=True)  # of an earlier run
         how = "emulated" if target.qemu.emulated else "virtualized"
         self._progress.announce(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         with initramfs.build(self._results, target.modules, self._job()) as archive:
@@ -168,7 +171,7 @@ class RemoteSession:
     def _job(self) -> Job:
         """What the kernel is to do after booting."""
         target, port = self._target, this_arch().report_port
-        session = GuestSession(port, self._reproduce_command, target.qemu.emulated)
+        session = GuestSession(port, self._reproduce_command, target.qemu.emulated, self._config.option.gcov)
         program = [initramfs.PYTHON, "runner/guest_pytest.py", json.dumps(asdict(session))]
         parameters = target.added | target.parameters
         return Job(
@@ -280,6 +283,12 @@ class RemoteSession:
             self._progress.update(boot.running, Step(*message["step"]))
         elif "failure" in message:
             write_failure(self._results, *message["failure"])
+        elif "gcov" in message:
+            path, data = message["gcov"]
+            try:
+                gcov.save(self._results, Path(boot.log).stem, path, base64.b64decode(data))
+            except OSError as error:
+                self._print_line(f"--gcov: {error.filename}: {error.strerror}")
         elif "internal_error" in message:
             self._print_line(message["internal_error"])
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Sends a session's test reports as lines of JSON from a booted kernel to the pytest that has booted it (remote.py)."""
 
+import base64
 import json
 import time
 from dataclasses import astuple
@@ -12,6 +13,8 @@ from dirty_tracking import progress
 from dirty_tracking.progress import Step
 from harness.run_report import RunReport
 from harness.stored_reports import to_data
+from runner.gcov_counters import NoCounters, kvm_counters
+from runner.guest_session import guest_session
 
 _STEPS_EVERY = 2.0  # seconds between progress messages of a test
 
@@ -53,6 +56,13 @@ class ReportStream:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
+        session = guest_session(self._config)
+        if session is not None and session.gcov:
+            try:
+                for path, data in kvm_counters():
+                    self.send(gcov=[path, base64.b64encode(data).decode()])
+            except NoCounters as error:
+                self.send(internal_error=f"--gcov: {error}")
         self.send(kernel_log=[vars(report) for report in self._report.kernel_reports])
 
     def pytest_unconfigure(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Tests shared by several machines: who runs which, what a machine that dies costs, and the verdict of all."""
 
+import base64
 import os
 import time
 from pathlib import Path
@@ -323,6 +324,14 @@ def test_reports_of_each_kernel(two: Run) -> None:
         ("kernel-1.log", ["a"]),
         ("kernel-2.log", ["c"]),
     ]
+
+
+def test_counters_of_each_machine(two: Run, tmp_path: Path) -> None:
+    """The counters that a machine sends (--gcov) are kept in a folder of that machine."""
+    for boot, data in zip(two.boots, (b"1", b"2"), strict=True):
+        two.session.handle_message(boot, {"gcov": ["/linux/arch/x86/kvm/x.gcda", base64.b64encode(data).decode()]})
+    kept = {path.relative_to(tmp_path).parts[1]: path.read_bytes() for path in tmp_path.rglob("*.gcda")}
+    assert kept == {"kernel-1": b"1", "kernel-2": b"2"}
 
 
 def test_splats_that_no_test_saw() -> None:

@@ -31,8 +31,8 @@ def clone(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "KERNEL=debian:6.12"], "'KERNEL=debian:6.12' means nothing to 'make run': KERNEL is for check-kernel fetch"),
-        (["fetch", "run", "KERNEL=debian:6.1"], "means nothing to 'make run': KERNEL is for check-kernel fetch"),
+        (["run", "KERNEL=debian:6.12"], "means nothing to 'make run': KERNEL is for check-kernel coverage fetch"),
+        (["fetch", "run", "KERNEL=debian:6.1"], "means nothing to 'make run': KERNEL is for check-kernel coverage fetch"),
         (["run", "bench", "C_TEST=x"], "'C_TEST=x' means nothing to 'make run': C_TEST is for bench"),
         (["run", "KVM_PARAMS=kvm.tdp_mmu=0"], "'KVM_PARAMS=kvm.tdp_mmu=0' means nothing to 'make run'"),
         (["check-kernel", "KERNEL=debian:6.12", "KVM_PARAM=kvm.tdp_mmu=0"], "no such variable: KVM_PARAM (there are ARGS"),
@@ -54,6 +54,7 @@ def clone(tmp_path: Path) -> Path:
         (["report", "RUNS=results/a", "OUTPUT="], "OUTPUT is a file"),
         (["compare", "RUNS=results/a"], "'RUNS=results/a' means nothing to 'make compare': RUNS is for report"),
         (["prove-fix"], "make prove-fix: BUG names no bug: BUG=ring-reset-interrupted"),
+        (["coverage"], "make coverage: KERNEL names no build tree of a kernel with GCOV"),
         (["run", "BUG=x"], "'BUG=x' means nothing to 'make run': BUG is for prove-fix"),
         (["check-kernel"], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),
         (["check-kernel", "KERNEL="], "make check-kernel: no kernel is named: KERNEL=debian:6.12"),

@@ -29,6 +29,7 @@ OTHERS = {
 COMMANDS = {
     "check_kernel.py",
     "check_regression.py",
+    "coverage.py",
     "hosts.py",
     "kernel_matrix.py",
     "kernel_runs.py",

@@ -95,8 +95,9 @@ def check_kernel(tmp_path: Path) -> CheckKernel:
 
 def test_good_kernel_and_its_files(check_kernel: CheckKernel, kernel: Kernel) -> None:
     """A kernel that passes is good with status 0; the table says where it ran, the files have the parameters and figures."""
-    done = check_kernel(kernel.image, *ONE_CELL, "--kvm-params=kvm_amd.npt=0")
+    done = check_kernel(kernel.image, *ONE_CELL, "--kvm-params=kvm_amd.npt=0", "--gcov")
     assert done.status == GOOD, done.output
+    assert "--gcov: this kernel has no /sys/kernel/debug/gcov (CONFIG_GCOV_KERNEL" in done.output
     assert f"kernel {kernel.release}, kvm_amd: emulated by QEMU" in done.output
     release = re.escape(kernel.release)
     assert re.search(rf"^booting Linux {release} in QEMU [\d.]+ \(emulated\)$", done.output, re.M)

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """C programs in a booted kernel that has the known bugs: the reproducers of bugs/, and what --emit-c prints."""
 
-import io
 import json
-import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +14,9 @@ from dirty_tracking.violations import Kind, Violation
 from harness import known_bugs
 from kvm_util.host import version_numbers
 from runner import ROOT, initramfs
-from runner.arch import this_arch
-from runner.cpio import CpioWriter
-from runner.guest_init import Job
 from runner.kernel import Kernel
-from runner.modules import kvm_modules
-from runner.qemu import Machine, RunningMachine, find_qemu
+from runner.program_boot import boot_programs
+from runner.qemu import Machine
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow]
 
@@ -44,7 +38,7 @@ SEQUENCES = {
 RUN = """
 import json, os, subprocess
 input()
-print(json.dumps({name: subprocess.run([f"/reproducers/{name}"]).returncode for name in os.listdir("/reproducers")}))
+print(json.dumps({name: subprocess.run([f"/programs/{name}"]).returncode for name in os.listdir("/programs")}))
 """
 
 
@@ -58,50 +52,19 @@ def test_reproducers_show_their_bugs(kernel: Kernel, tmp_path: Path) -> None:
     """Without eager page splitting, each C program ends with status 1 in a kernel that has its bug, and only then."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc (apt install gcc libc6-dev)")
-    qemu = find_qemu(None, "tcg", ())
-    modules = kvm_modules(kernel, qemu.vendor)
     expected = {bug: status_of(bug, kernel) for bug in BUGS} | {"sequence-64": 1, "sequence-70": 0}
-    parameters = {"kvm.eager_page_split": "0"}
-    job = Job(
-        report_port=this_arch().report_port,
-        modules=[(module.guest_path, module.arguments(parameters)) for module in modules],
-        parameters=parameters,
-        keep_off_cpu_0=qemu.keeps_off_cpu_0,
-        command=[initramfs.PYTHON, "-c", RUN],
-        environment={},
-    )
-    with initramfs.build(tmp_path, modules, job) as archive:
-        archive.seek(0, io.SEEK_END)
-        added = CpioWriter(archive)
-        for name in expected:
-            program, source = tmp_path / name, tmp_path / f"{name}.c"
-            if name in SEQUENCES:
-                source.write_text(c_program(SEQUENCES[name]))
-            else:
-                shutil.copy(ROOT / "bugs" / name / "reproducer.c", source)
-            subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
-            added.add_file(f"/reproducers/{name}", program.read_bytes(), 0o755)
-        added.finish()
-        archive.flush()
-        size = Machine(memory=1024, cpus=1, append="")
-        files = (tmp_path / name for name in ("console.log", "qemu.log"))
-        machine = RunningMachine(qemu, size, kernel.image, archive.fileno(), *files)
-        try:
-            output = output_of(machine)
-        finally:
-            machine.close()
+    programs = []
+    for name in expected:
+        programs.append(tmp_path / name)
+        source = tmp_path / f"{name}.c"
+        if name in SEQUENCES:
+            source.write_text(c_program(SEQUENCES[name]))
+        else:
+            shutil.copy(ROOT / "bugs" / name / "reproducer.c", source)
+        subprocess.run(["gcc", "-O2", "-o", programs[-1], source], check=True)
+    size = Machine(memory=1024, cpus=1, append="")
+    command = [initramfs.PYTHON, "-c", RUN]
+    *_, last = boot_programs(kernel, {"kvm.eager_page_split": "0"}, programs, command, tmp_path, size, TIME_LIMIT)
+    output = str(last["output"])
     statuses = json.loads(output.splitlines()[-1])
     assert statuses == expected, output
-
-
-def output_of(machine: RunningMachine) -> str:
-    """What the program printed that the machine ran, once it has ended."""
-    deadline = time.monotonic() + TIME_LIMIT
-    while select.select([machine], [], [], max(deadline - time.monotonic(), 0))[0]:
-        messages = machine.receive()
-        assert messages is not None, machine.console()
-        for message in messages:
-            assert "cannot_test" not in message, message
-            if "output" in message:
-                return str(message["output"])
-    raise AssertionError(f"no result in {TIME_LIMIT} s\n{machine.console()}")
