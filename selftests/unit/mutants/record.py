@@ -78,7 +78,8 @@ class Runner:
             # The mutant is planted in one machine.
             command += ["--machines=1"] if any(option.startswith("--kernel") for option in self._options) else []
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
-            if done.returncode not in (0, 1) or not junit.exists():
+            # Where a few are named, all of them may be skipped on this KVM: status 5.
+            if done.returncode not in ((0, 1, 5) if only else (0, 1)) or not junit.exists():
                 raise RuntimeError(f"{mutant or 'no mutant'}: status {done.returncode}\n{done.stdout}{done.stderr}")
             verdicts = _verdicts(junit)
             host = loads((Path(folder) / "results.json").read_text())["host"]
