@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """python -m runner.c_selftests PORT FOLDER: run the programs of FOLDER, then send KVM's counters to PORT."""
 
-import base64
 import json
 import os
 import subprocess
@@ -32,8 +31,8 @@ def main(port: str, folder: str) -> None:
             except subprocess.TimeoutExpired:
                 ended = "time limit"
             send(ran=[name, ended])
-        for path, data in kvm_counters():
-            send(gcov=[path, base64.b64encode(data).decode()])
+        for counters in kvm_counters():
+            send(gcov=counters)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Which of the kernel's code that tracks dirty pages the tests execute; see _USAGE."""
 
-import base64
 import os
 import re
 import sys
@@ -164,8 +163,7 @@ def run_c_tests(tree: Path, sets: Sequence[str], folder: Path) -> list[Path]:
                 with (results / "programs.txt").open("a") as file:
                     file.write(f"{name}: {ended}\n")
             elif "gcov" in message:
-                path, data = message["gcov"]
-                gcov.save(results, "kernel", path, base64.b64decode(data))
+                gcov.save(results, "kernel", *message["gcov"])
             elif message.get("exit_status"):
                 raise CannotTest(f"they ended with status {message['exit_status']}: {message['output']}")
     return folders

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Reads GCOV's counters of a kernel: how often each line of each function was executed."""
 
+import base64
 import gzip
 import json
 import shutil
@@ -42,11 +43,11 @@ class Function:
 Functions = dict[tuple[str, int], Function]
 
 
-def save(results: Path, machine: str, path: str, data: bytes) -> None:
-    """Keep the counters of an object file that *machine* sent, in the results folder of its run."""
+def save(results: Path, machine: str, path: str, text: str) -> None:
+    """Keep the counters of an object file that *machine* sent (gcov_counters.py), in the results folder of its run."""
     target = results / FOLDER / machine / path.lstrip("/")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
+    target.write_bytes(base64.b64decode(text))
 
 
 def read(tree: Path, results: Iterable[Path]) -> Functions:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """GCOV's counters of KVM in the kernel that runs: how often each branch of its code was executed (docs/coverage.md)."""
 
+import base64
 import ctypes
 import os
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ class NoCounters(Exception):
     """This kernel has no counters of KVM; the text says why."""
 
 
-def kvm_counters() -> Iterator[tuple[str, bytes]]:
-    """The counters of each object file of KVM that is loaded: the path that GCC gave to its .gcda file, and the content.
+def kvm_counters() -> Iterator[tuple[str, str]]:
+    """The counters of each object file of KVM that is loaded: the path that GCC gave its .gcda file, and its base64 text.
 
     :raises NoCounters: there are none
     """
@@ -30,6 +31,6 @@ def kvm_counters() -> Iterator[tuple[str, bytes]]:
             if name.endswith(".gcda") and "/kvm/" in path:
                 found = True
                 with open(os.path.join(folder, name), "rb") as file:
-                    yield path, file.read()
+                    yield path, base64.b64encode(file.read()).decode()
     if not found:
         raise NoCounters("KVM was built without counters (GCOV_PROFILE := y in arch/x86/kvm/Makefile)")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs the tests in another kernel: boots it, in one machine or several that share the tests, and replays their reports."""
 
-import base64
 import json
 import select
 import shutil
@@ -284,9 +283,8 @@ class RemoteSession:
         elif "failure" in message:
             write_failure(self._results, *message["failure"])
         elif "gcov" in message:
-            path, data = message["gcov"]
             try:
-                gcov.save(self._results, Path(boot.log).stem, path, base64.b64decode(data))
+                gcov.save(self._results, Path(boot.log).stem, *message["gcov"])
             except OSError as error:
                 self._print_line(f"--gcov: {error.filename}: {error.strerror}")
         elif "internal_error" in message:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Sends a session's test reports as lines of JSON from a booted kernel to the pytest that has booted it (remote.py)."""
 
-import base64
 import json
 import time
 from dataclasses import astuple
@@ -59,8 +58,8 @@ class ReportStream:
         session = guest_session(self._config)
         if session is not None and session.gcov:
             try:
-                for path, data in kvm_counters():
-                    self.send(gcov=[path, base64.b64encode(data).decode()])
+                for counters in kvm_counters():
+                    self.send(gcov=counters)
             except NoCounters as error:
                 self.send(internal_error=f"--gcov: {error}")
         self.send(kernel_log=[vars(report) for report in self._report.kernel_reports])

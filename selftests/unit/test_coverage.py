@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """``make coverage``: GCOV's counters of a program, which functions it is about, and its errors."""
 
+import base64
 import shutil
 import subprocess
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(tree: Path, results: Path, machine: str, *arguments: str) -> None:
     """Run the program, and keep its counters as those of *machine*."""
     counters = tree / "arch/x86/kvm/x.gcda"
     subprocess.run([tree / "program", *arguments], check=False)
-    gcov.save(results, machine, str(counters), counters.read_bytes())
+    gcov.save(results, machine, str(counters), base64.b64encode(counters.read_bytes()).decode())
     counters.unlink()
 
 
