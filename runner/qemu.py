@@ -47,8 +47,12 @@ class Qemu:
 
     @property
     def keeps_off_cpu_0(self) -> bool:
-        """Whether the machine has a CPU more than the tests use: the first one."""
+        """Whether no test runs on the first of several CPUs."""
         return self.emulated and this_arch().emulated_cpu_0_unsafe
+
+    def has_spare_cpu(self, machine: "Machine") -> bool:
+        """Whether a machine gets a CPU more than the tests use, the first one. A single CPU is harmed by no other."""
+        return self.keeps_off_cpu_0 and machine.cpus > 1
 
     def __str__(self) -> str:
         how = "emulated by" if self.emulated else "virtualized by"
@@ -130,7 +134,7 @@ class RunningMachine:
         # The whole kernel log goes to the console: it is what a panic leaves. panic=-1: reset, and so exit, at once.
         emulated = f"{_QUICK} {arch.emulated_command_line}" if qemu.emulated else ""
         command_line = f"console={arch.console} ignore_loglevel panic=-1 {emulated} {machine.append}"
-        cpus = machine.cpus + qemu.keeps_off_cpu_0
+        cpus = machine.cpus + qemu.has_spare_cpu(machine)
         self._console = console
         self._errors = errors
         self._rest = b""

@@ -31,7 +31,8 @@ class Target:
     :ivar parameters: of KVM's modules, as the user wants them
     :ivar added: of KVM's modules, added by the suite
     :ivar time_limit: the longest time without a message from the guest, in seconds
-    :ivar machines: how many such machines share the tests
+    :ivar machines: how many machines share the tests
+    :ivar machine_without_threads: every second of them, which runs tests that start no threads; None if all are the same
     """
 
     kernel: Kernel
@@ -42,6 +43,7 @@ class Target:
     machine: Machine
     time_limit: float
     machines: int = 1
+    machine_without_threads: Machine | None = None
 
     @property
     def label(self) -> str:
@@ -49,11 +51,14 @@ class Target:
         parameters = ",".join(f"{name}={value}" for name, value in self.parameters.items()) or "defaults"
         return re.sub(r"[^\w.,=+-]", "_", f"{self.kernel.release}-{parameters}")
 
-    @property
-    def booted_machine(self) -> Machine:
-        """The machine with the parameters on the kernel's command line as well, for a KVM that is built in."""
+    def booted_machine(self, threads: bool) -> Machine:
+        """A machine with the parameters on the kernel's command line as well, for a KVM that is built in.
+
+        :param threads: whether tests that start threads run there
+        """
+        machine = self.machine if threads else self.machine_without_threads or self.machine
         parameters = (f"{name}={value}" for name, value in (self.added | self.parameters).items())
-        return replace(self.machine, append=" ".join((*parameters, self.machine.append)))
+        return replace(machine, append=" ".join((*parameters, machine.append)))
 
     @property
     def lines(self) -> list[str]:
@@ -61,16 +66,26 @@ class Target:
         image = self.kernel.image
         asked = _words(self.parameters) or "none asked for"
         added = f"; added: {_words(self.added)}" if self.added else ""
-        spare = " and a spare one" if self.qemu.keeps_off_cpu_0 else ""
+        spare = " and a spare one" if self.qemu.has_spare_cpu(self.machine) else ""
         append = f", command line: {self.machine.append}" if self.machine.append else ""
         return [
             f"kernel   {self.kernel.release} ({shown(image)})",
             f"qemu     {self.qemu.emulator.version} ({self.qemu.emulator.origin})",
             f"machine  {self.qemu}, {counted(self.machine.cpus, 'CPU')}{spare}, {self.machine.memory} MiB{append}",
-            *([f"         {self.machines} of them share the tests (--machines)"] if self.machines > 1 else []),
+            *([f"         {self._sharing}"] if self.machines > 1 else []),
             *(f"         {restriction}" for restriction in self.qemu.restrictions),
             f"params   {asked}{added}",
         ]
+
+    @property
+    def _sharing(self) -> str:
+        """How the machines share the tests."""
+        if self.machine_without_threads is None:
+            return f"{self.machines} of them share the tests (--machines)"
+        cpus = counted(self.machine_without_threads.cpus, "CPU")
+        return (
+            f"{self.machines} share the tests (--machines); {self.machines // 2} with {cpus}, for tests without threads"
+        )
 
     @property
     def data(self) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def find_target(
 def number_of_machines(target: Target, asked: int, tests: int) -> int:
     """How many machines are to share the tests: as many as asked for, else what this host's CPUs and memory allow.
 
-    The two CPUs of an emulated machine are rarely busy at once: it takes about one of the host's.
+    An emulated machine takes about one of the host's CPUs: several of its own are rarely busy at once.
 
     :param asked: 0 for no wish
     :param tests: how many tests there are; no machine is to be without one, and a few tests are not worth another boot

@@ -23,6 +23,7 @@ _FIRST_BLOCK, _GROWTH = 64, 4
 
 # Waiting for a lock is sleeping, too, so that calls of several threads would repeat each other without end.
 _MOST_RESETS = 4
+_ALL_SIGNALS = signal.valid_signals()
 
 # The slots and the offsets of entries, in the ring's order. They stay arrays: to make Python's integers of 65,536 entries
 # takes longer than everything else that a harvest does.
@@ -150,7 +151,7 @@ def reset_harvested(vm: Vm) -> int:
     debugger or a freezer cannot be blocked: then the thread has slept, and the call is repeated.
     """
     count = 0
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
     try:
         for _ in range(_MOST_RESETS):
             sleeps = _sleeps()

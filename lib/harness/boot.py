@@ -25,7 +25,7 @@ class Boot:
 
     :param initramfs: a file descriptor
     :param number: of this boot in the run, from 1; from the second on it is part of the names of the boot's files
-    :ivar from_end: whether it is given the last of the tests that wait, and not the first
+    :ivar from_end: whether it is given the last of the tests that wait, which start no threads, and not the first
     :ivar log: the name of the file that gets the kernel's log
     :ivar tests: the collected tests, in the order in which the session there numbers them; None until they are known
     :ivar given: the tests that it was given and that have not ended, in the order in which they run
@@ -51,7 +51,7 @@ class Boot:
         self._log_path = results / self.log
         console, errors = results / f"console{suffix}.log", results / f"qemu{suffix}.log"
         self._machine = RunningMachine(
-            target.qemu, target.booted_machine, target.kernel.image, initramfs, console, errors
+            target.qemu, target.booted_machine(not from_end), target.kernel.image, initramfs, console, errors
         )
         self._booted = False
         self._last_message = time.monotonic()

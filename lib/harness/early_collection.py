@@ -17,18 +17,28 @@ _NOT_INHERITED = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
 # Plans the cells of every kernel: without a KVM device, none is left out
 _ANY_KERNELS_CELLS = ["--full", "--kvm-device=/dev/null", "--test-mem=4M"]
 _ERROR = "ERROR: "
+_WITH_THREADS = "with threads:"  # begins the line with the number of such tests
 
 
-def matching_tests(option: Any, dimensions: list[str], tests: list[str]) -> int:
-    """How many tests the session in the kernel finds at most; collects *tests* like it, with the cells of every kernel.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Print how many tests start threads; the session that collects loads this module as a plugin."""
+    number = sum(item.get_closest_marker("threads") is not None for item in session.items)
+    session.config.get_terminal_writer().line(f"{_WITH_THREADS} {number}")
+
+
+def matching_tests(option: Any, dimensions: list[str], tests: list[str]) -> tuple[int, int]:
+    """How many tests the session in the kernel finds at most, and how many of them start threads.
+
+    It collects *tests* like that session, with the cells of every kernel.
 
     :param option: the options of this run
     :param dimensions: names of the options that select cells
     :raises pytest.UsageError: an expression is invalid, a path does not exist, or a file cannot be imported
     """
-    arguments = ["--collect-only", "-q", *_ANY_KERNELS_CELLS, "-p", "no:cacheprovider"]
+    arguments = ["--collect-only", "-q", *_ANY_KERNELS_CELLS, "-p", "no:cacheprovider", "-p", __name__]
     arguments += [*options_given(option, dimensions), *selection_options(option), *tests]
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    environment["PYTHONPATH"] = str(ROOT / "lib")  # for -p, which comes before pytest's setting pythonpath
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=ROOT,
@@ -43,7 +53,9 @@ def matching_tests(option: Any, dimensions: list[str], tests: list[str]) -> int:
     if done.returncode == pytest.ExitCode.INTERRUPTED:
         sys.stderr.write(done.stdout)
         raise pytest.UsageError("the tests cannot be collected, as shown above")
-    return 0 if mistake else sum("::" in line for line in done.stdout.splitlines())
+    lines = [] if mistake else done.stdout.splitlines()
+    with_threads = [int(line.removeprefix(_WITH_THREADS)) for line in lines if line.startswith(_WITH_THREADS)]
+    return sum("::" in line for line in lines), sum(with_threads)
 
 
 def no_test_matches(option: Any, tests: list[str]) -> str:

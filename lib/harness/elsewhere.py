@@ -53,7 +53,7 @@ def choose_kernel(config: pytest.Config) -> int | None:
     option = config.option
     tests, here = split_tests(config)
     try:
-        number = matching_tests(option, [*DIMENSIONS, "vcpus"], tests) if tests else 0
+        number, with_threads = matching_tests(option, [*DIMENSIONS, "vcpus"], tests) if tests else (0, 0)
         if not number and tests:
             if not here:
                 raise pytest.UsageError(no_test_matches(option, tests))
@@ -61,7 +61,7 @@ def choose_kernel(config: pytest.Config) -> int | None:
         if not tests:
             config.args = here
             return None
-        target = _find_target(option, number)
+        target = _find_target(option, number, with_threads)
     except (CannotTest, HostLimit, OSError, RuntimeError) as error:
         if option.kernel == AUTO:
             config.stash[NO_LOCAL_KERNEL] = f"to run under emulation instead: {error}"
@@ -79,10 +79,11 @@ def choose_kernel(config: pytest.Config) -> int | None:
     return None
 
 
-def _find_target(option: Any, tests: int) -> "Target":
+def _find_target(option: Any, tests: int, with_threads: int) -> "Target":
     """Find the kernel and the machines to run in; under emulation, set the sizes that the user did not give.
 
     :param tests: how many there are at most
+    :param with_threads: how many of them start threads
     :raises CannotTest: something is missing or does not fit
     """
     from runner.qemu import Machine
@@ -97,6 +98,11 @@ def _find_target(option: Any, tests: int) -> "Target":
     target = find_target(kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
     target = replace(target, machines=number_of_machines(target, numbers["machines"], tests))
     if target.qemu.emulated:
+        if option.vm_cpus is None:
+            # A kernel with one CPU takes half the emulated time: the grace periods of RCU cost next to nothing.
+            one_cpu = replace(machine, cpus=1)
+            target = replace(target, machine=machine if with_threads else one_cpu)
+            target = replace(target, machine_without_threads=one_cpu if with_threads else None)
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
                 setattr(option, name, size)

@@ -21,7 +21,7 @@ VM_MEMORY = 3072  # MiB of a machine, by default
 # Options with a number: default, minimum, maximum, unit, help; 0 stands for a number that the run chooses
 _MACHINE_OPTIONS: dict[str, tuple[int, int, int | None, str, str]] = {
     "vm_memory": (VM_MEMORY, 256, None, "MIB", "memory of the machine, at least 256"),
-    "vm_cpus": (2, 1, None, "N", "its CPUs"),
+    "vm_cpus": (2, 1, None, "N", "its CPUs; under emulation 1 for tests without threads"),
     "machines": (0, 1, 64, "N", "how many of them share the tests"),
     "time_limit": (300, 1, LONGEST, "S", "seconds without a message after which the kernel counts as hung"),
 }
@@ -101,12 +101,12 @@ def flags_given(option: Any, names: Iterable[str]) -> list[str]:
 
 
 def kernel_options(option: Any, image: Path) -> list[str]:
-    """The options to run pytest in the same kernel and machine again, as words of a command line.
+    """The options to run pytest in the same kernel and machine again, as words of a command line; the CPUs are left out.
 
     :param image: the kernel that --kernel auto has chosen
     """
     kernel = image if option.kernel == AUTO else option.kernel
-    given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS)}
+    given = {name: getattr(option, name) for name in (*_TEXT_OPTIONS, *_MACHINE_OPTIONS) if name != "vm_cpus"}
     return [f"--kernel={kernel}", *(f"{option_name(name)}={value}" for name, value in given.items() if value)]
 
 

@@ -85,7 +85,8 @@ class RemoteSession:
         self._report = report
         self._planned = planned
         self._items: dict[str, tuple[Any, Any]] | None = None
-        self._waiting: deque[str] = deque()  # tests that no machine was given
+        self._waiting: deque[str] = deque()  # tests that no machine was given; those that start threads are the first
+        self._threads: set[str] = set()  # tests that start threads
         self._boots: list[Boot] = []  # those that run
         self._booted = 0
         self._collects = False
@@ -153,7 +154,6 @@ class RemoteSession:
         self._progress.announce(f"booting Linux {target.kernel.release} in QEMU {target.qemu.emulator.version} ({how})")
         with initramfs.build(self._results, target.modules, self._job()) as archive:
             try:
-                # From both ends of the list: neighbours are alike, and those with many threads delay each other.
                 for number in range(target.machines):
                     self._boot(archive, from_end=number % 2 == 1)
                 while self._boots:
@@ -231,7 +231,7 @@ class RemoteSession:
         if end.outcome is BootOutcome.EMULATOR_FAULT:
             self._put_back(boot)
             if self._items is None or self._waiting:
-                self._boot_again(boot, end, archive)
+                self._handle_emulator_fault(boot, end, archive)
                 return
         elif end.outcome is not BootOutcome.FINISHED:
             if boot.running is not None:
@@ -241,16 +241,30 @@ class RemoteSession:
             self._put_back(boot)
         self._ends.append((boot.log, end))
         self._stop_early()
+        if self._waiting and self._target.machines > 1 and not any(self._can_go_on(other) for other in self._boots):
+            self._boot_again(boot, archive)
 
-    def _boot_again(self, boot: Boot, end: Diagnosis, archive: BinaryIO) -> None:
-        """Boot once more after a fault of the emulator in *boot*, if that has not happened too often."""
-        again = self._booted < self._target.machines + _MORE_BOOTS
+    def _handle_emulator_fault(self, boot: Boot, end: Diagnosis, archive: BinaryIO) -> None:
+        """Report a fault of the emulator in *boot*, and boot once more."""
+        again = self._boot_again(boot, archive)
         self._print_line(f"EMULATOR FAULT: {end.detail}{'; the remaining tests run in another boot' if again else ''}")
         self._report.notes.append(f"emulator fault ({boot.log}): {end.detail}")
+        if not again:
+            self._ends.append((boot.log, end))
+
+    def _boot_again(self, boot: Boot, archive: BinaryIO) -> bool:
+        """Boot once more a machine like *boot*, if that has not happened too often; returns whether it has not."""
+        again = self._booted < self._target.machines + _MORE_BOOTS
         if again:
             self._boot(archive, boot.from_end)
-        else:
-            self._ends.append((boot.log, end))
+        return again
+
+    def _can_go_on(self, boot: Boot) -> bool:
+        """Whether a machine may run one of the tests that wait."""
+        if boot.ending or not self._waiting:
+            return False
+        few_cpus = boot.from_end and self._target.machine_without_threads is not None
+        return not (few_cpus and self._waiting[-1] in self._threads)
 
     # --- messages
 
@@ -267,7 +281,7 @@ class RemoteSession:
             facts.place, facts.machine = str(self._target.qemu), self._target.data
             self._report.facts = facts
         elif "items" in message:
-            self._begin(boot, message["items"])
+            self._begin(boot, message["items"], message["threads"])
         elif "start" in message:
             boot.running = message["start"]
             self._call_logstart(boot.running, but=self._terminal)
@@ -290,13 +304,17 @@ class RemoteSession:
         elif "internal_error" in message:
             self._print_line(message["internal_error"])
 
-    def _begin(self, boot: Boot, items: dict[str, tuple[Any, Any]]) -> None:
-        """Begin with the tests in a machine that has collected them: one to run, and one to wait there."""
+    def _begin(self, boot: Boot, items: dict[str, tuple[Any, Any]], threads: list[str]) -> None:
+        """Begin with the tests in a machine that has collected them: one to run, and one to wait there.
+
+        :param threads: which of them start threads
+        """
         if self._items is None:
             self._items = items
             self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in items.items()})
             self._session.testscollected += len(items)
-            for nodeid in items:
+            self._threads = set(threads)
+            for nodeid in sorted(items, key=lambda nodeid: nodeid not in self._threads):
                 if nodeid in self._ended:
                     self._show_again(nodeid)
                 else:
@@ -308,7 +326,7 @@ class RemoteSession:
             self._give_next(boot)
 
     def _give_next(self, boot: Boot) -> None:
-        if self._waiting and not boot.ending:
+        if self._can_go_on(boot):
             boot.give(self._waiting.pop() if boot.from_end else self._waiting.popleft())
         else:
             boot.finish()

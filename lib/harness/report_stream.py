@@ -35,7 +35,9 @@ class ReportStream:
         self._file.flush()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.send(items={item.nodeid: [item.location, item.user_properties] for item in session.items})
+        threads = [item.nodeid for item in session.items if item.get_closest_marker("threads")]
+        items = {item.nodeid: [item.location, item.user_properties] for item in session.items}
+        self.send(items=items, threads=threads)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.send(start=nodeid)

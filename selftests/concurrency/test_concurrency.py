@@ -30,6 +30,8 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import HUGE_PAGE_SIZE
 
+pytestmark = pytest.mark.threads
+
 Shapes = Sequence[tuple[int, str]]
 # Slots that end within a word of their bitmaps, and one that is smaller than a word
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous"), (256 + 1, "shmem")]

@@ -19,6 +19,8 @@ from kvm_util.ioctl import KvmError
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
+pytestmark = pytest.mark.threads
+
 SLOT = 1
 NPAGES = 64 + 9
 MOVED = FIRST_GPA + 4 * MIB

@@ -28,7 +28,7 @@ from dirty_tracking.write_stream import WriteStream
 from dirty_tracking.writers_vm import WritersVm
 from kvm_util.kvm import Kvm
 
-pytestmark = pytest.mark.log_modes("ring")
+pytestmark = [pytest.mark.log_modes("ring"), pytest.mark.threads]
 
 SHAPES = [(512 + 9, "anonymous"), (37, "anonymous")]
 NPAGES = sum(count for count, _ in SHAPES)

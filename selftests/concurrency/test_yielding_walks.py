@@ -14,6 +14,8 @@ from kvm_util.kvm import Kvm
 from kvm_util.memory import GIB, GuestMemory
 from selftests.memory.invalidations import call_at, way_to_discard
 
+pytestmark = pytest.mark.threads
+
 SLOT, OTHER = 1, 2
 NPAGES, AT_ONCE = 3 * 4096, 4096
 WRITTEN = 600

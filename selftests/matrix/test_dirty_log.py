@@ -14,6 +14,8 @@ from dirty_tracking.run_evidence import Figures
 from kvm_util.kept_memory import KeptMemory
 from kvm_util.kvm import Kvm
 
+pytestmark = pytest.mark.threads
+
 
 @pytest.fixture(scope="module")
 def memory() -> Iterator[KeptMemory]:

@@ -12,6 +12,8 @@ from dirty_tracking.run_evidence import Figures
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
+pytestmark = pytest.mark.threads
+
 # pvm-ring-overflow: a batch of 1024 emulated instructions has 252 writes of the dense writer. 32 batches push 8064 entries,
 # just below the soft limit of a ring of 8192 (8128), and the 33rd overruns it; so do the batches of most other phases.
 PVM_OVERFLOW_RING = 8192

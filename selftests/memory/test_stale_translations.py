@@ -20,6 +20,8 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import HUGE_PAGE_SIZE
 
+pytestmark = pytest.mark.threads
+
 SLOT = 1
 # On both sides of the boundary of a huge page, and of a word of the bitmap
 HUGE = HUGE_PAGE_SIZE // PAGE

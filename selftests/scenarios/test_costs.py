@@ -10,6 +10,8 @@ from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import MIB
 
+pytestmark = pytest.mark.threads
+
 # Of many short rounds some are not disturbed by what else runs on the host.
 ROUNDS, ROUNDS_IF_THOROUGH = 3, 20
 

@@ -16,6 +16,8 @@ from kvm_util.memory import BACKINGS
 from kvm_util.wording import counted
 from selftests.scenarios.guests import HOT, RING, streams
 
+pytestmark = pytest.mark.threads
+
 # The vCPUs are stopped when a round has at most so many pages: the hot ones, and a few of the guest program's
 ENOUGH = HOT + 8
 SMALL = [(700, "shmem"), (300, "anonymous")]

@@ -15,6 +15,8 @@ from kvm_util.lazy_memory import LazyMemory
 from kvm_util.memory import BACKINGS, Backing
 from selftests.scenarios.guests import RING, streams
 
+pytestmark = pytest.mark.threads
+
 SHAPES = [(70, "shmem"), (50, "anonymous")]
 VCPUS = 2
 # The least number of writes of each vCPU between two pauses, and how many pages of each slot the host fills then

@@ -24,9 +24,11 @@ from runner.cpio import CpioWriter
 from runner.emulator import Emulator
 from runner.errors import CannotTest
 from runner.guest_init import INIT_MARKER, took_effect
+from runner.guest_session import GuestSession
 from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import Machine, Qemu
+from selftests.unit.commands import pytest_command
 
 RELEASE = "6.12.0-test"
 
@@ -344,8 +346,43 @@ def test_early_collection_compiles_tests(monkeypatch: pytest.MonkeyPatch) -> Non
     folder = ROOT / "selftests/interface/__pycache__"
     compiled = folder / f"test_slots.{sys.implementation.cache_tag}-pytest-{pytest.__version__}.pyc"
     compiled.unlink(missing_ok=True)
-    assert matching_tests(NO_SELECTION, [], ["selftests/interface/test_slots.py"])
+    number, with_threads = matching_tests(NO_SELECTION, [], ["selftests/interface/test_slots.py"])
+    assert (number > 0, with_threads) == (True, 0)
     assert compiled.exists()
+
+
+# A plugin with which a test without the marker threads fails if it starts one
+WITHOUT_THREADS = """
+import threading
+import pytest
+
+start = threading.Thread.start
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def refuse(thread):
+        raise AssertionError(f"{thread} is started by {item.nodeid}, which lacks the marker threads")
+    if item.get_closest_marker("threads") is None:
+        threading.Thread.start = refuse
+    try:
+        return (yield)
+    finally:
+        threading.Thread.start = start
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kvm")
+def test_marker_of_tests_with_threads(tmp_path: Path) -> None:
+    """No test starts a thread that lacks the marker for it: it would run in a machine with one CPU."""
+    command, environment = pytest_command(tmp_path, WITHOUT_THREADS)
+    contract = sorted(
+        {str(path.parent) for path in ROOT.glob("selftests/*/test_*.py")} - {str(ROOT / "selftests/unit")}
+    )
+    done = subprocess.run(
+        [*command, "-m", "not threads", *contract], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, [line for line in done.stdout.splitlines() if "lacks the marker" in line]) == (0, [])
 
 
 CELL = "57bit-1g-anonymous_hugetlb_1gb-forced"
@@ -358,19 +395,39 @@ MATRIX = "selftests/matrix/test_dirty_log.py"
 @pytest.mark.slow
 def test_cells_of_another_kernel_match(tests: list[str]) -> None:
     """A cell that this host lacks matches, as the booted kernel may have it."""
-    assert matching_tests(NO_SELECTION, [], tests)
+    number, with_threads = matching_tests(NO_SELECTION, [], tests)
+    assert number == with_threads > 0
 
 
 @pytest.mark.parametrize(
     ("kernel", "repeated"), [("auto", "/boot/vmlinuz-6.12"), ("debian:6.12", "debian:6.12")], ids=["chosen", "named"]
 )
 def test_options_to_reproduce_a_run(kernel: str, repeated: str) -> None:
-    """The options to reproduce a run have the whole machine, and the image that auto stood for."""
+    """The options to reproduce a run have the machine but for its CPUs, and the image that auto stood for."""
     given = {"kvm_params": "kvm.tdp_mmu=0", "qemu": None, "accel": "tcg", "cpu_model": None, "append": ""}
-    option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus=None, machines=None, time_limit="60")
+    option = SimpleNamespace(kernel=kernel, **given, vm_memory="3000", vm_cpus="4", machines=None, time_limit="60")
     assert kernel_options(option, Path("/boot/vmlinuz-6.12")) == [
         f"--kernel={repeated}", "--kvm-params=kvm.tdp_mmu=0", "--accel=tcg", "--vm-memory=3000", "--time-limit=60",
     ]  # fmt: skip
+
+
+def test_reproduction_in_a_machine_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that reproduces a failure names as many CPUs as its machine had for tests."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 2})
+    assert GuestSession("", "pytest --kernel=6.12", True, False).reproduce_command == "pytest --kernel=6.12 --vm-cpus=2"
+
+
+def test_machine_for_tests_without_threads() -> None:
+    """Every second machine has the CPUs of a machine for tests without threads; a single CPU needs no spare one."""
+    qemu = Qemu(Emulator(("qemu",), "10.0", "here"), "tcg", "max", "kvm_amd")
+    kernel: Any = SimpleNamespace(release="6.12", image=Path("x"))
+    machine = Machine(3072, 2, "")
+    same = target.Target(kernel, [], {}, {}, qemu, machine, 60, 3)
+    other = target.Target(kernel, [], {}, {}, qemu, machine, 60, 3, Machine(3072, 1, ""))
+    assert [one.booted_machine(threads).cpus for one in (same, other) for threads in (True, False)] == [2, 2, 2, 1]
+    assert [qemu.has_spare_cpu(other.booted_machine(threads)) for threads in (True, False)] == [True, False]
+    assert "3 of them share the tests (--machines)" in same.lines[3]
+    assert "3 share the tests (--machines); 1 with 1 CPU, for tests without threads" in other.lines[3]
 
 
 def test_auto_takes_a_kernel_with_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

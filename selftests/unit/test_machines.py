@@ -47,13 +47,16 @@ class FakeBoot(Boot):
 class Run:
     """A RemoteSession with machines that do what a test says.
 
+    :param threads: the tests that start threads; if there are any, every second machine has fewer CPUs
     :ivar reports: test, when, outcome of each report that it passed on
     """
 
-    def __init__(self, results: Path, machines: int, maxfail: int = 0) -> None:
+    def __init__(self, results: Path, machines: int, maxfail: int = 0, threads: str = "") -> None:
         qemu = Qemu(Emulator(("qemu",), "10.0", "here"), "tcg", "max", "kvm_amd")
         kernel: Any = SimpleNamespace(release="6.12", image=results)
-        target = Target(kernel, [], {}, {}, qemu, Machine(1, 1, ""), 60, machines)
+        few_cpus = Machine(1, 1, "") if threads else None
+        target = Target(kernel, [], {}, {}, qemu, Machine(1, 2, ""), 60, machines, few_cpus)
+        self.threads = list(threads)
         self.report = RunReport(results, Facts({}, {}, []))
         planned = PlannedTests({}, Interruption())
         self.session = cast(Any, RemoteSession(target, [], "", [], False, results, self.report, planned))
@@ -89,7 +92,8 @@ class Run:
 
     def collect(self, boot: FakeBoot, tests: list[str] = TESTS) -> None:
         """The session in a machine has collected its tests."""
-        self.session.handle_message(boot, {"items": {test: [["file.py", 0, test], []] for test in tests}})
+        items = {test: [["file.py", 0, test], []] for test in tests}
+        self.session.handle_message(boot, {"items": items, "threads": self.threads})
 
     def begin(self, boot: FakeBoot) -> None:
         """A machine begins with its next test."""
@@ -181,6 +185,52 @@ def test_each_test_runs_in_one_machine(two: Run) -> None:
     for boot in two.boots:
         two.end(boot, FINISHED)
     assert two.session._worst_end() == FINISHED
+
+
+def test_tests_with_threads_have_their_machine(tmp_path: Path) -> None:
+    """A machine with few CPUs runs no test that starts threads; the other one runs those first, and then any."""
+    run = Run(tmp_path, 2, threads="bdf")
+    first, second = run.boots
+    for boot in run.boots:
+        run.collect(boot)
+    assert (first.given, second.given) == (["b", "d"], ["e", "c"])
+    run.run(second)
+    run.run(second)
+    assert (second.given, second.ending) == (["a"], True)
+    while first.given:
+        run.run(first)
+    assert first.orders == ["1", "3", "5", NO_MORE]
+    run.run(second)
+    assert run.outcomes == dict.fromkeys(TESTS, "passed")
+
+
+def test_all_tests_help_a_slow_machine(tmp_path: Path) -> None:
+    """A machine with several CPUs takes tests without threads too, once the others run."""
+    run = Run(tmp_path, 2, threads="b")
+    for boot in run.boots:
+        run.collect(boot)
+    assert [boot.given for boot in run.boots] == [["b", "a"], ["f", "e"]]
+
+
+def test_dead_machine_with_threads(tmp_path: Path) -> None:
+    """If no machine that runs can take the tests that a dead one leaves, another one is booted for them."""
+    run = Run(tmp_path, 2, threads="bdf")
+    first, second = run.boots
+    run.collect(first)
+    run.collect(second)
+    while second.given:
+        run.run(second)
+    run.begin(first)
+    run.end(first, PANIC)
+    again = run.boots[-1]
+    run.collect(again)
+    run.run(again)
+    run.begin(again)
+    run.end(again, PANIC)  # nothing is left
+    run.end(second, FINISHED)
+    assert run.boots == []
+    assert run.outcomes == dict.fromkeys("ace", "passed") | {"b": "failed", "d": "passed", "f": "failed"}
+    assert run.session._worst_end() == PANIC
 
 
 def test_dead_machine_loses_one_test(two: Run) -> None:

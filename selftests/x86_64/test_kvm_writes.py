@@ -201,6 +201,7 @@ def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm, emulates: 
         software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
+@pytest.mark.threads
 def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's writes to the area of asynchronous page faults, when a page is missing and when it is present, dirty its gfn."""
     if emulates:
