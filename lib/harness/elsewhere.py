@@ -101,8 +101,10 @@ def _find_target(option: Any, tests: int, with_threads: int) -> "Target":
         if option.vm_cpus is None:
             # A kernel with one CPU takes half the emulated time: the grace periods of RCU cost next to nothing.
             one_cpu = replace(machine, cpus=1)
-            target = replace(target, machine=machine if with_threads else one_cpu)
-            target = replace(target, machine_without_threads=one_cpu if with_threads else None)
+            if not with_threads:
+                target = replace(target, machine=one_cpu)
+            elif target.machines > 1:
+                target = replace(target, machine_without_threads=one_cpu)
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
                 setattr(option, name, size)

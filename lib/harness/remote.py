@@ -85,8 +85,8 @@ class RemoteSession:
         self._report = report
         self._planned = planned
         self._items: dict[str, tuple[Any, Any]] | None = None
-        self._waiting: deque[str] = deque()  # tests that no machine was given; those that start threads are the first
-        self._threads: set[str] = set()  # tests that start threads
+        self._waiting: deque[str] = deque()  # tests that no machine was given, those in _threads first
+        self._threads: set[str] = set()  # tests that start threads, where machines differ in CPUs
         self._boots: list[Boot] = []  # those that run
         self._booted = 0
         self._collects = False
@@ -263,8 +263,7 @@ class RemoteSession:
         """Whether a machine may run one of the tests that wait."""
         if boot.ending or not self._waiting:
             return False
-        few_cpus = boot.from_end and self._target.machine_without_threads is not None
-        return not (few_cpus and self._waiting[-1] in self._threads)
+        return not (boot.from_end and self._waiting[-1] in self._threads)
 
     # --- messages
 
@@ -313,7 +312,8 @@ class RemoteSession:
             self._items = items
             self._planned.plan({nodeid: map(tuple, properties) for nodeid, (_, properties) in items.items()})
             self._session.testscollected += len(items)
-            self._threads = set(threads)
+            if self._target.machine_without_threads is not None:
+                self._threads.update(threads)
             for nodeid in sorted(items, key=lambda nodeid: nodeid not in self._threads):
                 if nodeid in self._ended:
                     self._show_again(nodeid)

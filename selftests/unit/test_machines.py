@@ -204,6 +204,17 @@ def test_tests_with_threads_have_their_machine(tmp_path: Path) -> None:
     assert run.outcomes == dict.fromkeys(TESTS, "passed")
 
 
+def test_one_machine_keeps_the_order(tmp_path: Path) -> None:
+    """A single machine, or several of the same kind, run the tests in the order in which they were collected."""
+    run = Run(tmp_path, 1)
+    run.threads = ["c"]
+    (boot,) = run.boots
+    run.collect(boot)
+    while boot.given:
+        run.run(boot)
+    assert list(run.outcomes) == TESTS
+
+
 def test_all_tests_help_a_slow_machine(tmp_path: Path) -> None:
     """A machine with several CPUs takes tests without threads too, once the others run."""
     run = Run(tmp_path, 2, threads="b")
