@@ -26,7 +26,7 @@ from runner.guest_init import Job
 from runner.guest_session import GuestSession
 from runner.target import Target
 
-_MORE_BOOTS = 2  # after faults of the emulator
+_MORE_BOOTS = 2  # after faults of the emulator, and for tests that no machine is left to run
 # pytest plugins that the session in the kernel does not need; loading each one takes time
 _UNUSED_PLUGINS = [
     f"-pno:{name}"
@@ -241,29 +241,28 @@ class RemoteSession:
             self._put_back(boot)
         self._ends.append((boot.log, end))
         self._stop_early()
-        if self._waiting and self._target.machines > 1 and not any(self._can_go_on(other) for other in self._boots):
-            self._boot_again(boot, archive)
+        left = any(not any(self._can_run(other, test) for other in self._boots) for test in self._waiting)
+        if left and self._target.machines > 1:
+            self._boot_again(archive, from_end=False)  # such a machine can run all tests
 
     def _handle_emulator_fault(self, boot: Boot, end: Diagnosis, archive: BinaryIO) -> None:
         """Report a fault of the emulator in *boot*, and boot once more."""
-        again = self._boot_again(boot, archive)
+        again = self._boot_again(archive, boot.from_end)
         self._print_line(f"EMULATOR FAULT: {end.detail}{'; the remaining tests run in another boot' if again else ''}")
         self._report.notes.append(f"emulator fault ({boot.log}): {end.detail}")
         if not again:
             self._ends.append((boot.log, end))
 
-    def _boot_again(self, boot: Boot, archive: BinaryIO) -> bool:
-        """Boot once more a machine like *boot*, if that has not happened too often; returns whether it has not."""
+    def _boot_again(self, archive: BinaryIO, from_end: bool) -> bool:
+        """Boot once more, if that has not happened too often; returns whether it has not."""
         again = self._booted < self._target.machines + _MORE_BOOTS
         if again:
-            self._boot(archive, boot.from_end)
+            self._boot(archive, from_end)
         return again
 
-    def _can_go_on(self, boot: Boot) -> bool:
-        """Whether a machine may run one of the tests that wait."""
-        if boot.ending or not self._waiting:
-            return False
-        return not (boot.from_end and self._waiting[-1] in self._threads)
+    def _can_run(self, boot: Boot, test: str) -> bool:
+        """Whether a machine may be given *test*."""
+        return not boot.ending and not (boot.from_end and test in self._threads)
 
     # --- messages
 
@@ -326,7 +325,7 @@ class RemoteSession:
             self._give_next(boot)
 
     def _give_next(self, boot: Boot) -> None:
-        if self._can_go_on(boot):
+        if self._waiting and self._can_run(boot, self._waiting[-1 if boot.from_end else 0]):
             boot.give(self._waiting.pop() if boot.from_end else self._waiting.popleft())
         else:
             boot.finish()

@@ -244,6 +244,25 @@ def test_dead_machine_with_threads(tmp_path: Path) -> None:
     assert run.session._worst_end() == PANIC
 
 
+def test_death_beside_a_machine_with_few_cpus(tmp_path: Path) -> None:
+    """After the death of the only machine with several CPUs one like it is booted, whatever the others can still run."""
+    run = Run(tmp_path, 2, threads="bdf")
+    first, second = run.boots
+    for boot in run.boots:
+        run.collect(boot)
+    run.begin(first)
+    run.end(first, PANIC)
+    assert [boot.from_end for boot in run.boots] == [True, False]
+    again = run.boots[-1]
+    run.collect(again)
+    for boot in (second, again):
+        while boot.given:
+            run.run(boot)
+        run.end(boot, FINISHED)
+    assert (run.boots, run.session._booted) == ([], 3)
+    assert run.outcomes == dict.fromkeys(TESTS, "passed") | {"b": "failed"}
+
+
 def test_dead_machine_loses_one_test(two: Run) -> None:
     """The test that ran in a kernel that panics fails, the one that waited there runs elsewhere, and the kernel is bad."""
     first, second = two.boots
