@@ -61,6 +61,7 @@ def test_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.threads
 def test_lost(kvm: Kvm, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """KVM's bitmap is falsified: the first page that was written is not reported."""
 

@@ -234,8 +234,8 @@ def test_lost_page_is_bad(check_kernel: CheckKernel, kernel: Kernel) -> None:
     done = check_kernel(kernel.image, f"{BREAKING}::test_lost", "--seed=7", "--kvm-params=kvm_amd.npt=0")
     assert done.status == BAD, done.output
     assert "LOST [R" in done.output
-    command = f"-m pytest --kernel={kernel.image} --kvm-params=kvm_amd.npt=0 --accel=tcg {BREAKING}::test_lost --seed=7"
-    assert command in done.output
+    machine = f"--kernel={kernel.image} --kvm-params=kvm_amd.npt=0 --accel=tcg --vm-cpus=2"
+    assert f"-m pytest {machine} {BREAKING}::test_lost --seed=7" in done.output
     (file,) = done.results.glob("*-test_lost.json")
     assert json.loads(file.read_text())["findings"][0]["kind"] == "LOST"
     assert done.data["end"]["ending"] == "FINISHED"
