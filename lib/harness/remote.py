@@ -275,9 +275,11 @@ class RemoteSession:
             self._collects = True
             self._progress.announce(f"collecting the tests in Linux {self._target.kernel.release}")
         elif "environment" in message:
-            facts = Facts(**message["environment"])
-            facts.place, facts.machine = str(self._target.qemu), self._target.data
-            self._report.facts = facts
+            # The number of CPUs has to be the same in each run: the first kind of machine counts, the other until it tells.
+            if not boot.from_end or "cpus" not in self._report.facts.host:
+                facts = Facts(**message["environment"])
+                facts.place, facts.machine = str(self._target.qemu), self._target.data
+                self._report.facts = facts
         elif "items" in message:
             self._begin(boot, message["items"], message["threads"])
         elif "start" in message:

@@ -406,6 +406,16 @@ def test_reports_of_each_kernel(two: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "last"])
+def test_facts_of_the_first_machine(tmp_path: Path, order: tuple[int, int]) -> None:
+    """The number of CPUs among the results is that of the machine for all tests, whichever machine boots first."""
+    run = Run(tmp_path, 2, threads="b")
+    for number in order:
+        environment = {"host": {"cpus": 2 - number}, "settings": {}, "cells": []}
+        run.session.handle_message(run.boots[number], {"environment": environment})
+    assert run.report.facts.host == {"cpus": 2}
+
+
 def test_counters_of_each_machine(two: Run, tmp_path: Path) -> None:
     """The counters that a machine sends (--gcov) are kept in a folder of that machine."""
     for boot, data in zip(two.boots, (b"1", b"2"), strict=True):
