@@ -38,7 +38,9 @@ def matching_tests(option: Any, dimensions: list[str], tests: list[str]) -> tupl
     arguments = ["--collect-only", "-q", *_ANY_KERNELS_CELLS, "-p", "no:cacheprovider", "-p", __name__]
     arguments += [*options_given(option, dimensions), *selection_options(option), *tests]
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    environment["PYTHONPATH"] = str(ROOT / "lib")  # for -p, which comes before pytest's setting pythonpath
+    # For -p, which comes before pytest's setting pythonpath; pytest itself may be in a folder that the user has there.
+    folders = [str(ROOT / "lib"), environment.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=ROOT,

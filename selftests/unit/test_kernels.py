@@ -340,6 +340,15 @@ NO_SELECTION = SimpleNamespace(keyword="", markexpr="", deselect=None, ignore=No
 
 
 @pytest.mark.slow
+def test_early_collection_with_a_python_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collection on this host finds modules where the user's PYTHONPATH has them, as pytest may be there."""
+    (tmp_path / "sitecustomize.py").write_text("open(__file__ + '.ran', 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    matching_tests(NO_SELECTION, [], ["selftests/interface/test_slots.py"])
+    assert (tmp_path / "sitecustomize.py.ran").exists()
+
+
+@pytest.mark.slow
 def test_early_collection_compiles_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collection on this host leaves compiled test modules for the initramfs, whatever the user's environment."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
