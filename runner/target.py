@@ -161,6 +161,23 @@ def number_of_machines(target: Target, asked: int, tests: int) -> int:
     return max(1, min(cpus, free // target.machine.memory, tests // _WORTH_A_BOOT, MOST_MACHINES))
 
 
+def with_one_cpu(target: Target, tests: int, with_threads: int) -> Target:
+    """*target* with one CPU in all machines if no test starts threads, and in every second one if enough tests start none.
+
+    A kernel with one CPU takes half the emulated time for these: the grace periods of RCU cost next to nothing.
+
+    :param tests: how many tests there are
+    :param with_threads: how many of them start threads
+    """
+    one_cpu = replace(target.machine, cpus=1)
+    if not with_threads:
+        return replace(target, machine=one_cpu)
+    pairs = target.machines // 2
+    if pairs and (tests - with_threads) // _WORTH_A_BOOT >= pairs:
+        return replace(target, machine_without_threads=one_cpu)
+    return target
+
+
 def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:
     """The newest local kernel that has KVM, with its modules; one is fetched if there is none."""
     for kernel in local_kernels():

@@ -87,7 +87,7 @@ def _find_target(option: Any, tests: int, with_threads: int) -> "Target":
     :raises CannotTest: something is missing or does not fit
     """
     from runner.qemu import Machine
-    from runner.target import EMULATION_SIZES, find_target, number_of_machines
+    from runner.target import EMULATION_SIZES, find_target, number_of_machines, with_one_cpu
 
     numbers = machine_numbers(option)
     debugfs = " debugfs=on" if option.gcov else ""  # the last one counts
@@ -98,13 +98,8 @@ def _find_target(option: Any, tests: int, with_threads: int) -> "Target":
     target = find_target(kernel, parameters, option.accel, option.cpu_model, option.qemu, machine, limit)
     target = replace(target, machines=number_of_machines(target, numbers["machines"], tests))
     if target.qemu.emulated:
-        if option.vm_cpus is None:
-            # A kernel with one CPU takes half the emulated time: the grace periods of RCU cost next to nothing.
-            one_cpu = replace(machine, cpus=1)
-            if not with_threads:
-                target = replace(target, machine=one_cpu)
-            elif target.machines > 1:
-                target = replace(target, machine_without_threads=one_cpu)
+        if option.vm_cpus is None and not option.full:  # all cells start threads
+            target = with_one_cpu(target, tests, with_threads)
         for name, size in EMULATION_SIZES.items():
             if getattr(option, name) is None:
                 setattr(option, name, size)

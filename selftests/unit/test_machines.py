@@ -22,7 +22,7 @@ from runner.emulator import Emulator
 from runner.errors import CannotTest
 from runner.guest_init import INIT_MARKER
 from runner.qemu import Machine, Qemu
-from runner.target import Target, number_of_machines
+from runner.target import Target, number_of_machines, with_one_cpu
 
 TESTS = ["a", "b", "c", "d", "e", "f"]
 FAULT = Diagnosis(BootOutcome.EMULATOR_FAULT, "Oops: int3")
@@ -492,3 +492,25 @@ def test_waiting_messages_are_no_silence(tmp_path: Path, monkeypatch: pytest.Mon
     os.close(messages)
     os.close(orders)
     assert [str(end.detail) for end in ended] == ["no message for 60 s (--time-limit)"]
+
+
+@pytest.mark.parametrize(
+    ("machines", "tests", "with_threads", "cpus"),
+    [
+        (2, 1000, 500, [2, 1]),
+        (2, 1000, 0, [1, 1]),
+        (2, 1000, 1000, [2, 2]),
+        (2, 1000, 991, [2, 2]),
+        (2, 1000, 990, [2, 1]),
+        (5, 1000, 981, [2, 2]),
+        (5, 1000, 980, [2, 1]),
+        (1, 1000, 500, [2, 2]),
+        (1, 1000, 0, [1, 1]),
+    ],
+)
+def test_cpus_of_machines(machines: int, tests: int, with_threads: int, cpus: list[int]) -> None:
+    """Every second machine has one CPU if there are tests for it that start no threads, and all have if no test starts any."""
+    qemu = Qemu(Emulator(("qemu",), "10.0", "here"), "tcg", "max", "kvm_amd")
+    kernel: Any = SimpleNamespace(release="6.12", image=Path("x"))
+    target = with_one_cpu(Target(kernel, [], {}, {}, qemu, Machine(3072, 2, ""), 60, machines), tests, with_threads)
+    assert [target.booted_machine(threads).cpus for threads in (True, False)] == cpus
