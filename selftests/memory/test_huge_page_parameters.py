@@ -68,6 +68,7 @@ def test_eager_page_split_changed(make_huge_vm: MakeHugeVm, open_stats: OpenStat
                 vm.assert_dirty("writes after the parameter changed", {SLOT: pages})
 
 
+@pytest.mark.threads  # KVM's: on a CPU of its own the recovery zaps while the vCPU is in the guest
 def test_nx_huge_page_recovery(make_huge_vm: MakeHugeVm, open_stats: OpenStats) -> None:
     """Writes are logged exactly when KVM splits huge pages that are executed, and its recovery thread zaps these mappings."""
     # The recovery is off with the ratio 0; with 1 each period zaps all.
