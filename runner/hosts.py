@@ -30,13 +30,16 @@ Copies the one file of `make standalone` to each host, runs it there, all hosts 
 ssh takes: a name of ~/.ssh/config, user@name, or ssh://user@name:port. `run` is the mode matrix, and what runs by default.
 A host needs Python 3.11 and /dev/kvm, and lets this user in without a question.
 
+  --time-limit S  the most seconds without the end of a test, after which a run counts as hung; default 600
+
 exit status
   0    good on all hosts
   1    bad on one
-  125  one cannot be tested: it does not answer, it was lost, it has no KVM
+  125  one cannot be tested: it does not answer, it was lost, its run has hung, it has no KVM
   128  nothing can be tested like this: a wrong option, no host
   130  interrupted; what was done is kept"""
 _COMMANDS = ("run", "test")
+_TIME_LIMIT = "600"
 _OWN_FILES = "each host's files are below the folder --results"
 # Options that have a value of their own on each host
 _RESERVED = {"--kernel": "hosts run their own", "--junitxml": _OWN_FILES, "--junit-xml": _OWN_FILES}
@@ -75,13 +78,16 @@ def _plan(arguments: Sequence[str], file: Path) -> tuple[list[Planned], Path]:
         raise _UsageError("no hosts are named: hosts.py 'HOST ...' [run|test] [options of pytest]; see --help")
     if twice := {host for host in hosts if hosts.count(host) > 1}:
         raise _UsageError(f"{', '.join(sorted(twice))}: named twice")
-    own, words = split_options(arguments[1:], ["--results", *_RESERVED])
+    own, words = split_options(arguments[1:], ["--results", "--time-limit", *_RESERVED])
     for name, value in own.items():
         if name in _RESERVED or not value:
-            raise _UsageError(f"{name}: {_RESERVED.get(name, 'no folder is named')}")
+            raise _UsageError(f"{name}: {_RESERVED.get(name, 'its value is missing')}")
+    limit = own.get("--time-limit", _TIME_LIMIT)
+    if not limit.isdecimal() or int(limit) < 1:
+        raise _UsageError(f"--time-limit: {limit} is no number of seconds from 1 on")
     command = words.pop(0) if words[:1] and words[0] in _COMMANDS else _COMMANDS[0]
     # The same seed for all, so that they can be compared; the last --seed counts.
-    options = [command, f"--seed={random.SystemRandom().randrange(1 << 32)}", "-v", *words]
+    options = [limit, command, f"--seed={random.SystemRandom().randrange(1 << 32)}", "-v", *words]
     folder = chosen_folder(own.get("--results"), "hosts")
     if any(folder.glob("*/*")):
         raise _UsageError(f"--results: {folder} has the results of other runs")

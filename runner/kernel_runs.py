@@ -32,6 +32,8 @@ _KVM_TESTS = sorted(
 # pytest's exit statuses there: where no test ran, this host may have no KVM, and the other kernels may
 _HOST_STATUSES = STATUSES | {pytest.ExitCode.NO_TESTS_COLLECTED: CANNOT_TEST}
 _POLL = 0.1  # seconds between looks at the runs
+# What pytest prints behind each test that has ended
+PERCENTAGE = re.compile(r"\[ *(\d+)%\]")
 # The lines in which a run gives its reason for testing nothing
 _REASON = re.compile(r"(?:ERROR: (?!usage:)|(?:.*: )?cannot be tested: |.*: error: )(.+)")
 
@@ -268,7 +270,7 @@ def _read_reason(output: Path) -> str:
 def _read_progress(output: Path) -> tuple[float | None, str]:
     """The share of a run's tests that is done, from the percentage that pytest prints behind each."""
     try:
-        found = re.findall(r"\[ *(\d+)%\]", output.read_text(errors="replace"))
+        found = PERCENTAGE.findall(output.read_text(errors="replace"))
     except OSError:
         found = []
     return (int(found[-1]) / 100, f"{found[-1]} %") if found else (None, "")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""ssh_run.py HOST FILE FOLDER run|test [options]: runs FILE (`make standalone`) on HOST, and fetches its results into FOLDER.
+"""ssh_run.py HOST FILE FOLDER LIMIT run|test [options]: runs FILE (`make standalone`) on HOST; its results go to FOLDER.
 
-HOST is what ssh takes: a name of ~/.ssh/config, user@name, or ssh://user@name:port. The exit status is as of check_kernel.py.
+HOST is what ssh takes: a name of ~/.ssh/config, user@name, or ssh://user@name:port. The run counts as hung if no test ends in
+LIMIT seconds. The exit status is as of check_kernel.py.
 """
 
 import io
+import os
+import select
 import shlex
 import signal
 import subprocess
@@ -15,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NoReturn
+from typing import IO, BinaryIO, NoReturn
 
 if __name__ == "__main__":
     # Python puts the program's own folder there.
@@ -30,6 +33,7 @@ import pytest
 from harness.journal import JournalError, read
 from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
+from runner.kernel_runs import PERCENTAGE
 
 # No question is asked, and a host that does not answer for half a minute is lost.
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3")
@@ -48,11 +52,20 @@ cd {folder} || exit
 exec 3<&0
 python3 ./file {words} </dev/null 3<&- &
 run=$!
+echo $run >running
 {{ cat <&3; kill -TERM $run; }} >/dev/null 2>&1 &
 wait $run
 status=$?
+rm running
 kill $!
 exit $status
+"""
+# A connection that is lost without a word ends nothing there. What is stuck in the kernel does not end at all.
+_END = """\
+cd {folder} && if [ -e running ]; then
+    kill -TERM "$(cat running)"
+    for _ in 1 2 3 4 5 6 7 8 9 10; do [ ! -e running ] || sleep 1; done
+fi
 """
 _FETCH = """\
 cd {folder} && mkdir -p results && echo {mark} && python3 -c 'import sys, tarfile
@@ -81,20 +94,33 @@ class RemoteHost:
             answer = self._call(_UPLOAD.format(PLACE), source).partition(f"{_MARK} ".encode())[2]
         self._folder, self._boot = answer.decode().split()
 
-    def run(self, words: list[str], started: Callable[["subprocess.Popen[bytes]"], None]) -> int:
+    def run(self, words: list[str], limit: float, started: Callable[["subprocess.Popen[bytes]"], None]) -> int:
         """Run the file with *words*, with its output on standard output; returns its exit status.
 
+        :param limit: the most seconds without the end of a test
         :param started: is given the process, which ends early when its standard input is closed
+        :raises Lost: the connection was lost, or the run has hung
+        """
+        command, pipe = self._command(_RUN.format(folder=self._folder, words=shlex.join(words))), subprocess.PIPE
+        # A terminal's Ctrl-C is for this process, which closes the standard input.
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+            started(process)
+            assert process.stdout is not None
+            hung = not _show(process.stdout, limit)
+            if hung:
+                process.kill()
+            status = process.wait()
+        if hung or status == _SSH_FAILED:
+            print(flush=True)  # what it printed last may be a part of a line
+            raise Lost(f"no test ended within {limit:g} s" if hung else "the connection was lost")
+        return status
+
+    def end_run(self) -> None:
+        """End what still runs there.
+
         :raises Lost: the connection was lost
         """
-        script = _RUN.format(folder=self._folder, words=shlex.join(words))
-        # A terminal's Ctrl-C is for this process, which closes the standard input.
-        with subprocess.Popen(self._command(script), stdin=subprocess.PIPE, start_new_session=True) as process:
-            started(process)
-            status = process.wait()
-        if status == _SSH_FAILED:
-            raise Lost("the connection was lost")
-        return status
+        self._call(_END.format(folder=self._folder))
 
     def fetch(self, folder: Path) -> None:
         """Copy the results into *folder*: all regular files.
@@ -152,6 +178,20 @@ class RemoteHost:
         return ["ssh", "-T", *(f"-o{option}" for option in OPTIONS), "--", self._name, script]
 
 
+def _show(output: IO[bytes], limit: float) -> bool:
+    """Copy *output* to standard output; returns whether it has ended, rather than no test within *limit* seconds."""
+    until = time.monotonic() + limit
+    while select.select([output], [], [], max(until - time.monotonic(), 0))[0]:
+        data = os.read(output.fileno(), 1 << 16)
+        if not data:
+            return True
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        if PERCENTAGE.search(data.decode(errors="replace")):
+            until = time.monotonic() + limit
+    return False
+
+
 class _Signals:
     """Ends the run on the host when this process gets a signal that ends programs; what it has done is still fetched."""
 
@@ -178,12 +218,12 @@ class _Signals:
 
 def main(arguments: list[str]) -> int:
     """Run the file on the host; returns the exit status."""
-    name, file, folder, *words = arguments
+    name, file, folder, limit, *words = arguments
     host, signals, results = RemoteHost(name), _Signals(), Path(folder)
     try:
         host.upload(Path(file))
         try:
-            status = host.run([*words, "--results=results"], signals.started)
+            status = host.run([*words, "--results=results"], float(limit), signals.started)
             host.fetch(results)
         except Lost as error:
             _explain_loss(host, results, str(error), signals)
@@ -206,14 +246,18 @@ def _explain_loss(host: RemoteHost, results: Path, error: str, signals: _Signals
     :raises CannotTest: always; it says what is known
     """
     try:
-        what = "the host rebooted" if host.has_rebooted(lambda: signals.came) else error
+        rebooted = host.has_rebooted(lambda: signals.came)
     except Lost as why:
         raise CannotTest(f"{error}, and the host no longer answers: {why}") from None
-    try:
+    what = "the host rebooted" if rebooted else error
+    running = ""
+    with suppress(Lost, JournalError, OSError):
         host.fetch(results)
         running = ", ".join(read(results).running)
-    except (Lost, JournalError, OSError):
-        running = ""
+    if not rebooted:
+        with suppress(Lost):
+            host.end_run()
+            host.fetch(results)  # with what it has written at its end
     raise CannotTest(f"{what}{f' while {running} ran' if running else ''}")
 
 

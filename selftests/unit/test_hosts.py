@@ -20,7 +20,8 @@ from runner.run_verdicts import USAGE_ERROR
         (["a b a"], "a: named twice"),
         (["a", "--kernel=debian:6.12"], "--kernel: hosts run their own"),
         (["a", "--junitxml", "x.xml"], "--junitxml: each host's files are below the folder --results"),
-        (["a", "--results="], "--results: no folder is named"),
+        (["a", "--results="], "--results: its value is missing"),
+        (["a", "--time-limit=0"], "--time-limit: 0 is no number of seconds from 1 on"),
         (["a", "--results=/proc/none"], "--results: /proc/none: No such file or directory"),
     ],
 )
@@ -32,7 +33,12 @@ def test_wrong_arguments_for_hosts(capsys: pytest.CaptureFixture[str], arguments
 
 
 @pytest.mark.parametrize(
-    ("words", "command"), [([], ["run"]), (["-k", "x"], ["run", "-k", "x"]), (["test", "a"], ["test", "a"])]
+    ("words", "command"),
+    [
+        ([], ["600", "run"]),
+        (["-k", "x"], ["600", "run", "-k", "x"]),
+        (["--time-limit", "5", "test", "a"], ["5", "test", "a"]),
+    ],
 )
 def test_same_run_on_each_host(tmp_path: Path, words: list[str], command: list[str]) -> None:
     """Each host has a folder of its own, and the same command, with the same seed."""

@@ -40,7 +40,9 @@ def end(number, frame):
     sys.exit(2)
 signal.signal(signal.SIGTERM, end)
 print("words:", *sys.argv[1:-1], flush=True)
-time.sleep({seconds})
+for percentage in range({percentages}):
+    time.sleep({seconds})
+    print(f"[ {{percentage}}%]", flush=True)
 sys.exit({status})
 """
 JOURNAL = [
@@ -114,19 +116,29 @@ class Remote:
     """A run of ssh_run.py in a process of its own.
 
     :param prepare: Python that changes the module ``ssh_run`` before
+    :param limit: in seconds, after which it counts as hung
+    :param percentages: how many it prints, with *seconds* before each
     :ivar there: where its folder on the host is
     """
 
-    def __init__(self, folder: Path, seconds: float = 0, status: int = 0, prepare: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seconds: float = 0,
+        status: int = 0,
+        prepare: str = "",
+        limit: str = "60",
+        percentages: int = 1,
+    ) -> None:
         file = folder / "file"
         journal = "".join(json.dumps(record) + "\n" for record in JOURNAL)
-        file.write_text(FILE.format(seconds=seconds, status=status, journal=journal))
+        file.write_text(FILE.format(seconds=seconds, percentages=percentages, status=status, journal=journal))
         self.results, self.there = folder / "results", folder / "there"
         self.there.mkdir()
         code = f"import sys\nfrom runner import ssh_run\nssh_run.PLACE = {str(self.there)!r}\n{prepare}\n"
         code += "sys.exit(ssh_run.main(sys.argv[1:]))"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "somehost", str(file), str(self.results), "test", "-k", "a b"],
+            [sys.executable, "-c", code, "somehost", str(file), str(self.results), limit, "test", "-k", "a b"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"},
         )  # fmt: skip
@@ -176,7 +188,7 @@ esac
     (tmp_path / "bin/ssh").write_text(script)
     (tmp_path / "bin/ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    return ssh_run.main(["host", str(tmp_path / "data"), str(tmp_path / "results"), "run"])
+    return ssh_run.main(["host", str(tmp_path / "data"), str(tmp_path / "results"), "60", "run"])
 
 
 def tar(members: Mapping[str, str]) -> bytes:
@@ -257,7 +269,34 @@ def test_host_lost_during_its_run(tmp_path: Path, sshd: Sshd, how: int, prepare:
     assert status == CANNOT_TEST
     assert line == f"cannot be tested: {what} while selftests/interface/test_slots.py::test_x ran"
     assert (run.results / "journal.jsonl").exists()
+    assert what == "the host rebooted" or (run.results / "ended").exists()
     assert [*run.there.iterdir()] == []
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_run_that_hangs_on_its_host(tmp_path: Path, sshd: Sshd, stuck: bool) -> None:
+    """A run of which no test ends in time is ended, and reported with its test; so is one that is stuck and cannot end."""
+    run = Remote(tmp_path, seconds=60, limit="2")
+    run.wait_for_begin()
+    (running,) = run.there.glob("*/running")
+    there = int(running.read_text())
+    if stuck:
+        os.kill(there, signal.SIGSTOP)
+    try:
+        status, line = run.end()
+    finally:
+        if stuck:
+            os.kill(there, signal.SIGCONT)
+    assert status == CANNOT_TEST
+    what = "no test ended within 2 s while selftests/interface/test_slots.py::test_x ran"
+    assert line == f"cannot be tested: {what}"
+    assert (run.results / "ended").exists() == (not stuck)
+
+
+def test_ends_of_tests_keep_a_run_going(tmp_path: Path, sshd: Sshd) -> None:
+    """A run that lasts longer than the limit is not hung while its tests end."""
+    run = Remote(tmp_path, seconds=1, percentages=4, limit="2")
+    assert run.end()[0] == 0
 
 
 def test_host_that_stays_away(tmp_path: Path, sshd: Sshd) -> None:
@@ -275,4 +314,4 @@ def test_host_that_stays_away(tmp_path: Path, sshd: Sshd) -> None:
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     """A file that is not there is one line."""
-    assert ssh_run.main(["host", str(tmp_path / "none"), str(tmp_path), "run"]) == CANNOT_TEST
+    assert ssh_run.main(["host", str(tmp_path / "none"), str(tmp_path), "60", "run"]) == CANNOT_TEST
