@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from dirty_tracking.mapping_sizes import MappingSizes, huge_pages
+from dirty_tracking.modes import LogMode
+from dirty_tracking.report import DirtyReport, Source
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.violations import ContractViolation
 from dirty_tracking.vm import FIRST_GPA, PAGE
@@ -48,6 +50,25 @@ def test_report_off_by_one_at_huge_page_edge(
         falsify_page(monkeypatch, page, page + 1)
         with pytest.raises(ContractViolation):
             huge_memory.check_reports(vm, LAYOUT, seed=1, rounds=1)
+
+
+@pytest.mark.parametrize(("backing", "entries"), [("anonymous", 1), ("anonymous_thp", 2)])
+@pytest.mark.mutants
+def test_ring_entries_of_a_write_with_pml(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, backing: str, entries: int
+) -> None:
+    """With PML a page may have two ring entries a write if its memory is in huge pages, else one; one more is DUPLICATE."""
+    monkeypatch.setattr(LogMode, "has_cpu_logs", True)
+    with ScriptedVm(kvm, "dirty-log") as vm:
+        vm.add_slot(SLOT, LAYOUT.gpa, LAYOUT.npages, backing)
+
+        def assert_written(count: int) -> None:
+            report = DirtyReport([Source([SLOT] * count, [EDGE] * count, vcpu=0)])
+            vm.assert_report("a write", {SLOT: [EDGE]}, report)
+
+        assert_written(entries)
+        with pytest.raises(ContractViolation, match="DUPLICATE"):
+            assert_written(entries + 1)
 
 
 @pytest.mark.parametrize("page", [0, 63, 64, NPAGES - 1])
