@@ -12,7 +12,6 @@ import pytest
 
 from dirty_tracking.cell import Cell, Settings
 from dirty_tracking.modes import LOG_MODES
-from dirty_tracking.platform import ring_order_is_write_order
 from harness.collection import log_modes_of
 from harness.command_line import soak_of
 from harness.run_state import SETTINGS
@@ -96,13 +95,6 @@ def log_mode(request: pytest.FixtureRequest, kvm: Kvm) -> str:
     if reason := LOG_MODES[name].supported(kvm):
         pytest.skip(reason)
     return name
-
-
-@pytest.fixture
-def rings_in_write_order(host: Host) -> None:
-    """For tests that require a ring's entries in the order of the writes."""
-    if not ring_order_is_write_order(host):
-        pytest.skip("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
 
 
 @pytest.fixture

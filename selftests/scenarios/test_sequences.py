@@ -9,6 +9,7 @@ import pytest
 
 from dirty_tracking.cell import Settings
 from dirty_tracking.modes import LOG_MODES, smallest_ring
+from dirty_tracking.platform import ring_order_is_write_order
 from dirty_tracking.sequence_in_c import InBothLanguages
 from dirty_tracking.sequence_search import search
 from dirty_tracking.sequences import Collect, Create, Step, Write, run_sequence
@@ -37,8 +38,8 @@ def test_random_operation_sequences(
     request: pytest.FixtureRequest, emulated_cpu: bool, log_mode: str,
 ) -> None:  # fmt: skip
     """KVM reports what the model predicts for random writes, loads, collections, logging toggles and memslot changes."""
-    if LOG_MODES[log_mode].uses_ring:
-        request.getfixturevalue("rings_in_write_order")
+    if LOG_MODES[log_mode].uses_ring and not ring_order_is_write_order(host):
+        pytest.skip("with kvm_intel.pml=Y rings are not in the order of the writes before Linux 6.14")
 
     known = [] if pytestconfig.option.no_known_bugs else [bug.id for bug in known_bugs.on_host(host)]
 
