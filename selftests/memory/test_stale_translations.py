@@ -4,7 +4,7 @@
 The other tests of write protection enter the guest again after the ioctl, which may flush its TLB anyway; and where vCPUs
 run beside a collector (test_concurrency.py), nobody knows when a translation was used last. Here the vCPU stores to a page,
 announces that in memory, waits for the host without leaving its guest, and stores again. A stale translation lets that store
-pass unlogged.
+pass unlogged. With PML the vCPU leaves its guest before it announces a store, for KVM learns of the store only then.
 """
 
 import time
@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dirty_tracking.platform import uses_pml, uses_tdp
+from dirty_tracking.platform import uses_tdp
 from dirty_tracking.scripted_vm import Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, PAGE
 from kvm_util.host import Host
 from kvm_util.kvm import Kvm
 from kvm_util.memory import HUGE_PAGE_SIZE
+from selftests.pause import PAUSE, paused
 
 pytestmark = pytest.mark.threads
 
@@ -68,8 +69,6 @@ def vm(request: pytest.FixtureRequest, kvm: Kvm, host: Host, emulates: bool, log
     """A VM with a memslot without dirty logging, mapped by small pages or by huge ones."""
     if emulates:
         pytest.skip(f"{host.backend} emulates each instruction of this guest, and keeps no translation")
-    if uses_pml(host):
-        pytest.skip("with PML KVM logs a store only when the vCPU leaves its guest (kvm_intel.pml=0 switches PML off)")
     huge = request.param == "anonymous_thp"
     with ScriptedVm(kvm, log_mode, guest_mode="48bit-2m" if huge and not uses_tdp(host) else "48bit-4k") as vm:
         memslot = vm.add_slot(SLOT, FIRST_GPA, NPAGES, request.param, logged=False)
@@ -86,13 +85,16 @@ def rounds(thorough: bool) -> int:
 def store_between(vm: ScriptedVm, steps_per_page: int, steps: Iterator[None]) -> None:
     """Have the vCPU store to each of PAGES, and again right after each of *steps_per_page* of the host's *steps*."""
     rendezvous = Rendezvous(vm)
+    leave = [PAUSE] if vm.mode.has_cpu_logs else []
     operations = []
     for page in PAGES:
-        address = vm.address(SLOT, page)
-        operations += [Operation("store_8", address), *(rendezvous.store(address) for _ in range(steps_per_page))]
+        store = Operation("store_8", vm.address(SLOT, page))
+        operations += [store, *leave, store]  # leaving may take away the translation, which the second one brings back
+        for _ in range(steps_per_page):
+            operations += [rendezvous.store(store.address), *leave]
     with ThreadPoolExecutor(1) as pool:
         host = pool.submit(rendezvous.serve, steps)
-        vm.run(*operations)
+        vm.run(*operations, on_exit=paused)
         host.result()
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 from dirty_tracking.scripted_vm import LIST_SIZE, Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
-from kvm_util import uapi
 from kvm_util.arch import current as arch
 from kvm_util.arch.x86_64 import msr, svm
 from kvm_util.arch.x86_64.paging import PageTables
@@ -13,6 +12,7 @@ from kvm_util.arch.x86_64.uapi import kvm_sregs
 from kvm_util.guest import GuestError
 from kvm_util.memory import GIB, MIB
 from kvm_util.vcpu import Vcpu
+from selftests.pause import paused
 
 SLOT, OWN = 1, 2
 NPAGES = 24
@@ -24,16 +24,8 @@ TABLES, VMCB = range(NPAGES - 1), NPAGES - 1
 WINDOW, ALIAS = 8 * GIB, 9 * GIB
 STACK_SIZE = 4 * PAGE
 RING = 512
-# An operation of L2 that exits to user space, for L1 does not intercept it
-PORT = 0xE2
-PAUSE = Operation("port_output", PORT)
 # KVM pushes each of its own writes to a ring (mark_page_dirty_in_slot()), and a page once for each of its mappings
 MANY = 1000
-
-
-def paused(vcpu: Vcpu) -> bool:
-    """Whether the last exit is a PAUSE of L2."""
-    return vcpu.run.exit_reason == uapi.KVM_EXIT_IO and bool(vcpu.run.io.port == PORT)
 
 
 class NestedGuest:
@@ -95,7 +87,7 @@ class NestedGuest:
                 raise GuestError(f"L2 ended with exit code {code:#x}")
 
     def run_in_steps(self, steps: Iterator[None], *operations: Operation) -> None:
-        """Have L2 do *operations*, and the host the next of *steps* at each PAUSE among them, with the vCPU in L2.
+        """Have L2 do *operations*, and the host the next of *steps* at each PAUSE among them, which L1 does not intercept.
 
         What follows the last step is done when L2 has returned to L1.
         """

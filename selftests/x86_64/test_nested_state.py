@@ -15,8 +15,9 @@ from kvm_util.arch.x86_64 import uapi
 from kvm_util.ioctl import ioctl
 from kvm_util.kvm import Kvm
 from kvm_util.vcpu import Vcpu
+from selftests.pause import PAUSE, paused
 from selftests.x86_64 import smram
-from selftests.x86_64.nested import MANY, NPAGES, OWN, OWN_GPA, PAUSE, RING, SLOT, WINDOW, NestedGuest, paused
+from selftests.x86_64.nested import MANY, NPAGES, OWN, OWN_GPA, RING, SLOT, WINDOW, NestedGuest
 
 # More than KVM_GET_NESTED_STATE needs: a header, and the VMCB of SVM
 STATE_SIZE = 2 * PAGE

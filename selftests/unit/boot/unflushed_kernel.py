@@ -33,9 +33,10 @@ def test_disable_tlb_flushes(pytestconfig: pytest.Config) -> None:
     }
     keys: Any = pytestconfig.pluginmanager.get_plugin("static-keys")
     keys.release()
-    for name in ("kvm_amd", "kvm"):
-        unload_module(name)
-    for name in ("kvm.ko", "kvm_amd.ko"):
+    (vendor,) = {"kvm_amd.ko", "kvm_intel.ko"} & modules.keys()
+    for name in (vendor, "kvm.ko"):
+        unload_module(name.removesuffix(".ko"))
+    for name in ("kvm.ko", vendor):
         path, arguments = modules[name]
         module = bytearray(path.read_bytes())
         if name == "kvm.ko":
