@@ -7,6 +7,12 @@
 
 	.set OPERATION_SIZE, 32		# routine, %rdi, %rsi, %rdx
 	.set CR4_OSXSAVE, 1 << 18
+	.set CR4_VMXE, 1 << 13
+	.set VMX_ALL_CONTEXTS, 2	# a type of INVEPT
+	# Fields of the VMCS
+	.set VM_EXIT_REASON, 0x4402
+	.set HOST_RSP, 0x6c14
+	.set HOST_RIP, 0x6c16
 
 # The vCPU's block (%rdi) holds the address of its list. The list ends with do_sync.
 	.globl guest_main
@@ -336,6 +342,52 @@ do_\name:
 	ret
 	operation vmmcall		# ends the nested guest's list
 	vmmcall
+
+# The same with VMX. (%rdi) is the gpa of the VMCS, 8(%rdi) that of the VMXON region.
+	.macro vmx instruction:vararg
+	\instruction
+	abort_if_not a, "\instruction failed"	# CF or ZF is set
+	.endm
+
+	operation vmxon
+	mov %cr4, %rax
+	or $CR4_VMXE, %rax
+	mov %rax, %cr4
+	vmx vmxon 8(%rdi)
+	vmx vmclear (%rdi)
+	ret
+	operation vmlaunch		# with the fields and values from 24(%rdi) to a field 0; exit reason to 16(%rdi); %rsi as for vmrun
+	push %rbx
+	push %r15
+	push %rdi
+	vmx vmptrld (%rdi)
+	add $24, %rdi
+1:	mov (%rdi), %rax
+	test %rax, %rax
+	jz 2f
+	vmx vmwrite 8(%rdi), %rax
+	add $16, %rdi
+	jmp 1b
+2:	mov $HOST_RSP, %eax
+	vmx vmwrite %rsp, %rax
+	mov $HOST_RIP, %eax
+	lea 3f(%rip), %rdx
+	vmx vmwrite %rdx, %rax
+	mov %rsi, %rdi
+	vmx vmlaunch
+3:	pop %rdi
+	mov $VM_EXIT_REASON, %eax
+	vmx vmread %rax, 16(%rdi)
+	vmx vmclear (%rdi)		# writes the VMCS back to its page
+	pop %r15
+	pop %rbx
+	ret
+	operation invept		# of all nested page tables; %rdi points to 16 zeroed bytes
+	mov $VMX_ALL_CONTEXTS, %eax
+	vmx invept (%rdi), %rax
+	ret
+	operation vmcall		# ends the nested guest's list
+	vmcall
 
 # --- port I/O ---
 

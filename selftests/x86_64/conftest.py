@@ -7,19 +7,20 @@ import pytest
 
 from dirty_tracking.scripted_vm import ScriptedVm
 from dirty_tracking.vm import FIRST_GPA
-from kvm_util.arch.x86_64.cpuid import has_nested_paging, has_svm
+from kvm_util.host import Host
 from kvm_util.kvm import Kvm
+from selftests.x86_64.hypervisors import hypervisor
 from selftests.x86_64.nested import NPAGES, OWN, OWN_GPA, RING, SLOT, NestedGuest
 
 
 @pytest.fixture(params=[True, False], ids=["nested-paging", "no-nested-paging"])
-def nested(request: pytest.FixtureRequest, kvm: Kvm) -> bool:
+def nested(request: pytest.FixtureRequest, kvm: Kvm, host: Host) -> bool:
     """Whether L2 has nested page tables; skips where KVM does not offer that."""
-    cpuid = kvm.supported_cpuid
-    if not has_svm(cpuid):
-        pytest.skip("KVM offers its guests no SVM here (CPUID SVM)")
-    if request.param and not has_nested_paging(cpuid):
-        pytest.skip("KVM offers its guests no nested paging here (CPUID NP)")
+    kind = hypervisor()
+    if kind is None:
+        pytest.skip(f"{host.backend} does not let its guests run nested ones")
+    if reason := kind.missing(kvm, request.param):
+        pytest.skip(reason)
     return bool(request.param)
 
 

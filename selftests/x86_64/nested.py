@@ -5,25 +5,24 @@ from collections.abc import Callable, Iterator
 
 from dirty_tracking.scripted_vm import LIST_SIZE, Operation, ScriptedVm
 from dirty_tracking.vm import FIRST_GPA, GVA_OFFSET, PAGE
-from kvm_util.arch import current as arch
-from kvm_util.arch.x86_64 import msr, svm
 from kvm_util.arch.x86_64.paging import PageTables
-from kvm_util.arch.x86_64.uapi import kvm_sregs
 from kvm_util.guest import GuestError
 from kvm_util.memory import GIB, MIB
 from kvm_util.vcpu import Vcpu
 from selftests.pause import paused
+from selftests.x86_64.hypervisors import hypervisor
 
 SLOT, OWN = 1, 2
 NPAGES = 24
-# A memslot for the pages of L1 that KVM writes on its behalf: nested page tables, and the VMCB
+# A memslot for the pages of L1 that KVM writes on its behalf: nested page tables, and the VMCB or VMCS
 OWN_GPA = FIRST_GPA + 64 * MIB
-# The nested tables need seven pages at most: two for the upper levels, three for slot 0 and the two windows, and two below
-TABLES, VMCB = range(NPAGES - 1), NPAGES - 1
+# The nested tables need 13 pages at most: two for the upper levels, three for slot 0 and the two windows, and four below each
+# window for 2 * RING pages
+TABLES, CONTROL = range(NPAGES - 1), NPAGES - 1
 # Where L2 has the test memslot, twice: gpas of L2 with nested paging; without it L1 uses the same tables
 WINDOW, ALIAS = 8 * GIB, 9 * GIB
 STACK_SIZE = 4 * PAGE
-RING = 512
+RING = 1024  # entries; fewer are refused with PML
 # KVM pushes each of its own writes to a ring (mark_page_dirty_in_slot()), and a page once for each of its mappings
 MANY = 1000
 
@@ -38,12 +37,15 @@ class NestedGuest:
         self.vm = vm
         self.nested = nested
         self.own = vm.vm.memslots[OWN].memory
-        guest = vm.guest
+        guest, kind = vm.guest, hypervisor()
+        assert kind is not None
+        self.hypervisor = kind(vm, vm.vm.memslots[OWN], CONTROL)
         self.tables: PageTables | None = None
         slot = vm.vm.memslots[SLOT]
         if nested:
             pages = iter(TABLES)
-            self.tables = PageTables(guest.guest_mode.levels, lambda: OWN_GPA + next(pages) * PAGE, self._table, nested)
+            levels, leaf = guest.guest_mode.levels, self.hypervisor.leaf
+            self.tables = PageTables(levels, lambda: OWN_GPA + next(pages) * PAGE, self._table, nested, leaf)
             self.tables.map(0, 0, guest.size, 2 * MIB)
         for window in (WINDOW, ALIAS):
             vm.map_at(window + GVA_OFFSET, window if nested else slot.gpa, slot.npages)
@@ -52,17 +54,10 @@ class NestedGuest:
         self._block, self._list = guest.allocate(PAGE), guest.allocate(LIST_SIZE)
         guest.memory(self._block, PAGE).cast("Q")[0] = self._list
         self._stack = guest.allocate(STACK_SIZE) + STACK_SIZE
-        vm.run(
-            Operation("wrmsr", msr.MSR_EFER, self._sregs().efer | msr.EFER_SVME),
-            Operation("wrmsr", msr.MSR_VM_HSAVE_PA, guest.allocate(PAGE)),
-        )
 
     def _table(self, gpa: int) -> memoryview:
         first = (gpa - OWN_GPA) // 8
         return self.own.words[first : first + PAGE // 8]
-
-    def _sregs(self) -> kvm_sregs:
-        return arch.get_sregs(self.vm.vm.vcpus[0].fd)
 
     def address(self, page: int, window: int = WINDOW) -> int:
         """The gva at which L2 has a page of the test memslot."""
@@ -76,15 +71,11 @@ class NestedGuest:
         :param flush_tlb: whether L1 flushes L2's TLB entries first
         :raises GuestError: L2 exited in another way
         """
-        self.vm.write_list(self._list, operations, end="vmmcall")
-        root = self.tables.root if self.tables else None
-        with self.own.view[VMCB * PAGE : (VMCB + 1) * PAGE] as vmcb:
-            svm.fill_vmcb(
-                vmcb, self._sregs(), self.vm.guest.program.symbols["guest_main"], self._stack, root, flush_tlb
-            )
-            self.vm.run(Operation("vmrun", OWN_GPA + VMCB * PAGE, self._block), on_exit=on_exit)
-            if (code := svm.exit_code(vmcb)) != svm.VMEXIT_VMMCALL:
-                raise GuestError(f"L2 ended with exit code {code:#x}")
+        self.vm.write_list(self._list, operations, end=self.hypervisor.end)
+        entry, root = self.vm.guest.program.symbols["guest_main"], self.tables.root if self.tables else None
+        self.vm.run(*self.hypervisor.enter(entry, self._stack, self._block, root, flush_tlb), on_exit=on_exit)
+        if reason := self.hypervisor.strange_exit():
+            raise GuestError(f"L2 ended with {reason}")
 
     def run_in_steps(self, steps: Iterator[None], *operations: Operation) -> None:
         """Have L2 do *operations*, and the host the next of *steps* at each PAUSE among them, which L1 does not intercept.

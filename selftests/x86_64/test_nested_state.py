@@ -19,7 +19,7 @@ from selftests.pause import PAUSE, paused
 from selftests.x86_64 import smram
 from selftests.x86_64.nested import MANY, NPAGES, OWN, OWN_GPA, RING, SLOT, WINDOW, NestedGuest
 
-# More than KVM_GET_NESTED_STATE needs: a header, and the VMCB of SVM
+# More than KVM_GET_NESTED_STATE needs: a header, and the VMCB of SVM or the VMCS of VMX
 STATE_SIZE = 2 * PAGE
 
 

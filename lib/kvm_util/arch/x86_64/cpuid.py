@@ -84,6 +84,11 @@ def has_nested_paging(cpuid: Cpuid) -> bool:
     return has_svm(cpuid) and bool(cpuid.leaf(0x8000000A).edx & 1)
 
 
+def has_vmx(cpuid: Cpuid) -> bool:
+    """Whether the guest can run nested guests with VMX."""
+    return bool(cpuid.leaf(1).ecx >> 5 & 1)
+
+
 def has_xsave(cpuid: Cpuid) -> bool:
     """Whether XSAVE is supported."""
     return bool(cpuid.leaf(1).ecx >> 26 & 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""MSRs that make KVM write guest memory, and those that nested SVM needs.
+"""MSRs that make KVM write guest memory, and those that switch on nested SVM and VMX.
 
 KVM's paravirtual MSRs are from ``<asm/kvm_para.h>`` (Documentation/virt/kvm/x86/msr.rst), Hyper-V's from its Top Level
 Functional Specification.
@@ -11,6 +11,9 @@ X2APIC_EOI = 0x80B
 X2APIC_SPIV = 0x80F
 X2APIC_SELF_IPI = 0x83F
 APIC_SPIV_APIC_ENABLED = 1 << 8
+
+MSR_IA32_FEAT_CTL = 0x3A
+FEAT_CTL_LOCKED, FEAT_CTL_VMX_ENABLED_OUTSIDE_SMX = 1 << 0, 1 << 2
 
 MSR_EFER = 0xC0000080
 MSR_KERNEL_GS_BASE = 0xC0000102

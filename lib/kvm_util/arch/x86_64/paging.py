@@ -69,14 +69,22 @@ class PageTables:
     :param levels: 4 or 5; fewer for tables to :meth:`attach` to others
     :param allocate: returns the gpa of a new, zeroed page
     :param words: returns the 512 entries of the table at a gpa
-    :param nested: for nested page tables (NPT), whose walks are user accesses (AMD APM volume 2, "Nested Paging")
+    :param nested: for nested page tables: with NPT all walks are user accesses, with EPT the same bit lets code be executed
+        (AMD APM volume 2, "Nested Paging"; Intel SDM volume 3, "The Extended Page Table Mechanism")
+    :param leaf: more bits of the entries that map pages
     """
 
     def __init__(
-        self, levels: int, allocate: Callable[[], int], words: Callable[[int], memoryview], nested: bool = False
+        self,
+        levels: int,
+        allocate: Callable[[], int],
+        words: Callable[[int], memoryview],
+        nested: bool = False,
+        leaf: int = 0,
     ) -> None:
         self._levels = levels
         self._table_access = _PRESENT | _WRITABLE | (_USER if nested else 0)
+        self._leaf = leaf
         self._allocate = allocate
         self._words = words
         self.root = allocate()
@@ -116,7 +124,7 @@ class PageTables:
         if span == page_size:
             first = start // span % _ENTRIES
             count = -(-(end - start) // span)
-            flags = access | (_PAGE_SIZE_BIT if level > 1 else 0)
+            flags = access | self._leaf | (_PAGE_SIZE_BIT if level > 1 else 0)
             base = gpa | flags
             words[first : first + count] = memoryview(array("Q", range(base, base + count * span, span)))
             return

@@ -12,6 +12,7 @@ from kvm_util.arch.x86_64.cpuid import Cpuid
 from kvm_util.arch.x86_64.uapi import (
     KVM_CAP_XEN_HVM,
     KVM_CREATE_IRQCHIP,
+    KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_SET_CPUID2,
@@ -226,6 +227,19 @@ def set_msr(vcpu_fd: int, index: int, value: int) -> None:
     request = bytes(kvm_msrs(nmsrs=1)) + bytes(kvm_msr_entry(index=index, data=value))
     if not ioctl(vcpu_fd, KVM_SET_MSRS, "KVM_SET_MSRS", request, f"index={index:#x}, data={value:#x}"):
         raise ValueError(f"KVM_SET_MSRS: KVM rejects {value:#x} for MSR {index:#x}")
+
+
+def get_msr(fd: int, index: int) -> int:
+    """KVM_GET_MSRS for one MSR (api.rst 4.18).
+
+    :param fd: of a vCPU, or of KVM for an MSR that shows what KVM offers
+    :raises KvmError: the ioctl failed
+    :raises ValueError: there is no such MSR
+    """
+    request = ctypes.create_string_buffer(bytes(kvm_msrs(nmsrs=1)) + bytes(kvm_msr_entry(index=index)))
+    if not ioctl(fd, KVM_GET_MSRS, "KVM_GET_MSRS", request, f"index={index:#x}"):
+        raise ValueError(f"KVM_GET_MSRS: KVM has no MSR {index:#x}")
+    return int(kvm_msr_entry.from_buffer(request, ctypes.sizeof(kvm_msrs)).data)
 
 
 def decode_ucall(run: uapi.kvm_run, port: int) -> int | None:
