@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,9 +41,7 @@ def end(number, frame):
     sys.exit(2)
 signal.signal(signal.SIGTERM, end)
 print("words:", *sys.argv[1:-1], flush=True)
-for percentage in range({percentages}):
-    time.sleep({seconds})
-    print(f"[ {{percentage}}%]", flush=True)
+time.sleep({seconds})
 sys.exit({status})
 """
 JOURNAL = [
@@ -117,7 +116,6 @@ class Remote:
 
     :param prepare: Python that changes the module ``ssh_run`` before
     :param limit: in seconds, after which it counts as hung
-    :param percentages: how many it prints, with *seconds* before each
     :ivar there: where its folder on the host is
     """
 
@@ -128,11 +126,10 @@ class Remote:
         status: int = 0,
         prepare: str = "",
         limit: str = "60",
-        percentages: int = 1,
     ) -> None:
         file = folder / "file"
         journal = "".join(json.dumps(record) + "\n" for record in JOURNAL)
-        file.write_text(FILE.format(seconds=seconds, percentages=percentages, status=status, journal=journal))
+        file.write_text(FILE.format(seconds=seconds, status=status, journal=journal))
         self.results, self.there = folder / "results", folder / "there"
         self.there.mkdir()
         code = f"import sys\nfrom runner import ssh_run\nssh_run.PLACE = {str(self.there)!r}\n{prepare}\n"
@@ -273,10 +270,11 @@ def test_host_lost_during_its_run(tmp_path: Path, sshd: Sshd, how: int, prepare:
     assert [*run.there.iterdir()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stuck", [False, True])
 def test_run_that_hangs_on_its_host(tmp_path: Path, sshd: Sshd, stuck: bool) -> None:
     """A run of which no test ends in time is ended, and reported with its test; so is one that is stuck and cannot end."""
-    run = Remote(tmp_path, seconds=60, limit="2")
+    run = Remote(tmp_path, seconds=60, limit="10")  # the run may take seconds to begin
     run.wait_for_begin()
     (running,) = run.there.glob("*/running")
     there = int(running.read_text())
@@ -288,15 +286,34 @@ def test_run_that_hangs_on_its_host(tmp_path: Path, sshd: Sshd, stuck: bool) -> 
         if stuck:
             os.kill(there, signal.SIGCONT)
     assert status == CANNOT_TEST
-    what = "no test ended within 2 s while selftests/interface/test_slots.py::test_x ran"
+    what = "no test ended within 10 s while selftests/interface/test_slots.py::test_x ran"
     assert line == f"cannot be tested: {what}"
     assert (run.results / "ended").exists() == (not stuck)
 
 
-def test_ends_of_tests_keep_a_run_going(tmp_path: Path, sshd: Sshd) -> None:
-    """A run that lasts longer than the limit is not hung while its tests end."""
-    run = Remote(tmp_path, seconds=1, percentages=4, limit="2")
-    assert run.end()[0] == 0
+@pytest.mark.parametrize(
+    ("printed", "ends"), [(b"[ 5%]", True), (b"some output", False)], ids=["tests", "other output"]
+)
+def test_ends_of_tests_keep_a_run_going(monkeypatch: pytest.MonkeyPatch, printed: bytes, ends: bool) -> None:
+    """A run that lasts longer than the limit is not hung while its tests end; other output does not count."""
+    reader, writer = os.pipe()
+    now, left = 0.0, [printed] * 3
+
+    def select(outputs: list[Any], _writing: object, _failed: object, timeout: float) -> tuple[list[Any], ...]:
+        nonlocal now
+        now += 6
+        if left:
+            os.write(writer, left.pop())
+        else:
+            os.close(writer)
+        return (outputs if timeout >= 6 else [], [], [])
+
+    monkeypatch.setattr("select.select", select)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with open(reader, "rb") as output:
+        assert ssh_run._show(output, 10) == ends
+    if not ends:
+        os.close(writer)
 
 
 def test_host_that_stays_away(tmp_path: Path, sshd: Sshd) -> None:
