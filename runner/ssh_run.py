@@ -7,6 +7,7 @@ LIMIT seconds. The exit status is as of check_kernel.py.
 
 import io
 import os
+import re
 import select
 import shlex
 import signal
@@ -35,6 +36,8 @@ from runner.check_kernel import STATUSES
 from runner.errors import CANNOT_TEST, CannotTest
 from runner.kernel_runs import PERCENTAGE
 
+# What pytest prints at the end of a test, and with --ktap
+_END_OF_TEST = re.compile(rf"{PERCENTAGE.pattern}|^(?:not )?ok \d", re.MULTILINE)
 # No question is asked, and a host that does not answer for half a minute is lost.
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=10", "ServerAliveCountMax=3")
 RECONNECT = 120.0  # seconds within which a host that was lost may come back, with what it has on disk
@@ -187,7 +190,7 @@ def _show(output: IO[bytes], limit: float) -> bool:
             return True
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
-        if PERCENTAGE.search(data.decode(errors="replace")):
+        if _END_OF_TEST.search(data.decode(errors="replace")):
             until = time.monotonic() + limit
     return False
 

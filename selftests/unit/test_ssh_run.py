@@ -119,14 +119,7 @@ class Remote:
     :ivar there: where its folder on the host is
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        seconds: float = 0,
-        status: int = 0,
-        prepare: str = "",
-        limit: str = "60",
-    ) -> None:
+    def __init__(self, folder: Path, seconds: float = 0, status: int = 0, prepare: str = "", limit: str = "60") -> None:
         file = folder / "file"
         journal = "".join(json.dumps(record) + "\n" for record in JOURNAL)
         file.write_text(FILE.format(seconds=seconds, status=status, journal=journal))
@@ -292,7 +285,9 @@ def test_run_that_hangs_on_its_host(tmp_path: Path, sshd: Sshd, stuck: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("printed", "ends"), [(b"[ 5%]", True), (b"some output", False)], ids=["tests", "other output"]
+    ("printed", "ends"),
+    [(b"[ 5%]", True), (b"# x\nok 3 x\n", True), (b"not ok 3 x", True), (b"it is ok 3 times", False)],
+    ids=["percentage", "ktap", "failure-in-ktap", "other-output"],
 )
 def test_ends_of_tests_keep_a_run_going(monkeypatch: pytest.MonkeyPatch, printed: bytes, ends: bool) -> None:
     """A run that lasts longer than the limit is not hung while its tests end; other output does not count."""
