@@ -29,6 +29,7 @@ from runner.kernel import Kernel, decompress_module, find_kernel, kernels_under
 from runner.modules import Module, check_parameters, kvm_modules, parse_parameters
 from runner.qemu import Machine, Qemu
 from selftests.unit.commands import pytest_command
+from selftests.unit.mutants.kill_matrix import contract_files
 
 RELEASE = "6.12.0-test"
 
@@ -385,12 +386,8 @@ def pytest_runtest_protocol(item):
 def test_marker_of_tests_with_threads(tmp_path: Path) -> None:
     """No test starts a thread that lacks the marker for it: it would run in a machine with one CPU."""
     command, environment = pytest_command(tmp_path, WITHOUT_THREADS)
-    contract = sorted(
-        {str(path.parent) for path in ROOT.glob("selftests/*/test_*.py")} - {str(ROOT / "selftests/unit")}
-    )
-    done = subprocess.run(
-        [*command, "-m", "not threads", *contract], env=environment, capture_output=True, text=True, check=False
-    )
+    command += ["-m", "not threads", *map(str, contract_files())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, [line for line in done.stdout.splitlines() if "lacks the marker" in line]) == (0, [])
 
 

@@ -150,6 +150,15 @@ def two(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture
+def unlike(tmp_path: Path) -> Run:
+    """A run with two machines that have both collected the tests; the second has few CPUs, and b, d and f start threads."""
+    run = Run(tmp_path, 2, threads="bdf")
+    for boot in run.boots:
+        run.collect(boot)
+    return run
+
+
 @pytest.mark.parametrize(
     ("orders", "ran"),
     [
@@ -187,21 +196,18 @@ def test_each_test_runs_in_one_machine(two: Run) -> None:
     assert two.session._worst_end() == FINISHED
 
 
-def test_tests_with_threads_have_their_machine(tmp_path: Path) -> None:
+def test_tests_with_threads_have_their_machine(unlike: Run) -> None:
     """A machine with few CPUs runs no test that starts threads; the other one runs those first, and then any."""
-    run = Run(tmp_path, 2, threads="bdf")
-    first, second = run.boots
-    for boot in run.boots:
-        run.collect(boot)
+    first, second = unlike.boots
     assert (first.given, second.given) == (["b", "d"], ["e", "c"])
-    run.run(second)
-    run.run(second)
+    unlike.run(second)
+    unlike.run(second)
     assert (second.given, second.ending) == (["a"], True)
     while first.given:
-        run.run(first)
+        unlike.run(first)
     assert first.orders == ["1", "3", "5", NO_MORE]
-    run.run(second)
-    assert run.outcomes == dict.fromkeys(TESTS, "passed")
+    unlike.run(second)
+    assert unlike.outcomes == dict.fromkeys(TESTS, "passed")
 
 
 def test_one_machine_keeps_the_order(tmp_path: Path) -> None:
@@ -223,44 +229,38 @@ def test_all_tests_help_a_slow_machine(tmp_path: Path) -> None:
     assert [boot.given for boot in run.boots] == [["b", "a"], ["f", "e"]]
 
 
-def test_dead_machine_with_threads(tmp_path: Path) -> None:
+def test_dead_machine_with_threads(unlike: Run) -> None:
     """If no machine that runs can take the tests that a dead one leaves, another one is booted for them."""
-    run = Run(tmp_path, 2, threads="bdf")
-    first, second = run.boots
-    run.collect(first)
-    run.collect(second)
+    first, second = unlike.boots
     while second.given:
-        run.run(second)
-    run.begin(first)
-    run.end(first, PANIC)
-    again = run.boots[-1]
-    run.collect(again)
-    run.run(again)
-    run.begin(again)
-    run.end(again, PANIC)  # nothing is left
-    run.end(second, FINISHED)
-    assert run.boots == []
-    assert run.outcomes == dict.fromkeys("ace", "passed") | {"b": "failed", "d": "passed", "f": "failed"}
-    assert run.session._worst_end() == PANIC
+        unlike.run(second)
+    unlike.begin(first)
+    unlike.end(first, PANIC)
+    again = unlike.boots[-1]
+    unlike.collect(again)
+    unlike.run(again)
+    unlike.begin(again)
+    unlike.end(again, PANIC)  # nothing is left
+    unlike.end(second, FINISHED)
+    assert unlike.boots == []
+    assert unlike.outcomes == dict.fromkeys("ace", "passed") | {"b": "failed", "d": "passed", "f": "failed"}
+    assert unlike.session._worst_end() == PANIC
 
 
-def test_death_beside_a_machine_with_few_cpus(tmp_path: Path) -> None:
+def test_death_beside_a_machine_with_few_cpus(unlike: Run) -> None:
     """After the death of the only machine with several CPUs one like it is booted, whatever the others can still run."""
-    run = Run(tmp_path, 2, threads="bdf")
-    first, second = run.boots
-    for boot in run.boots:
-        run.collect(boot)
-    run.begin(first)
-    run.end(first, PANIC)
-    assert [boot.from_end for boot in run.boots] == [True, False]
-    again = run.boots[-1]
-    run.collect(again)
+    first, second = unlike.boots
+    unlike.begin(first)
+    unlike.end(first, PANIC)
+    assert [boot.from_end for boot in unlike.boots] == [True, False]
+    again = unlike.boots[-1]
+    unlike.collect(again)
     for boot in (second, again):
         while boot.given:
-            run.run(boot)
-        run.end(boot, FINISHED)
-    assert (run.boots, run.session._booted) == ([], 3)
-    assert run.outcomes == dict.fromkeys(TESTS, "passed") | {"b": "failed"}
+            unlike.run(boot)
+        unlike.end(boot, FINISHED)
+    assert (unlike.boots, unlike.session._booted) == ([], 3)
+    assert unlike.outcomes == dict.fromkeys(TESTS, "passed") | {"b": "failed"}
 
 
 def test_dead_machine_loses_one_test(two: Run) -> None:
