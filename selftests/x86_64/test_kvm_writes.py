@@ -172,23 +172,38 @@ def software_apic_vm(apic_vm: ScriptedVm, host: Host) -> ScriptedVm:
     return apic_vm
 
 
-def assert_area_written(vm: ScriptedVm, what: str, emulates: bool) -> None:
-    """Check that KVM has written the area; skips on a backend that emulates all instructions and does not write it."""
-    if emulates and area(vm)[:8] == b"\xff" * 8:
-        pytest.skip(f"{what}: this backend emulates every instruction, and does not write the area")
+def assert_area_written(vm: ScriptedVm, what: str) -> None:
+    """Check that KVM has written the area."""
     assert area(vm)[:8] != b"\xff" * 8, f"{what}: KVM did not write the area"
+
+
+def skip_without_injection(emulates: bool) -> None:
+    """Skip on a backend that emulates many instructions between two entries: the interrupt has to come at one of them."""
+    if emulates:
+        pytest.skip("PV EOI: this backend emulates every instruction, and the guest's interrupt window in one batch")
+
+
+def leave_interrupt_pending(vm: ScriptedVm) -> None:
+    """Have KVM write the APIC's pending interrupts to the virtual APIC page.
+
+    It does so before it enters the guest. A backend that emulates instructions in batches may have executed the guest's
+    store to the APIC and its exit in one of them: then the next KVM_RUN writes the page.
+    """
+    vm.run(self_ipi(vm))
+    vm.run()
 
 
 def test_pv_eoi_area_is_logged(software_apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's writes to the PV EOI area, as it injects an interrupt and at the next exit, dirty its gfn."""
+    skip_without_injection(emulates)
     software_apic_vm.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
     software_apic_vm.assert_dirty("enabling PV EOI", {})
     software_apic_vm.run(self_ipi(software_apic_vm), Operation("take_interrupts"))
-    assert_area_written(software_apic_vm, "PV EOI", emulates)
+    assert_area_written(software_apic_vm, "PV EOI")
     software_apic_vm.assert_dirty("an interrupt with PV EOI", {SLOT: [AREA]}, MANY)
 
 
-def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm, emulates: bool) -> None:
+def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm) -> None:
     """KVM's write of the APIC's pending interrupts, before an entry, dirties the page that KVM_SET_VAPIC_ADDR named."""
     if not kvm.check_extension(uapi.KVM_CAP_VAPIC):
         pytest.skip("no KVM_CAP_VAPIC")
@@ -196,8 +211,8 @@ def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm, emulates: 
     for _ in range(2):
         software_apic_vm.write(SLOT, AREA, value=(1 << 64) - 1)
         software_apic_vm.collect()
-        software_apic_vm.run(self_ipi(software_apic_vm))
-        assert_area_written(software_apic_vm, "KVM_SET_VAPIC_ADDR", emulates)
+        leave_interrupt_pending(software_apic_vm)
+        assert_area_written(software_apic_vm, "KVM_SET_VAPIC_ADDR")
         software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
@@ -337,6 +352,7 @@ class CachedArea:
     :ivar xen: a flag of KVM_CAP_XEN_HVM that it needs
     :ivar capability: another capability that it needs, by name
     :ivar needs_apic: KVM writes it on behalf of an APIC that the CPU does not have
+    :ivar needs_injection: KVM writes it as it injects an interrupt
     """
 
     name: str
@@ -345,6 +361,7 @@ class CachedArea:
     xen: str = ""
     capability: str = ""
     needs_apic: bool = False
+    needs_injection: bool = False
 
 
 def set_up_by_msr(register: int) -> Callable[[ScriptedVm], None]:
@@ -360,11 +377,9 @@ CACHED_AREAS = [
     CachedArea(
         "pv-eoi", set_up_by_msr(msr.MSR_KVM_PV_EOI_EN),
         lambda vm: vm.run(self_ipi(vm), Operation("take_interrupts"), Operation("wrmsr", msr.X2APIC_EOI, 0)),
-        needs_apic=True,
+        needs_apic=True, needs_injection=True,
     ),
-    CachedArea(
-        "vapic", set_vapic_address, lambda vm: vm.run(self_ipi(vm)), capability="KVM_CAP_VAPIC", needs_apic=True
-    ),
+    CachedArea("vapic", set_vapic_address, leave_interrupt_pending, capability="KVM_CAP_VAPIC", needs_apic=True),
     *(
         CachedArea(
             f"xen-{what.name}", lambda vm, kind=what.kind: set_xen_attribute(vm, kind, AREA_GPA), set_clock,  # type: ignore[misc]
@@ -384,6 +399,8 @@ def test_area_named_before_slot_changed(
     vm: ScriptedVm = request.getfixturevalue("software_apic_vm" if what.needs_apic else "irqchip_vm")
     if what.capability and not kvm.check_extension(getattr(uapi, what.capability)):
         pytest.skip(f"no {what.capability}")
+    if what.needs_injection:
+        skip_without_injection(emulates)
     if what.xen:
         enable_xen(kvm, vm, what.xen)
     vm.disable_dirty_logging(SLOT)
@@ -391,7 +408,7 @@ def test_area_named_before_slot_changed(
     vm.write(SLOT, AREA, value=(1 << 64) - 1)
     what.update(vm)
     if what.needs_apic:
-        assert_area_written(vm, what.name, emulates)
+        assert_area_written(vm, what.name)
 
     def check(change: str, page: int) -> None:
         what.update(vm)
