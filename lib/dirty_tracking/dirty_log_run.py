@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from dirty_tracking.cell import DENSITIES, MIN_WRITES, Cell, Settings, place_test_memory
 from dirty_tracking.collector_thread import CollectorThread
@@ -61,6 +62,8 @@ class DirtyLogRun(WritersVm):
         self._interval = settings.interval / 1000
         self._meter = Meter(settings.iterations, self._interval)
         self._draw = random.Random(f"{settings.seed}/reap")
+        self._counted = [0] * cell.vcpus  # writes when the last collection that was verified began
+        self._ring_lapped = False
         self._collector = CollectorThread(self.writers.threads, self.writers.cond, self._collect)
         self.writers.helpers.append(self._collector)
 
@@ -165,7 +168,9 @@ class DirtyLogRun(WritersVm):
             *self.memory_check.check(iteration, collections[-1].before),
         ]
         self._count(iteration, collections)
+        self._compare_with_ring(collections)
         if violations:
+            violations = [replace(violation, ring_lapped=self._ring_lapped) for violation in violations]
             evidence = RunEvidence(violations, self.figures, self.memslot.npages, self.history)
             raise ContractViolation(violations, evidence=evidence)
 
@@ -176,6 +181,18 @@ class DirtyLogRun(WritersVm):
             exits = self.writers.threads[vcpu].ring_full_exits
             detail = f"after {counted(exits, 'such exit')} of this vCPU in all"
             yield Violation(Kind.STUCK, detail, None, (), vcpu, iteration, number, "R10")
+
+    def _compare_with_ring(self, collections: list[Collection]) -> None:
+        """Notice whether a vCPU made more writes from one collection's start to the next one's end than its ring has entries.
+
+        Writes, not pages: KVM pushes each write that it emulates (mark_page_dirty_in_slot()). A ring that was lapped stays
+        out of step with what KVM resets, so this is for the rest of the run.
+        """
+        for collection in collections:
+            written = max(after - before for before, after in zip(self._counted, collection.after, strict=True))
+            in_flight = 1
+            self._ring_lapped |= self.mode.uses_ring and written + in_flight > self.settings.ring_count
+            self._counted = collection.before
 
     def _count(self, iteration: int, collections: list[Collection]) -> None:
         """Add an iteration to the figures."""

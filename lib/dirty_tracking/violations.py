@@ -35,6 +35,8 @@ class Violation:
     :ivar iteration: the iteration of the run, counted from 1; 0 where a test has none
     :ivar collection: the collection of the run, counted from 1; 0 where it is about memory, or the test has no count
     :ivar rule: the rule of docs/contract.md that it breaks; empty where a test states its own
+    :ivar ring_lapped: whether a vCPU had, between two collections, made more writes than its ring has entries; False where
+        a test does not count that
     """
 
     kind: Kind
@@ -45,6 +47,7 @@ class Violation:
     iteration: int = 0
     collection: int = 0
     rule: str = ""
+    ring_lapped: bool = False
 
     def __str__(self) -> str:
         where = [

@@ -36,6 +36,7 @@ class KnownBug:
     cells: dict[str, list[str]] = field(default_factory=dict)
     tests: tuple[str, ...] = ()
     most_pages: int | None = None
+    ring_lapped: bool = False
     log: tuple[str, ...] = ()
 
     def on(self, host: Host) -> bool:
@@ -62,8 +63,12 @@ class KnownBug:
         """Whether the bug causes all of these violations, and at least one is of a kind among those it needs."""
         kinds = {violation.kind for violation in violations}
         most = max(len(violation.pages) for violation in violations)
+        lapped = all(violation.ring_lapped for violation in violations)
         return (
-            kinds <= self.findings and bool(kinds & self.needs) and (self.most_pages is None or most <= self.most_pages)
+            kinds <= self.findings
+            and bool(kinds & self.needs)
+            and (self.most_pages is None or most <= self.most_pages)
+            and (lapped or not self.ring_lapped)
         )
 
     def explains_log(self, titles: Sequence[str]) -> bool:
@@ -144,6 +149,7 @@ class _Entry:
             cells=self._cells(),
             tests=self._tests(),
             most_pages=self._most_pages(),
+            ring_lapped=self._flag("ring_lapped"),
             log=self._log(),
         )
         if not bug.cells and not bug.tests:
@@ -221,6 +227,12 @@ class _Entry:
         value = self._values.get("most_pages")
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise self.error("most_pages", f"must be a number from 1 on, not {value!r}")
+        return value
+
+    def _flag(self, key: str) -> bool:
+        value = self._values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
         return value
 
     def _log(self) -> tuple[str, ...]:

@@ -59,6 +59,12 @@ def _report(report: Mapping[str, Any], bugs: Sequence[KnownBug]) -> dict[str, An
     return {**report, "known_bug": explained}
 
 
+def _violation(finding: Mapping[str, Any]) -> Violation:
+    """What a known bug looks at in a violation. In older runs, which do not say so, the ring may have been lapped."""
+    pages, lapped = tuple(finding["pages"]), finding.get("ring_lapped", True)
+    return Violation(Kind[finding["kind"]], finding["detail"], pages=pages, ring_lapped=lapped)
+
+
 def _verdict(folder: Path, row: Mapping[str, Any], bugs: Sequence[KnownBug], by_log: bool) -> tuple[str, str]:
     """The verdict on a test that ran, and its reason.
 
@@ -72,7 +78,7 @@ def _verdict(folder: Path, row: Mapping[str, Any], bugs: Sequence[KnownBug], by_
     if verdict in ("FAIL", "known bug") and not known_bugs.is_not_shown(reason):
         if path.exists():
             findings = json.loads(path.read_text(encoding="utf-8"))["findings"]
-            violations = [Violation(Kind[one["kind"]], one["detail"], pages=tuple(one["pages"])) for one in findings]
+            violations = [_violation(one) for one in findings]
             explained = next((bug.id for bug in bugs if bug.explains(violations)), None)
             return ("known bug", explained) if explained is not None else ("FAIL", "")
         if not by_log:

@@ -62,8 +62,9 @@ MISTAKES = {
     "parameters-string": ('parameters = { "kvm_pvm.pvm_emul_batch" = "1024" }', 'parameters = "x"', "parameters",
                           "parameters: must be a table in braces, not 'x'"),
     "no-pages": ("most_pages = 1", "most_pages = 0", "most_pages", "most_pages: must be a number from 1 on, not 0"),
+    "no-flag": ("ring_lapped = true", 'ring_lapped = "yes"', "ring_lapped", "ring_lapped: must be true or false, not 'yes'"),
     "shows": ('shows = "sometimes"', 'shows = "often"', "shows", "shows: no such value: 'often' (there are always, some"),
-    "no-toml": ("needs = [", "needs = [[", "log", "not TOML: Unclosed array"),
+    "no-toml": ("needs = [", "needs = [[", "ring_lapped", "not TOML: Unclosed array"),
 }  # fmt: skip
 
 

@@ -116,6 +116,20 @@ def test_report_in_the_log_by_another_list(
         assert run.is_bad is bool(run.log_reports) is (verdict == "FAIL")
 
 
+@pytest.mark.parametrize(
+    ("lapped", "verdict"), [({"ring_lapped": False}, "FAIL"), ({"ring_lapped": True}, "known bug"), ({}, "known bug")]
+)
+def test_rejudged_run_with_a_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lapped: dict[str, bool], verdict: str
+) -> None:
+    """A bug of lapped rings does not explain violations of a run whose ring was not lapped, unless the run does not say."""
+    monkeypatch.setattr(known_bugs, "load", lambda: [bug(ring_lapped=True)])
+    save(tmp_path / "a", "FAIL", "", {"test": TEST})
+    findings = [{"kind": "LOST", "detail": "", "pages": [1]} | lapped]
+    (tmp_path / "a" / f"{file_name(TEST)}.json").write_text(json.dumps({"findings": findings}))
+    assert SavedRun.load(tmp_path / "a", rejudge=True).tests[TEST].verdict == verdict
+
+
 def test_rejudged_run_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -207,6 +207,9 @@ def test_cells_and_kinds_of_a_known_bug(tmp_path: Path) -> None:
     for most in (1, 2):
         (bug,) = read(tmp_path, ENTRY + f"most_pages = {most}\n")
         assert bug.explains([lost, lost]) is (most == 2)
+    (bug,) = read(tmp_path, ENTRY + "ring_lapped = true\n")
+    assert not bug.explains([lost])
+    assert bug.explains([replace(lost, ring_lapped=True)])
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def test_report_of_a_violation(run: Callable[..., Run]) -> None:
     data = json.loads(file.read_text())
     assert data["findings"][0] == {
         "kind": "LOST", "detail": "page 3", "slot": 1, "pages": [3], "vcpu": None, "iteration": 0, "collection": 0, "rule": "",
+        "ring_lapped": False,
     }  # fmt: skip
     assert data["witness"] == 1
     assert {"host", "settings", "reproduce", "test"} <= set(data)

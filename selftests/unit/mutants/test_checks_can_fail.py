@@ -7,7 +7,7 @@ In a run a mutant is planted after :data:`SOUND_ITERATIONS`; the iterations unti
 import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -184,6 +184,21 @@ def test_page_lost_in_a_running_collection(
             return report
 
         monkeypatch.setattr(planter.run.mode, "collect", falsified)
+
+
+@pytest.mark.log_modes("dirty-ring")
+@pytest.mark.parametrize(("ring_count", "lapped"), [(1024, True), (1 << 40, False)])
+@pytest.mark.mutants
+def test_violations_and_a_lapped_ring(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, ring_count: int, lapped: bool) -> None:
+    """A violation says whether a vCPU made more writes between two collections than its ring has entries."""
+    cell = Cell("dirty-ring", "48bit-4k", "anonymous", "cooperative", "sparse", 1)
+    MUTANTS["page-lost"].plant(monkeypatch)
+    with DirtyLogRun(kvm, cell, replace(SETTINGS, ring_count=65536, test_mem=16 * MIB)) as run:
+        # The ring that KVM has is not overrun; the run, of 4096 writes at least, is compared with one of another size.
+        run.settings = replace(run.settings, ring_count=ring_count)
+        with pytest.raises(ContractViolation) as error:
+            run.run()
+    assert {violation.ring_lapped for violation in error.value.violations} == {lapped}
 
 
 def test_each_kind_of_violation_has_a_fault() -> None:
