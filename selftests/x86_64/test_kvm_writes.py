@@ -32,6 +32,7 @@ AREA_GPA = SLOT_GPA + AREA * PAGE
 MANY = 1000
 # <asm/kvm_para.h>, <linux/kvm_para.h>
 KVM_HC_CLOCK_PAIRING, KVM_CLOCK_PAIRING_WALLCLOCK, KVM_EOPNOTSUPP = 9, 0, 95
+MESSAGE_SOURCE = 2
 XEN_MSR = 0x40000200  # a number that no other MSR has
 DEADLINE = 10.0  # seconds
 
@@ -131,10 +132,43 @@ def set_xen_attribute(vm: ScriptedVm, kind: int, gpa: int) -> None:
     ioctl(vm.vm.vcpus[0].fd, uapi.KVM_XEN_VCPU_SET_ATTR, "KVM_XEN_VCPU_SET_ATTR", ctypes.byref(attribute))
 
 
+def set_xen_update_flag(vm: ScriptedVm) -> None:
+    """KVM_XEN_HVM_SET_ATTR: have KVM set XEN_RUNSTATE_UPDATE while it updates a run state."""
+    attribute = uapi.kvm_xen_hvm_attr(type=uapi.KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG)
+    attribute.u[0] = 1
+    ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_SET_ATTR, "KVM_XEN_HVM_SET_ATTR", ctypes.byref(attribute))
+
+
 def set_vapic_address(vm: ScriptedVm) -> None:
     """KVM_SET_VAPIC_ADDR with the page at AREA."""
     request = uapi.kvm_vapic_addr(vapic_addr=AREA_GPA)
     ioctl(vm.vm.vcpus[0].fd, uapi.KVM_SET_VAPIC_ADDR, "KVM_SET_VAPIC_ADDR", ctypes.byref(request))
+
+
+def set_up_hyperv_messages(vm: ScriptedVm) -> None:
+    """Have KVM post the messages of a Hyper-V timer to the page at AREA."""
+    (vcpu,) = vm.vm.vcpus
+    vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC2)
+    for register, value in (
+        (msr.HV_X64_MSR_SCONTROL, 1),
+        (msr.HV_X64_MSR_SIMP, AREA_GPA | 1),
+        (msr.HV_X64_MSR_SINT0 + MESSAGE_SOURCE, vm.guest.program.symbols["INTERRUPT_VECTOR"]),
+        # A time that has passed
+        (msr.HV_X64_MSR_STIMER0_COUNT, 1),
+    ):
+        arch.set_msr(vcpu.fd, register, value)
+
+
+def post_hyperv_message(vm: ScriptedVm) -> None:
+    """Have KVM post a message, or the flag that another one is pending if the first is still there."""
+    timer = MESSAGE_SOURCE << msr.HV_STIMER_SINT_SHIFT | msr.HV_STIMER_ENABLE
+    arch.set_msr(vm.vm.vcpus[0].fd, msr.HV_X64_MSR_STIMER0_CONFIG, timer)
+    vm.run()
+
+
+def set_up_vp_assist_page(vm: ScriptedVm) -> None:
+    """Have user space name the area as Hyper-V's VP assist page, in which KVM announces that an EOI is not needed."""
+    arch.set_msr(vm.vm.vcpus[0].fd, msr.HV_X64_MSR_VP_ASSIST_PAGE, AREA_GPA | 1)
 
 
 def self_ipi(vm: ScriptedVm) -> Operation:
@@ -177,10 +211,12 @@ def assert_area_written(vm: ScriptedVm, what: str) -> None:
     assert area(vm)[:8] != b"\xff" * 8, f"{what}: KVM did not write the area"
 
 
-def skip_without_injection(emulates: bool) -> None:
-    """Skip on a backend that emulates many instructions between two entries: the interrupt has to come at one of them."""
+def skip_without_injection(what: str, emulates: bool) -> None:
+    """Skip on a backend that emulates many instructions between two entries: KVM injects interrupts at entries only."""
     if emulates:
-        pytest.skip("PV EOI: this backend emulates every instruction, and the guest's interrupt window in one batch")
+        pytest.skip(
+            f"{what}: this backend emulates the guest's interrupt window in one batch, and injects no interrupt"
+        )
 
 
 def leave_interrupt_pending(vm: ScriptedVm) -> None:
@@ -195,7 +231,7 @@ def leave_interrupt_pending(vm: ScriptedVm) -> None:
 
 def test_pv_eoi_area_is_logged(software_apic_vm: ScriptedVm, emulates: bool) -> None:
     """KVM's writes to the PV EOI area, as it injects an interrupt and at the next exit, dirty its gfn."""
-    skip_without_injection(emulates)
+    skip_without_injection("PV EOI", emulates)
     software_apic_vm.run(Operation("wrmsr", msr.MSR_KVM_PV_EOI_EN, AREA_GPA | msr.KVM_MSR_ENABLED))
     software_apic_vm.assert_dirty("enabling PV EOI", {})
     software_apic_vm.run(self_ipi(software_apic_vm), Operation("take_interrupts"))
@@ -216,8 +252,9 @@ def test_vapic_page_is_logged(kvm: Kvm, software_apic_vm: ScriptedVm) -> None:
         software_apic_vm.assert_dirty("a pending interrupt with a virtual APIC page", {SLOT: [AREA]}, MANY)
 
 
+@pytest.mark.parametrize("logged", [True, False], ids=["named-while-logged", "named-before"])
 @pytest.mark.threads
-def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool) -> None:
+def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool, logged: bool) -> None:
     """KVM's writes to the area of asynchronous page faults, when a page is missing and when it is present, dirty its gfn."""
     if emulates:
         pytest.skip(
@@ -229,12 +266,17 @@ def test_async_page_fault_area_is_logged(apic_vm: ScriptedVm, emulates: bool) ->
     flags = msr.KVM_MSR_ENABLED | msr.KVM_ASYNC_PF_SEND_ALWAYS | msr.KVM_ASYNC_PF_DELIVERY_AS_INT
     vm.write(SLOT, AREA, value=0)
     vm.assert_dirty("a store", {SLOT: [AREA]})
+    if not logged:
+        vm.disable_dirty_logging(SLOT)
     vm.run(
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_INT, vector),
         Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_EN, AREA_GPA | flags),
     )
     vm.run()
-    vm.assert_dirty("enabling asynchronous page faults, at which KVM sends a wakeup for all", {SLOT: [AREA]}, MANY)
+    enabling = {SLOT: [AREA]} if logged else {}
+    vm.assert_dirty("enabling asynchronous page faults, at which KVM sends a wakeup for all", enabling, MANY)
+    if not logged:
+        vm.enable_dirty_logging(SLOT)
     vm.run(Operation("store_8", vm.address(SLOT, AREA)), Operation("wrmsr", msr.MSR_KVM_ASYNC_PF_ACK, 1))
     vm.assert_dirty("the guest's acknowledgement", {SLOT: [AREA]})
     with MissingPages(late.memory.hva, PAGE) as missing:
@@ -275,20 +317,35 @@ def test_clock_pairing_is_logged(logged_vm: ScriptedVm, emulates: bool, offset: 
         logged_vm.assert_dirty("KVM_HC_CLOCK_PAIRING", {SLOT: pages})
 
 
-def enable_xen(kvm: Kvm, vm: ScriptedVm, flag: str) -> None:
-    """Enable KVM's Xen interface for the guest; skips where KVM does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG)."""
+def enable_xen(kvm: Kvm, vm: ScriptedVm, flag: str, hypercall_page: ctypes.Array[ctypes.c_char] | None = None) -> None:
+    """Enable KVM's Xen interface for the guest; skips where KVM does not offer *flag* (api.rst, KVM_XEN_HVM_CONFIG).
+
+    :param hypercall_page: the page for the guest to call Xen by; None for KVM's own
+    """
     if not kvm.check_extension(uapi.KVM_CAP_XEN_HVM) & getattr(uapi, flag):
         pytest.skip(f"KVM_CAP_XEN_HVM does not offer {flag}")
     config = uapi.kvm_xen_hvm_config(flags=uapi.KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, msr=XEN_MSR)
+    if hypercall_page is not None:
+        config = uapi.kvm_xen_hvm_config(msr=XEN_MSR, blob_addr_64=ctypes.addressof(hypercall_page), blob_size_64=1)
     ioctl(vm.vm.fd, uapi.KVM_XEN_HVM_CONFIG, "KVM_XEN_HVM_CONFIG", ctypes.byref(config))
 
 
-def test_xen_hypercall_page_is_logged(kvm: Kvm, logged_vm: ScriptedVm) -> None:
-    """KVM dirties the gfn of the Xen hypercall page as it fills that page."""
-    enable_xen(kvm, logged_vm, "KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL")
-    logged_vm.run(Operation("wrmsr", XEN_MSR, AREA_GPA))
-    assert area(logged_vm) != bytes(PAGE)
-    logged_vm.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
+@pytest.mark.parametrize(
+    ("needs", "content"),
+    [("KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL", None), ("KVM_XEN_HVM_CONFIG_HYPERCALL_MSR", b"\xa5" * PAGE)],
+    ids=["by-kvm", "by-user-space"],
+)
+def test_xen_hypercall_page_is_logged(kvm: Kvm, logged_vm: ScriptedVm, needs: str, content: bytes | None) -> None:
+    """KVM dirties the gfn of the Xen hypercall page as it fills that page, with its own code or with that of user space."""
+    page = None if content is None else ctypes.create_string_buffer(content, PAGE)
+    enable_xen(kvm, logged_vm, needs, page)
+    for _ in range(2):
+        logged_vm.write(SLOT, AREA, value=0)
+        logged_vm.assert_dirty("a store", {SLOT: [AREA]})
+        before = area(logged_vm)
+        logged_vm.run(Operation("wrmsr", XEN_MSR, AREA_GPA))
+        assert area(logged_vm) != before if content is None else area(logged_vm) == content
+        logged_vm.assert_dirty("the hypercall page", {SLOT: [AREA]}, MANY)
 
 
 @dataclass(frozen=True)
@@ -296,6 +353,8 @@ class XenArea:
     """An area that KVM keeps up to date for a vCPU, at an address that user space names (api.rst, KVM_XEN_VCPU_SET_ATTR).
 
     :ivar at_each_run: whether KVM writes it at each run, and not only when the clock is updated
+    :ivar update_flag: whether KVM sets a flag in the area, with a write of its own, while it updates the rest; it clears the
+        flag before it returns, so that only its marking of the page shows
     """
 
     name: str
@@ -304,6 +363,7 @@ class XenArea:
     at_each_run: bool = False
     offset: int = 0
     pages: tuple[int, ...] = (AREA,)
+    update_flag: bool = False
 
 
 XEN_AREAS = [
@@ -313,6 +373,14 @@ XEN_AREAS = [
     XenArea(
         "runstate-in-two-pages", uapi.KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, "KVM_XEN_HVM_CONFIG_RUNSTATE", True,
         PAGE - 16, (AREA, AREA + 1),
+    ),
+    XenArea(
+        "runstate-with-update-flag", uapi.KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR,
+        "KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG", True, update_flag=True,
+    ),
+    XenArea(
+        "runstate-in-two-pages-with-update-flag", uapi.KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR,
+        "KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG", True, PAGE - 16, (AREA, AREA + 1), True,
     ),
 ]  # fmt: skip
 
@@ -324,6 +392,8 @@ def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: ScriptedVm, wh
     Only the bits of event channels are exempt (api.rst, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO); no event is delivered here.
     """
     enable_xen(kvm, logged_vm, what.needs)
+    if what.update_flag:
+        set_xen_update_flag(logged_vm)
     before = area(logged_vm)
     try:
         set_xen_attribute(logged_vm, what.kind, AREA_GPA + what.offset)
@@ -345,7 +415,7 @@ def test_xen_vcpu_area_is_logged(kvm: Kvm, host: Host, logged_vm: ScriptedVm, wh
 
 @dataclass(frozen=True)
 class CachedArea:
-    """An area whose memslot KVM caches when it is set up.
+    """An area that KVM knows before its memslot changes; it caches the memslots of most of them.
 
     :ivar set_up: has KVM know the area, at AREA
     :ivar update: has KVM write it
@@ -369,15 +439,25 @@ def set_up_by_msr(register: int) -> Callable[[ScriptedVm], None]:
     return lambda vm: vm.run(Operation("wrmsr", register, AREA_GPA | msr.KVM_MSR_ENABLED))
 
 
+def take_interrupt(vm: ScriptedVm) -> None:
+    """Have KVM inject an interrupt, and the guest end it."""
+    vm.run(self_ipi(vm), Operation("take_interrupts"), Operation("wrmsr", msr.X2APIC_EOI, 0))
+
+
 CACHED_AREAS = [
     CachedArea(
         "kvmclock", set_up_by_msr(msr.MSR_KVM_SYSTEM_TIME_NEW), update_kvmclock, capability="KVM_CAP_KVMCLOCK_CTRL"
     ),
     CachedArea("steal-time", set_up_by_msr(msr.MSR_KVM_STEAL_TIME), lambda vm: vm.run()),
     CachedArea(
-        "pv-eoi", set_up_by_msr(msr.MSR_KVM_PV_EOI_EN),
-        lambda vm: vm.run(self_ipi(vm), Operation("take_interrupts"), Operation("wrmsr", msr.X2APIC_EOI, 0)),
-        needs_apic=True, needs_injection=True,
+        "pv-eoi", set_up_by_msr(msr.MSR_KVM_PV_EOI_EN), take_interrupt, needs_apic=True, needs_injection=True
+    ),
+    CachedArea(
+        "hyperv-vp-assist-page", set_up_vp_assist_page, take_interrupt,
+        capability="KVM_CAP_HYPERV", needs_apic=True, needs_injection=True,
+    ),
+    CachedArea(
+        "hyperv-message-page", set_up_hyperv_messages, post_hyperv_message, capability="KVM_CAP_HYPERV_SYNIC2"
     ),
     CachedArea("vapic", set_vapic_address, leave_interrupt_pending, capability="KVM_CAP_VAPIC", needs_apic=True),
     *(
@@ -386,7 +466,7 @@ CACHED_AREAS = [
             what.needs,
         )
         for what in XEN_AREAS
-        if len(what.pages) == 1
+        if len(what.pages) == 1 and not what.update_flag
     ),
 ]  # fmt: skip
 
@@ -400,7 +480,7 @@ def test_area_named_before_slot_changed(
     if what.capability and not kvm.check_extension(getattr(uapi, what.capability)):
         pytest.skip(f"no {what.capability}")
     if what.needs_injection:
-        skip_without_injection(emulates)
+        skip_without_injection(what.name, emulates)
     if what.xen:
         enable_xen(kvm, vm, what.xen)
     vm.disable_dirty_logging(SLOT)
@@ -434,25 +514,14 @@ def test_hyperv_timer_message_is_logged(kvm: Kvm, irqchip_vm: ScriptedVm) -> Non
     """KVM dirties the gfn of the message page as it posts a Hyper-V timer's message, or the flag that one is pending."""
     if not kvm.check_extension(uapi.KVM_CAP_HYPERV_SYNIC2):
         pytest.skip("no KVM_CAP_HYPERV_SYNIC2")
-    vm, (vcpu,) = irqchip_vm, irqchip_vm.vm.vcpus
-    source = 2
-    vcpu.enable_cap(uapi.KVM_CAP_HYPERV_SYNIC2)
-    for register, value in (
-        (msr.HV_X64_MSR_SCONTROL, 1),
-        (msr.HV_X64_MSR_SIMP, AREA_GPA | 1),
-        (msr.HV_X64_MSR_SINT0 + source, vm.guest.program.symbols["INTERRUPT_VECTOR"]),
-        # A time that has passed
-        (msr.HV_X64_MSR_STIMER0_COUNT, 1),
-    ):
-        arch.set_msr(vcpu.fd, register, value)
-    vm.run()
-    vm.assert_dirty("a message page without a message", {})
+    set_up_hyperv_messages(irqchip_vm)
+    irqchip_vm.run()
+    irqchip_vm.assert_dirty("a message page without a message", {})
     for what in ("a message", "the flag that another message is pending"):
-        before = area(vm)
-        arch.set_msr(vcpu.fd, msr.HV_X64_MSR_STIMER0_CONFIG, source << msr.HV_STIMER_SINT_SHIFT | msr.HV_STIMER_ENABLE)
-        vm.run()
-        assert area(vm) != before
-        vm.assert_dirty(what, {SLOT: [AREA]}, MANY)
+        before = area(irqchip_vm)
+        post_hyperv_message(irqchip_vm)
+        assert area(irqchip_vm) != before
+        irqchip_vm.assert_dirty(what, {SLOT: [AREA]}, MANY)
 
 
 @pytest.mark.parametrize("register", [msr.HV_X64_MSR_SIEFP, msr.HV_X64_MSR_SIMP], ids=["event-flags", "messages"])

@@ -111,6 +111,12 @@ class kvm_xen_hvm_config(Structure):
     )
 
 
+class kvm_xen_hvm_attr(Structure):
+    """Argument of KVM_XEN_HVM_SET_ATTR; the 64-byte union ``u`` begins with the value."""
+
+    _fields_ = (("type", c_uint16), ("pad", c_uint16 * 3), ("u", c_uint64 * 8))
+
+
 class kvm_xen_vcpu_attr(Structure):
     """Argument of KVM_XEN_VCPU_SET_ATTR; the 64-byte union ``u`` begins with the gpa."""
 
@@ -127,6 +133,7 @@ KVM_CAP_IRQCHIP = 0
 KVM_CAP_MMU_SHADOW_CACHE_CONTROL = 2
 KVM_CAP_VAPIC = 6
 KVM_CAP_XEN_HVM = 38
+KVM_CAP_HYPERV = 44
 KVM_CAP_KVMCLOCK_CTRL = 76
 KVM_CAP_X86_SMM = 117
 KVM_CAP_HYPERV_SYNIC = 123
@@ -137,9 +144,12 @@ KVM_STATE_NESTED_GUEST_MODE = 1 << 0
 
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 
+KVM_XEN_HVM_CONFIG_HYPERCALL_MSR = 1 << 0
 KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL = 1 << 1
 KVM_XEN_HVM_CONFIG_SHARED_INFO = 1 << 2
 KVM_XEN_HVM_CONFIG_RUNSTATE = 1 << 3
+KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG = 1 << 6
+KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG = 5
 KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO = 0
 KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO = 1
 KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR = 2
@@ -163,4 +173,5 @@ KVM_KVMCLOCK_CTRL = _IO(KVMIO, 0xAD)
 KVM_SMI = _IO(KVMIO, 0xB7)
 KVM_GET_NESTED_STATE = _IOWR(KVMIO, 0xBE, kvm_nested_state)
 KVM_SET_NESTED_STATE = _IOW(KVMIO, 0xBF, kvm_nested_state)
+KVM_XEN_HVM_SET_ATTR = _IOW(KVMIO, 0xC9, kvm_xen_hvm_attr)
 KVM_XEN_VCPU_SET_ATTR = _IOW(KVMIO, 0xCB, kvm_xen_vcpu_attr)
