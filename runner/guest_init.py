@@ -36,7 +36,7 @@ class CannotTest(Exception):
 class Job:
     """The content of JOB; no dataclass, as every import costs emulated time.
 
-    :ivar modules: path and arguments of each module, in the order in which to load them
+    :ivar modules: path and arguments of each module, and whether it is optional, in the order in which to load them
     :ivar parameters: values of KVM's parameters to check afterwards, such as ``kvm.tdp_mmu``
     :ivar command: pytest, which is started before the modules are loaded and gets a line of input afterwards
     """
@@ -44,7 +44,7 @@ class Job:
     def __init__(
         self,
         report_port: str,
-        modules: list[tuple[str, str]],
+        modules: list[tuple[str, str, bool]],
         parameters: dict[str, str],
         keep_off_cpu_0: bool,
         command: list[str],
@@ -71,8 +71,8 @@ def main(job: Job) -> None:
         keep_off_cpu_0()
     suite = start_suite(job.command, job.environment)
     try:
-        for path, arguments in job.modules:
-            load_module(path, arguments)
+        for path, arguments, optional in job.modules:
+            load_module(path, arguments, optional)
         if not os.path.exists("/dev/kvm"):
             raise CannotTest("there is no /dev/kvm: this kernel has no KVM for this CPU")
         for name, wanted in job.parameters.items():
@@ -94,11 +94,11 @@ def allow_huge_shmem() -> None:
         switch.write("advise")
 
 
-def load_module(path: str, arguments: str) -> None:
-    """Load a module."""
+def load_module(path: str, arguments: str, optional: bool) -> None:
+    """Load a module; without an optional one, the tests that need it skip."""
     with open(path, "rb") as file:
         data = file.read()
-    if libc.init_module(data, ctypes.c_ulong(len(data)), arguments.encode()):
+    if libc.init_module(data, ctypes.c_ulong(len(data)), arguments.encode()) and not optional:
         reason = os.strerror(ctypes.get_errno())
         raise CannotTest(
             f"module {os.path.basename(path)} does not load here: {reason} (its reason is in the console log)"

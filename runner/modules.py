@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""KVM's modules of a kernel to boot: their files, the order to load them in, and the parameters that they have."""
+"""The modules of a kernel to boot, KVM's and others: files, the order to load them in, and the parameters they have."""
 
 import difflib
 import io
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elftools.common.exceptions import ELFError
@@ -17,12 +17,16 @@ from runner.kernel import Kernel, decompress_module
 
 @dataclass(frozen=True)
 class Module:
-    """A module."""
+    """A module.
+
+    :ivar optional: whether the kernel can be tested without it
+    """
 
     name: str
     data: bytes
     depends: tuple[str, ...]
     parameters: frozenset[str]
+    optional: bool = False
 
     @property
     def guest_path(self) -> str:
@@ -50,8 +54,11 @@ def parse_parameters(text: str) -> dict[str, str]:
     return found
 
 
-def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
-    """The modules to load for KVM in *kernel*, in this order; those that are built in are left out."""
+def kvm_modules(kernel: Kernel, vendor: str, extras: Iterable[str] = ()) -> list[Module]:
+    """The modules to load for KVM in *kernel*, in this order; those that are built in are left out.
+
+    :param extras: other modules, which are optional
+    """
     files = {module_name(path): path for path in kernel.modules.rglob("*.ko*") if ".ko" in path.suffixes}
     built_in = _built_in(kernel.modules)
     loaded: dict[str, Module] = {}
@@ -59,7 +66,11 @@ def kvm_modules(kernel: Kernel, vendor: str) -> list[Module]:
         if name not in files and name not in built_in:
             raise CannotTest(f"kernel {kernel.release} has no KVM to test: no module {name} under {kernel.modules}")
         _add(name, files, loaded)
-    return list(loaded.values())
+    needed = set(loaded)
+    for name in extras:
+        if name not in built_in:
+            _add(name, files, loaded)
+    return [replace(module, optional=name not in needed) for name, module in loaded.items()]
 
 
 def check_parameters(parameters: Mapping[str, str], modules: Iterable[Module], vendor: str) -> None:

@@ -42,7 +42,7 @@ def boot_programs(
     modules = kvm_modules(kernel, qemu.vendor)
     job = Job(
         report_port=this_arch().report_port,
-        modules=[(module.guest_path, module.arguments(parameters)) for module in modules],
+        modules=[(module.guest_path, module.arguments(parameters), module.optional) for module in modules],
         parameters=dict(parameters),
         keep_off_cpu_0=qemu.keeps_off_cpu_0,
         command=command,

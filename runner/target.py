@@ -22,6 +22,7 @@ EMULATION_SIZES = {"test_mem": "32M", "iterations": "6", "ring_count": "4096"}
 
 MOST_MACHINES = 16
 _WORTH_A_BOOT = 10  # tests
+_TEST_MODULES = ("brd",)  # disks in memory, to swap to
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:
     """The newest local kernel that has KVM, with its modules; one is fetched if there is none."""
     for kernel in local_kernels():
         try:
-            return kernel, kvm_modules(kernel, vendor)
+            return kernel, kvm_modules(kernel, vendor, _TEST_MODULES)
         except CannotTest:
             continue  # such as a kernel for guests, which has no KVM
     return _with_modules(DEFAULT_KERNEL, vendor)
@@ -190,7 +191,7 @@ def _local_kernel(vendor: str) -> tuple[Kernel, list[Module]]:
 
 def _with_modules(name: str, vendor: str) -> tuple[Kernel, list[Module]]:
     kernel = find_kernel(name)
-    return kernel, kvm_modules(kernel, vendor)
+    return kernel, kvm_modules(kernel, vendor, _TEST_MODULES)
 
 
 def _words(parameters: dict[str, str]) -> str:

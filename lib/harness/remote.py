@@ -175,7 +175,7 @@ class RemoteSession:
         parameters = target.added | target.parameters
         return Job(
             report_port=port,
-            modules=[(module.guest_path, module.arguments(parameters)) for module in target.modules],
+            modules=[(module.guest_path, module.arguments(parameters), module.optional) for module in target.modules],
             parameters=target.parameters,
             keep_off_cpu_0=target.qemu.keeps_off_cpu_0,
             command=[*program, *_UNUSED_PLUGINS, _CAPTURE, *self._options, *self._tests],

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -22,13 +23,16 @@ from selftests.memory.damon import age_pages, why_no_damon
 
 FIRST, END = 8, 66
 SIZE = (END - FIRST) * PAGE
-MADV_REMOVE, MADV_COLLAPSE = 9, 25  # mmap has no names for these
+MADV_REMOVE, MADV_PAGEOUT, MADV_COLLAPSE, MADV_SOFT_OFFLINE = 9, 21, 25, 101  # mmap has no names for these
 PROT_WRITABLE = mmap.PROT_READ | mmap.PROT_WRITE
 # <sys/mman.h>, <linux/mman.h>
 MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
 KSM = Path("/sys/kernel/mm/ksm")
 CLEAR_REFS, PAGEMAP = Path("/proc/self/clear_refs"), Path("/proc/self/pagemap")
-SOFT_DIRTY = 1 << 55  # in an entry of pagemap
+SOFT_DIRTY, SWAPPED, FRAME = 1 << 55, 1 << 62, (1 << 55) - 1  # in an entry of pagemap
+NO_PAGEMAP = "this kernel shows no page frames (CONFIG_PROC_PAGE_MONITOR)"
+SWAPS, DROP_CACHES = Path("/proc/swaps"), Path("/proc/sys/vm/drop_caches")
+RAM_DISK, SWAP_MAGIC = Path("/dev/ram0"), b"SWAPSPACE2"
 DEADLINE = 30.0
 
 Invalidation = Callable[[GuestMemory], AbstractContextManager[None]]
@@ -185,14 +189,104 @@ def aged(memory: GuestMemory) -> Iterator[None]:
     yield
 
 
+def pagemap_entry(hva: int) -> int:
+    """What the host says about the page at *hva* (admin-guide/mm/pagemap.rst)."""
+    with PAGEMAP.open("rb", buffering=0) as pagemap:
+        pagemap.seek(hva // PAGE * 8)
+        return int.from_bytes(pagemap.read(8), "little")
+
+
+def migrate_page(hva: int) -> None:
+    """Have the host move the page at *hva* to another page frame, and retire the old one."""
+    until = time.monotonic() + DEADLINE
+    while True:
+        try:
+            return call_at("madvise", hva, PAGE, MADV_SOFT_OFFLINE)
+        except OSError as error:
+            # Someone else has a reference, or has isolated the page, for a moment: get_any_page(), mm/memory-failure.c.
+            if error.errno not in (errno.EBUSY, errno.EIO):
+                raise
+            if time.monotonic() > until:
+                pytest.skip(f"the host did not migrate a page within {DEADLINE:g} s: {error.strerror}")
+            time.sleep(0.01)
+
+
+def why_no_migration() -> str | None:
+    """Why pages cannot be migrated one by one; None if they can."""
+    if not PAGEMAP.exists():
+        return NO_PAGEMAP
+    with closing(mmap.mmap(-1, PAGE)) as memory:
+        memory[0] = 1
+        try:
+            migrate_page(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        except OSError as error:
+            reasons = {errno.EINVAL: "CONFIG_MEMORY_FAILURE", errno.EOPNOTSUPP: "vm.enable_soft_offline"}
+            needs = f" ({reasons[error.errno]})" if error.errno in reasons else ""
+            return f"madvise(MADV_SOFT_OFFLINE): {error.strerror}{needs}"
+    return None
+
+
+@contextmanager
+def migrated(memory: GuestMemory) -> Iterator[None]:
+    """Migrate some of the pages to other page frames, as compaction, NUMA balancing and memory hot-unplug do."""
+    # Few of them: each costs a page frame for good, and its block is of no use for huge pages.
+    for page in (FIRST, FIRST + 1, (FIRST + END) // 2, END - 1):
+        hva = memory.hva + page * PAGE
+        before = pagemap_entry(hva) & FRAME
+        migrate_page(hva)
+        assert before != pagemap_entry(hva) & FRAME != 0, f"page {page} is where it was"
+    yield
+
+
+def why_no_swap() -> str | None:
+    """Why there is no disk in memory to swap to; None if there is."""
+    if not PAGEMAP.exists():
+        return NO_PAGEMAP
+    if not SWAPS.exists():
+        return "this kernel does not swap (CONFIG_SWAP)"
+    return None if RAM_DISK.exists() else f"this kernel has no {RAM_DISK} to swap to (CONFIG_BLK_DEV_RAM)"
+
+
+@contextmanager
+def swap_space() -> Iterator[None]:
+    """Swap to a disk in memory."""
+    with RAM_DISK.open("r+b") as disk:
+        pages = disk.seek(0, os.SEEK_END) // PAGE
+        # union swap_header, <linux/swap.h>
+        disk.seek(1024)
+        disk.write(struct.pack("=III", 1, pages - 1, 0))
+        disk.seek(PAGE - len(SWAP_MAGIC))
+        disk.write(SWAP_MAGIC)
+    if libc.swapon(bytes(RAM_DISK), 0):
+        raise OSError(ctypes.get_errno(), f"swapon({RAM_DISK})")
+    try:
+        yield
+    finally:
+        if libc.swapoff(bytes(RAM_DISK)):
+            raise OSError(ctypes.get_errno(), f"swapoff({RAM_DISK})")
+
+
+@contextmanager
+def swapped_out(memory: GuestMemory) -> Iterator[None]:
+    """Write the pages to swap space; the next access to each reads it again, into a newly allocated page frame."""
+    with swap_space():
+        until = time.monotonic() + DEADLINE
+        while left := [page for page in range(FIRST, END) if not pagemap_entry(memory.hva + page * PAGE) & SWAPPED]:
+            if time.monotonic() > until:
+                pytest.skip(f"the host did not swap out all pages within {DEADLINE:g} s; {len(left)} are left")
+            # Pages that are in the LRU batch of another CPU stay; this empties the batches (lru_add_drain_all()).
+            DROP_CACHES.write_text("1")
+            call("madvise", memory, MADV_PAGEOUT)
+        yield
+
+
 def why_no_soft_dirty_bits() -> str | None:
     """Why there are no soft-dirty bits, or none that this process can clear; None if it can."""
     try:
         CLEAR_REFS.write_text("4")
-        with closing(mmap.mmap(-1, PAGE)) as memory, PAGEMAP.open("rb", buffering=0) as pagemap:
+        with closing(mmap.mmap(-1, PAGE)) as memory:
             memory[0] = 1
-            pagemap.seek(ctypes.addressof(ctypes.c_char.from_buffer(memory)) // PAGE * 8)
-            written = int.from_bytes(pagemap.read(8), "little")
+            written = pagemap_entry(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
     except OSError as error:
         return f"soft-dirty bits cannot be cleared and read (/proc/PID/clear_refs, pagemap): {error.strerror}"
     return None if written & SOFT_DIRTY else "this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"
@@ -210,6 +304,8 @@ WHY_NOT: dict[Invalidation, Callable[[], str | None]] = {
     soft_dirty_bits_cleared: why_no_soft_dirty_bits,
     merged_by_ksm: lambda: None if KSM.exists() else "this kernel has no KSM (CONFIG_KSM)",
     aged: why_no_damon,
+    migrated: why_no_migration,
+    swapped_out: why_no_swap,
 }
-# These change settings of the whole host.
-HOST_WIDE = (merged_by_ksm, aged)
+# These change settings of the whole host, or cost it page frames.
+HOST_WIDE = (merged_by_ksm, aged, migrated, swapped_out)

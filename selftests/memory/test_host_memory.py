@@ -20,11 +20,13 @@ from selftests.memory.invalidations import (
     collapsed,
     discarded,
     merged_by_ksm,
+    migrated,
     moved,
     protected,
     replaced,
     shared_with_a_child,
     soft_dirty_bits_cleared,
+    swapped_out,
     way_to_discard,
     write_protected_by_userfaultfd,
 )
@@ -50,6 +52,9 @@ INVALIDATIONS = [
     ("anonymous", soft_dirty_bits_cleared),
     ("anonymous", merged_by_ksm),
     ("anonymous", aged),
+    ("anonymous", migrated),
+    ("shmem", migrated),
+    ("anonymous", swapped_out),
 ]
 
 

@@ -231,6 +231,20 @@ def test_built_in_kvm_needs_no_module(tmp_path: Path) -> None:
         kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_intel")
 
 
+def test_extra_modules(tmp_path: Path) -> None:
+    """Modules that tests use are loaded where the kernel has them, with those that they depend on, and are missed nowhere."""
+    built_in = "kernel/arch/x86/kvm/kvm.ko\nkernel/arch/x86/kvm/kvm-amd.ko\n"
+    (tmp_path / "modules.builtin").write_text(built_in)
+    for name, depends in (("brd", "other"), ("other", "")):
+        source = f'const char info[] __attribute__((section(".modinfo"))) = "depends={depends}";'
+        command = ["gcc", "-xc", "-", "-c", "-o", str(tmp_path / f"{name}.ko")]
+        subprocess.run(command, input=source, text=True, check=True)
+    modules = kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd", ["none", "brd"])
+    assert [(module.name, module.optional) for module in modules] == [("other", True), ("brd", True)]
+    (tmp_path / "modules.builtin").write_text(built_in + "kernel/drivers/block/brd.ko\n")
+    assert kvm_modules(Kernel(tmp_path, RELEASE, tmp_path), "kvm_amd", ["brd"]) == []
+
+
 def test_file_that_is_no_module(tmp_path: Path) -> None:
     """A module's file that is none is refused, compressed or not."""
     for name in ("kvm.ko.xz", "kvm-amd.ko"):

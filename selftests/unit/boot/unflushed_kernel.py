@@ -29,7 +29,7 @@ def test_disable_tlb_flushes(pytestconfig: pytest.Config) -> None:
     if os.getppid() != 1 or not Path(JOB).exists():
         pytest.fail("this test breaks the kernel: it runs only in one that was booted for it")
     modules = {
-        Path(path).name: (Path(path), arguments) for path, arguments in json.loads(Path(JOB).read_text())["modules"]
+        Path(path).name: (Path(path), arguments) for path, arguments, _ in json.loads(Path(JOB).read_text())["modules"]
     }
     keys: Any = pytestconfig.pluginmanager.get_plugin("static-keys")
     keys.release()
