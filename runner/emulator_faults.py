@@ -83,6 +83,17 @@ FAULTS = (
         source="notdirty_write() in accel/tcg/cputlb.c; the runner boots again (lib/harness/remote.py)",
     ),
     Fault(
+        name="task switches not intercepted",
+        since="0",
+        until="",
+        does="switches the tasks of a guest itself, where the hypervisor intercepts that; it loads CR3 behind the hypervisor's"
+        " back, and cannot take back a switch whose error code it fails to push",
+        seen="KVM's emulation of task switches does not run. Without TDP the guest hangs; a #GP through a task gate, with a"
+        " stack that is write-protected, ends in a triple fault (10.0): test_task_switch_is_logged",
+        source="switch_tss_ra() and do_interrupt_protected() in target/i386/tcg/seg_helper.c: neither checks for"
+        " SVM_EXIT_TASK_SWITCH",
+    ),
+    Fault(
         name="first CPU's flags changed by others",
         since="4.2",
         until="",

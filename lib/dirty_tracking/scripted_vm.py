@@ -5,12 +5,11 @@ There are no threads here: the guest runs until the list of operations is done, 
 asked for its report.
 """
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 
+from dirty_tracking.deadline import interrupting_after
 from dirty_tracking.vm import DirtyVm
 from kvm_util import uapi
 from kvm_util.guest import GuestError, Ucall, unexpected_exit
@@ -72,7 +71,8 @@ class ScriptedVm(DirtyVm):
         handle = self.vm.vcpus[vcpu]
         until = time.monotonic() + _DEADLINE
         while True:
-            code = self._kvm_run(handle)
+            with interrupting_after(_DEADLINE):
+                code = handle.kvm_run()
             if time.monotonic() > until:
                 raise GuestError(f"no end within {_DEADLINE:g} s: {unexpected_exit(handle, code)}")
             if code:
@@ -85,17 +85,6 @@ class ScriptedVm(DirtyVm):
             if self.guest.ucall(handle) is Ucall.SYNC:
                 return
             raise GuestError(unexpected_exit(handle, code))
-
-    @staticmethod
-    def _kvm_run(handle: Vcpu) -> int:
-        """KVM_RUN with a deadline, which a signal enforces: a guest that hangs must not hang the test. Main thread only."""
-        previous = signal.signal(signal.SIGALRM, _nothing)
-        signal.setitimer(signal.ITIMER_REAL, _DEADLINE, 1)
-        try:
-            return handle.kvm_run()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
 
     def write(self, slot: int, *pages: int, vcpu: int = 0, value: int = 1) -> None:
         """Write a word into each of *pages*."""
@@ -120,7 +109,3 @@ class ScriptedVm(DirtyVm):
 
 class NotEmulated(Exception):
     """KVM had to emulate an instruction, and cannot; the text names it."""
-
-
-def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """A signal's handler; the signal does its work by coming."""

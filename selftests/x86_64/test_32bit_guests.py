@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from dirty_tracking.deadline import interrupting_after
 from dirty_tracking.vm import FIRST_GPA, PAGE, DirtyVm
 from kvm_util.arch.x86_64.paging import PageTables
 from kvm_util.arch.x86_64.vcpu_state import enter_32bit_mode
@@ -16,6 +17,7 @@ from kvm_util.memory import MIB
 
 SLOT = 1
 NPAGES = 24
+DEADLINE = 60.0  # seconds
 WRITABLE = 0b11  # and present
 LARGE = 1 << 7
 
@@ -61,7 +63,8 @@ def test_32bit_guest_stores_are_logged(
                 struct.pack_into(
                     f"<{len(pages) + 1}I", memory, 0, len(pages), *(FIRST_GPA + page * PAGE for page in pages)
                 )
-            vm.guest.run_until_ucall(vcpu)
+            with interrupting_after(DEADLINE):
+                vm.guest.run_until_ucall(vcpu)
 
         write(range(NPAGES))
         vm.enable_dirty_logging(SLOT)

@@ -33,12 +33,14 @@ from kvm_util.ioctl import fail, ioctl, raw_ioctl
 UCALL_PORT_SYMBOL = "UCALL_PORT"
 
 _CODE_SELECTOR, _DATA_SELECTOR, _TSS_SELECTOR = 0x08, 0x10, 0x18
-_CODE_TYPE, _DATA_TYPE, _BUSY_TSS_TYPE = 0xB, 0x3, 0xB
+_CODE_TYPE, _DATA_TYPE, _TSS_TYPE, _BUSY_TSS_TYPE = 0xB, 0x3, 0x9, 0xB
 _CODE_DESCRIPTOR, _DATA_DESCRIPTOR = 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
 # Descriptors for a test's own GDT: code and data as in the one below, and a data segment with a clear accessed bit
 SEGMENT_DESCRIPTORS = (_CODE_DESCRIPTOR, _DATA_DESCRIPTOR)
 SEGMENT_NOT_ACCESSED = 0x00CF_9200_0000_FFFF
-_INTERRUPT_GATE = 0x8E
+# As SEGMENT_DESCRIPTORS, for 32-bit mode
+SEGMENT_DESCRIPTORS_32 = (0x00CF_9B00_0000_FFFF, _DATA_DESCRIPTOR)
+_PRESENT, _TASK_GATE, _INTERRUPT_GATE = 0x80, 0x85, 0x8E
 _GATE_SIZE = 16
 _IDT_OFFSET = 0x100  # in the page that holds the GDT and, from here on, the IDT
 _EXCEPTIONS = 32
@@ -169,6 +171,31 @@ def enter_32bit_mode(vcpu_fd: int, root: int | None, pae: bool = False) -> None:
     sregs.cr3, sregs.cr4 = root or 0, _CR4_PAE if pae else _CR4_PSE
     sregs.cs = _segment(_CODE_SELECTOR, _CODE_TYPE, db=1)
     ioctl(vcpu_fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"cr0={sregs.cr0:#x}, cr4={sregs.cr4:#x}")
+
+
+def tss_descriptor(base: int, busy: bool = False) -> int:
+    """The GDT's descriptor of a 32-bit task state segment at the linear address *base*."""
+    kind = _PRESENT | (_BUSY_TSS_TYPE if busy else _TSS_TYPE)
+    return (base >> 24) << 56 | kind << 40 | (base & 0xFF_FFFF) << 16 | _TSS_SIZE - 1
+
+
+def task_gate(selector: int) -> int:
+    """A 32-bit IDT gate to the task whose segment has this *selector*."""
+    return _TASK_GATE << 40 | selector << 16
+
+
+def enter_task(vcpu_fd: int, gdt: tuple[int, int], idt: tuple[int, int], selector: int, tss: int) -> None:
+    """Give a vCPU in 32-bit mode other descriptor tables, and make it run in a task; its other state stays.
+
+    :param gdt: linear address and size of the table, as for *idt*
+    :param selector: of the descriptor of the task's segment, which must be busy
+    :param tss: linear address of that segment
+    """
+    sregs = get_sregs(vcpu_fd)
+    (sregs.gdt.base, gdt_size), (sregs.idt.base, idt_size) = gdt, idt
+    sregs.gdt.limit, sregs.idt.limit = gdt_size - 1, idt_size - 1
+    sregs.tr = kvm_segment(base=tss, limit=_TSS_SIZE - 1, selector=selector, type=_BUSY_TSS_TYPE, present=1)
+    ioctl(vcpu_fd, KVM_SET_SREGS, "KVM_SET_SREGS", ctypes.byref(sregs), f"tr.selector={selector:#x}")
 
 
 def accepts_la57(vcpu_fd: int, cpuid: Cpuid) -> bool:
