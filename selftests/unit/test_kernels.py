@@ -405,6 +405,15 @@ def test_marker_of_tests_with_threads(tmp_path: Path) -> None:
     assert (done.returncode, [line for line in done.stdout.splitlines() if "lacks the marker" in line]) == (0, [])
 
 
+def test_contract_tests_count_as_tests_on_kvm(tmp_path: Path) -> None:
+    """Each contract test has the fixture ``kvm``: without it, it would have one log mode, and no verdict on KVM."""
+    command, environment = pytest_command(tmp_path, "")
+    command += ["--collect-only", "-q", "-m", "not kvm", *map(str, contract_files())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert [line for line in done.stdout.splitlines() if "::" in line] == []
+    assert "no test matches -m 'not kvm'" in done.stdout
+
+
 CELL = "57bit-1g-anonymous_hugetlb_1gb-forced"
 MATRIX = "selftests/matrix/test_dirty_log.py"
 

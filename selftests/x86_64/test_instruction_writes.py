@@ -131,31 +131,35 @@ def test_interrupt_frame_is_logged(
             )
 
 
+@pytest.fixture
+def loading_vm(request: pytest.FixtureRequest, log_mode: str, name: str) -> ScriptedVm:
+    """A VM for the operation *name*, which the CPU or KVM's emulator executes."""
+    vm: ScriptedVm = request.getfixturevalue("logged_vm" if name == "load_segment" else "forced_emulation_vm")
+    return vm
+
+
 @pytest.mark.parametrize("name", ["load_segment", "emulated_load_segment"])
-def test_segment_accessed_bit_is_logged(
-    request: pytest.FixtureRequest, skip_unemulated: SkipUnemulated, name: str
-) -> None:
+def test_segment_accessed_bit_is_logged(loading_vm: ScriptedVm, skip_unemulated: SkipUnemulated, name: str) -> None:
     """Loading a segment dirties the gfn of its descriptor if the accessed bit is to be set, and not if it is set."""
-    logged_vm: ScriptedVm = request.getfixturevalue("logged_vm" if name == "load_segment" else "forced_emulation_vm")
     selector = 0x18
-    table = logged_vm.address(SLOT, WRITTEN, 64)
+    table = loading_vm.address(SLOT, WRITTEN, 64)
     descriptors = [0, *arch.SEGMENT_DESCRIPTORS, arch.SEGMENT_NOT_ACCESSED]
-    slot = logged_vm.vm.memslots[SLOT].memory
+    slot = loading_vm.vm.memslots[SLOT].memory
     first = WRITTEN * PAGE // 8
     slot.words[first] = (table << 16 | len(descriptors) * 8 - 1) & (1 << 64) - 1
     slot.words[first + 1] = table >> 48
     for index, descriptor in enumerate(descriptors):
         slot.words[first + 8 + index] = descriptor
     # The host's writes unmapped the page: test_execution_is_not_logged() has what that means.
-    logged_vm.run(Operation("load", logged_vm.address(SLOT, WRITTEN)))
-    logged_vm.collect()
-    load = Operation(name, logged_vm.address(SLOT, WRITTEN), selector)
+    loading_vm.run(Operation("load", loading_vm.address(SLOT, WRITTEN)))
+    loading_vm.collect()
+    load = Operation(name, loading_vm.address(SLOT, WRITTEN), selector)
     with skip_unemulated(name):
-        logged_vm.run(load)
+        loading_vm.run(load)
     assert slot.words[first + 8 + selector // 8] != arch.SEGMENT_NOT_ACCESSED
-    logged_vm.assert_dirty("loading a segment that was not accessed", {SLOT: [WRITTEN]})
-    logged_vm.run(load)
-    logged_vm.assert_dirty("loading it again", {})
+    loading_vm.assert_dirty("loading a segment that was not accessed", {SLOT: [WRITTEN]})
+    loading_vm.run(load)
+    loading_vm.assert_dirty("loading it again", {})
 
 
 @pytest.mark.parametrize("operation", EMULATED_FAULTING.values(), ids=list(EMULATED_FAULTING))
